@@ -1,0 +1,77 @@
+"""State machines as data: each maps a state to the states that may follow it."""
+
+from collections.abc import Mapping
+
+from supercloud.model.errors import BadState
+
+Transitions = Mapping[str, frozenset[str]]
+
+
+def _table(**rows: str) -> Transitions:
+    table = {state: frozenset(following.split()) for state, following in rows.items()}
+    unknown = {to for row in table.values() for to in row} - table.keys()
+    if unknown:
+        raise ValueError(f"states without a row: {sorted(unknown)}")
+    return table
+
+
+# A virtual machine on a host, as its VMM and user domain see it.
+MACHINE = _table(
+    creating="starting failed deleting",
+    starting="running failed deleting",
+    running="paused stopping stopped failed deleting wedged",
+    paused="running stopping failed deleting",
+    wedged="running failed stopping deleting",
+    stopping="stopped failed deleting",
+    stopped="starting deleting",
+    failed="deleting starting",
+    deleting="gone failed",
+    gone="",
+)
+
+# An L1 platform, as the control plane sees it.
+PLATFORM = _table(
+    pending="creating deleting",
+    creating="booting failed deleting",
+    booting="ready failed deleting",
+    ready="lost booting failed deleting",
+    lost="ready booting failed deleting",
+    failed="creating deleting",
+    deleting="gone failed",
+    gone="",
+)
+
+# An execution environment.
+ENVIRONMENT = _table(
+    pending="preparing deleting failed",
+    preparing="placed failed deleting pending",
+    placed="starting failed deleting pending",
+    starting="running failed exited deleting pending",
+    running="serving unready exited failed deleting lost pending",
+    serving="unready running exited failed deleting lost pending",
+    unready="serving running exited failed deleting lost pending",
+    exited="starting deleting pending",
+    lost="running serving unready exited failed starting deleting pending",
+    failed="starting pending preparing deleting",
+    deleting="gone failed",
+    gone="",
+)
+
+# A U-Cloud.
+UCLOUD = _table(
+    applying="ready degraded deleting",
+    ready="applying degraded deleting",
+    degraded="applying ready deleting",
+    deleting="gone",
+    gone="applying",
+)
+
+
+def step(table: Transitions, state: str, to: str) -> str:
+    """``to``, if the table allows going there from ``state`` (staying is always allowed).
+
+    Raises BadState when it does not.
+    """
+    if to != state and to not in table[state]:
+        raise BadState(f"cannot go from {state} to {to}", details={"state": state, "to": to})
+    return to

@@ -158,7 +158,9 @@ def from_wire(untrusted: object) -> SupercloudError:
     details = details if isinstance(details, dict) else {}
     if code == "temporary":
         delay = details.get("delay_s", 1.0)
-        return Temporary(message, delay_s=min(float(delay), 60.0) if isinstance(delay, int | float) else 1.0)
+        return Temporary(
+            message, delay_s=min(float(delay), 60.0) if isinstance(delay, int | float) else 1.0
+        )
     cls = BY_CODE.get(code) if isinstance(code, str) else None
     if cls is None:
         return Permanent(message)

@@ -118,7 +118,11 @@ def _scalar(hint: Any, untrusted: object, where: str) -> Any:
         return untrusted
     if hint is dict and isinstance(untrusted, dict):
         return untrusted
-    _fail(where, untrusted, {str: "a text", int: "a whole number", bool: "true or false"}.get(hint, str(hint)))
+    _fail(
+        where,
+        untrusted,
+        {str: "a text", int: "a whole number", bool: "true or false"}.get(hint, str(hint)),
+    )
 
 
 def _union(hint: Any, untrusted: object, where: str, ignore: bool) -> Any:

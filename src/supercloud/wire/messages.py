@@ -108,7 +108,9 @@ class PlatformStatus:
     accelerator: str
     created_s: float
     reason: str = ""
-    spec_sha256: str = ""  # of the PlatformSpec without config_base64: same name, other spec = Exists
+    spec_sha256: str = (
+        ""  # of the PlatformSpec without config_base64: same name, other spec = Exists
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -366,7 +368,7 @@ def _bind(method: Method, function: Implementation) -> Handler:
         if method.enrolled and not call.peer.context.get("enrolled"):
             raise Denied(f"{method.name} needs a certificate of this U-Cloud")
         untrusted = {} if call.untrusted_params is None else call.untrusted_params
-        params = decode(method.params, untrusted, method.name, ignore_unknown=True)
+        params: Any = decode(method.params, untrusted, method.name, ignore_unknown=True)
         result = await function(call, params)
         return result if isinstance(result, Detach) else encode(result)
 

@@ -80,7 +80,7 @@ class Stream:
             self._taken += len(item)
             if self._taken >= WINDOW_BYTES // 4:
                 taken, self._taken = self._taken, 0
-                self._peer._send(CREDIT, self._id, struct.pack(">I", taken))  # noqa: SLF001
+                self._peer._send(CREDIT, self._id, struct.pack(">I", taken))
         elif item is None:
             self._got_end = True
             if self._error:
@@ -104,26 +104,26 @@ class Stream:
                 raise self._error
             part = view[: min(MAX_DATA_BYTES, self._credit)]
             self._credit -= len(part)
-            self._peer._send(DATA, self._id, part)  # noqa: SLF001
+            self._peer._send(DATA, self._id, part)
             await self._peer.drain()
             view = view[len(part) :]
 
     def signal(self, **signal: Any) -> None:
         """Send a small message in order with the bytes (``resize=[rows, columns]``)."""
         if not self._ended:
-            self._peer._send_json(SIGNAL, self._id, signal)  # noqa: SLF001
+            self._peer._send_json(SIGNAL, self._id, signal)
 
     def end(self, trailer: Any = None) -> None:
         """No more from this side; ``trailer`` reaches the other side's ``trailer``."""
         if not self._ended:
             self._ended = True
-            self._peer._send_json(END, self._id, trailer)  # noqa: SLF001
+            self._peer._send_json(END, self._id, trailer)
 
     def reset(self, error: SupercloudError) -> None:
         """Give up in both directions."""
         if not self._ended:
             self._ended = True
-            self._peer._send_json(RESET, self._id, to_wire(error))  # noqa: SLF001
+            self._peer._send_json(RESET, self._id, to_wire(error))
         self._fail(error)
 
     def _fail(self, error: SupercloudError) -> None:
@@ -157,8 +157,8 @@ class Call:
 
     def accept(self, result: Any = None) -> Stream:
         """Answer now, and go on with a stream; what the handler returns becomes its trailer."""
-        self.stream = self.peer._open_stream(self.id)  # noqa: SLF001
-        self.peer._send_json(RESPONSE, self.id, {"r": result})  # noqa: SLF001
+        self.stream = self.peer._open_stream(self.id)
+        self.peer._send_json(RESPONSE, self.id, {"r": result})
         return self.stream
 
 
@@ -189,6 +189,7 @@ class Peer:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._detaching: set[int] = set()
         self._detached = False
+        self._hand_over_to: tuple[int, Detach] | None = None
         self._reading: asyncio.Task[None] | None = None
         self._last_heard = 0.0
 
@@ -218,7 +219,7 @@ class Peer:
             raise Temporary(f"{self.name}: no answer to {method} in {timeout_s:g} s") from None
         finally:
             self._waiting.pop(call_id, None)
-            if not stream._ended:  # noqa: SLF001
+            if not stream._ended:
                 stream.end()
             self._streams.pop(call_id, None)
 
@@ -260,6 +261,8 @@ class Peer:
         finally:
             beat.cancel()
             self._finish()
+        if self._hand_over_to is not None:
+            await self._hand_over(*self._hand_over_to)
 
     def close(self) -> None:
         """Close the connection; ``run`` returns soon after."""
@@ -279,7 +282,7 @@ class Peer:
                 future.set_exception(lost)
                 future.exception()  # somebody may have stopped waiting: not a stray error
         for stream in self._streams.values():
-            stream._fail(lost)  # noqa: SLF001
+            stream._fail(lost)
         for task in self._tasks.values():
             if task is not asyncio.current_task():
                 task.cancel()
@@ -324,7 +327,7 @@ class Peer:
         elif kind in (DATA, SIGNAL, END, RESET, CREDIT):
             stream = self._streams.get(call_id)
             if stream is not None:  # late frames of an ended stream are dropped
-                stream._arrived(kind, payload)  # noqa: SLF001
+                stream._arrived(kind, payload)
         elif kind != PONG:
             raise Invalid(f"unknown frame type {kind}")
         return False
@@ -360,10 +363,14 @@ class Peer:
         try:
             handler = self.handlers.get(call.method)
             if handler is None:
-                raise NotFound(f"no method {call.method!r}")  # noqa: TRY301
+                raise NotFound(f"no method {call.method!r}")
             result = await handler(call)
             if isinstance(result, Detach):
-                await self._hand_over(call.id, result)
+                # ``run`` answers, once nobody reads frames any more. Cancelling readexactly
+                # loses nothing, for the other side is quiet until it has the answer.
+                self._detached, self._hand_over_to = True, (call.id, result)
+                if self._reading is not None:
+                    self._reading.cancel()
             elif call.stream is not None:
                 call.stream.end(result)
             else:
@@ -386,11 +393,7 @@ class Peer:
             call.stream.reset(error)
 
     async def _hand_over(self, call_id: int, detach: Detach) -> None:
-        # Stop reading before the answer is out: what follows it is not frames. Cancelling
-        # readexactly loses nothing, for the other side is quiet until it has the answer.
-        self._detached = True
-        if self._reading is not None:
-            self._reading.cancel()
+        await self.drain()
         self._send_json(RESPONSE, call_id, {"r": detach.result})
         await self.drain()
         await detach.then(self.reader, self.writer)

@@ -1,0 +1,1 @@
+"""What each kind of domain may do, as tables, compiled for the core."""

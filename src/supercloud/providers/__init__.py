@@ -1,0 +1,1 @@
+"""Where platforms can be had: one protocol, features with reasons."""

@@ -1,0 +1,1 @@
+"""The user's infrastructure services below the VM; host-agnostic."""

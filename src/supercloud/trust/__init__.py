@@ -1,0 +1,1 @@
+"""A U-Cloud's keys and certificates."""

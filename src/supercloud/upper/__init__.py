@@ -1,0 +1,1 @@
+"""The Upper Layer: L1 platforms and what runs in them."""

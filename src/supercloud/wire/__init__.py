@@ -1,0 +1,1 @@
+"""Where layers meet: frames, codec, peer, declared messages."""

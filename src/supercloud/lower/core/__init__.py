@@ -1,0 +1,1 @@
+"""The trusted computing base: keeper, core, sandbox."""

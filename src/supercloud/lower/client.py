@@ -1,0 +1,293 @@
+"""A domain's side of the core's protocol: plain blocking calls over descriptor 3.
+
+A call takes some ten microseconds (``start`` and ``destroy`` some milliseconds), so that an
+asyncio program may simply call. Events that come in between are kept: watch :meth:`Core.fileno`
+for reading (``loop.add_reader``) and drain :meth:`Core.events` then *and after calls*, since a
+call may have read an event off the socket.
+
+When the core is replaced while a call waits, the call is sent again; the core does nothing twice.
+A closed socket means that this host is going down: :class:`CoreGone`.
+"""
+
+import os
+import select
+import socket
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+from supercloud.model.capability import SCHEDULING, SELF, Limits, ObjectType, Rights
+from supercloud.model.errors import Permanent
+from supercloud.wire import frames
+from supercloud.wire.frames import Answer, DomainState, Event, Op, Request
+
+__all__ = [
+    "SCHEDULING",
+    "SELF",
+    "Answer",
+    "Channel",
+    "Core",
+    "CoreGone",
+    "Domain",
+    "Entry",
+    "Event",
+    "Status",
+    "Usage",
+]
+
+
+class CoreGone(Permanent):
+    """The core has closed this domain's socket."""
+
+
+class Entry(NamedTuple):
+    """One capability of this domain's table; ``end`` is 0 or 1 for an end of a channel."""
+
+    selector: int
+    type: ObjectType
+    rights: Rights
+    object_id: int
+    end: int
+    name: str
+
+
+class Domain(NamedTuple):
+    """A domain that was made: selectors of it and of its scheduling context."""
+
+    selector: int
+    scheduling: int
+
+
+class Channel(NamedTuple):
+    """A channel that was made: selector of the whole (CONTROL), and of each end in its table."""
+
+    selector: int
+    in_a: int
+    in_b: int
+
+
+class Status(NamedTuple):
+    """What a domain is doing; ``wait_status`` as of ``os.waitpid`` for its last end (or 0)."""
+
+    state: DomainState
+    starts: int
+    wait_status: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a scheduling context uses now, and what is booked on it."""
+
+    memory_bytes: int
+    cpu_us: int
+    pids: int
+    booked_memory_bytes: int
+    booked_pids: int
+    booked_domains: int
+    booked_disk_bytes: int
+
+
+class Core:
+    """The core, as one domain sees it. Every call raises the ``UserError`` that the core says."""
+
+    def __init__(self, descriptor: int = frames.CORE_DESCRIPTOR) -> None:
+        """Take over the socket at ``descriptor``."""
+        self._socket = socket.socket(fileno=descriptor)
+        self._socket.setblocking(True)
+        self._socket.set_inheritable(False)
+        self._sequence = 0
+        self._events: deque[Answer] = deque()
+
+    def fileno(self) -> int:
+        """The descriptor to watch for events."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Close the socket; the core takes it as the end of the domain's interest in calls."""
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        """Use it in ``with``."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    def events(self, timeout_s: float = 0.0) -> Iterator[Answer]:
+        """All events that have come, waiting at most ``timeout_s`` for the first."""
+        while self._events or select.select([self._socket], [], [], timeout_s)[0]:
+            if not self._events:
+                self._keep_event(*self._receive())
+            timeout_s = 0.0
+            while self._events:
+                yield self._events.popleft()
+
+    def ping(self) -> None:
+        """Nothing, there and back."""
+        self._call(Op.PING)
+
+    def lookup(self, name: str) -> Entry:
+        """The capability of that name; NotFound."""
+        selector, type_, rights, object_id, end, *_ = self._call(Op.LOOKUP, first=name).values
+        return Entry(selector, ObjectType(type_), Rights(rights), object_id, end, name)
+
+    def entries(self) -> list[Entry]:
+        """The whole table, by selector."""
+        found: list[Entry] = []
+        following = 0
+        while True:
+            answer = self._call(Op.LIST, following)
+            found += [_entry(*raw) for raw in frames.ENTRY.iter_unpack(answer.payload)]
+            following = answer.values[1]
+            if not following:
+                return found
+
+    def create_domain(
+        self,
+        kind: str,
+        name: str,
+        limits: Limits | None = None,
+        scheduling: int = SCHEDULING,
+    ) -> Domain:
+        """Make a domain (not started) out of what is left of a scheduling context.
+
+        ``limits`` None: the kind's own. The domain gets an entry ``name`` in this table, its
+        scheduling context one named ``sched:NAME``. Invalid, Exists, Denied (this kind may not
+        make that kind), NoResources.
+        """
+        figures = limits.values() if limits else (0,) * 6
+        answer = self._call(Op.CREATE_DOMAIN, scheduling, *figures, first=kind, second=name)
+        return Domain(*answer.values[:2])
+
+    def start(self, domain: int, *numbers: int) -> int:
+        """Start it; ``numbers`` fill the placeholders of the kind's argv. The host's process id."""
+        return self._call(Op.START, domain, *numbers).values[0]
+
+    def state(self, domain: int) -> Status:
+        """What a domain is doing."""
+        state, starts, wait_status, *_ = self._call(Op.STATE, domain).values
+        return Status(DomainState(state), starts, wait_status)
+
+    def destroy(self, selector: int, *, purge: bool = False) -> None:
+        """End an object (CONTROL) and all capabilities to it; a domain with all its children.
+
+        ``purge`` removes the domain's private state directory as well.
+        """
+        self._call(Op.DESTROY, selector, int(purge))
+
+    def create_channel(
+        self,
+        a: int,
+        b: int,
+        name_a: str,
+        name_b: str,
+        kind: socket.SocketKind = socket.SOCK_SEQPACKET,
+    ) -> Channel:
+        """Join two domains (SELF may be one); each finds its end under the name given for it."""
+        answer = self._call(Op.CREATE_CHANNEL, a, b, int(kind), first=name_a, second=name_b)
+        return Channel(*answer.values[:3])
+
+    def create_memory(self, size_bytes: int, name: str, scheduling: int = SCHEDULING) -> int:
+        """A memory object of fixed size, booked on a scheduling context. Its selector."""
+        return self._call(Op.CREATE_MEMORY, scheduling, size_bytes, first=name).values[0]
+
+    def seal(self, memory: int) -> bytes:
+        """No more writing, by anybody; its SHA-256, which is in the event log. Busy when mapped."""
+        return self._call(Op.SEAL, memory).payload
+
+    def create_semaphore(self, name: str, value: int = 0) -> int:
+        """An eventfd in semaphore mode. Its selector."""
+        return self._call(Op.CREATE_SEMAPHORE, value, first=name).values[0]
+
+    def delegate(self, selector: int, domain: int, rights: Rights, name: str) -> int:
+        """Give ``domain`` (CONNECT) a capability (GRANT), never wider. Selector in its table."""
+        return self._call(Op.DELEGATE, selector, domain, int(rights), first=name).values[0]
+
+    def revoke(self, selector: int) -> int:
+        """Take back all that was derived from this capability. How many are gone."""
+        return self._call(Op.REVOKE, selector).values[0]
+
+    def take(self, selector: int) -> int:
+        """The descriptor behind a capability (USE, READ or WRITE); close-on-exec, yours to close.
+
+        A memory object that is not sealed yet is given to holders of WRITE only.
+        """
+        answer, descriptors = self._exchange(Op.TAKE, (selector,), "", "")
+        if len(descriptors) != 1:
+            message = f"TAKE brought {len(descriptors)} descriptors"
+            raise Permanent(message)
+        del answer
+        return descriptors[0]
+
+    def take_socket(self, name: str) -> socket.socket:
+        """The end of a channel by its name, as a socket."""
+        return socket.socket(fileno=self.take(self.lookup(name).selector))
+
+    def set_limits(self, scheduling: int, limits: Limits) -> None:
+        """Change the limits of a scheduling context (CONTROL) within its parent's."""
+        self._call(Op.SET_LIMITS, scheduling, *limits.values())
+
+    def limits(self, scheduling: int = SCHEDULING) -> Limits:
+        """The limits of a scheduling context (READ)."""
+        return Limits(*self._call(Op.LIMITS, scheduling).values[:6])
+
+    def usage(self, scheduling: int = SCHEDULING) -> Usage:
+        """What a scheduling context uses (READ)."""
+        return Usage(*self._call(Op.USAGE, scheduling).values[:7])
+
+    def charge(self, scheduling: int, disk_bytes: int) -> int:
+        """Book (or with a negative number release) disk space (CHARGE). What is booked then."""
+        return self._call(Op.CHARGE, scheduling, disk_bytes).values[0]
+
+    def _call(self, op: Op, *args: int, first: str = "", second: str = "") -> Answer:
+        return self._exchange(op, args, first, second)[0]
+
+    def _exchange(
+        self, op: Op, args: tuple[int, ...], first: str, second: str
+    ) -> tuple[Answer, list[int]]:
+        self._sequence = self._sequence % 0xFFFFFFFF + 1
+        frame = Request(op, self._sequence, args, first, second).pack()
+        self._send(frame)
+        while True:
+            answer, descriptors = self._receive()
+            if answer.sequence == self._sequence:
+                break
+            self._keep_event(answer, descriptors)
+            if answer.op == Event.RESTARTED:
+                self._send(frame)
+        if answer.status:
+            raise frames.error_of(answer.status, answer.payload)
+        return answer, descriptors
+
+    def _keep_event(self, answer: Answer, descriptors: list[int]) -> None:
+        """Keep an event; drop the second answer to a call that was sent twice."""
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if answer.sequence == 0:
+            self._events.append(answer)
+
+    def _send(self, frame: bytes) -> None:
+        try:
+            self._socket.send(frame)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise CoreGone("the core has closed the socket") from error
+
+    def _receive(self) -> tuple[Answer, list[int]]:
+        try:
+            data, descriptors, _, _ = socket.recv_fds(
+                self._socket, frames.MAX_ANSWER_BYTES + 1, 1, socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionResetError:
+            data, descriptors = b"", []
+        if not data:
+            raise CoreGone("the core has closed the socket")
+        return frames.unpack_answer(data), descriptors
+
+
+def _entry(
+    selector: int, object_id: int, type_: int, rights: int, end: int, _: int, name: bytes
+) -> Entry:
+    text = name.rstrip(b"\0").decode()
+    return Entry(selector, ObjectType(type_), Rights(rights), object_id, end, text)

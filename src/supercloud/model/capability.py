@@ -1,0 +1,244 @@
+"""Capabilities: rights, object types, limits, and the graph of who holds what from whom.
+
+Pure data: nothing here touches a descriptor or a process. The core keeps one
+:class:`CapabilityGraph`; the flow analysis and the property tests use the same one.
+
+A capability is an entry of one *holder*'s table: an object, rights, a name (unique in the table,
+or empty), and the capability that it was derived from. A holder names it by its *selector*.
+Deriving needs ``GRANT`` and never widens; revoking takes away all that was derived.
+The terms are those of NOVA (Steinberg and Kauer, EuroSys 2010).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from enum import IntEnum, IntFlag
+
+from supercloud.model.errors import Denied, Exists, NoResources, NotFound
+
+MAX_TABLE_ENTRIES = 4096
+SELF = 0
+"""Selector of the domain itself in its own table."""
+SCHEDULING = 1
+"""Selector of the domain's scheduling context in its own table."""
+
+
+class Rights(IntFlag):
+    """What a capability lets its holder do."""
+
+    NONE = 0
+    USE = 1  # take the descriptor
+    READ = 2  # memory: map for reading; scheduling context: see its usage
+    WRITE = 4  # memory: map for writing
+    GRANT = 8  # delegate it on, never wider
+    CONTROL = 16  # start, adjust, destroy
+    CHARGE = 32  # scheduling context: book memory, domains and disk on it
+    CONNECT = 64  # domain: make channels to it and delegate to it
+
+
+ALL_RIGHTS = Rights(127)
+
+
+class ObjectType(IntEnum):
+    """Kinds of kernel objects. A domain's one execution context is part of the domain."""
+
+    DOMAIN = 1
+    SCHEDULING_CONTEXT = 2
+    PORTAL = 3
+    SEMAPHORE = 4
+    MEMORY = 5
+    DEVICE = 6
+
+
+class Revocation(IntEnum):
+    """What taking a capability away means once its descriptor may have been taken."""
+
+    FORGET = 1  # it never had a descriptor
+    SHUTDOWN = 2  # the socket is shut down for every holder
+    KILL = 3  # a mapping or an open file cannot be undone: the holding domain is killed
+
+
+REVOCATION: dict[ObjectType, Revocation] = {
+    ObjectType.DOMAIN: Revocation.FORGET,
+    ObjectType.SCHEDULING_CONTEXT: Revocation.FORGET,
+    ObjectType.PORTAL: Revocation.SHUTDOWN,
+    ObjectType.SEMAPHORE: Revocation.KILL,
+    ObjectType.MEMORY: Revocation.KILL,
+    ObjectType.DEVICE: Revocation.KILL,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a scheduling context may use. Of its parent's, all but the two cpu figures are summed.
+
+    ``cpu_weight`` 1..10000, relative to its siblings, 100 is usual; ``cpu_permille`` of one CPU,
+    0 means as much as the parent; ``domains`` that may be made within it.
+    """
+
+    cpu_weight: int = 100
+    cpu_permille: int = 0
+    memory_bytes: int = 0
+    pids: int = 0
+    domains: int = 0
+    disk_bytes: int = 0
+
+    def values(self) -> tuple[int, ...]:
+        """The six figures in the order of the fields."""
+        return tuple(getattr(self, item.name) for item in fields(self))
+
+
+@dataclass(slots=True, eq=False)
+class Capability:
+    """One entry of a table. ``end`` tells the two ends of a portal apart (-1: the whole of it)."""
+
+    holder: int
+    selector: int
+    object_id: int
+    type: ObjectType
+    rights: Rights
+    name: str
+    parent: "Capability | None"
+    end: int = -1
+    taken: bool = False
+    children: "list[Capability]" = field(default_factory=list)
+
+    def subtree(self) -> Iterator["Capability"]:
+        """This capability and all derived from it, parents first."""
+        yield self
+        for child in self.children:
+            yield from child.subtree()
+
+
+@dataclass(slots=True)
+class _Table:
+    entries: dict[int, Capability] = field(default_factory=dict)
+    names: dict[str, Capability] = field(default_factory=dict)
+    next_selector: int = 0
+
+
+class CapabilityGraph:
+    """Every table of a host. Object and holder ids are the caller's, unique and never reused."""
+
+    def __init__(self) -> None:
+        """Start with no tables."""
+        self._tables: dict[int, _Table] = {}
+        self._objects: dict[int, set[Capability]] = {}
+
+    def open_table(self, holder: int) -> None:
+        """Give ``holder`` an empty table."""
+        if holder in self._tables:
+            raise Exists(f"holder {holder} has a table")
+        self._tables[holder] = _Table()
+
+    def close_table(self, holder: int) -> list[Capability]:
+        """Remove ``holder``'s table; what it held, and all derived from that, in one list."""
+        gone: list[Capability] = []
+        for capability in list(self._tables[holder].entries.values()):
+            if capability.selector in self._tables[holder].entries:
+                gone += self.revoke(capability, keep=False)
+        del self._tables[holder]
+        return gone
+
+    def holders(self) -> list[int]:
+        """All holders that have a table."""
+        return list(self._tables)
+
+    def get(self, holder: int, selector: int) -> Capability:
+        """The entry, or :class:`NotFound`."""
+        capability = self._tables[holder].entries.get(selector)
+        if capability is None:
+            raise NotFound(f"no capability at selector {selector}")
+        return capability
+
+    def find(self, holder: int, name: str) -> Capability:
+        """The entry of that name, or :class:`NotFound`."""
+        capability = self._tables[holder].names.get(name)
+        if capability is None:
+            raise NotFound(f"no capability named {name!r}")
+        return capability
+
+    def entries(self, holder: int) -> list[Capability]:
+        """All entries of a table, by selector."""
+        return list(self._tables[holder].entries.values())
+
+    def of_object(self, object_id: int) -> list[Capability]:
+        """All capabilities to an object."""
+        return list(self._objects.get(object_id, ()))
+
+    def room(self, holder: int, *names: str) -> None:
+        """Check that ``holder`` can take entries of these names; raise if not."""
+        table = self._tables[holder]
+        if len(table.entries) + len(names) > MAX_TABLE_ENTRIES:
+            raise NoResources(f"table is full ({MAX_TABLE_ENTRIES} entries)")
+        named = [name for name in names if name]
+        for name in named:
+            if name in table.names or named.count(name) > 1:
+                raise Exists(f"a capability named {name!r} is in the table already")
+
+    def insert(
+        self,
+        holder: int,
+        object_id: int,
+        type_: ObjectType,
+        rights: Rights,
+        name: str,
+        parent: Capability | None = None,
+        end: int = -1,
+    ) -> Capability:
+        """Add an entry; with a ``parent`` of a wider or the same right. Checks room, not GRANT."""
+        self.room(holder, name)
+        if parent is not None and (rights & ~parent.rights or parent.object_id != object_id):
+            raise Denied(f"rights {rights!r} are wider than {parent.rights!r}")
+        table = self._tables[holder]
+        entry = Capability(holder, table.next_selector, object_id, type_, rights, name, parent, end)
+        table.next_selector += 1
+        table.entries[entry.selector] = entry
+        if name:
+            table.names[name] = entry
+        self._objects.setdefault(object_id, set()).add(entry)
+        if parent is not None:
+            parent.children.append(entry)
+        return entry
+
+    def check_derive(self, source: Capability, holder: int, rights: Rights, name: str) -> None:
+        """Raise unless ``source`` may be delegated to ``holder`` with these rights."""
+        if not source.rights & Rights.GRANT:
+            raise Denied(f"capability {source.name!r} does not carry GRANT")
+        if rights & ~source.rights:
+            raise Denied(f"delegation never widens: {rights & ~source.rights!r} is not held")
+        self.room(holder, name)
+
+    def derive(self, source: Capability, holder: int, rights: Rights, name: str) -> Capability:
+        """Delegate ``source`` to ``holder``; see :meth:`check_derive` for refusals."""
+        self.check_derive(source, holder, rights, name)
+        return self.insert(
+            holder, source.object_id, source.type, rights, name, source, source.end
+        )
+
+    def revoke(self, capability: Capability, *, keep: bool = True) -> list[Capability]:
+        """Remove all that was derived from ``capability``, and itself unless ``keep``."""
+        gone = list(capability.subtree())[1 if keep else 0 :]
+        for entry in gone:
+            self._forget(entry)
+        if keep:
+            capability.children.clear()
+        elif capability.parent is not None:
+            capability.parent.children.remove(capability)
+        return gone
+
+    def drop_object(self, object_id: int) -> list[Capability]:
+        """Remove every capability to an object."""
+        gone = self.of_object(object_id)
+        for entry in gone:
+            self._forget(entry)
+        return gone
+
+    def _forget(self, entry: Capability) -> None:
+        table = self._tables[entry.holder]
+        del table.entries[entry.selector]
+        if entry.name:
+            del table.names[entry.name]
+        holders = self._objects[entry.object_id]
+        holders.discard(entry)
+        if not holders:
+            del self._objects[entry.object_id]

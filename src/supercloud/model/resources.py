@@ -1,0 +1,245 @@
+"""The resources of a U-Cloud as a user wishes for them: what a manifest becomes.
+
+A manifest that was parsed is complete: paths of images are absolute, every provider has its user,
+every environment its network, and there is at least one network (``control.manifest``).
+Numbers are in the units of their names; ``cpus`` are processors, 0.5 is half of one.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from supercloud.model.rules import NAME, Rule, declared
+
+API_VERSION = "supercloud.dev/v1"
+KIND = "UCloud"
+MIB, GIB = 1 << 20, 1 << 30
+DEFAULT_NETWORK = "default"
+
+# Words that later versions give a meaning to; now they are refused, rather than ignored.
+RESERVED = ("volumes", "buckets", "services", "isolation", "mobility", "survive")
+
+# The forms of an image. A path is relative to the manifest's directory.
+TRANSPORTS = ("oci", "docker-archive", "docker")
+
+LABEL = "lower case letters, digits and '-', at most 63, not '-' at either end"
+# Shorter than a label: replicas and generated names add to it.
+SHORT_NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
+SHORT_LABEL = "a letter, then lower case letters, digits and '-', at most 40, not '-' at the end"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provider:
+    """Somebody's machines that platforms of the U-Cloud may run on."""
+
+    name: str = declared(Rule(doc="how this manifest calls it", pattern=NAME, wanted=LABEL))
+    kind: Literal["lower_layer", "fake"] = declared(
+        Rule(
+            doc="`lower_layer`: a host that runs our Lower Layer. `fake`: nothing runs, "
+            "everything is pretended; for trying placement wishes"
+        )
+    )
+    endpoint: str = declared(
+        Rule(
+            doc="where the host listens, `ADDRESS:PORT` (lower_layer only)",
+            pattern=r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?):[0-9]{1,5}",
+            wanted="ADDRESS:PORT",
+            max_length=300,
+        ),
+        "127.0.0.1:7443",
+    )
+    user: str = declared(
+        Rule(
+            doc="the name that this provider enrolled; the U-Cloud's own if not given",
+            pattern=f"({NAME})?",
+            wanted=LABEL,
+        ),
+        "",
+    )
+    region: str = declared(
+        Rule(
+            doc="where it is; what `placement.region` asks for", pattern=f"({NAME})?", wanted=LABEL
+        ),
+        "",
+    )
+    jurisdiction: str = declared(
+        Rule(doc="whose law it is under; what `placement.jurisdiction` asks for", max_length=63),
+        "",
+    )
+    options: dict[str, str] = declared(
+        Rule(
+            doc="of the fake provider: `hosts`, `cpus`, `memory`, delays and failures",
+            key_pattern=r"[a-z][a-z0-9_]{0,62}",
+            max_length=256,
+            max_items=64,
+        ),
+        factory=dict,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """A network of the U-Cloud, the same on all its platforms."""
+
+    name: str = declared(Rule(doc="its name", pattern=SHORT_NAME, wanted=SHORT_LABEL))
+    range: str = declared(
+        Rule(
+            doc="its addresses, an IPv4 network of a prefix length from 8 to 24; "
+            "allotted out of 10.64.0.0/10 if not given",
+            pattern=r"([0-9]{1,3}(\.[0-9]{1,3}){3}/[0-9]{1,2})?",
+            wanted="an IPv4 network such as 10.70.0.0/16",
+            max_length=18,
+            example="10.70.0.0/16",
+        ),
+        "",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Port:
+    """A port that an environment serves. In a manifest the bare number is enough."""
+
+    port: int = declared(Rule(doc="where it listens inside", ge=1, le=65535))
+    protocol: Literal["tcp", "udp"] = declared(Rule(doc="of the transport layer"), "tcp")
+    publish: bool = declared(
+        Rule(doc="reachable from outside, under the URL that `ps` prints"), default=True
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Wishes about where an environment runs. All of them are conditions; none given: anywhere."""
+
+    provider: str = declared(
+        Rule(doc="only at the provider of this name", pattern=f"({NAME})?", wanted=LABEL), ""
+    )
+    region: str = declared(Rule(doc="only in this region", pattern=f"({NAME})?", wanted=LABEL), "")
+    jurisdiction: str = declared(Rule(doc="only under this law", max_length=63), "")
+    spread: Literal["none", "host", "provider", "region"] = declared(
+        Rule(doc="no two replicas on the same one of these"), "none"
+    )
+    anti_affinity: list[str] = declared(
+        Rule(
+            doc="names of environments that must not be on the same host",
+            pattern=SHORT_NAME,
+            wanted=SHORT_LABEL,
+            max_items=256,
+        ),
+        factory=list,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """An execution environment: a container or a virtual machine."""
+
+    name: str = declared(
+        Rule(
+            doc="its name, and its name in the U-Cloud's DNS",
+            pattern=SHORT_NAME,
+            wanted=SHORT_LABEL,
+        )
+    )
+    kind: Literal["container", "vm"] = declared(Rule(doc="what runs it"))
+    image: str = declared(
+        Rule(
+            doc="container: `oci:PATH[:TAG]`, `docker-archive:PATH` or `docker://REFERENCE`; "
+            "vm: the path of a disk image (qcow2, raw) or of a directory with `kernel` and "
+            "`initrd`. Paths are relative to the manifest",
+            min_length=1,
+            example="docker://docker.io/library/nginx:1.27",
+        )
+    )
+    command: list[str] = declared(
+        Rule(doc="instead of what the image says; containers only", max_items=256), factory=list
+    )
+    cpus: float = declared(Rule(doc="processors, at most; 0.5 is half of one", ge=0.01, le=64), 1.0)
+    memory_bytes: int = declared(
+        Rule(doc="memory, at most", key="memory", size=True, ge=4 * MIB, le=1 << 42), 128 * MIB
+    )
+    env: dict[str, str] = declared(
+        Rule(
+            doc="environment variables; containers only",
+            key_pattern=r"[A-Za-z_][A-Za-z0-9_]{0,254}",
+            max_items=256,
+        ),
+        factory=dict,
+    )
+    ports: list[Port] = declared(Rule(doc="what it serves", max_items=64), factory=list)
+    replicas: int = declared(Rule(doc="how many of it", ge=0, le=1000), 1)
+    restart: Literal["always", "on-failure", "never"] = declared(
+        Rule(doc="when it is started again after it ended"), "always"
+    )
+    placement: Placement = declared(Rule(doc="where it runs"), factory=Placement)
+    network: str = declared(
+        Rule(
+            doc="the network that it is on; the first one if not given",
+            pattern=f"({SHORT_NAME})?",
+            wanted=SHORT_LABEL,
+        ),
+        "",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformSize:
+    """How large each L1 platform is: the virtual machine that environments run in."""
+
+    cpus: int = declared(Rule(doc="virtual processors", ge=1, le=64), 1)
+    memory_bytes: int = declared(
+        Rule(
+            doc="memory, for all that runs in it", key="memory", size=True, ge=256 * MIB, le=1 << 42
+        ),
+        GIB,
+    )
+    scratch_bytes: int = declared(
+        Rule(
+            doc="disk for images and writable layers, encrypted",
+            key="scratch",
+            size=True,
+            ge=64 * MIB,
+            le=1 << 50,
+        ),
+        4 * GIB,
+    )
+    ports: int = declared(Rule(doc="how many ports it can publish", ge=0, le=1024), 32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UCloud:
+    """One user's cloud."""
+
+    name: str = declared(Rule(doc="its name", pattern=SHORT_NAME, wanted=SHORT_LABEL))
+    providers: list[Provider] = declared(Rule(doc="where it may run", min_items=1, max_items=256))
+    environments: list[Environment] = declared(
+        Rule(doc="what runs in it", max_items=1000), factory=list
+    )
+    networks: list[Network] = declared(
+        Rule(doc="its networks; one called `default` if none is given", max_items=64), factory=list
+    )
+    platform: PlatformSize = declared(Rule(doc="the size of its platforms"), factory=PlatformSize)
+
+
+def replica_names(environment: Environment) -> list[str]:
+    """The names of its EEs: ``web``, ``web-2``, ``web-3``: one that stands keeps its name."""
+    name = environment.name
+    return [
+        name if number == 1 else f"{name}-{number}" for number in range(1, environment.replicas + 1)
+    ]
+
+
+def split_image(image: str) -> tuple[str, str, str]:
+    """Transport (``""`` is a path), path or reference, and tag (of ``oci:`` only) of an image.
+
+    >>> split_image("oci:images/web:v1"), split_image("docker://registry/web:v1")
+    (('oci', 'images/web', 'v1'), ('docker', 'registry/web:v1', ''))
+    """
+    transport, colon, rest = image.partition(":")
+    if not colon or transport not in TRANSPORTS:
+        return "", image, ""
+    if transport == "docker":
+        return transport, rest.removeprefix("//"), ""
+    if transport == "oci":
+        path, colon, tag = rest.rpartition(":")
+        if colon and "/" not in tag:
+            return transport, path, tag
+    return transport, rest, ""

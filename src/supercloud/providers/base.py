@@ -1,0 +1,162 @@
+"""What the control plane asks of a provider: one small protocol, the same for all of them.
+
+A provider object serves one U-Cloud at one provider entry of its manifest. Names of platforms are
+the caller's, deterministic and unique within the U-Cloud, so that every call may be repeated after
+any crash. Failures are ``UserError`` (with its reason), ``Temporary`` (try again after
+``delay_s``), or ``Permanent``.
+"""
+
+from asyncio import StreamReader, StreamWriter
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+Accept = Callable[[StreamReader, StreamWriter], Awaitable[None]]
+"""Given the raw byte stream to an agent, which is about to send a TLS ClientHello over it."""
+
+FEATURES = ("platforms", "console", "rendezvous", "ports", "kvm")
+"""Every provider says of each of these "" (it has it) or the reason why not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostCapacity:
+    """A place for platforms, as far as this U-Cloud may use it.
+
+    ``cpus_*`` are processors (1.5 is one and a half). ``images`` are digests of L1 images that it
+    holds. ``accelerator`` is kvm, tcg or "" (unknown). ``platforms_free`` is how many more it takes.
+    """
+
+    name: str
+    region: str
+    jurisdiction: str
+    cpus_total: float
+    cpus_free: float
+    memory_total_bytes: int
+    memory_free_bytes: int
+    disk_total_bytes: int
+    disk_free_bytes: int
+    platforms_free: int
+    accelerator: str = ""
+    images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformRequest:
+    """A platform to have. ``config_iso`` is the config disk; ``tag`` says whose it is.
+
+    The same name with another shape (anything but ``config_iso``) is ``Exists``: delete it first.
+    The first ``config_iso`` stays in effect for as long as the platform lives.
+    """
+
+    name: str
+    host: str
+    image: str
+    cpus: int
+    memory_bytes: int
+    scratch_bytes: int
+    ports: int
+    config_iso: bytes = field(repr=False)
+    tag: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformObservation:
+    """A platform as the provider sees it. ``state`` is one of ``model.states.MACHINE``.
+
+    The ports ``first_port`` .. ``first_port + ports - 1`` of ``address`` reach the platform.
+    """
+
+    name: str
+    host: str
+    state: str
+    address: str = ""
+    first_port: int = 0
+    ports: int = 0
+    accelerator: str = ""
+    image: str = ""
+    reason: str = ""
+    tag: str = ""
+
+
+class Console(Protocol):
+    """A serial console: ``read`` gives b"" at its end."""
+
+    async def read(self) -> bytes:
+        """The next bytes that the platform wrote."""
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Type ``data``."""
+        ...
+
+
+class Provider(Protocol):
+    """One U-Cloud's access to one provider."""
+
+    async def features(self) -> dict[str, str]:
+        """Feature (of ``FEATURES``) -> "" when it is there, otherwise the reason, for people."""
+        ...
+
+    async def hosts(self) -> list[HostCapacity]:
+        """The hosts as they are now. Temporary while the provider cannot be reached."""
+        ...
+
+    async def ensure_platform(self, request: PlatformRequest) -> PlatformObservation:
+        """Have the platform: create it, or find it. Idempotent by name.
+
+        Exists when the name is there with another shape; NoResources, Unsupported before any
+        effect. A platform that failed is not started again: delete it and ask anew.
+        """
+        ...
+
+    async def platforms(self) -> list[PlatformObservation]:
+        """Every platform of this U-Cloud at this provider, wanted or not."""
+        ...
+
+    async def delete_platform(self, name: str) -> None:
+        """Stop it and give everything back. Gone already is fine."""
+        ...
+
+    def console(self, name: str) -> AbstractAsyncContextManager[Console]:
+        """The platform's serial console while the context is open. NotFound."""
+        ...
+
+    async def rendezvous(self, accept: Accept) -> None:
+        """Hand every agent that dials in at this provider to ``accept``, until cancelled.
+
+        Each ``accept`` runs in a task of its own; a failing one is logged and costs only its
+        connection. Loss of the provider is waited out with back-off.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections and tasks; platforms stay as they are."""
+        ...
+
+
+class PinStore(Protocol):
+    """Where public keys seen at first contact are kept; the control plane gives it."""
+
+    async def get(self, name: str) -> str | None:
+        """The pin (``sha256:...``) under ``name``."""
+        ...
+
+    async def put(self, name: str, pin: str) -> None:
+        """Keep the pin; Exists when there is another one under ``name``."""
+        ...
+
+
+class MemoryPins:
+    """Pins for as long as the process lives; for tests and one-shot tools."""
+
+    def __init__(self) -> None:
+        self.pins: dict[str, str] = {}
+
+    async def get(self, name: str) -> str | None:
+        """The pin under ``name``."""
+        return self.pins.get(name)
+
+    async def put(self, name: str, pin: str) -> None:
+        """Keep the pin."""
+        self.pins[name] = pin

@@ -1,0 +1,133 @@
+"""What the control plane's HTTP API answers with, as dataclasses; JSON by ``wire.codec.encode``.
+
+The command line reads the same fields from plain JSON, without decoding: it starts faster so.
+Times are seconds since the epoch, 0 when it has not happened.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+API_PROTOCOL = 1
+# An exec and a console are WebSockets with this subprotocol; see ``messages.Exec`` for the messages.
+TERMINAL_SUBPROTOCOL = "supercloud.terminal.1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentRow:
+    """One EE, a row of ``ps``: the answer to ``GET /v1/environments`` is a list of these.
+
+    ``name`` is the EE's (``web-2``), ``environment`` the manifest's (``web``). ``state`` is one of
+    ``model.states.ENVIRONMENT``; ``urls`` are those of its published ports, in the manifest's order.
+    """
+
+    ucloud: str
+    name: str
+    environment: str
+    kind: Literal["container", "vm"]
+    state: str
+    reason: str = ""
+    provider: str = ""
+    host: str = ""
+    platform: str = ""
+    address: str = ""
+    urls: list[str] = field(default_factory=list)
+    restarts: int = 0
+    created_s: float = 0.0
+    started_s: float = 0.0
+    engine: str = ""
+    image: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformRow:
+    """One L1 platform. ``state`` is one of ``model.states.PLATFORM``."""
+
+    name: str
+    provider: str
+    host: str
+    state: str
+    reason: str = ""
+    region: str = ""
+    jurisdiction: str = ""
+    accelerator: str = ""
+    created_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Something that is being done or has been done for the present generation, in order of start.
+
+    ``subject`` is ``platform/NAME`` or ``environment/NAME`` (or ``image/...``); ``message`` what is
+    being done, in words. ``fraction`` is from 0 to 1 where it is known, else -1.
+    """
+
+    subject: str
+    message: str
+    state: Literal["waiting", "running", "done", "failed"]
+    started_s: float = 0.0
+    ended_s: float = 0.0
+    fraction: float = -1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UCloudView:
+    """A U-Cloud: ``GET /v1/uclouds/U``, and each item of the list ``GET /v1/uclouds``.
+
+    ``state`` is one of ``model.states.UCLOUD``: ``ready`` when all of ``generation`` serves.
+    ``error`` (``model.errors.to_wire``) is there when it will not become so without a change;
+    what may yet succeed is only a failed step.
+    """
+
+    name: str
+    state: str
+    generation: int
+    platforms: list[PlatformRow]
+    environments: list[EnvironmentRow]
+    steps: list[Step] = field(default_factory=list)
+    error: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One difference between what is and what is wanted. ``details``: ``memory 64MiB -> 1GiB``."""
+
+    action: Literal["create", "change", "delete"]
+    subject: str  # as in Step, and network/NAME, provider/NAME
+    details: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """``POST /v1/plan``; no ``changes``: everything is as wanted. ``warnings``: what is not covered."""
+
+    ucloud: str
+    changes: list[Change]
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Applied:
+    """``POST /v1/up``: the desired state is stored; it is being worked on."""
+
+    ucloud: str
+    generation: int
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One line of ``GET /v1/doctor`` (a list of these): ``fix`` is what to do when not ``ok``."""
+
+    name: str
+    ok: bool
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Version:
+    """``GET /v1/version``."""
+
+    version: str
+    protocol: int = API_PROTOCOL
+    pid: int = 0

@@ -59,8 +59,11 @@ class Archive:
     mirrors: Mapping[str, str] = field(default_factory=_mirrors)
 
     def resolve(self, wanted: Sequence[str], kernel_meta: str) -> Lock:
-        """Everything that ``wanted`` needs (without recommendations), and the kernel package
-        behind ``kernel_meta`` alone: its dependencies only serve maintainer scripts."""
+        """Everything that ``wanted`` needs, without recommendations, and a kernel.
+
+        Of ``kernel_meta`` only the kernel package behind it is taken: the dependencies serve
+        maintainer scripts.
+        """
         self._write_apt_state()
         self._apt("update", "--error-on=any", "-qq")
         lines = self._uris("install", *wanted) + self._uris("download", self._kernel(kernel_meta))
@@ -134,8 +137,9 @@ class Archive:
         return self._apt("-qq", "-y", "--print-uris", command, *names).splitlines()
 
     def _kernel(self, meta: str) -> str:
-        found = re.findall(rf"(linux-image-[0-9]\S*-cloud-{ARCHITECTURE})_", "\n".join(
-            self._uris("install", meta)))
+        found = re.findall(
+            rf"(linux-image-[0-9]\S*-cloud-{ARCHITECTURE})_", "\n".join(self._uris("install", meta))
+        )
         if not found:
             raise Permanent(f"{meta} names no kernel package")
         return urllib.parse.unquote(str(found[0]))

@@ -16,10 +16,15 @@ from supercloud.upper.platform.image.lock import Lock
 from supercloud.upper.platform.image.progress import Progress
 from supercloud.upper.platform.image.tools import ToolTree
 
-RUNTIME, L1, VMLINUX, VMLINUZ, INITRD, KERNEL_VERSION = (
-    "runtime.tar l1.tar vmlinux vmlinuz initrd kernel-version".split()
-)
-_SOURCES = "base bytecode closure elf kernel modules recipe tree".split()
+RUNTIME, L1, VMLINUX, VMLINUZ, INITRD, KERNEL_VERSION = [
+    "runtime.tar",
+    "l1.tar",
+    "vmlinux",
+    "vmlinuz",
+    "initrd",
+    "kernel-version",
+]
+_SOURCES = ["base", "bytecode", "closure", "elf", "kernel", "modules", "recipe", "tree"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ def place(cache: Path, lock: Lock) -> Path:
     """Where the base for a lock and this builder is."""
     key = hashlib.sha256(lock.digest.encode())
     here = Path(__file__).parent
-    for path in (*(here / f"{name}.py" for name in _SOURCES), here / "files" / "boot-init"):
+    data = (recipe.FILES / "boot-init", recipe.FILES / "l1-modules")
+    for path in (*(here / f"{name}.py" for name in _SOURCES), *data):
         key.update(path.read_bytes())
     return cache / f"base-{key.hexdigest()[:24]}"
 
@@ -76,7 +82,7 @@ def _files(tree: trees.Tree, tool_tree: ToolTree, progress: Progress) -> dict[st
         vmlinux = kernel.vmlinux(vmlinuz, tool_tree)
         detail.append(f"{version}, {len(vmlinux) / 1e6:.0f} MB")
     with progress.step("kernel modules") as detail:
-        found, absent = available.closure(recipe.MODULES)
+        found, absent = available.closure(recipe.l1_modules())
         l1_modules = available.indexed(found, tool_tree)
         detail.append(f"{len(found)}; built in or not there: {' '.join(absent)}")
     with progress.step("initramfs") as detail:
@@ -86,7 +92,7 @@ def _files(tree: trees.Tree, tool_tree: ToolTree, progress: Progress) -> dict[st
         runtime = _image(tree, tool_tree, recipe.RUNTIME_ROOTS, recipe.RUNTIME_LINKS, {})
         detail.append(f"{len(runtime)} files, {trees.size_bytes(runtime) / 1e6:.0f} MB")
     with progress.step("L1 image, Debian's part") as detail:
-        links = recipe.L1_LINKS | _busybox_links(tree, tool_tree, recipe.L1_LINKS)
+        links = recipe.L1_LINKS | _busybox_links(tool_tree, recipe.L1_LINKS)
         l1 = _image(tree, tool_tree, recipe.L1_ROOTS, links, l1_modules)
         detail.append(f"{len(l1)} files, {trees.size_bytes(l1) / 1e6:.0f} MB")
     return {
@@ -121,15 +127,15 @@ def _image(
 
 def _frame() -> trees.Tree:
     """Merged /usr, mount points, the few texts of /etc."""
-    frame: trees.Tree = {name: trees.link(f"usr/{name}") for name in ("bin", "sbin", "lib", "lib64")}
+    frame: trees.Tree = {
+        name: trees.link(f"usr/{name}") for name in ("bin", "sbin", "lib", "lib64")
+    }
     frame |= {name: trees.directory() for name in recipe.DIRECTORIES}
     frame |= {name: trees.file(text) for name, text in recipe.TEXTS.items()}
     return frame | {"tmp": trees.directory(0o1777), "var/tmp": trees.directory(0o1777)}
 
 
-def _busybox_links(
-    tree: trees.Tree, tool_tree: ToolTree, taken: Mapping[str, str]
-) -> dict[str, str]:
+def _busybox_links(tool_tree: ToolTree, taken: Mapping[str, str]) -> dict[str, str]:
     """Applets of busybox for what no real program in the image does."""
     real = {Path(path).name for path in (*recipe.L1_ROOTS, *taken)}
     applets = tool_tree.run("busybox", "--list").decode().split()
@@ -140,9 +146,12 @@ def _initramfs(tree: trees.Tree, available: modules.Modules, tool_tree: ToolTree
     wanted = (*recipe.BOOT_MODULES, *recipe.BOOT_MODULES_LEGACY)
     found = available.indexed(available.closure(wanted)[0], tool_tree)
     kept = {path: node for path, node in found.items() if not path.endswith((".bin", ".symbols"))}
-    applets = "sh mount mkdir modprobe dd hexdump sleep switch_root".split()
+    applets = ["sh", "mount", "mkdir", "modprobe", "dd", "hexdump", "sleep", "switch_root"]
     kept |= {f"usr/bin/{name}": trees.link("busybox") for name in applets}
     kept |= {name: trees.link(f"usr/{name}") for name in ("bin", "sbin", "lib")}
-    kept |= {name: trees.directory() for name in "dev proc sys lower upper newroot usr/sbin".split()}
+    kept |= {
+        name: trees.directory()
+        for name in ["dev", "proc", "sys", "lower", "upper", "newroot", "usr/sbin"]
+    }
     kept |= {"init": own.boot_init(), "usr/bin/busybox": tree["usr/bin/busybox"]}
     return trees.with_parents(kept)

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from supercloud.upper.platform.image import erofs, own, recipe, tools
 from supercloud.upper.platform.image import tree as trees
 from supercloud.upper.platform.image.archive import Archive
 from supercloud.upper.platform.image.base import Base
-from supercloud.upper.platform.image.lock import Lock
+from supercloud.upper.platform.image.lock import Lock, Package
 from supercloud.upper.platform.image.locking import Locking
 from supercloud.upper.platform.image.progress import Progress
 from supercloud.upper.platform.image.tools import ToolTree
@@ -34,7 +34,7 @@ class _Job:
     progress: Progress
 
 
-def build(  # noqa: PLR0913 -- the options of the command line
+def build(
     out: Path,
     *,
     cache: Path | None = None,
@@ -68,18 +68,22 @@ def build(  # noqa: PLR0913 -- the options of the command line
 
 
 def _base(cache: Path, locking: Locking, progress: Progress) -> tuple[Lock, Base]:
-    def ready(lock: Lock) -> bool:
-        return bases.place(cache, lock).exists() and tools.place(cache, lock).exists()
+    def needed(lock: Lock) -> Iterable[Package]:
+        made = bases.place(cache, lock).exists() and tools.place(cache, lock).exists()
+        return () if made else lock.packages
 
-    lock, debs = locking.obtain(ready)
+    lock, debs = locking.obtain(needed)
     if not debs:
         return lock, Base(bases.place(cache, lock))
     return lock, bases.make(cache, lock, debs, progress)
 
 
 def _runtime(job: _Job) -> dict[str, str]:
-    return {"runtime": _root(job, "runtime.erofs", bases.RUNTIME, recipe.OWN_RUNTIME,
-                             own.runtime_files())}
+    return {
+        "runtime": _root(
+            job, "runtime.erofs", bases.RUNTIME, recipe.OWN_RUNTIME, own.runtime_files()
+        )
+    }
 
 
 def _l1(job: _Job) -> dict[str, str]:
@@ -91,17 +95,13 @@ def _l1(job: _Job) -> dict[str, str]:
 _MAKERS: dict[str, Callable[[_Job], dict[str, str]]] = {"runtime": _runtime, "l1": _l1}
 
 
-def _root(
-    job: _Job, name: str, base: str, parts: tuple[str, ...], files: trees.Tree
-) -> str:
+def _root(job: _Job, name: str, base: str, parts: tuple[str, ...], files: trees.Tree) -> str:
     """Make one erofs root; the hash of our code in it."""
     with job.progress.step(name) as detail:
         sources = own.sources(parts) | files
         compiled = own.compiled({p: n for p, n in sources.items() if p not in files}, job.tools)
         layer = trees.with_parents(compiled | files)
-        erofs.from_tars(
-            job.scratch / name, (job.base.read(base), trees.to_tar(layer)), job.tools
-        )
+        erofs.from_tars(job.scratch / name, (job.base.read(base), trees.to_tar(layer)), job.tools)
         detail.append(f"{(job.scratch / name).stat().st_size / 1e6:.0f} MB")
         return own.digest(sources)
 

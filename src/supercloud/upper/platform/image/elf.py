@@ -1,4 +1,4 @@
-"""The little of ELF64 (little-endian) that the closure needs: what a file wants to be loaded with."""
+"""The little of ELF64 (little-endian) that the closure needs."""
 
 import struct
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ class _Segment:
 
 
 def is_elf(data: bytes) -> bool:
-    """Is it a 64-bit little-endian ELF file?"""
+    """Whether it is a 64-bit little-endian ELF file."""
     return data.startswith(_MAGIC)
 
 

@@ -14,8 +14,11 @@ _NAMESPACE = uuid.UUID("6f4a1a3e-6f0c-5d2f-9f43-3f2d5b0f7c11")
 
 
 def from_tars(out: Path, tars: Iterable[bytes], tools: ToolTree) -> None:
-    """Write ``out`` from tars without ends, joined. Not compressed: it is read from memory or
-    under emulation, where decompressing costs more than reading."""
+    """Write ``out`` from tars without ends, joined.
+
+    Not compressed: it is read from memory or under emulation, where decompressing costs more
+    than reading.
+    """
     joined = b"".join((*tars, TAR_END))
     identity = uuid.uuid5(_NAMESPACE, hashlib.sha256(joined).hexdigest())
     command = [

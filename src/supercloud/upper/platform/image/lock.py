@@ -84,8 +84,8 @@ def _package(untrusted: dict[str, Any]) -> Package:
 def differences(old: Lock, new: Lock) -> list[str]:
     """Human lines: what changed from ``old`` to ``new``."""
     before, after = old.versions(), new.versions()
-    lines = []
-    for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
-            lines.append(f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}")
-    return lines
+    return [
+        f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]

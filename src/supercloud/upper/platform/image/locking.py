@@ -1,6 +1,6 @@
 """Which lock a build uses: the committed one, unless the archive has moved on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from supercloud.model.errors import Unsupported
 from supercloud.upper.platform.image import lock as locks
 from supercloud.upper.platform.image import recipe
 from supercloud.upper.platform.image.archive import Archive, Dropped
-from supercloud.upper.platform.image.lock import Lock
+from supercloud.upper.platform.image.lock import Lock, Package
 from supercloud.upper.platform.image.progress import Progress
 
 _ASKED = (*sorted(recipe.WANTED), recipe.KERNEL_META)
@@ -31,19 +31,19 @@ class Locking:
         instead = self._instead(committed)
         return committed if self.locked or not instead.exists() else locks.read(instead)
 
-    def obtain(self, ready: Callable[[Lock], bool]) -> tuple[Lock, dict[str, Path]]:
-        """A lock with all its packages at hand; none are fetched when ``ready`` says that what
-        would be made of them exists already."""
+    def obtain(self, needed: Callable[[Lock], Iterable[Package]]) -> tuple[Lock, dict[str, Path]]:
+        """A lock, and those of its packages that are ``needed``, verified.
+
+        ``needed`` answers nothing when what would be made of the packages exists already.
+        """
         lock = self.current()
-        if ready(lock):
-            return lock, {}
         try:
-            return lock, self._fetch(lock)
+            return lock, self._fetch(needed(lock))
         except Dropped as error:
             if self.locked:
                 raise
             lock = self._resolve_instead(self._committed(), str(error))
-            return lock, {} if ready(lock) else self._fetch(lock)
+            return lock, self._fetch(needed(lock))
 
     def update(self) -> Lock:
         """Resolve anew and replace the committed lock."""
@@ -79,8 +79,11 @@ class Locking:
             self.progress.note(f"  {line}")
         return lock
 
-    def _fetch(self, lock: Lock) -> dict[str, Path]:
+    def _fetch(self, needed: Iterable[Package]) -> dict[str, Path]:
+        packages = list(needed)
+        if not packages:
+            return {}
         with self.progress.step("fetch and verify") as detail:
-            megabytes = sum(package.size_bytes for package in lock.packages) / 1e6
-            detail.append(f"{len(lock.packages)} packages, {megabytes:.0f} MB")
-            return self.archive.fetch(lock.packages)
+            megabytes = sum(package.size_bytes for package in packages) / 1e6
+            detail.append(f"{len(packages)} packages, {megabytes:.0f} MB")
+            return self.archive.fetch(packages)

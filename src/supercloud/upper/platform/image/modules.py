@@ -11,11 +11,19 @@ from typing import Protocol
 from supercloud.upper.platform.image import elf
 from supercloud.upper.platform.image.tree import Tree, file, unpack
 
-_INDEX = (
-    "modules.alias modules.alias.bin modules.builtin modules.builtin.alias.bin "
-    "modules.builtin.bin modules.builtin.modinfo modules.dep modules.dep.bin "
-    "modules.softdep modules.symbols modules.symbols.bin"
-).split()
+_INDEX = [
+    "modules.alias",
+    "modules.alias.bin",
+    "modules.builtin",
+    "modules.builtin.alias.bin",
+    "modules.builtin.bin",
+    "modules.builtin.modinfo",
+    "modules.dep",
+    "modules.dep.bin",
+    "modules.softdep",
+    "modules.symbols",
+    "modules.symbols.bin",
+]
 
 
 class Runs(Protocol):
@@ -34,8 +42,10 @@ class Modules:
     paths: Mapping[str, str]
 
     def closure(self, wanted: Iterable[str]) -> tuple[Tree, list[str]]:
-        """Uncompressed modules with all that they depend on; and the names that do not exist
-        (built in, or not in this kernel)."""
+        """Uncompressed modules with all that they depend on; and the names that do not exist.
+
+        Those are built in, or not in this kernel.
+        """
         found: Tree = {}
         absent: list[str] = []
         todo, seen = [(name, True) for name in wanted], set()

@@ -9,12 +9,11 @@ from pathlib import Path
 import supercloud
 from supercloud.upper.platform.image import bytecode
 from supercloud.upper.platform.image import tree as trees
-from supercloud.upper.platform.image.recipe import PYTHON
+from supercloud.upper.platform.image.recipe import FILES, PYTHON
 from supercloud.upper.platform.image.tools import ToolTree
 
 PLACE = "opt/supercloud/lib/supercloud"
 PACKAGE = Path(supercloud.__file__).parent
-_FILES = Path(__file__).with_name("files")
 
 
 def sources(parts: Iterable[str], package: Path = PACKAGE) -> trees.Tree:
@@ -60,15 +59,15 @@ def compiled(tree: trees.Tree, tools: ToolTree) -> trees.Tree:
 
 def runtime_files() -> trees.Tree:
     """The launcher, the same in every image."""
-    return {"opt/supercloud/main.py": trees.file((_FILES / "main.py").read_bytes())}
+    return {"opt/supercloud/main.py": trees.file((FILES / "main.py").read_bytes())}
 
 
 def l1_files() -> trees.Tree:
     """The launcher and process 1 of the platform."""
-    init = trees.file((_FILES / "l1init").read_bytes(), 0o755)
+    init = trees.file((FILES / "l1init").read_bytes(), 0o755)
     return runtime_files() | {"usr/sbin/l1init": init}
 
 
 def boot_init() -> trees.Node:
     """The first program of the initramfs."""
-    return trees.file((_FILES / "boot-init").read_bytes(), 0o755)
+    return trees.file((FILES / "boot-init").read_bytes(), 0o755)

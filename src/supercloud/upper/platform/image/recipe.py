@@ -1,7 +1,9 @@
 """What goes into the images, as data: Debian packages, paths to keep, kernel modules, our code."""
 
 import re
+from pathlib import Path
 
+FILES = Path(__file__).with_name("files")
 KERNEL_META = "linux-image-cloud-amd64"
 PYTHON = "usr/bin/python3.13"
 PYTHON_LIB = "usr/lib/python3.13"
@@ -123,9 +125,23 @@ L1_LINKS = {
 RUNTIME_LINKS = {"usr/bin/sh": "busybox", "usr/bin/python3": "python3.13"}
 
 # Mount points, and directories that programs expect.
-DIRECTORIES = tuple(
-    "dev etc mnt opt proc root run sys tmp usr/bin usr/sbin usr/lib usr/lib64 var/lib var/log "
-    "var/tmp".split()
+DIRECTORIES = (
+    "dev",
+    "etc",
+    "mnt",
+    "opt",
+    "proc",
+    "root",
+    "run",
+    "sys",
+    "tmp",
+    "usr/bin",
+    "usr/sbin",
+    "usr/lib",
+    "usr/lib64",
+    "var/lib",
+    "var/log",
+    "var/tmp",
 )
 TEXTS = {
     "etc/passwd": "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
@@ -139,28 +155,12 @@ TEXTS = {
 BOOT_MODULES = ("virtio_blk", "erofs", "overlay")
 BOOT_MODULES_LEGACY = ("virtio_scsi", "sd_mod", "ahci", "ata_piix", "xen_blkfront")
 
-MODULES = (
-    *BOOT_MODULES,
-    *"""
-    virtio_net virtio_balloon virtio_scsi virtio_mem virtio_rng loop isofs vfat nls_ascii
-    nls_cp437 nls_utf8 squashfs
-    kvm kvm_amd kvm_intel irqbypass vhost_net vhost_vsock vsock_loopback
-    vmw_vsock_virtio_transport tun macvlan ipvlan veth bridge br_netfilter vxlan geneve wireguard
-    dummy sch_netem sch_tbf sch_htb sch_ingress cls_bpf cls_u32 act_mirred
-    dm_mod dm_crypt dm_integrity dm_verity dm_thin_pool dm_snapshot nbd raid1 dm_raid
-    xts essiv authenc aesni_intel sha256_ssse3 crc32c_intel
-    chacha20poly1305 algif_skcipher algif_hash af_alg
-    nf_tables nft_ct nft_nat nft_chain_nat nft_masq nft_fib_inet nft_reject_inet nft_limit
-    nft_log nft_redir nft_compat nft_numgen nft_hash nft_queue nft_tproxy nft_socket
-    nf_conntrack nf_conntrack_netlink nfnetlink_queue
-    ip_tables ip6_tables iptable_filter ip6table_filter iptable_nat iptable_raw
-    xt_mark xt_tcpudp xt_conntrack xt_comment xt_MASQUERADE xt_nat xt_addrtype
-    unix_diag inet_diag tcp_diag udp_diag netlink_diag af_packet_diag
-    openvswitch vfio_pci ptp_kvm tpm_vtpm_proxy
-    ahci ata_piix sd_mod sr_mod ena vmxnet3 hv_netvsc hv_storvsc
-    xen_blkfront xen_netfront gve
-    """.split(),
-)
+
+def l1_modules() -> list[str]:
+    """The modules of the L1 image, from the data file."""
+    lines = FILES.joinpath("l1-modules").read_text().splitlines()
+    return [name for line in lines if not line.startswith("#") for name in line.split()]
+
 
 # Our code, as paths below the package.
 OWN_RUNTIME = ("__init__.py", "model", "wire", "trust", "isolation", "services", "lower")

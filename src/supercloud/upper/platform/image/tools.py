@@ -82,8 +82,11 @@ class ToolTree:
         return done.stdout
 
     def _prepare(self) -> Path:
+        self.cache.mkdir(parents=True, exist_ok=True)
         locking = Locking(Archive(self.cache), Progress(quiet=True))
-        lock, debs = locking.obtain(lambda lock: place(self.cache, lock).exists())
+        lock, debs = locking.obtain(
+            lambda lock: () if place(self.cache, lock).exists() else lock.packages
+        )
         if not debs:
             return place(self.cache, lock)
         return unpack(self.cache, lock, trees.from_debs(debs.values(), recipe.SKIP))

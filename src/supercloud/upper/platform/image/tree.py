@@ -27,17 +27,17 @@ class Node:
 
     @property
     def is_file(self) -> bool:
-        """Regular file?"""
+        """Whether it is a regular file."""
         return stat.S_ISREG(self.mode)
 
     @property
     def is_dir(self) -> bool:
-        """Directory?"""
+        """Whether it is a directory."""
         return stat.S_ISDIR(self.mode)
 
     @property
     def is_link(self) -> bool:
-        """Symbolic link?"""
+        """Whether it is a symbolic link."""
         return stat.S_ISLNK(self.mode)
 
     @property

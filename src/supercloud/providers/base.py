@@ -24,7 +24,7 @@ class HostCapacity:
     """A place for platforms, as far as this U-Cloud may use it.
 
     ``cpus_*`` are processors (1.5 is one and a half). ``images`` are digests of L1 images that it
-    holds. ``accelerator`` is kvm, tcg or "" (unknown). ``platforms_free`` is how many more it takes.
+    holds. ``accelerator`` is kvm, tcg or "" (unknown); ``platforms_free`` more platforms fit.
     """
 
     name: str

@@ -1,0 +1,251 @@
+"""The pretended world: hosts, and the platforms that are on them, kept in files.
+
+::
+
+    DIRECTORY/creations.jsonl   one line for every platform that was ever made
+    DIRECTORY/NAME.json         a platform (mode 0600: it holds its token)
+    DIRECTORY/NAME.key .pem     its agent's key, and its certificate once it enrolled
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from supercloud.model.errors import Exists, Invalid, NoResources, NotFound, Temporary, Unsupported
+from supercloud.model.states import MACHINE, step
+from supercloud.providers.base import HostCapacity, PlatformObservation, PlatformRequest
+from supercloud.providers.fake import bootdata
+from supercloud.providers.fake.options import Options
+from supercloud.wire.codec import decode, encode
+from supercloud.wire.messages import EnvironmentSpec, EnvironmentStatus
+
+FIRST_PORT = 20_000
+LAST_PORT = 60_000
+Hook = Callable[[str, str, str], None]
+"""Called with ("before" | "after", operation, name) around every effect; what it raises, is raised:
+so a test crashes the control plane between any two effects."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Platform:
+    """A platform, and what its agent knows."""
+
+    name: str
+    host: str
+    image: str
+    cpus: int
+    memory_bytes: int
+    scratch_bytes: int
+    ports: int
+    tag: str
+    shape: str
+    first_port: int
+    address: str
+    state: str = "running"
+    reason: str = ""
+    boot_id: str = ""
+    boot: bootdata.BootData | None = None
+    generation: int = 0
+    specs: list[EnvironmentSpec] = field(default_factory=list)
+    statuses: list[EnvironmentStatus] = field(default_factory=list)
+
+    def observation(self) -> PlatformObservation:
+        """As the provider shows it."""
+        return PlatformObservation(
+            name=self.name, host=self.host, state=self.state, address=self.address,
+            first_port=self.first_port, ports=self.ports, accelerator="tcg", image=self.image,
+            reason=self.reason, tag=self.tag,
+        )  # fmt: skip
+
+
+class FakeCloud:
+    """Hosts and platforms of one provider entry. ``changed`` is set, and a new one takes its place, whenever
+    platforms come or go.
+
+    ``creations`` counts by name how often a platform was really made.
+    """
+
+    def __init__(self, name: str, options: Options | None = None, directory: str = "") -> None:
+        self.name, self.options = name, options or Options()
+        self._temporary = None if directory else tempfile.TemporaryDirectory(prefix="fake-cloud-")
+        self.directory = directory or (self._temporary.name if self._temporary else "")
+        os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        self.hook: Hook = lambda _when, _operation, _name: None
+        self.changed = asyncio.Event()
+        self.creations: Counter[str] = Counter()
+        self.platforms: dict[str, Platform] = {}
+        self._failures = Counter(
+            create=self.options.fail_create,
+            delete=self.options.fail_delete,
+            hosts=self.options.fail_hosts,
+        )
+        self._load()
+
+    # -- what a provider does
+
+    async def pretend(self, operation: str) -> None:
+        """Take as long as configured, then fail if that is configured."""
+        if self.options.latency_ms:
+            await asyncio.sleep(self.options.latency_ms / 1000)
+        if self._failures[operation] > 0:
+            self._failures[operation] -= 1
+            raise Temporary(f"{self.name}: pretended failure of {operation}", delay_s=0.01)
+
+    def fail(self, operation: str, times: int = 1) -> None:
+        """Let the next ``times`` calls of create, delete or hosts fail with Temporary."""
+        self._failures[operation] += times
+
+    def hosts(self) -> list[HostCapacity]:
+        """The hosts, less what their platforms take."""
+        free = {host.name: host for host in self.options.capacities(self.name)}
+        for platform in self.platforms.values():
+            if host := free.get(platform.host):
+                free[platform.host] = replace(
+                    host,
+                    cpus_free=host.cpus_free - platform.cpus,
+                    memory_free_bytes=host.memory_free_bytes - platform.memory_bytes,
+                    disk_free_bytes=host.disk_free_bytes - platform.scratch_bytes,
+                    platforms_free=host.platforms_free - 1,
+                )
+        return list(free.values())
+
+    def create(self, request: PlatformRequest) -> Platform:
+        """Make the platform, or find it; all refusals precede all effects."""
+        shape = shape_of(request)
+        if there := self.platforms.get(request.name):
+            if there.shape != shape:
+                raise Exists(f"platform {request.name} is there with another shape")
+            return there
+        self._check(request)
+        platform = self._new(request, shape)
+        self.hook("before", "create", request.name)
+        self._count(request.name)
+        self.platforms[request.name] = platform
+        self.save(platform)
+        self._announce()
+        self.hook("after", "create", request.name)
+        return platform
+
+    def delete(self, name: str) -> None:
+        """Forget the platform and its agent's files."""
+        if name not in self.platforms:
+            return
+        self.hook("before", "delete", name)
+        del self.platforms[name]
+        for suffix in (".json", ".pem", ".key"):
+            path = self.path(name, suffix)
+            if os.path.exists(path):
+                os.unlink(path)
+        self._announce()
+        self.hook("after", "delete", name)
+
+    def find(self, name: str) -> Platform:
+        """The platform; NotFound."""
+        if name not in self.platforms:
+            raise NotFound(f"{self.name} has no platform {name}")
+        return self.platforms[name]
+
+    def set_state(self, name: str, state: str, reason: str = "") -> None:
+        """Let a platform go to a state of MACHINE: fail, wedge, stop, run."""
+        platform = self.find(name)
+        platform.state, platform.reason = step(MACHINE, platform.state, state), reason
+        self.save(platform)
+        self._announce()
+
+    # -- how
+
+    def _announce(self) -> None:
+        self.changed, old = asyncio.Event(), self.changed
+        old.set()
+
+    def _check(self, request: PlatformRequest) -> None:
+        host = next((host for host in self.hosts() if host.name == request.host), None)
+        if host is None:
+            raise NotFound(f"{self.name} has no host {request.host}")
+        if request.image not in host.images:
+            raise Unsupported(f"host {host.name} does not hold the image {request.image}")
+        for what, asked, free in (
+            ("processors", request.cpus, host.cpus_free),
+            ("bytes of memory", request.memory_bytes, host.memory_free_bytes),
+            ("bytes of disk", request.scratch_bytes, host.disk_free_bytes),
+            ("platforms", 1, host.platforms_free),
+        ):
+            if asked > free:
+                raise NoResources(f"{host.name}: {asked} {what} asked for, {free:g} are free")
+
+    def _new(self, request: PlatformRequest, shape: str) -> Platform:
+        number = int(request.host.rpartition("-")[2])
+        platform = Platform(
+            name=request.name, host=request.host, image=request.image, cpus=request.cpus,
+            memory_bytes=request.memory_bytes, scratch_bytes=request.scratch_bytes,
+            ports=request.ports, tag=request.tag, shape=shape,
+            first_port=self._ports(request.host, request.ports),
+            address=f"198.18.{number // 250}.{number % 250 + 1}",
+            boot_id=hashlib.sha256(f"{self.name}/{request.name}".encode()).hexdigest()[:32],
+        )  # fmt: skip
+        try:
+            platform.boot = bootdata.read(request.config_iso)
+        except Invalid as error:  # a real host does not read it either: its guest fails to boot
+            platform.state, platform.reason = "failed", str(error)
+        return platform
+
+    def _ports(self, host: str, count: int) -> int:
+        taken = sorted((p.first_port, p.ports) for p in self.platforms.values() if p.host == host)
+        first = FIRST_PORT
+        for start, length in taken:
+            if start - first >= count:
+                break
+            first = start + length
+        if first + count > LAST_PORT:
+            raise NoResources(f"{host}: {count} ports asked for, so many are not free")
+        return first
+
+    # -- files
+
+    def path(self, name: str, suffix: str) -> str:
+        """A file of a platform."""
+        return os.path.join(self.directory, name + suffix)
+
+    def save(self, platform: Platform) -> None:
+        """Keep the platform across the end of the process; one that was deleted stays deleted."""
+        if self.platforms.get(platform.name) is not platform:
+            return
+        write_private(self.path(platform.name, ".json"), json.dumps(encode(platform)).encode())
+
+    def _load(self) -> None:
+        log = os.path.join(self.directory, "creations.jsonl")
+        if os.path.exists(log):
+            with open(log, encoding="utf-8") as file:
+                self.creations.update(json.loads(line)["name"] for line in file)
+        for entry in sorted(os.listdir(self.directory)):
+            if entry.endswith(".json"):
+                with open(os.path.join(self.directory, entry), encoding="utf-8") as file:
+                    loaded: Any = json.load(file)
+                platform = decode(Platform, loaded, entry)
+                self.platforms[platform.name] = platform
+
+    def _count(self, name: str) -> None:
+        self.creations[name] += 1
+        path = os.path.join(self.directory, "creations.jsonl")
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"name": name}) + "\n")
+
+
+def shape_of(request: PlatformRequest) -> str:
+    """What makes two requests of one name the same: everything but the config disk."""
+    shape = {k: v for k, v in encode(request).items() if k != "config_iso"}
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
+
+
+def write_private(path: str, data: bytes) -> None:
+    """Put ``data`` at ``path`` (mode 0600), whole or not at all."""
+    part = f"{path}.part"
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(data)
+    os.replace(part, path)

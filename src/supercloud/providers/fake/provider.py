@@ -1,0 +1,158 @@
+"""The provider protocol on top of the pretended world."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator
+
+from supercloud.model.errors import SupercloudError
+from supercloud.providers.base import (
+    FEATURES,
+    Accept,
+    Console,
+    HostCapacity,
+    PlatformObservation,
+    PlatformRequest,
+)
+from supercloud.providers.fake.agent import FakeAgent, dial, raw_streams
+from supercloud.providers.fake.cloud import FakeCloud
+from supercloud.providers.fake.options import options_of
+from supercloud.providers.registry import Context
+from supercloud.trust.names import check_label
+
+log = logging.getLogger("supercloud.providers.fake")
+
+
+def from_context(context: Context) -> "FakeProvider":
+    """The fake provider of a manifest entry; its world is in the entry's state directory."""
+    entry = context.entry
+    return FakeProvider(FakeCloud(entry.name, options_of(entry), context.state_directory))
+
+
+class FakeProvider:
+    """Implements ``providers.base.Provider``. Several may stand on one ``FakeCloud``."""
+
+    def __init__(self, cloud: FakeCloud) -> None:
+        self.cloud = cloud
+        self._agents: dict[str, FakeAgent] = {}
+
+    async def features(self) -> dict[str, str]:
+        """Everything but speed: there is no machine to have KVM."""
+        return dict.fromkeys(FEATURES, "") | {"kvm": "nothing really runs here"}
+
+    async def hosts(self) -> list[HostCapacity]:
+        """The pretended hosts."""
+        await self.cloud.pretend("hosts")
+        return self.cloud.hosts()
+
+    async def ensure_platform(self, request: PlatformRequest) -> PlatformObservation:
+        """Create or find."""
+        check_label(request.name, "name")
+        await self.cloud.pretend("create")
+        return self.cloud.create(request).observation()
+
+    async def platforms(self) -> list[PlatformObservation]:
+        """All of them."""
+        await self.cloud.pretend("platforms")
+        return [platform.observation() for platform in self.cloud.platforms.values()]
+
+    async def delete_platform(self, name: str) -> None:
+        """Forget it, and end its agent's connection."""
+        await self.cloud.pretend("delete")
+        self.cloud.delete(name)
+
+    @contextlib.asynccontextmanager
+    async def console(self, name: str) -> AsyncIterator[Console]:
+        """A console that greets and echoes."""
+        yield EchoConsole(self.cloud.find(name).name)
+
+    async def rendezvous(self, accept: Accept) -> None:
+        """Keep every running platform's agent dialling."""
+        dialling: dict[str, asyncio.Task[None]] = {}
+        try:
+            while True:
+                changed = self.cloud.changed
+                await self._follow(dialling, accept)
+                await changed.wait()
+        finally:
+            await _cancel(*dialling.values())
+            await self._stop_agents()
+
+    async def close(self) -> None:
+        """Stop what the agents do on their own."""
+        await self._stop_agents()
+
+    async def _stop_agents(self) -> None:
+        agents, self._agents = list(self._agents.values()), {}
+        for agent in agents:
+            await agent.stop()
+
+    async def _follow(self, dialling: dict[str, asyncio.Task[None]], accept: Accept) -> None:
+        wanted = {p.name: p for p in self.cloud.platforms.values() if p.state == "running"}
+        for name in dialling.keys() - wanted.keys():
+            await _cancel(dialling.pop(name))
+            if agent := self._agents.pop(name, None):
+                await agent.stop()
+        for name in wanted.keys() & dialling.keys():
+            if self._agents[name].platform is not wanted[name]:  # deleted and made anew
+                await _cancel(dialling.pop(name))
+                await self._agents.pop(name).stop()
+        for name in wanted.keys() - dialling.keys():
+            agent = self._agents[name] = FakeAgent(self.cloud, wanted[name])
+            dialling[name] = asyncio.ensure_future(self._keep_dialling(agent, accept))
+
+    async def _keep_dialling(self, agent: FakeAgent, accept: Accept) -> None:
+        options = self.cloud.options
+        if options.boot_ms:
+            await asyncio.sleep(options.boot_ms / 1000)
+        agent.resume()
+        while True:
+            enrolling = not agent.enrolled()
+            await _connect(agent, accept)
+            if not (enrolling and agent.enrolled()):
+                await asyncio.sleep(options.reconnect_ms / 1000)
+
+
+async def _connect(agent: FakeAgent, accept: Accept) -> None:
+    """One connection: the agent at one end of a socket pair, the control plane at the other."""
+    ours, theirs = socket.socketpair()
+    streams = await raw_streams(ours)
+    serving = asyncio.ensure_future(_accept(agent.platform.name, accept, streams))
+    try:
+        await dial(agent, theirs)
+    finally:
+        theirs.close()
+        await _cancel(serving)
+        streams[1].close()
+
+
+async def _accept(
+    name: str, accept: Accept, streams: tuple[asyncio.StreamReader, asyncio.StreamWriter]
+) -> None:
+    try:
+        await accept(*streams)
+    except (SupercloudError, OSError, EOFError) as error:
+        log.debug("%s: the control plane let its agent go: %s", name, error)
+
+
+async def _cancel(*tasks: "asyncio.Task[None]") -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EchoConsole:
+    """Greets, then echoes what is typed, a line feed after every carriage return."""
+
+    def __init__(self, name: str) -> None:
+        self._out: asyncio.Queue[bytes] = asyncio.Queue()
+        self._out.put_nowait(f"supercloud platform {name} (pretended)\r\n".encode())
+
+    async def read(self) -> bytes:
+        """What it shows next."""
+        return await self._out.get()
+
+    async def write(self, data: bytes) -> None:
+        """Type."""
+        self._out.put_nowait(data.replace(b"\r", b"\r\n"))

@@ -1,0 +1,193 @@
+"""From a manifest, the hosts as they are, and what was decided before, to the whole decision.
+
+Pure. Everything that can be refused is refused here, before anything is touched.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import msgspec
+
+from supercloud.control import allot
+from supercloud.control.documents import Assignment, PlatformWish, UCloudDocument
+from supercloud.model.errors import NoResources
+from supercloud.model.resources import PlatformSize, Provider, UCloud
+from supercloud.providers.base import HostCapacity
+from supercloud.upper.federation.placement import Host, HostKey, instances_of, place
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A provider entry and what it offers now; ``unreachable`` says why it offers nothing."""
+
+    provider: Provider
+    hosts: Sequence[HostCapacity]
+    features: Mapping[str, str] = field(default_factory=dict)
+    unreachable: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a U-Cloud is to be, in every detail."""
+
+    spec: UCloud
+    networks: dict[str, str]
+    platforms: dict[str, PlatformWish]
+    assignments: dict[str, Assignment]
+
+
+def provider_key(provider: Provider) -> str:
+    """A name for this entry that changes when it means another provider."""
+    return f"{provider.name}-{_digest(provider)[:8]}"
+
+
+def platform_name(provider: Provider, host: str, size: PlatformSize) -> str:
+    """The deterministic name of the platform of that size on that host."""
+    readable = host if host.startswith(provider.name) else f"{provider.name}-{host}"
+    return f"{readable[:50].strip('-')}-{_digest([provider, host, size])[:8]}"
+
+
+def decide(
+    spec: UCloud, offers: Sequence[Offer], before: UCloudDocument | None, taken: Iterable[str]
+) -> Decision:
+    """The decision for ``spec``; ``taken`` are network ranges of other U-Clouds.
+
+    Raises NoResources, saying of each host why not.
+    """
+    platforms = before.platforms if before else {}
+    assignments = before.assignments if before else {}
+    networks = allot.ranges(spec.networks, before.networks if before else {}, taken)
+    hosts = _hosts(spec, offers, platforms)
+    placed = _place(spec, offers, hosts, assignments, platforms)
+    wishes = _wishes(spec, offers, set(placed.values()), platforms, networks)
+    addresses = allot.Addresses(networks, assignments)
+    return Decision(
+        spec=spec,
+        networks=networks,
+        platforms={wish.name: wish for wish in wishes.values()},
+        assignments={
+            item.name: addresses.assign(item.name, item.environment, wishes[placed[item.name]])
+            for item in instances_of(spec.environments)
+        },
+    )
+
+
+def _place(
+    spec: UCloud,
+    offers: Sequence[Offer],
+    hosts: Sequence[Host],
+    assignments: Mapping[str, Assignment],
+    platforms: Mapping[str, PlatformWish],
+) -> dict[str, HostKey]:
+    standing = {
+        name: (platforms[item.platform].provider.name, platforms[item.platform].host)
+        for name, item in assignments.items()
+        if item.platform in platforms
+    }
+    try:
+        return place(spec.environments, hosts, standing)
+    except NoResources as error:
+        silent = [f"{o.provider.name}: {o.unreachable}" for o in offers if o.unreachable]
+        if silent:
+            error.message += "; not reachable: " + "; ".join(silent)
+            error.args = (error.message,)
+        raise
+
+
+def _hosts(
+    spec: UCloud, offers: Sequence[Offer], platforms: Mapping[str, PlatformWish]
+) -> list[Host]:
+    found = []
+    for offer in offers:
+        for host in offer.hosts:
+            name = platform_name(offer.provider, host.name, spec.platform)
+            found.append(
+                Host(
+                    provider=offer.provider.name,
+                    name=host.name,
+                    region=host.region or offer.provider.region,
+                    jurisdiction=host.jurisdiction or offer.provider.jurisdiction,
+                    size=spec.platform,
+                    standing=name in platforms,
+                    refusal=_refusal(spec.platform, host, _freed(offer, host, platforms)),
+                )
+            )
+    return found
+
+
+def _freed(
+    offer: Offer, host: HostCapacity, platforms: Mapping[str, PlatformWish]
+) -> list[PlatformSize]:
+    """The sizes of our platforms of another size there: a new one would replace them."""
+    return [
+        wish.size
+        for wish in platforms.values()
+        if wish.host == host.name and wish.provider.name == offer.provider.name
+    ]
+
+
+def _refusal(size: PlatformSize, host: HostCapacity, freed: Sequence[PlatformSize]) -> str:
+    """Why no new platform fits on the host; "" when one does."""
+    if not host.images:
+        return "it holds no L1 image"
+    memory_bytes = host.memory_free_bytes + sum(item.memory_bytes for item in freed)
+    disk_bytes = host.disk_free_bytes + sum(item.scratch_bytes for item in freed)
+    cpus = host.cpus_free + sum(item.cpus for item in freed)
+    if host.platforms_free + len(freed) < 1:
+        return "its quota of platforms is used up"
+    if size.memory_bytes > memory_bytes:
+        return (
+            f"a platform of {size.memory_bytes >> 20} MiB does not fit, "
+            f"{memory_bytes >> 20} MiB are free"
+        )
+    if size.scratch_bytes > disk_bytes:
+        return (
+            f"a scratch disk of {size.scratch_bytes >> 20} MiB does not fit, "
+            f"{disk_bytes >> 20} MiB are free"
+        )
+    if size.cpus > cpus:
+        return f"a platform of {size.cpus} processors does not fit, {cpus:g} are free"
+    return ""
+
+
+def _wishes(
+    spec: UCloud,
+    offers: Sequence[Offer],
+    used: set[HostKey],
+    before: Mapping[str, PlatformWish],
+    networks: Mapping[str, str],
+) -> dict[HostKey, PlatformWish]:
+    limit = allot.platforms_in(networks.values())
+    numbers = {wish.index for wish in before.values()}
+    wishes: dict[HostKey, PlatformWish] = {}
+    for offer in offers:
+        for host in offer.hosts:
+            key = (offer.provider.name, host.name)
+            if key not in used:
+                continue
+            name = platform_name(offer.provider, host.name, spec.platform)
+            number = allot.index(name, before, numbers, limit)
+            numbers.add(number)
+            new = _wish(spec, offer, host, name, number)
+            wishes[key] = replace(new, image=before[name].image) if name in before else new
+    return wishes
+
+
+def _wish(
+    spec: UCloud, offer: Offer, host: HostCapacity, name: str, number: int
+) -> PlatformWish:
+    return PlatformWish(
+        name=name,
+        provider=offer.provider,
+        host=host.name,
+        region=host.region or offer.provider.region,
+        jurisdiction=host.jurisdiction or offer.provider.jurisdiction,
+        index=number,
+        size=spec.platform,
+        image=host.images[0] if host.images else "",
+    )
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(msgspec.json.encode(value, order="deterministic")).hexdigest()

@@ -1,0 +1,191 @@
+"""What the control plane keeps of every object: one document a row of the store.
+
+``ucloud/U`` holds the wish and what was decided once for it (placement, addresses, port slots), in
+one row, so that a decision is taken whole or not at all. ``platform/U/P`` and ``environment/U/E``
+follow from it and hold how far each object is. A document is JSON; ``kind`` and the fields are
+stable names, and a field that was added later has a default.
+"""
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+
+from supercloud.model.errors import Permanent
+from supercloud.model.resources import Environment, PlatformSize, Provider, UCloud
+from supercloud.wire.messages import ImageRef
+
+Document = TypeVar("Document")
+
+
+@dataclass(slots=True, kw_only=True)
+class Step:
+    """One stage of an object's way to its wish; ``ended_s`` 0 is under way.
+
+    Times are seconds since the epoch; ``error`` says why a stage failed.
+    """
+
+    name: str
+    started_s: float
+    ended_s: float = 0.0
+    error: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Assignment:
+    """What was allotted to one EE. ``slots`` maps ``PORT/PROTOCOL`` to a place in the
+    platform's range of published ports; ``address`` and ``gateway`` are IPv4.
+    """
+
+    platform: str
+    network: str
+    address: str
+    prefix_length: int
+    gateway: str
+    mac: str
+    slots: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class PlatformWish:
+    """A platform that the U-Cloud is to have; ``index`` numbers its /24 of each network."""
+
+    name: str
+    provider: Provider
+    host: str
+    region: str
+    jurisdiction: str
+    index: int
+    size: PlatformSize
+    image: str
+
+
+@dataclass(slots=True, kw_only=True)
+class UCloudDocument:
+    """A U-Cloud: the wish of ``generation``, and all that was decided for it."""
+
+    name: str
+    uid: str = field(default_factory=lambda: secrets.token_hex(8))
+    generation: int = 1
+    state: str = "applying"
+    reason: str = ""
+    deleting: bool = False
+    manifest: str = ""
+    file: str = ""
+    directory: str = ""
+    spec: UCloud
+    networks: dict[str, str] = field(default_factory=dict)  # name -> range
+    platforms: dict[str, PlatformWish] = field(default_factory=dict)
+    assignments: dict[str, Assignment] = field(default_factory=dict)  # by EE
+    providers: dict[str, Provider] = field(default_factory=dict)  # every one ever used, by key
+    applied_s: float = field(default_factory=time.time)
+
+
+@dataclass(slots=True, kw_only=True)
+class PlatformDocument:
+    """An L1 platform. ``incarnation`` counts how often it was made; each has its own token."""
+
+    ucloud: str
+    name: str
+    wish: PlatformWish
+    state: str = "pending"
+    since_s: float = field(default_factory=time.time)
+    reason: str = ""
+    deleting: bool = False
+    incarnation: int = 1
+    failures: int = 0
+    token_sha256: str = ""
+    token_expires_s: float = 0.0
+    enrolled_key: str = ""  # sha256 of the public key that used the token
+    address: str = ""
+    first_port: int = 0
+    ports: int = 0
+    accelerator: str = ""
+    engines: dict[str, str] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class EnvironmentDocument:
+    """An execution environment: one replica of one of the manifest's environments."""
+
+    ucloud: str
+    name: str
+    spec: Environment
+    assignment: Assignment
+    state: str = "pending"
+    since_s: float = field(default_factory=time.time)
+    reason: str = ""
+    deleting: bool = False
+    uid: str = ""  # of what runs; changes when the EE is to be made anew
+    image: ImageRef | None = None
+    image_of: str = ""  # the reference that ``image`` was made from
+    engine: str = ""
+    restarts: int = 0
+    exit_status: int | None = None
+    started_s: float = 0.0
+    created_s: float = field(default_factory=time.time)
+    steps: list[Step] = field(default_factory=list)
+
+
+KINDS: dict[type, str] = {
+    UCloudDocument: "ucloud",
+    PlatformDocument: "platform",
+    EnvironmentDocument: "environment",
+}
+_DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
+    cls: msgspec.json.Decoder(cls) for cls in KINDS
+}
+_ENCODER = msgspec.json.Encoder()
+
+
+def key_of(document: UCloudDocument | PlatformDocument | EnvironmentDocument) -> str:
+    """The document's key in the store."""
+    if isinstance(document, UCloudDocument):
+        return ucloud_key(document.name)
+    return f"{KINDS[type(document)]}/{document.ucloud}/{document.name}"
+
+
+def ucloud_key(ucloud: str) -> str:
+    """The key of a U-Cloud."""
+    return f"ucloud/{ucloud}"
+
+
+def platform_key(ucloud: str, name: str) -> str:
+    """The key of a platform."""
+    return f"platform/{ucloud}/{name}"
+
+
+def environment_key(ucloud: str, name: str) -> str:
+    """The key of an EE."""
+    return f"environment/{ucloud}/{name}"
+
+
+def dump(document: object) -> bytes:
+    """The document as JSON."""
+    return _ENCODER.encode(document)
+
+
+def load(cls: type[Document], key: str, value: bytes) -> Document:
+    """The document in a row. Permanent when the row cannot be read: the state is damaged."""
+    try:
+        document: Document = _DECODERS[cls].decode(value)
+    except msgspec.MsgspecError as error:
+        raise Permanent(f"the state of {key} is damaged: {error}") from error
+    return document
+
+
+def step_begin(steps: list[Step], name: str) -> None:
+    """Note that a stage begins, unless it is under way."""
+    if not any(step.name == name and not step.ended_s for step in steps):
+        steps[:] = [step for step in steps if step.name != name]
+        steps.append(Step(name=name, started_s=time.time()))
+
+
+def step_end(steps: list[Step], name: str, error: str = "") -> None:
+    """Note that a stage ended, if it was under way."""
+    for step in steps:
+        if step.name == name and not step.ended_s:
+            step.ended_s, step.error = time.time(), error

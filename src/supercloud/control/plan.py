@@ -1,0 +1,137 @@
+"""What ``up`` would change: the difference between two decisions, in words."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from supercloud.control.desire import Decision, Offer
+from supercloud.control.documents import UCloudDocument
+from supercloud.model.resources import Environment, replica_names
+from supercloud.wire.api import Change, Plan
+
+_OF_THE_GROUP = ("name", "replicas", "placement")  # what does not make an EE anew
+
+
+def plan(decision: Decision, before: UCloudDocument | None, offers: Sequence[Offer]) -> Plan:
+    """The changes from ``before`` (None: nothing is there) to ``decision``."""
+    old = before if before is not None and not before.deleting else None
+    changes = [
+        *_networks(decision.networks, old.networks if old else {}),
+        *_platforms(decision, old),
+        *_environments(decision, old),
+    ]
+    return Plan(ucloud=decision.spec.name, changes=changes, warnings=_warnings(decision, offers))
+
+
+def _networks(new: Mapping[str, str], old: Mapping[str, str]) -> list[Change]:
+    return _compare("network", {k: [v] for k, v in new.items()}, {k: [v] for k, v in old.items()})
+
+
+def _platforms(decision: Decision, old: UCloudDocument | None) -> list[Change]:
+    def shown(wishes: Mapping[str, Any]) -> dict[str, list[str]]:
+        return {
+            name: [
+                f"at {wish.provider.name}/{wish.host}",
+                f"memory {size_text(wish.size.memory_bytes)}",
+                f"cpus {wish.size.cpus}",
+            ]
+            for name, wish in wishes.items()
+        }
+
+    return _compare("platform", shown(decision.platforms), shown(old.platforms if old else {}))
+
+
+def _environments(decision: Decision, old: UCloudDocument | None) -> list[Change]:
+    new_specs, old_specs = _by_replica(decision.spec.environments), {}
+    if old is not None:
+        old_specs = _by_replica(old.spec.environments)
+    changes = []
+    for name, spec in new_specs.items():
+        subject, place = f"environment/{name}", decision.assignments[name].platform
+        if name not in old_specs:
+            details = [spec.kind, f"image {spec.image}", f"on {place}"]
+            changes.append(Change(action="create", subject=subject, details=details))
+            continue
+        details = _differences(old_specs[name], spec)
+        was = old.assignments[name].platform if old and name in old.assignments else ""
+        if was != place:
+            details.append(f"platform {was} -> {place}")
+        if details:
+            changes.append(Change(action="change", subject=subject, details=details))
+    gone = [name for name in old_specs if name not in new_specs]
+    return changes + [Change(action="delete", subject=f"environment/{name}") for name in gone]
+
+
+def _by_replica(environments: Sequence[Environment]) -> dict[str, Environment]:
+    return {name: item for item in environments for name in replica_names(item)}
+
+
+def _differences(old: Environment, new: Environment) -> list[str]:
+    found = []
+    for item in fields(Environment):
+        before, after = getattr(old, item.name), getattr(new, item.name)
+        if item.name not in _OF_THE_GROUP and before != after:
+            found.append(_difference(item.name, before, after))
+    return found
+
+
+def _difference(name: str, before: Any, after: Any) -> str:
+    if name == "env":  # may hold secrets
+        return f"env of {', '.join(sorted(before.keys() | after.keys()))}"
+    if name == "ports":
+        before, after = [p.port for p in before], [p.port for p in after]
+    if name.endswith("_bytes"):
+        return f"{name.removesuffix('_bytes')} {size_text(before)} -> {size_text(after)}"
+    return f"{name} {before} -> {after}"
+
+
+def _compare(
+    kind: str, new: Mapping[str, list[str]], old: Mapping[str, list[str]]
+) -> list[Change]:
+    changes = []
+    for name, details in new.items():
+        if name not in old:
+            changes.append(Change(action="create", subject=f"{kind}/{name}", details=details))
+        elif old[name] != details:
+            changed = [f"{a} -> {b}" for a, b in zip(old[name], details, strict=True) if a != b]
+            changes.append(Change(action="change", subject=f"{kind}/{name}", details=changed))
+    gone = [name for name in old if name not in new]
+    return changes + [Change(action="delete", subject=f"{kind}/{name}") for name in gone]
+
+
+def _warnings(decision: Decision, offers: Sequence[Offer]) -> list[str]:
+    used = {wish.provider.name for wish in decision.platforms.values()}
+    warnings = []
+    for offer in offers:
+        name = offer.provider.name
+        if offer.unreachable:
+            warnings.append(f"provider {name} cannot be reached: {offer.unreachable}")
+        if name not in used:
+            continue
+        for feature, reason in sorted(offer.features.items()):
+            if reason:
+                warnings.append(f"provider {name} has no {feature}: {reason}")
+        warnings += _disagreements(offer)
+    return warnings
+
+
+def _disagreements(offer: Offer) -> list[str]:
+    found = []
+    for what in ("region", "jurisdiction"):
+        said = getattr(offer.provider, what)
+        for host in offer.hosts:
+            own = getattr(host, what)
+            if said and own and own != said:
+                found.append(
+                    f"host {offer.provider.name}/{host.name} says that its {what} is {own}, "
+                    f"the manifest says {said}; the host's word is taken"
+                )
+    return found
+
+
+def size_text(size_bytes: int) -> str:
+    """``64MiB``, ``1GiB``: the largest unit that divides the size."""
+    for unit, factor in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size_bytes and size_bytes % factor == 0:
+            return f"{size_bytes // factor}{unit}"
+    return f"{size_bytes}B"

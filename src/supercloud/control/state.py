@@ -1,0 +1,106 @@
+"""Typed access to the documents in the store."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from supercloud.control.documents import (
+    KINDS,
+    EnvironmentDocument,
+    PlatformDocument,
+    UCloudDocument,
+    dump,
+    environment_key,
+    key_of,
+    load,
+    platform_key,
+    ucloud_key,
+)
+from supercloud.control.store import Conflict, Store
+from supercloud.model.errors import NotFound
+
+AnyDocument = TypeVar("AnyDocument", UCloudDocument, PlatformDocument, EnvironmentDocument)
+
+
+class State:
+    """Documents by their names; every change is compare-and-set under the hood."""
+
+    def __init__(self, store: Store) -> None:
+        """``store`` holds the rows."""
+        self.store = store
+
+    async def ucloud(self, name: str) -> UCloudDocument | None:
+        """A U-Cloud, or None."""
+        return await self._get(UCloudDocument, ucloud_key(name))
+
+    async def platform(self, ucloud: str, name: str) -> PlatformDocument | None:
+        """A platform, or None."""
+        return await self._get(PlatformDocument, platform_key(ucloud, name))
+
+    async def environment(self, ucloud: str, name: str) -> EnvironmentDocument | None:
+        """An EE, or None."""
+        return await self._get(EnvironmentDocument, environment_key(ucloud, name))
+
+    async def uclouds(self) -> list[UCloudDocument]:
+        """All U-Clouds, by name."""
+        return await self._list(UCloudDocument, "ucloud/")
+
+    async def platforms(self, ucloud: str) -> list[PlatformDocument]:
+        """The platforms of a U-Cloud, by name."""
+        return await self._list(PlatformDocument, platform_key(ucloud, ""))
+
+    async def environments(self, ucloud: str = "") -> list[EnvironmentDocument]:
+        """The EEs of a U-Cloud, or of all, by U-Cloud and name."""
+        prefix = environment_key(ucloud, "") if ucloud else "environment/"
+        return await self._list(EnvironmentDocument, prefix)
+
+    async def add(self, document: UCloudDocument | PlatformDocument | EnvironmentDocument) -> None:
+        """Write a document that must not be there yet. Raises Conflict."""
+        await self.store.put_if_version(key_of(document), dump(document), 0)
+
+    async def change(
+        self, document: AnyDocument, mutate: Callable[[AnyDocument], object]
+    ) -> AnyDocument:
+        """Read the document anew, ``mutate`` it, write it if that changed it; the result.
+
+        ``mutate`` may run several times. Raises NotFound when the document is gone.
+        """
+        key = key_of(document)
+        while True:
+            row = await self.store.get(key)
+            if row is None:
+                raise NotFound(f"{key} is gone")
+            fresh = load(type(document), key, row.value)
+            mutate(fresh)
+            value = dump(fresh)
+            if value == row.value:
+                return fresh
+            try:
+                await self.store.put_if_version(key, value, row.version)
+            except Conflict:
+                continue
+            return fresh
+
+    async def remove(
+        self, document: UCloudDocument | PlatformDocument | EnvironmentDocument
+    ) -> None:
+        """Delete the document, whatever its version; gone already is fine."""
+        key = key_of(document)
+        while (row := await self.store.get(key)) is not None:
+            try:
+                await self.store.delete_if_version(key, row.version)
+            except Conflict:
+                continue
+
+    async def _get(self, cls: type[AnyDocument], key: str) -> AnyDocument | None:
+        row = await self.store.get(key)
+        return None if row is None else load(cls, key, row.value)
+
+    async def _list(self, cls: type[AnyDocument], prefix: str) -> list[AnyDocument]:
+        rows, _ = await self.store.list(prefix)
+        return [load(cls, row.key, row.value) for row in rows]
+
+
+def kind_of(key: str) -> str:
+    """The kind of object that a key of the store names; "" for rows that are none."""
+    kind = key.partition("/")[0]
+    return kind if kind in KINDS.values() else ""

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 API_PROTOCOL = 1
-# An exec and a console are WebSockets with this subprotocol; see ``messages.Exec`` for the messages.
-TERMINAL_SUBPROTOCOL = "supercloud.terminal.1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +15,7 @@ class EnvironmentRow:
     """One EE, a row of ``ps``: the answer to ``GET /v1/environments`` is a list of these.
 
     ``name`` is the EE's (``web-2``), ``environment`` the manifest's (``web``). ``state`` is one of
-    ``model.states.ENVIRONMENT``; ``urls`` are those of its published ports, in the manifest's order.
+    ``model.states.ENVIRONMENT``; ``urls`` are its published ports', in the manifest's order.
     """
 
     ucloud: str
@@ -98,7 +96,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """``POST /v1/plan``; no ``changes``: everything is as wanted. ``warnings``: what is not covered."""
+    """``POST /v1/plan``; no ``changes``: all is as wanted. ``warnings``: what is not covered."""
 
     ucloud: str
     changes: list[Change]

@@ -24,16 +24,16 @@ PREFIX_MIN, PREFIX_MAX = 8, 24  # a platform takes a /24
 
 
 def check(values: dict[str, Any], problems: Problems) -> None:
-    """Note every problem between fields. ``values`` are a UCloud's, BAD where something is wrong."""
-    for name in ("providers", "networks", "environments"):
-        _unique(name, _good(values, name), problems)
+    """Note every problem between fields of a UCloud; ``values`` are BAD where one is wrong."""
+    names = {kind: _names(kind, problems) for kind in ("providers", "networks", "environments")}
+    for kind, there in names.items():
+        _unique(kind, there, problems)
     _ranges(_good(values, "networks"), problems)
     for index, provider in _good(values, "providers"):
         _provider(f"providers[{index}]", provider, problems)
     environments = _good(values, "environments")
     _replicas(environments, problems)
     platform = values.get("platform", BAD)
-    names = {kind: _names(kind, problems) for kind in ("providers", "networks", "environments")}
     for index, environment in environments:
         path = f"environments[{index}]"
         _environment(path, environment, problems)
@@ -48,14 +48,13 @@ def _good(values: dict[str, Any], name: str) -> list[tuple[int, Any]]:
     return [] if items is BAD else [(i, item) for i, item in enumerate(items) if item is not BAD]
 
 
-def _unique(name: str, items: list[tuple[int, Any]], problems: Problems) -> None:
+def _unique(kind: str, names: list[str], problems: Problems) -> None:
     first: dict[str, int] = {}
-    for index, item in items:
-        if item.name in first:
-            line = problems.marks[f"{name}[{first[item.name]}]"].line
-            message = f"found the name {item.name!r} twice, first in line {line}"
-            problems.at_path(f"{name}[{index}].name", message)
-        first.setdefault(item.name, index)
+    for index, name in enumerate(names):
+        if name and first.setdefault(name, index) != index:
+            line = problems.marks[f"{kind}[{first[name]}]"].line
+            message = f"found the name {name!r:.80} twice, first in line {line}"
+            problems.at_path(f"{kind}[{index}].name", message)
 
 
 def _replicas(environments: list[tuple[int, Environment]], problems: Problems) -> None:
@@ -142,15 +141,15 @@ def _references(
 
 
 def _names(kind: str, problems: Problems) -> list[str]:
-    """All names that the file gives, also of items that are wrong elsewhere."""
+    """All names that the file gives, in order, also of items that are wrong; "" without one."""
     node = problems.marks.get(kind)
-    entries = ((item.entries or {}).get("name") for item in (node.items or [] if node else []))
-    return [entry[1].text for entry in entries if entry and entry[1].text]
+    entries = [(item.entries or {}).get("name") for item in (node.items or [] if node else [])]
+    return [entry[1].text or "" if entry else "" for entry in entries]
 
 
 def _known(path: str, name: str, names: list[str], problems: Problems) -> None:
     if name and name not in names:
-        message = f"found {name!r}, allowed is one of {listed(names)}"
+        message = f"found {name!r}, allowed is one of {listed(dict.fromkeys(filter(None, names)))}"
         problems.at_path(path, message, hint=did_you_mean(name, names[:1000]))
 
 

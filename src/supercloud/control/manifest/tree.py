@@ -6,6 +6,7 @@ stands in, so that YAML 1.1's surprises (``no`` a boolean, ``1:30`` a number) do
 alias counts as all that it stands for: that is what defuses bombs.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -48,7 +49,9 @@ class Node:
             return f"a list of {len(self.items)}"
         if self.entries is not None:
             return "a mapping"
-        return "nothing" if self.is_nothing else shown(self.text or "")
+        text = self.text or ""
+        bare = self.plain and re.fullmatch(r"[-+0-9.]{1,20}", text)
+        return "nothing" if self.is_nothing else text if bare else shown(text)
 
 
 def shown(text: str) -> str:

@@ -12,6 +12,7 @@ elsewhere in between. Certificates follow RFC 5280 strictly, for Python 3.13 che
 """
 
 import datetime as dt
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -195,6 +196,14 @@ def public_key_of_request(untrusted_csr_pem: str) -> ec.EllipticCurvePublicKey:
     if not isinstance(algorithm, hashes.SHA256) or not signed:
         raise Invalid("the request is not signed by its own key with SHA-256")
     return key
+
+
+def pin_of_request(untrusted_csr_pem: str) -> str:
+    """The pin of the request's key, which it proved to have; Invalid otherwise."""
+    info = public_key_of_request(untrusted_csr_pem).public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return "sha256:" + hashlib.sha256(info).hexdigest()
 
 
 def passphrase_from(descriptor: int) -> bytes:

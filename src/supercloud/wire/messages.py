@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 from supercloud.model.errors import Denied
 from supercloud.wire.codec import Limit, Name, Sha256, Text, decode, encode
 from supercloud.wire.peer import Call, Detach, Handler
+from supercloud.wire.quota import Bytes, Quota
 
 PROTOCOL = 1
 
-Bytes = Annotated[int, Limit(ge=0, le=1 << 50)]
 Port = Annotated[int, Limit(ge=1, le=65535)]
 Pem = Annotated[str, Limit(max_length=65536)]
 Base64 = Annotated[str, Limit(max_length=2 << 20)]
@@ -28,16 +28,6 @@ class Empty:
 
 
 # ---------------------------------------------------------------- host wire (control plane -> user domain)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quota:
-    """What a user may use of a host. ``cpu_permille`` 1000 is one processor."""
-
-    cpu_permille: Annotated[int, Limit(ge=10, le=1_000_000)] = 2000
-    memory_bytes: Bytes = 4 << 30
-    disk_bytes: Bytes = 32 << 30
-    vms: Annotated[int, Limit(ge=0, le=1000)] = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,6 +322,7 @@ AGENT_TO_CONTROL = {
     for m in (
         Method("agent.enroll", Enroll, Certificate, enrolled=False, idempotent=False),
         Method("agent.hello", Hello, Welcome),
+        Method("agent.renew", CsrResult, Certificate, doc="anew over the same key, before the end"),
         Method("blob.get", Blob, Empty, stream=True, doc="bytes from offset to the end"),
     )
 }  # and the notifications: agent.report (PlatformReport), agent.event (Event)

@@ -65,9 +65,9 @@ class Platform:
 
 
 class FakeCloud:
-    """Hosts and platforms of one provider entry. ``changed`` is set, and a new one takes its place, whenever
-    platforms come or go.
+    """Hosts and platforms of one provider entry.
 
+    ``changed`` is set, and a new one takes its place, whenever platforms come or go.
     ``creations`` counts by name how often a platform was really made.
     """
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 from supercloud.model.errors import Invalid
 from supercloud.model.resources import Provider as Entry
@@ -73,7 +74,7 @@ class Options:
 
 def options_of(entry: Entry) -> Options:
     """The options of a manifest entry; Invalid with the option's name."""
-    values: dict[str, int] = {}
+    values: dict[str, Any] = {}
     regions: tuple[str, ...] = (entry.region or "fake-1",)
     for key, text in entry.options.items():
         if key == "regions":

@@ -121,6 +121,7 @@ async def _connect(agent: FakeAgent, accept: Accept) -> None:
     serving = asyncio.ensure_future(_accept(agent.platform.name, accept, streams))
     try:
         await dial(agent, theirs)
+        await asyncio.wait([serving], timeout=5)  # it sees the end of the stream
     finally:
         theirs.close()
         await _cancel(serving)

@@ -62,6 +62,7 @@ class LinkHub:
         self.sessions: dict[str, AgentSession] = {}
         self._peers: set[Peer] = set()
         self._strangers: set[Peer] = set()
+        self._farewells: set[asyncio.Task[None]] = set()
         self._context: ssl.SSLContext | None = None
         self._context_until_s = 0.0
         self._handlers = handlers(
@@ -111,12 +112,10 @@ class LinkHub:
         try:
             await peer.run()
         finally:
-            attending.cancel()
-            await asyncio.gather(attending, return_exceptions=True)
             self._peers.discard(peer)
             self._strangers.discard(peer)
             writer.close()
-            await self._leave(caller.session)
+            self._leave(attending, caller.session)
 
     def _caller(self, connection: ssl.SSLObject) -> _Caller:
         """Who it is; a certificate that does not serve here is told so, call by call."""
@@ -141,10 +140,20 @@ class LinkHub:
         self._strangers.discard(peer)
         await session.deliver()
 
-    async def _leave(self, session: AgentSession | None) -> None:
-        if session is None or self.sessions.get(session.platform) is not session:
+    def _leave(self, attending: "asyncio.Task[None]", session: AgentSession | None) -> None:
+        """End what belongs to a connection, in a task of its own: ``serve`` may be cancelled."""
+        attending.cancel()
+        if session is not None and self.sessions.get(session.platform) is session:
+            del self.sessions[session.platform]
+            farewell = asyncio.ensure_future(self._farewell(attending, session))
+            self._farewells.add(farewell)
+            farewell.add_done_callback(self._farewells.discard)
+
+    async def _farewell(self, attending: "asyncio.Task[None]", session: AgentSession) -> None:
+        """Tell the owner of the loss, after what it is being told and unless the agent is back."""
+        await asyncio.gather(attending, return_exceptions=True)
+        if session.platform in self.sessions:
             return
-        del self.sessions[session.platform]
         try:
             await self.owner.lost(session)
         except SupercloudError as error:
@@ -155,6 +164,7 @@ class LinkHub:
         for peer in list(self._peers):
             peer.close()
         await asyncio.gather(*(peer.closed.wait() for peer in list(self._peers)))
+        await asyncio.gather(*self._farewells, return_exceptions=True)
 
     # -- what agents call
 

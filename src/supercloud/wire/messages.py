@@ -77,6 +77,7 @@ class PlatformSpec:
     scratch_bytes: Bytes = 4 << 30
     ports: Annotated[int, Limit(ge=0, le=1024)] = 32
     config_base64: Base64 = ""
+    tag: Annotated[str, Limit(max_length=256)] = ""  # whose it is; given back in its status
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +99,7 @@ class PlatformStatus:
     accelerator: str
     created_s: float
     reason: str = ""
+    tag: str = ""
     spec_sha256: str = (
         ""  # of the PlatformSpec without config_base64: same name, other spec = Exists
     )

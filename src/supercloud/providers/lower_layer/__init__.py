@@ -1,0 +1,1 @@
+"""A host that runs our Lower Layer, reached over the wire only, as a stranger would."""

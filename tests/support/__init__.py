@@ -1,0 +1,1 @@
+"""What several suites and benchmarks share."""

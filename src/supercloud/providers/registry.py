@@ -1,28 +1,12 @@
 """The kinds of providers there are, by the name that the manifest uses."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from supercloud.model.errors import Unsupported
-from supercloud.model.resources import Provider as Entry
-from supercloud.providers.base import PinStore, Provider
-from supercloud.trust.authority import Authority
+from supercloud.providers.base import Provider
+from supercloud.providers.context import Context
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Context:
-    """What a provider object is made from.
-
-    ``entry`` is the provider's in the manifest. ``trust_directory`` is where ``authority`` keeps
-    the control plane's own certificate; ``state_directory`` is this entry's own.
-    """
-
-    ucloud: str
-    entry: Entry
-    authority: Authority
-    trust_directory: str
-    state_directory: str
-    pins: PinStore
+__all__ = ["FACTORIES", "Context", "make"]
 
 
 def _fake(context: Context) -> Provider:

@@ -15,10 +15,10 @@ from supercloud.providers.base import (
     PlatformObservation,
     PlatformRequest,
 )
+from supercloud.providers.context import Context
 from supercloud.providers.fake.agent import FakeAgent, dial, raw_streams
 from supercloud.providers.fake.cloud import FakeCloud
 from supercloud.providers.fake.options import options_of
-from supercloud.providers.registry import Context
 from supercloud.trust.names import check_label
 
 log = logging.getLogger("supercloud.providers.fake")

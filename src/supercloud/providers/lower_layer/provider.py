@@ -16,9 +16,9 @@ from supercloud.providers.base import (
     PlatformObservation,
     PlatformRequest,
 )
+from supercloud.providers.context import Context
 from supercloud.providers.lower_layer.dial import Connection, Dialer, Target, why_lost
 from supercloud.providers.lower_layer.rendezvous import Rendezvous
-from supercloud.providers.registry import Context
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.messages import (
     HOST,

@@ -15,7 +15,7 @@ import msgspec
 
 from supercloud.model.errors import Permanent
 from supercloud.model.resources import Environment, PlatformSize, Provider, UCloud
-from supercloud.wire.messages import ImageRef
+from supercloud.wire.messages import EnvironmentSpec, ImageRef
 
 Document = TypeVar("Document")
 
@@ -79,7 +79,7 @@ class UCloudDocument:
     networks: dict[str, str] = field(default_factory=dict)  # name -> range
     platforms: dict[str, PlatformWish] = field(default_factory=dict)
     assignments: dict[str, Assignment] = field(default_factory=dict)  # by EE
-    providers: dict[str, Provider] = field(default_factory=dict)  # every one ever used, by key
+    providers: dict[str, Provider] = field(default_factory=dict)  # that may have platforms, by key
     applied_s: float = field(default_factory=time.time)
 
 
@@ -93,12 +93,14 @@ class PlatformDocument:
     state: str = "pending"
     since_s: float = field(default_factory=time.time)
     reason: str = ""
+    error: dict[str, Any] | None = None  # it will not get better without a change
     deleting: bool = False
+    created_s: float = field(default_factory=time.time)
     incarnation: int = 1
     failures: int = 0
     token_sha256: str = ""
     token_expires_s: float = 0.0
-    enrolled_key: str = ""  # sha256 of the public key that used the token
+    enrolled_pin: str = ""  # of the public key that used the token
     address: str = ""
     first_port: int = 0
     ports: int = 0
@@ -118,8 +120,11 @@ class EnvironmentDocument:
     state: str = "pending"
     since_s: float = field(default_factory=time.time)
     reason: str = ""
+    error: dict[str, Any] | None = None  # it will not get better without a change
     deleting: bool = False
-    uid: str = ""  # of what runs; changes when the EE is to be made anew
+    ready: EnvironmentSpec | None = None  # what its platform is told; host ports are added there
+    ready_on: str = ""  # the platform that is told
+    current: bool = False  # whether ``ready`` is of ``spec`` and ``assignment``
     image: ImageRef | None = None
     image_of: str = ""  # the reference that ``image`` was made from
     engine: str = ""

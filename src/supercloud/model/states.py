@@ -75,3 +75,16 @@ def step(table: Transitions, state: str, to: str) -> str:
     if to != state and to not in table[state]:
         raise BadState(f"cannot go from {state} to {to}", details={"state": state, "to": to})
     return to
+
+
+def observed(table: Transitions, state: str, to: str) -> str:
+    """``to``, if the table has a way there from ``state``: what is observed was sampled, and the
+    states in between went by unseen. Raises BadState when there is none.
+    """
+    known, border = {state}, {state}
+    while border and to not in known:
+        border = {following for one in border for following in table[one]} - known
+        known |= border
+    if to not in known:
+        raise BadState(f"cannot get from {state} to {to}", details={"state": state, "to": to})
+    return to

@@ -1,0 +1,1 @@
+"""The reconcilers, one module for each kind of object."""

@@ -1,0 +1,81 @@
+"""What all reconcilers share: state, effects, providers, agents, images, events, and the pace."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from supercloud.control.agents import Agents
+from supercloud.control.bootdata import Tokens
+from supercloud.control.documents import EnvironmentDocument, PlatformDocument, UCloudDocument
+from supercloud.control.effects import Seam
+from supercloud.control.events import EventLog
+from supercloud.control.images import Images
+from supercloud.control.pool import ProviderPool
+from supercloud.control.state import State
+from supercloud.model.events import Event, Severity
+from supercloud.trust.authority import Authority
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How often things are looked at again, and how long is too long; all in seconds."""
+
+    observe_s: float = 2.0
+    lost_observe_s: float = 10.0
+    boot_timeout_s: float = 240.0
+    shutdown_timeout_s: float = 15.0
+    settle_s: float = 0.02
+    sweep_s: float = 60.0
+    token_lifetime_s: float = 3600.0
+    recreate_first_s: float = 1.0
+    recreate_longest_s: float = 60.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Plane:
+    """The reconcilers' world. ``look`` puts an object's key on the queue, after a delay."""
+
+    state: State
+    seam: Seam
+    pool: ProviderPool
+    agents: Agents
+    images: Images
+    tokens: Tokens
+    events: EventLog
+    look: Callable[[str, float], None]
+    authority: Callable[[str], Authority]
+    endpoints: Callable[[str], list[str]]  # of an agent, by the kind of its provider
+    pace: Pace = field(default_factory=Pace)
+    fractions: dict[str, float] = field(default_factory=dict)  # of image preparations, by EE key
+
+    def tell(
+        self,
+        document: PlatformDocument | EnvironmentDocument | UCloudDocument,
+        code: str,
+        message: str = "",
+        severity: Severity = "info",
+        **details: Any,
+    ) -> None:
+        """An event about the object."""
+        ucloud, subject = subject_of(document)
+        self.events.add(
+            Event(
+                ucloud=ucloud,
+                subject=subject,
+                actor="control",
+                code=f"control.{code}",
+                message=message,
+                severity=severity,
+                details=details,
+            )
+        )
+
+
+def subject_of(
+    document: PlatformDocument | EnvironmentDocument | UCloudDocument,
+) -> tuple[str, str]:
+    """The U-Cloud's name, and the subject for events and steps."""
+    if isinstance(document, UCloudDocument):
+        return document.name, f"ucloud/{document.name}"
+    kind = "platform" if isinstance(document, PlatformDocument) else "environment"
+    return document.ucloud, f"{kind}/{document.name}"

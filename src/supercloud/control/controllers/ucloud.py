@@ -1,0 +1,232 @@
+"""The reconciler of U-Clouds: its platforms and EEs are those of the decision, and no others."""
+
+from collections.abc import Iterable, Sequence
+
+from supercloud.control.controllers.platform import tag_of
+from supercloud.control.controllers.plane import Plane
+from supercloud.control.desire import provider_key
+from supercloud.control.documents import (
+    EnvironmentDocument,
+    PlatformDocument,
+    UCloudDocument,
+    environment_key,
+    platform_key,
+    step_begin,
+)
+from supercloud.model.events import Severity
+from supercloud.model.resources import Environment, Provider, replica_names
+from supercloud.model.states import UCLOUD, observed
+
+
+class UCloudController:
+    """Reconciles one U-Cloud at a time; see ``reconcile`` and ``sweep``."""
+
+    def __init__(self, plane: Plane) -> None:
+        """Acts through ``plane``."""
+        self._plane = plane
+
+    async def reconcile(self, name: str) -> float | None:
+        """One look; seconds until the next one, or None."""
+        document = await self._plane.state.ucloud(name)
+        if document is None:
+            return None
+        platforms = await self._plane.state.platforms(name)
+        environments = await self._plane.state.environments(name)
+        if document.deleting:
+            await self._take_down(document, platforms, environments)
+            return None
+        await self._have_platforms(document, platforms)
+        await self._have_environments(document, environments)
+        await self._retire_platforms(platforms, document.platforms.keys())
+        await self._forget_providers(document, platforms)
+        await self._sum_up(name)
+        return None
+
+    # -- what is to be there
+
+    async def _have_platforms(
+        self, document: UCloudDocument, platforms: Sequence[PlatformDocument]
+    ) -> None:
+        there = {platform.name for platform in platforms}
+        for wish in document.platforms.values():
+            if wish.name not in there:
+                new = PlatformDocument(ucloud=document.name, name=wish.name, wish=wish)
+                await self._plane.state.add(new)
+
+    async def _have_environments(
+        self, document: UCloudDocument, environments: Sequence[EnvironmentDocument]
+    ) -> None:
+        specs = replicas(document.spec.environments)
+        there = {item.name: item for item in environments}
+        for name, spec in specs.items():
+            if name not in there:
+                new = EnvironmentDocument(
+                    ucloud=document.name,
+                    name=name,
+                    spec=spec,
+                    assignment=document.assignments[name],
+                )
+                step_begin(new.steps, "image")
+                await self._plane.state.add(new)
+            else:
+                await self._have_environment(document, there[name], spec)
+        for name, item in there.items():
+            if name not in specs:
+                await self._retire_environment(item)
+
+    async def _have_environment(
+        self, document: UCloudDocument, item: EnvironmentDocument, spec: Environment
+    ) -> None:
+        assignment = document.assignments[item.name]
+        if item.deleting or (item.spec == spec and item.assignment == assignment):
+            return  # one that is going goes first, then it is made anew
+
+        def changed(fresh: EnvironmentDocument) -> None:
+            fresh.spec, fresh.assignment, fresh.error = spec, assignment, None
+            fresh.current = False
+
+        await self._plane.state.change(item, changed)
+
+    async def _retire_platforms(
+        self, platforms: Sequence[PlatformDocument], wanted: Iterable[str]
+    ) -> None:
+        wanted = set(wanted)
+        for platform in platforms:
+            if platform.name not in wanted and not platform.deleting:
+                await self._plane.state.change(platform, _mark)
+                self._plane.look(platform_key(platform.ucloud, platform.name), 0.0)
+
+    async def _retire_environment(self, item: EnvironmentDocument) -> None:
+        if not item.deleting:
+            await self._plane.state.change(item, _mark)
+            self._plane.look(environment_key(item.ucloud, item.name), 0.0)
+
+    async def _forget_providers(
+        self, document: UCloudDocument, platforms: Sequence[PlatformDocument]
+    ) -> None:
+        """Providers that the manifest has no more are kept until nothing is left there."""
+        used = {provider_key(platform.wish.provider) for platform in platforms}
+        used |= {provider_key(provider) for provider in document.spec.providers}
+        gone = {key: item for key, item in document.providers.items() if key not in used}
+        if not gone:
+            return
+        await self._sweep(document.name, gone.values())
+
+        def forget(fresh: UCloudDocument) -> None:
+            for key in gone:
+                fresh.providers.pop(key, None)
+
+        await self._plane.state.change(document, forget)
+
+    async def _sum_up(self, name: str) -> None:
+        document = await self._plane.state.ucloud(name)
+        if document is None or document.deleting:
+            return
+        platforms = await self._plane.state.platforms(name)
+        environments = await self._plane.state.environments(name)
+        state = summary(document, platforms, environments)
+
+        def moved(fresh: UCloudDocument) -> None:
+            if fresh.generation == document.generation and not fresh.deleting:
+                fresh.state = observed(UCLOUD, fresh.state, state)
+
+        changed = await self._plane.state.change(document, moved)
+        if changed.state != document.state:
+            severity: Severity = "warning" if changed.state == "degraded" else "info"
+            code, generation = f"ucloud.{changed.state}", changed.generation
+            self._plane.tell(changed, code, severity=severity, generation=generation)
+
+    # -- away
+
+    async def _take_down(
+        self,
+        document: UCloudDocument,
+        platforms: Sequence[PlatformDocument],
+        environments: Sequence[EnvironmentDocument],
+    ) -> None:
+        if document.state != "deleting":
+            document = await self._plane.state.change(document, _deleting)
+        await self._retire_platforms(platforms, ())
+        for item in environments:
+            await self._retire_environment(item)
+        if platforms or environments:
+            return
+        await self._sweep(document.name, document.providers.values())
+        if not await self._removed(document):
+            return
+        await self._plane.agents.drop(document.name)
+        await self._plane.pool.drop(document.name)
+        self._plane.tell(document, "ucloud.deleted")
+
+    async def _removed(self, document: UCloudDocument) -> bool:
+        """Remove the U-Cloud unless somebody wants it again by now."""
+        fresh = await self._plane.state.ucloud(document.name)
+        if fresh is None or not fresh.deleting:
+            return False
+        await self._plane.state.remove(fresh)
+        return True
+
+    # -- orphans
+
+    async def sweep(self, name: str) -> float | None:
+        """Delete what providers have of this U-Cloud and no record wants."""
+        document = await self._plane.state.ucloud(name)
+        if document is None:
+            return None
+        await self._sweep(name, document.providers.values())
+        return self._plane.pace.sweep_s
+
+    async def _sweep(self, name: str, providers: Iterable[Provider]) -> None:
+        for entry in providers:
+            provider = self._plane.pool.get(name, entry)
+            found = [seen for seen in await provider.platforms() if seen.tag in ("", tag_of(name))]
+            # Asked only now: a platform's record is written before the platform is made.
+            wanted = {platform.name for platform in await self._plane.state.platforms(name)}
+            for seen in found:
+                if seen.name not in wanted:
+                    await self._plane.seam(
+                        "provider.delete_platform",
+                        lambda orphan=seen.name: provider.delete_platform(orphan),  # type: ignore[misc]
+                    )
+
+
+def _mark(document: PlatformDocument | EnvironmentDocument) -> None:
+    document.deleting = True
+
+
+def _deleting(document: UCloudDocument) -> None:
+    if document.deleting:
+        document.state = observed(UCLOUD, document.state, "deleting")
+
+
+def replicas(environments: Sequence[Environment]) -> dict[str, Environment]:
+    """EE name -> the environment that it is a replica of."""
+    return {name: item for item in environments for name in replica_names(item)}
+
+
+def good(document: EnvironmentDocument) -> bool:
+    """Whether the EE is as wished."""
+    if document.deleting or not document.current:
+        return False
+    if document.state == "running":
+        return not document.spec.ports
+    if document.state == "exited":
+        return document.exit_status == 0 and document.spec.restart != "always"
+    return document.state == "serving"
+
+
+def summary(
+    document: UCloudDocument,
+    platforms: Sequence[PlatformDocument],
+    environments: Sequence[EnvironmentDocument],
+) -> str:
+    """``ready`` when everything is as wished; ``degraded`` when it was or will not become so."""
+    wanted = [item for item in platforms if item.name in document.platforms]
+    whole = len(wanted) == len(document.platforms)
+    whole = whole and {item.name for item in environments} == document.assignments.keys()
+    there = all(item.state == "ready" and not item.deleting for item in wanted)
+    if whole and there and all(good(item) for item in environments):
+        return "ready"
+    bad = any(item.error or item.state == "failed" for item in environments)
+    bad = bad or any(item.error for item in wanted)
+    return "degraded" if bad or document.state in ("ready", "degraded") else "applying"

@@ -1,0 +1,198 @@
+"""From an environment's image reference to blobs by digest that its platform can pull.
+
+Containers: an OCI image becomes one erofs file (``upper.environments.oci``). VMs: kernel, initrd
+or disk are copied under their hash, so that what runs is what was hashed.
+
+::
+
+    CACHE/blobs/sha256/HEX     the blobs
+    CACHE/known.json           path, size, mtime and inode of files hashed before -> digest
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from supercloud.model.errors import Invalid, NotFound
+from supercloud.model.resources import Environment, split_image
+from supercloud.wire.messages import Blob, ImageRef, Process
+
+Progress = Callable[[float], None]
+"""Told the part done, 0 to 1; from any thread."""
+
+CHUNK_BYTES = 4 << 20
+MAX_APPEND_CHARS = 4096
+QCOW2_MAGIC = b"QFI\xfb"
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What a container image became; ``config`` is the OCI image's ``config`` object."""
+
+    digest: str
+    path: Path
+    size_bytes: int
+    config: dict[str, Any]
+
+
+Convert = Callable[[str, Progress], Converted]
+"""Turns a container image's reference into an erofs file; blocking."""
+
+
+class Images:
+    """Prepares images; the same reference is never prepared twice at once."""
+
+    def __init__(self, cache: Path, convert: Convert) -> None:
+        """``cache`` is made if missing."""
+        self._blobs = cache / "blobs" / "sha256"
+        self._blobs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._known_path = cache / "known.json"
+        self._known: dict[str, str] = _load(self._known_path)
+        self._convert = convert
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    def blob(self, digest: str) -> Path:
+        """The file of ``digest``. NotFound."""
+        path = self._blobs / digest.removeprefix("sha256:")
+        if not path.is_file():
+            raise NotFound(f"no blob {digest}")
+        return path
+
+    def complete(self, image: ImageRef) -> bool:
+        """Whether all blobs of ``image`` are in the cache."""
+        hexes = [blob.digest.removeprefix("sha256:") for blob in image.blobs.values()]
+        return all((self._blobs / name).is_file() for name in hexes)
+
+    async def prepare(self, environment: Environment, progress: Progress) -> ImageRef:
+        """The image of ``environment`` as blobs. Raises Invalid, NotFound, Temporary."""
+        lock = self._locks.setdefault(environment.image, asyncio.Lock())
+        async with lock:
+            transport, _, _ = split_image(environment.image)
+            work = self._container if transport else self._machine
+            return await asyncio.to_thread(work, environment.image, progress)
+
+    # -- in a worker thread
+
+    def _container(self, reference: str, progress: Progress) -> ImageRef:
+        converted = self._convert(reference, progress)
+        target = self._blobs / converted.digest.removeprefix("sha256:")
+        if not target.exists() and converted.path != target:
+            _place(converted.path, target)
+        blob = Blob(digest=converted.digest, size_bytes=converted.size_bytes)
+        return ImageRef(
+            format="erofs", blobs={"root": blob}, process=process_of(converted.config)
+        )
+
+    def _machine(self, reference: str, progress: Progress) -> ImageRef:
+        path = Path(reference)
+        if path.is_dir():
+            return self._kernel(path, progress)
+        with path.open("rb") as file:
+            qcow2 = file.read(4) == QCOW2_MAGIC
+        blob = self._add(path, progress)
+        return ImageRef(format="qcow2" if qcow2 else "raw", blobs={"disk": blob})
+
+    def _kernel(self, directory: Path, progress: Progress) -> ImageRef:
+        names = kernel_files(directory)
+        kernel = self._add(directory / names["kernel"], lambda part: progress(part / 2))
+        initrd = self._add(directory / names["initrd"], lambda part: progress(0.5 + part / 2))
+        blobs = {"kernel": kernel, "initrd": initrd}
+        return ImageRef(format="kernel", blobs=blobs, append=names["append"])
+
+    def _add(self, path: Path, progress: Progress) -> Blob:
+        """The file's blob, copied and hashed unless this very file was before."""
+        status = path.stat()
+        identity = f"{path}:{status.st_size}:{status.st_mtime_ns}:{status.st_ino}"
+        digest = self._known.get(identity)
+        if digest is None or not (self._blobs / digest.removeprefix("sha256:")).exists():
+            digest = self._copy(path, status.st_size, progress)
+            self._known[identity] = digest
+            _save(self._known_path, self._known)
+        return Blob(digest=digest, size_bytes=status.st_size)
+
+    def _copy(self, path: Path, size_bytes: int, progress: Progress) -> str:
+        part = self._blobs / f".{os.getpid()}-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+        hasher, done = hashlib.sha256(), 0
+        with path.open("rb") as source, part.open("wb") as target:
+            while chunk := source.read(CHUNK_BYTES):
+                hasher.update(chunk)
+                target.write(chunk)
+                done += len(chunk)
+                progress(min(1.0, done / max(1, size_bytes)))
+        part.replace(self._blobs / hasher.hexdigest())
+        return f"sha256:{hasher.hexdigest()}"
+
+
+def kernel_files(directory: Path) -> dict[str, str]:
+    """``kernel`` and ``initrd`` (file names in ``directory``) and ``append`` of a VM's image.
+
+    From ``image.json`` if it is there, else the files of those names. Raises Invalid, NotFound.
+    """
+    names: dict[str, str] = {"kernel": "kernel", "initrd": "initrd", "append": ""}
+    description = directory / "image.json"
+    if description.exists():
+        names |= _described(description)
+    for role in ("kernel", "initrd"):
+        if not (directory / names[role]).is_file():
+            raise NotFound(f"{directory} has no {role}: {names[role]} is missing")
+    return names
+
+
+def _described(path: Path) -> dict[str, str]:
+    try:
+        untrusted = json.loads(path.read_bytes()[: 64 << 10])
+        found = {
+            key: untrusted[key] for key in ("kernel", "initrd", "append") if key in untrusted
+        }
+    except (ValueError, TypeError) as error:
+        raise Invalid("is not a description of a VM's image", where=str(path)) from error
+    for key, value in found.items():
+        if not isinstance(value, str) or len(value) > MAX_APPEND_CHARS:
+            raise Invalid(f"{key} is not a text", where=str(path))
+        if key != "append" and ("/" in value or value.startswith(".")):
+            raise Invalid(f"{key} is not the name of a file beside it", where=str(path))
+    return found
+
+
+def process_of(untrusted_config: dict[str, Any]) -> Process:
+    """What an OCI image's config says of the process to run."""
+    argv = [
+        *(untrusted_config.get("Entrypoint") or []),
+        *(untrusted_config.get("Cmd") or []),
+    ]
+    env = dict(item.partition("=")[::2] for item in untrusted_config.get("Env") or [])
+    return Process(
+        argv=[str(item) for item in argv],
+        env={str(key): str(value) for key, value in env.items()},
+        workdir=str(untrusted_config.get("WorkingDir") or ""),
+        user=str(untrusted_config.get("User") or ""),
+    )
+
+
+def _place(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:  # another file system
+        part = target.with_name(f".{target.name}-{os.getpid()}")
+        shutil.copyfile(source, part)
+        part.replace(target)
+
+
+def _load(path: Path) -> dict[str, str]:
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}  # a cache: hashing again is all that it costs
+    return known if isinstance(known, dict) else {}
+
+
+def _save(path: Path, known: dict[str, str]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(known))
+    part.replace(path)

@@ -1,0 +1,108 @@
+"""From documents to what a platform's agent is told."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import msgspec
+
+from supercloud.control.documents import EnvironmentDocument, PlatformDocument
+from supercloud.wire.messages import (
+    Apply,
+    EnvironmentSpec,
+    ImageRef,
+    Nic,
+    PortMap,
+    Process,
+)
+
+
+def environment_spec(document: EnvironmentDocument, image: ImageRef) -> EnvironmentSpec:
+    """The EE as its platform is to run it, without host ports.
+
+    The uid is a hash of everything that makes it what it is: another wish is another EE.
+    """
+    wish, place = document.spec, document.assignment
+    spec = EnvironmentSpec(
+        name=document.name,
+        uid="e",
+        kind=wish.kind,
+        image=image,
+        process=Process(argv=wish.command, env=wish.env),
+        cpus=wish.cpus,
+        memory_bytes=wish.memory_bytes,
+        restart=wish.restart,
+        ports=[PortMap(port=port.port, protocol=port.protocol) for port in wish.ports],
+        nics=[
+            Nic(
+                network=place.network,
+                address=f"{place.address}/{place.prefix_length}",
+                gateway=place.gateway,
+                mac=place.mac,
+            )
+        ],
+    )
+    return replace(spec, uid="e" + _digest([document.ucloud, spec])[:20])
+
+
+def apply_for(
+    platform: PlatformDocument, environments: Sequence[EnvironmentDocument], generation: int
+) -> Apply:
+    """All that ``platform`` is to run, of all the EEs of its U-Cloud."""
+    here = [item for item in environments if runs_on(item, platform.name)]
+    return Apply(
+        generation=generation,
+        environments=[_published(item, platform) for item in here],
+        names=names_for(platform.name, environments),
+    )
+
+
+def runs_on(document: EnvironmentDocument, platform: str) -> bool:
+    """Whether ``platform`` is to run this EE now."""
+    return document.ready is not None and document.ready_on == platform and not document.deleting
+
+
+def fingerprint(apply: Apply) -> str:
+    """Equal for what is the same to an agent, whatever its generation."""
+    return _digest(replace(apply, generation=0))
+
+
+def _published(document: EnvironmentDocument, platform: PlatformDocument) -> EnvironmentSpec:
+    spec = document.ready
+    if spec is None:
+        raise ValueError(f"{document.name} is not ready")
+    ports = [
+        replace(item, host_port=host_port(document, platform, item.port, item.protocol))
+        for item in spec.ports
+    ]
+    return replace(spec, ports=ports)
+
+
+def host_port(
+    document: EnvironmentDocument, platform: PlatformDocument, port: int, protocol: str
+) -> int:
+    """The published port of an EE's port on its platform's address; 0 when there is none."""
+    slot = document.assignment.slots.get(f"{port}/{protocol}", -1)
+    return platform.first_port + slot if 0 <= slot < platform.ports else 0
+
+
+def names_for(platform: str, environments: Iterable[EnvironmentDocument]) -> dict[str, list[str]]:
+    """The DNS as ``platform`` sees it: EEs by name, and groups of replicas by theirs.
+
+    A group has the addresses of its replicas on this platform, if there are any: nothing joins
+    the networks of two platforms yet.
+    """
+    names: dict[str, list[str]] = {}
+    groups: dict[str, list[EnvironmentDocument]] = {}
+    for item in environments:
+        if not item.deleting:
+            names[item.name] = [item.assignment.address]
+            groups.setdefault(item.spec.name, []).append(item)
+    for group, members in groups.items():
+        here = [item for item in members if item.assignment.platform == platform]
+        names[group] = sorted(item.assignment.address for item in here or members)
+    return dict(sorted(names.items()))
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(msgspec.json.encode(value, order="deterministic")).hexdigest()

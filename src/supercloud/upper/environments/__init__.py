@@ -1,0 +1,1 @@
+"""Kinds of execution environments, from the control plane's side."""

@@ -23,6 +23,8 @@ A JSON object; ``*`` marks what must be there::
         state           true: a private directory that stays, at /run/state
         devices         [host device nodes], besides null, zero, full, random, urandom
         proc            true: /proc of its own process namespace
+        nests           true: it makes mounts in a user namespace of its own (passt, bubblewrap),
+                        which Landlock's file rules would forbid: without those
         tmp_bytes       size of /tmp (default 16 MiB); /run has the same
         nofile          limit of descriptors (default 256)
         limits          of its scheduling context unless the creator says otherwise
@@ -97,6 +99,7 @@ class Kind:
     state: bool
     devices: tuple[str, ...]
     proc: bool
+    nests: bool
     tmp_bytes: int
     nofile: int
     limits: Limits
@@ -262,6 +265,7 @@ def _kind(name: str, untrusted: object, where: str) -> Kind:
             state=f.get("state", bool, False),
             devices=f.each("devices", _device),
             proc=f.get("proc", bool, False),
+            nests=f.get("nests", bool, False),
             tmp_bytes=f.number("tmp_bytes", 1 << 12, 1 << 40, 16 << 20),
             nofile=f.number("nofile", 16, 1 << 16, 256),
             limits=_limits(f.get("limits", dict, {}), f.where("limits")),

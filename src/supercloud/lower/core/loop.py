@@ -1,0 +1,172 @@
+"""The core's event loop, and one domain's socket on it."""
+
+import heapq
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+
+from supercloud.wire.frames import REQUEST_BYTES, Event, pack_answer
+
+MAX_OFFENCES = 16
+MAX_QUEUED = 64
+_READ = select.EPOLLIN
+Handler = Callable[[int], None]
+
+
+class Loop:
+    """Descriptors and timers, one thread. Each ready descriptor is served once per round."""
+
+    def __init__(self) -> None:
+        """Nothing to watch yet."""
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Handler] = {}
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._serial = 0
+        self.running = True
+
+    def watch(self, descriptor: int, handler: Handler) -> None:
+        """Call ``handler(events)`` whenever the descriptor is readable."""
+        self._handlers[descriptor] = handler
+        self._epoll.register(descriptor, _READ)
+
+    def want(self, descriptor: int, events: int) -> None:
+        """Watch for other events."""
+        self._epoll.modify(descriptor, events)
+
+    def forget(self, descriptor: int) -> None:
+        """Stop watching; to be called before the descriptor is closed."""
+        if self._handlers.pop(descriptor, None):
+            self._epoll.unregister(descriptor)
+
+    def later(self, delay_s: float, action: Callable[[], None]) -> None:
+        """Call once after a delay."""
+        self._serial += 1
+        heapq.heappush(self._timers, (time.monotonic() + delay_s, self._serial, action))
+
+    def run(self) -> None:
+        """Until ``running`` is false."""
+        while self.running:
+            self.turn(1.0)
+
+    def turn(self, timeout_s: float) -> None:
+        """One round: what is ready now, then what is due."""
+        if self._timers:
+            timeout_s = max(0.0, min(timeout_s, self._timers[0][0] - time.monotonic()))
+        for descriptor, events in self._epoll.poll(timeout_s):
+            handler = self._handlers.get(descriptor)
+            if handler is not None:  # forgotten in this very round
+                handler(events)
+        while self._timers and self._timers[0][0] <= time.monotonic():
+            heapq.heappop(self._timers)[2]()
+
+
+class Link:
+    """The core's end of a domain's socket: the badge. Sends never wait.
+
+    A domain that does not read gets no more of its requests read, and events beyond
+    ``MAX_QUEUED`` are dropped and said to be. One that breaks the protocol ``MAX_OFFENCES`` times
+    (garbage, wrong sizes, descriptors that nobody asked for) is given up: ``on_abuse``.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        end: socket.socket,
+        on_request: Callable[["Link", bytes], None],
+        on_abuse: Callable[[str], None],
+    ) -> None:
+        """Watch the socket."""
+        end.setblocking(False)
+        self.end = end
+        self._loop = loop
+        self._on_request, self._on_abuse = on_request, on_abuse
+        self._queue: deque[tuple[bytes, int]] = deque()
+        self._offences = 0
+        self._overflowed = False
+        self._open = True
+        loop.watch(end.fileno(), self._ready)
+
+    def close(self) -> None:
+        """Forget the socket and what was queued on it."""
+        self._open = False
+        self._loop.forget(self.end.fileno())
+        self.end.close()
+        for _, descriptor in self._queue:
+            _close(descriptor)
+        self._queue.clear()
+
+    def send(self, frame: bytes, descriptor: int = -1) -> None:
+        """Send an answer, with a copy of a descriptor if given; kept when the domain is slow."""
+        if self._queue or not self._try(frame, descriptor):
+            self._enqueue(frame, os.dup(descriptor) if descriptor >= 0 else -1)
+
+    def event(self, event: Event, values: tuple[int, ...] = (), name: str = "") -> None:
+        """Tell something unasked; dropped and marked so when too much is queued."""
+        if len(self._queue) >= MAX_QUEUED:
+            self._overflowed = True
+        else:
+            self.send(pack_answer(event, 0, 0, values, name.encode()))
+
+    def offend(self, what: str) -> None:
+        """Count a breach of the protocol."""
+        self._offences += 1
+        if self._offences == MAX_OFFENCES:
+            self._on_abuse(what)
+
+    def _ready(self, events: int) -> None:
+        if events & select.EPOLLOUT:
+            self._flush()
+        elif events & select.EPOLLIN:
+            self._read()
+        else:  # the far end is closed: the domain wants no more calls
+            self._loop.forget(self.end.fileno())
+
+    def _read(self) -> None:
+        try:
+            # without room for descriptors the kernel drops them: they never become ours
+            data, _, flags, _ = self.end.recvmsg(REQUEST_BYTES + 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._loop.forget(self.end.fileno())
+            return
+        if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+            self.offend("descriptors or an oversized frame")
+        self._on_request(self, data)
+
+    def _try(self, frame: bytes, descriptor: int) -> bool:
+        if not self._open:
+            return True
+        try:
+            if descriptor < 0:
+                self.end.send(frame)
+            else:
+                socket.send_fds(self.end, [frame], [descriptor])
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True  # it has closed its end: nobody to tell
+        return True
+
+    def _enqueue(self, frame: bytes, descriptor: int) -> None:
+        if not self._queue:
+            self._loop.want(self.end.fileno(), select.EPOLLOUT)
+        self._queue.append((frame, descriptor))
+
+    def _flush(self) -> None:
+        while self._queue:
+            if not self._try(*self._queue[0]):
+                return
+            _close(self._queue.popleft()[1])
+        self._loop.want(self.end.fileno(), _READ)
+        if self._overflowed:
+            self._overflowed = False
+            self.event(Event.OVERFLOW)
+
+
+def _close(descriptor: int) -> None:
+    if descriptor >= 0:
+        os.close(descriptor)

@@ -1,0 +1,154 @@
+"""Logs of the core: grants and measurements, both JSON lines chained by SHA-256, and its own words.
+
+A line of the grant log is written before the record takes effect. It reaches the page cache at
+once, which is all that recovery from the core's own death needs; it is put on the disk by
+:meth:`Chain.sync` once a second, since a host that loses power loses its domains anyway.
+
+The measurement log is what an attestation replays: each event extends a register
+``SHA-256(register || digest)``; a TPM's register will be extended alike (field ``pcr``).
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from supercloud.lower.core.manifest import Sealed
+from supercloud.model.errors import Invalid
+
+_CHUNK_BYTES = 1 << 20
+_MAX_SEALED_BYTES = 1 << 21
+_ZERO = "0" * 64
+
+
+class Chain:
+    """An append-only file of JSON lines; ``h`` of each is the hash over the one before and it."""
+
+    def __init__(self, path: str, *, fresh: bool) -> None:
+        """Go on with a file, or with ``fresh`` put the old one aside and begin a new one."""
+        self._path = path
+        self._head = _ZERO
+        self._dirty = False
+        if os.path.exists(path):
+            self._head = _last_hash(path)
+        if fresh and os.path.exists(path):
+            os.replace(path, f"{path}.1")
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._descriptor = os.open(path, flags, 0o600)
+        _cut_torn_line(self._descriptor)
+
+    def append(self, record: dict[str, Any]) -> str:
+        """Write one record; the hash that is now the head."""
+        body = json.dumps(record, separators=(",", ":"))
+        self._head = hashlib.sha256(f"{self._head}{body}".encode()).hexdigest()
+        line = f'{{"h":"{self._head}","r":{body}}}\n'.encode()
+        if os.write(self._descriptor, line) != len(line):
+            raise OSError(f"short write to {self._path}")
+        self._dirty = True
+        return self._head
+
+    def sync(self) -> None:
+        """Put what was appended on the disk."""
+        if self._dirty:
+            os.fdatasync(self._descriptor)
+            self._dirty = False
+
+
+def read_chain(path: str) -> Iterator[dict[str, Any]]:
+    """The records of a chain; :class:`Invalid` where it does not hold. The start is trusted."""
+    head = None
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                entry = json.loads(line)
+                record, said = entry["r"], entry["h"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise Invalid("a damaged line", where=f"{path}:{number}") from error
+            body = json.dumps(record, separators=(",", ":"))
+            expected = hashlib.sha256(f"{head}{body}".encode()).hexdigest()
+            if head is not None and said != expected:
+                raise Invalid("the chain is broken", where=f"{path}:{number}")
+            head = said
+            yield record
+
+
+def _last_hash(path: str) -> str:
+    with open(path, "rb") as file:
+        whole = [line for line in file if line.endswith(b"\n")]
+    return str(json.loads(whole[-1])["h"]) if whole else _ZERO
+
+
+def _cut_torn_line(descriptor: int) -> None:
+    """Drop a last line that was not written to its end (the machine went down)."""
+    size = os.fstat(descriptor).st_size
+    tail = os.pread(descriptor, 1 << 16, max(0, size - (1 << 16)))
+    os.ftruncate(descriptor, size - (len(tail) - tail.rfind(b"\n") - 1))
+
+
+class Measurements:
+    """The event log of what this host runs."""
+
+    def __init__(self, path: str, *, fresh: bool) -> None:
+        """Go on with the log, or begin anew with the register at zero."""
+        known = [] if fresh or not os.path.exists(path) else list(read_chain(path))
+        self._register = known[-1]["register"] if known else _ZERO
+        self._count = len(known)
+        self._chain = Chain(path, fresh=fresh)
+
+    def extend(self, event: str, digest: str, subject: str) -> None:
+        """Note that ``subject`` of that SHA-256 is in use from now on."""
+        joined = bytes.fromhex(self._register + digest)
+        self._register = hashlib.sha256(joined).hexdigest()
+        self._chain.append(
+            {
+                "index": self._count,
+                "event": event,
+                "subject": subject,
+                "digest": digest,
+                "register": self._register,
+                "pcr": None,
+            }
+        )
+        self._count += 1
+        self._chain.sync()
+
+
+def hash_descriptor(descriptor: int) -> str:
+    """SHA-256 of a whole file."""
+    digest, offset = hashlib.sha256(), 0
+    while chunk := os.pread(descriptor, _CHUNK_BYTES, offset):
+        digest.update(chunk)
+        offset += len(chunk)
+    return digest.hexdigest()
+
+
+def read_sealed(sealed: Sealed) -> bytes:
+    """A file's content, if it has the hash that is expected of it."""
+    with open(sealed.path, "rb") as file:
+        content = file.read(_MAX_SEALED_BYTES)
+    if sealed.sha256 and hashlib.sha256(content).hexdigest() != sealed.sha256:
+        raise Invalid(f"{sealed.path} is not what the manifest says")
+    return content
+
+
+def hash_tree(directory: str) -> str:
+    """SHA-256 over names and contents of the Python files below a directory."""
+    digest = hashlib.sha256()
+    for folder, folders, files in os.walk(directory):
+        folders.sort()
+        for name in sorted(name for name in files if name.endswith((".py", ".pyc"))):
+            path = os.path.join(folder, name)
+            with open(path, "rb") as file:
+                content = file.read()
+            relative = os.path.relpath(path, directory)
+            digest.update(f"{len(relative)} {relative} {len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+def say(event: str, **what: Any) -> None:
+    """One line of the core's own log, on stderr."""
+    line = {"t": round(time.time(), 3), "event": f"core.{event}", **what}
+    print(json.dumps(line, default=str), file=sys.stderr, flush=True)

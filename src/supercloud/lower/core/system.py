@@ -1,0 +1,184 @@
+"""Linux calls that Python's standard library lacks, by number or name through ctypes.
+
+``PyDLL`` keeps the interpreter's lock across a call, so that the child of :func:`clone3` starts
+with a consistent interpreter. Every function raises ``OSError`` when the kernel refuses.
+Numbers above 423 are the same on every architecture; the others are x86_64's.
+"""
+
+import ctypes
+import errno
+import os
+import struct
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+CLONE_PIDFD = 0x1000
+NEW_EVERYTHING = (
+    CLONE_NEWNS
+    | CLONE_NEWCGROUP
+    | CLONE_NEWUTS
+    | CLONE_NEWIPC
+    | CLONE_NEWUSER
+    | CLONE_NEWPID
+    | CLONE_NEWNET
+)
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
+MNT_DETACH = 2
+
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_CAPBSET_DROP = 24
+PR_SET_SECUREBITS = 28
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+SECUREBITS_ALL_LOCKED = 0x2F  # noroot, no_setuid_fixup and their locks, keep_caps locked off
+_LAST_CAPABILITY = 63
+
+_SYS_CAPSET = 126
+_SYS_PIVOT_ROOT = 155
+_SYS_SECCOMP = 317
+_SYS_CLONE3 = 435
+_SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
+
+_libc = ctypes.PyDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+    return result
+
+
+def _call(number: int, *args: object) -> int:
+    converted = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
+    return int(_libc.syscall(ctypes.c_long(number), *converted))
+
+
+def prctl(option: int, *args: int) -> int:
+    """See prctl(2); missing arguments are zero."""
+    padded = (*args, 0, 0, 0, 0)[:4]
+    result = _libc.prctl(option, *(ctypes.c_ulong(arg) for arg in padded))
+    return _check(result, f"prctl {option}")
+
+
+def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
+    """See mount(2); empty strings are NULL."""
+    texts = [text.encode() or None for text in (source, target, kind)]
+    data = options.encode() or None
+    result = _libc.mount(*texts, ctypes.c_ulong(flags), data)
+    _check(result, f"mount {source or kind} on {target}")
+
+
+def bind(source: str, target: str, flags: int) -> None:
+    """Show ``source`` (without what is mounted below it) at ``target`` with these flags."""
+    mount(source, target, "", MS_BIND)
+    mount("", target, "", MS_BIND | MS_REMOUNT | flags)
+
+
+def umount(target: str) -> None:
+    """Take a mount and all below it away, now or when the last user is gone."""
+    _check(_libc.umount2(target.encode(), MNT_DETACH), f"umount {target}")
+
+
+def pivot_to_here() -> None:
+    """Make the working directory, a mount, the root, and drop the old one."""
+    _check(_call(_SYS_PIVOT_ROOT, b".", b"."), "pivot_root")
+    umount(".")
+    os.chdir("/")
+
+
+def unshare(flags: int) -> None:
+    """See unshare(2)."""
+    _check(_libc.unshare(flags), "unshare")
+
+
+def setns(descriptor: int, kind: int) -> None:
+    """See setns(2)."""
+    _check(_libc.setns(descriptor, kind), "setns")
+
+
+class _CloneArguments(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            "flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid "
+            "set_tid_size cgroup"
+        ).split()
+    ]
+
+
+def clone3(flags: int, exit_signal: int) -> tuple[int, int]:
+    """Fork into new namespaces: (process id, descriptor of the process), or (0, -1) in the child.
+
+    The child must not return into the caller's code: it may only set itself up and execute.
+    """
+    pidfd = ctypes.c_int(-1)
+    arguments = _CloneArguments(
+        flags=flags | CLONE_PIDFD, pidfd=ctypes.addressof(pidfd), exit_signal=exit_signal
+    )
+    size = ctypes.sizeof(arguments)
+    pid = _check(_call(_SYS_CLONE3, ctypes.byref(arguments), size), "clone3")
+    return pid, pidfd.value if pid else -1
+
+
+def drop_capabilities() -> None:
+    """No capability in any set, none to be had again, no privilege by execve."""
+    for number in range(_LAST_CAPABILITY + 1):
+        if _libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(number), 0, 0, 0) < 0:
+            break  # one past the last that this kernel knows
+    prctl(PR_SET_SECUREBITS, SECUREBITS_ALL_LOCKED)
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    _check(_call(_SYS_CAPSET, struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+def install_filter(program: bytes) -> None:
+    """Put this process under a seccomp filter, given as classic BPF instructions."""
+    buffer = ctypes.create_string_buffer(program, len(program))
+    descriptor = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
+    _check(_call(_SYS_SECCOMP, 1, 0, descriptor), "seccomp")
+
+
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
+ALL_BUT_EXECUTE = (1 << 16) - 2
+_LANDLOCK_FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # by ABI; later ones have 16
+_TCP_BIND_CONNECT = 3
+_SCOPE_ABSTRACT_UNIX_AND_SIGNALS = 3
+_NET_SINCE_ABI, _SCOPE_SINCE_ABI = 4, 6
+
+
+def landlock(paths: list[tuple[str, int]] | None, *, tcp: bool) -> None:
+    """Confine to ``paths`` with their rights (None: no file rules); no TCP unless ``tcp``.
+
+    What an older kernel does not know is left out; without Landlock nothing is done.
+    """
+    abi = _call(_SYS_LANDLOCK_CREATE, 0, 0, 1)
+    if abi < 0:
+        if ctypes.get_errno() in (errno.ENOSYS, errno.EOPNOTSUPP):
+            return
+        _check(abi, "landlock")
+    handled = 0 if paths is None else (1 << _LANDLOCK_FILE_RIGHTS.get(abi, 16)) - 1
+    net = _TCP_BIND_CONNECT if abi >= _NET_SINCE_ABI and not tcp else 0
+    scope = _SCOPE_ABSTRACT_UNIX_AND_SIGNALS if abi >= _SCOPE_SINCE_ABI else 0
+    if not handled | net | scope:
+        return
+    attributes = struct.pack("QQQ", handled, net, scope)
+    size = 24 if abi >= _SCOPE_SINCE_ABI else 16 if abi >= _NET_SINCE_ABI else 8
+    ruleset = _check(_call(_SYS_LANDLOCK_CREATE, attributes, size, 0), "landlock")
+    for path, rights in paths or ():
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        rule = struct.pack("=Qi", rights & handled, descriptor)
+        _check(_call(_SYS_LANDLOCK_ADD, ruleset, 1, rule, 0), f"landlock {path}")
+        os.close(descriptor)
+    _check(_call(_SYS_LANDLOCK_RESTRICT, ruleset, 0), "landlock")
+    os.close(ruleset)

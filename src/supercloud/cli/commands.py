@@ -1,0 +1,192 @@
+"""Every command of ``supercloud``, declared once: parser, help and completion come from here.
+
+argparse and no framework above it: the whole table is parsed in a few milliseconds
+(docs/decisions/0004-cli.md). ``run`` names a module of this package and a function in it, which is
+imported when the command is; it takes the parsed arguments and returns the exit status.
+"""
+
+import argparse
+import importlib
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from supercloud import __version__
+
+DEFAULT_MANIFEST = "supercloud.yaml"
+TAIL_MAX = 10_000_000
+
+
+class Argument:
+    """One argument or option. ``completes``: what completion offers for it."""
+
+    __slots__ = ("completes", "names", "options")
+
+    def __init__(self, *names: str, completes: str = "", **options: Any) -> None:
+        self.names, self.options, self.completes = names, options, completes
+
+
+class Command:
+    """One command: what ``-h`` says, what it takes, ``module:function`` that runs it."""
+
+    __slots__ = ("arguments", "doc", "run")
+
+    def __init__(self, doc: str, run: str, *arguments: Argument) -> None:
+        self.doc, self.run, self.arguments = doc, run, arguments
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= TAIL_MAX:
+        raise argparse.ArgumentTypeError(f"found {text}, allowed is 0 to {TAIL_MAX}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"found {text}, allowed are seconds above 0")
+    return value
+
+
+MANIFEST = Argument(
+    "manifest",
+    nargs="?",
+    default=DEFAULT_MANIFEST,
+    metavar="FILE",
+    help=f"the manifest ({DEFAULT_MANIFEST})",
+    completes="files",
+)
+ENVIRONMENT = Argument(
+    "environment",
+    metavar="[UCLOUD/]NAME",
+    help="an environment; without UCLOUD the only one that has it",
+    completes="environments",
+)
+FOLLOW = Argument("-f", "--follow", action="store_true", help="go on with what comes")
+WAIT = (
+    Argument("--no-wait", action="store_true", help="return at once"),
+    Argument(
+        "--timeout", type=_seconds, default=900.0, metavar="SECONDS", help="wait at most (900)"
+    ),
+)
+UCLOUD_OPTION = Argument(
+    "-u", "--ucloud", default="", metavar="UCLOUD", help="only this U-Cloud", completes="uclouds"
+)
+
+COMMANDS = {
+    "plan": Command("Show what `up` would change; change nothing.", "apply:plan", MANIFEST),
+    "up": Command("Make a manifest so, and wait until it serves.", "apply:up", MANIFEST, *WAIT),
+    "down": Command(
+        "Take a U-Cloud down; nothing of it is left at its providers.",
+        "apply:down",
+        Argument(
+            "ucloud",
+            metavar="UCLOUD|FILE",
+            help="its name, or its manifest",
+            completes="uclouds",
+        ),
+        *WAIT,
+    ),
+    "ps": Command(
+        "List environments: what runs where, and how it is reached.", "listing:ps", UCLOUD_OPTION
+    ),
+    "inspect": Command(
+        "Show everything about an environment or a U-Cloud.",
+        "listing:inspect",
+        Argument(
+            "name",
+            metavar="UCLOUD|[UCLOUD/]NAME",
+            help="a U-Cloud or an environment",
+            completes="all",
+        ),
+    ),
+    "logs": Command(
+        "Print the output of an environment.",
+        "streams:logs",
+        FOLLOW,
+        Argument("--tail", type=_count, default=-1, metavar="N", help="only the last N lines"),
+        ENVIRONMENT,
+    ),
+    "exec": Command(
+        "Run a program in a container.",
+        "terminal:execute",
+        Argument("-i", "--interactive", action="store_true", help="pass this side's input on"),
+        Argument("-t", "--tty", action="store_true", help="give it a terminal"),
+        Argument("-e", "--env", action="append", default=[], metavar="NAME=VALUE"),
+        Argument("-w", "--workdir", default="", metavar="DIRECTORY"),
+        Argument("--user", default="", metavar="UID[:GID]|NAME"),
+        ENVIRONMENT,
+        Argument("argv", nargs=argparse.REMAINDER, metavar="PROGRAM ARGUMENT..."),
+    ),
+    "console": Command(
+        "Use the serial console of a virtual machine; Ctrl-] leaves it.",
+        "terminal:console",
+        ENVIRONMENT,
+    ),
+    "events": Command(
+        "Print what happened.",
+        "streams:events",
+        FOLLOW,
+        Argument("--since", default="", metavar="ID", help="only what came after this event"),
+        UCLOUD_OPTION,
+    ),
+    "doctor": Command("Say what this machine can do, and how to fix what it lacks.", "doctor:run"),
+    "ca": Command(
+        "Print your certificate authority, for a provider to enrol you by.", "listing:ca"
+    ),
+    "version": Command(
+        "Print the versions of this program and the control plane.", "listing:version"
+    ),
+    "completion": Command(
+        "Print the completion script of a shell.",
+        "complete:script",
+        Argument("shell", choices=("bash", "zsh", "fish"), help='eval "$(... bash)" in ~/.bashrc'),
+    ),
+}
+# What the completion scripts call; not shown.
+HIDDEN = {
+    "_complete": Command("", "complete:words", Argument("words", nargs=argparse.REMAINDER)),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong as every other error is said."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n  what to do: {self.prog} -h\n")
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The arguments of one command; ``run`` runs it. Wrong ones end the process, status 2."""
+    parser = _Parser(
+        prog="supercloud", description="Your own cloud over anybody's clouds.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"supercloud {__version__}")
+    under = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # Only the parser of the command that is called is filled: help needs no more of the others.
+    called = next((word for word in words if not word.startswith("-")), "")
+    for name, command in (HIDDEN if called in HIDDEN else COMMANDS).items():
+        below = under.add_parser(
+            name, help=command.doc, description=command.doc, allow_abbrev=False
+        )
+        if name == called:
+            _fill(below, command)
+    return parser.parse_args(words)
+
+
+def _fill(parser: argparse.ArgumentParser, command: Command) -> None:
+    for argument in command.arguments:
+        parser.add_argument(*argument.names, **argument.options)
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.set_defaults(run=_runner(command.run))
+
+
+def _runner(run: str) -> Callable[[argparse.Namespace], int | None]:
+    module, _, function = run.partition(":")
+
+    def imported(arguments: argparse.Namespace) -> int | None:
+        found = getattr(importlib.import_module(f"supercloud.cli.{module}"), function)
+        status: int | None = found(arguments)
+        return status
+
+    return imported

@@ -1,0 +1,96 @@
+"""Showing what is being done: bars on a terminal, plain lines elsewhere, nothing for JSON."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from supercloud.cli.failure import printable
+
+Show = Callable[[dict[str, Any]], None]
+MARKS = {"done": "✓", "failed": "✗"}
+ASCII_MARKS = {"done": "ok", "failed": "failed:"}
+
+
+@contextlib.contextmanager
+def progress(*, as_json: bool) -> Iterator[Show]:
+    """A function that shows a ``UCloudView``'s steps; call it with each new view."""
+    if as_json:
+        yield lambda _view: None
+    elif sys.stdout.isatty():
+        with _bars() as show:
+            yield show
+    else:
+        yield _Lines()
+
+
+class _Lines:
+    """One line when a step ends, and one when a failed one's reason changes."""
+
+    def __init__(self) -> None:
+        self._shown: set[tuple[str, str, str]] = set()
+
+    def __call__(self, view: dict[str, Any]) -> None:
+        for step in view.get("steps", ()):
+            key = (step["subject"], step["message"], step["state"])
+            if step["state"] in ASCII_MARKS and key not in self._shown:
+                self._shown.add(key)
+                print(_line(step, ASCII_MARKS[step["state"]]), flush=True)
+
+
+def _line(step: dict[str, Any], mark: str) -> str:
+    return printable(f"{mark} {step['subject']}: {step['message']} ({seconds(step):.1f} s)")
+
+
+def seconds(step: dict[str, Any]) -> float:
+    """How long a step took, or has taken so far."""
+    if not step.get("started_s"):
+        return 0.0
+    return max(0.0, (step.get("ended_s") or time.time()) - float(step["started_s"]))
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Show]:
+    from rich.progress import (  # noqa: PLC0415 - heavy, and for terminals only
+        BarColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+    )
+
+    columns = (
+        SpinnerColumn(finished_text=" "),
+        TextColumn("{task.fields[mark]} {task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[took]:>7}", markup=False),
+    )
+    with Progress(*columns) as bars:
+        yield _Bars(bars)
+
+
+class _Bars:
+    """One bar a step."""
+
+    def __init__(self, bars: Any) -> None:
+        self._bars = bars
+        self._tasks: dict[tuple[str, str], Any] = {}
+
+    def __call__(self, view: dict[str, Any]) -> None:
+        for step in view.get("steps", ()):
+            if step["state"] != "waiting":
+                self._show(step)
+
+    def _show(self, step: dict[str, Any]) -> None:
+        key = (step["subject"], step["message"])
+        if key not in self._tasks:
+            text = printable(f"{step['subject']}: {step['message']}")
+            self._tasks[key] = self._bars.add_task(text, total=None, mark=" ", took="")
+        fraction = 1.0 if step["state"] == "done" else float(step.get("fraction", -1))
+        self._bars.update(
+            self._tasks[key],
+            total=None if fraction < 0 and step["state"] == "running" else 1.0,
+            completed=max(fraction, 0.0),
+            mark=MARKS.get(step["state"], " "),
+            took=f"{seconds(step):.1f} s",
+        )

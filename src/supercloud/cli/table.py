@@ -1,0 +1,53 @@
+"""Plain tables and times for people, without a library."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from supercloud.cli.failure import printable
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns as wide as what is in them, two spaces between; control characters are replaced."""
+    cells = [list(header), *([printable(cell) or "-" for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths[-1] = 0
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    )
+
+
+def age(then_s: float, now_s: float) -> str:
+    """How long ago, in one unit: ``42s``, ``3h``; nothing for a time that is not known."""
+    if not then_s:
+        return ""
+    seconds = max(0, int(now_s - then_s))
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length}{unit}"
+    return f"{seconds}s"
+
+
+def tree(value: Any, indent: str = "") -> Iterable[str]:
+    """A JSON value as indented ``key: value`` lines; what is empty is left out."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(item, dict | list) and item:
+                yield f"{indent}{printable(str(key))}:"
+                yield from tree(item, indent + "  ")
+            elif item not in ("", None, [], {}):
+                yield f"{indent}{printable(str(key))}: {_scalar(item)}"
+    elif isinstance(value, list):
+        for item in value:
+            lines = list(tree(item, indent + "  "))
+            if lines:
+                yield f"{indent}- {lines[0].strip()}"
+                yield from lines[1:]
+    else:
+        yield f"{indent}{_scalar(value)}"
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return printable(str(value))

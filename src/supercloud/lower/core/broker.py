@@ -9,6 +9,7 @@ import fcntl
 import os
 import socket
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -106,7 +107,7 @@ class Broker:
                 link.offend(str(error))
             link.send(pack_answer(op, status_of(error), sequence, (), str(error).encode()))
         except Exception as error:  # noqa: BLE001  one domain's call must not take the host down
-            say("bug", op=op, domain=caller.name, error=repr(error))
+            say("bug", op=op, domain=caller.name, error=traceback.format_exc())
             link.send(pack_answer(op, status_of(error), sequence, (), b"see the core's log"))
         else:
             if not reply.later:

@@ -66,7 +66,8 @@ class Keeper:
                 self._start_core()
             wanted = [self._woken] + ([self._link] if self._core_pid else [])
             sending = [self._link] if self._core_pid and self._listening and self._ends else []
-            readable, writable, _ = select.select(wanted, sending, [], 1.0)
+            delay_s = 1.0 if self._core_pid else self._restart_at_s - time.monotonic()
+            readable, writable, _ = select.select(wanted, sending, [], min(max(delay_s, 0.0), 1.0))
             if self._link in readable:
                 self._serve()
             if self._link in writable:

@@ -313,12 +313,12 @@ class State:
         return found[0], found[1]
 
     def _end_object(self, ended: Object) -> None:
+        del self.objects[ended.id]
         self._lose(self.graph.drop_object(ended.id))
         if ended.context is not None:
             ended.context.book(Limits(0, 0, memory_bytes=ended.size_bytes), -1)
         if ended.maker is not None:
             ended.maker.made -= 1
-        del self.objects[ended.id]
         self.gone.objects.append(ended)
 
     def _lose(self, capabilities: list[Capability]) -> int:

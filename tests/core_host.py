@@ -1,0 +1,278 @@
+"""A real host for tests: keeper and core with a small manifest, domains that run what they are told.
+
+Every domain runs ``CONSOLE``: it takes its channel ``console`` and executes the Python that comes
+over it, with ``core`` (its client) in reach. The root is the test machine's own ``/``, read-only.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from supercloud.isolation import seccomp
+from supercloud.lower.core.cgroup import hierarchies
+from supercloud.model.errors import BY_CODE
+
+SRC = Path(__file__).parents[1] / "src"
+KEEPER = SRC / "supercloud/lower/core/keeper.py"
+PYTHON = "/usr/bin/python3"
+MIB = 1 << 20
+_instances = itertools.count()
+
+CONSOLE = r"""
+import sys; sys.path.insert(0, "/run/src")
+import json, os, socket, time
+from supercloud.lower.client import *
+from supercloud.model.capability import Limits, Rights
+from supercloud.model.errors import NotFound
+core = Core()
+while True:
+    try:
+        console = core.take_socket("console")
+        break
+    except NotFound:
+        list(core.events(1.0))
+space = dict(globals())
+while True:
+    code, fds, _, _ = socket.recv_fds(console, 1 << 17, 16)
+    if not code:
+        time.sleep(0.02)
+        try:
+            console = core.take_socket("console")
+        except NotFound:
+            time.sleep(0.1)
+        continue
+    space.update(result=None, send=[], fds=fds)
+    try:
+        exec(code.decode(), space)
+        said = {"result": space["result"]}
+    except BaseException as error:
+        said = {"error": [getattr(error, "code", type(error).__name__), str(error)]}
+    socket.send_fds(console, [json.dumps(said).encode()], space["send"])
+"""
+
+
+class RemoteError(Exception):
+    """Something else than a user error was raised inside a domain."""
+
+
+class Console:
+    """Runs code inside a domain."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.end = end
+        self.end.settimeout(60)
+
+    def __call__(self, code: str, *descriptors: int) -> Any:
+        """Execute; the value of ``result`` afterwards. User errors are raised as themselves."""
+        return self.with_descriptors(code, *descriptors)[0]
+
+    def with_descriptors(self, code: str, *descriptors: int) -> tuple[Any, list[int]]:
+        self.send(code, *descriptors)
+        return self.receive()
+
+    def send(self, code: str, *descriptors: int) -> None:
+        socket.send_fds(self.end, [code.encode()], list(descriptors))
+
+    def receive(self) -> tuple[Any, list[int]]:
+        said, received, _, _ = socket.recv_fds(self.end, 1 << 17, 16)
+        if not said:
+            message = "the domain is gone"
+            raise RemoteError(message)
+        answer = json.loads(said)
+        if "error" in answer:
+            code, message = answer["error"]
+            raise BY_CODE[code](message) if code in BY_CODE else RemoteError(f"{code}: {message}")
+        return answer["result"], received
+
+    def child(self, kind: str, name: str, **limits: int) -> "Console":
+        """Make and start a domain out of this one, with a console."""
+        given = {"memory_bytes": 64 * MIB, "pids": 16, **limits}
+        _, (end,) = self.with_descriptors(
+            f"made = core.create_domain({kind!r}, {name!r}, Limits(**{given!r}))\n"
+            f"whole = core.create_channel(SELF, made.selector, 'c/{name}', 'console')\n"
+            "core.start(made.selector)\n"
+            f"send = [core.take(core.lookup('c/{name}').selector)]"
+        )
+        return Console(socket.socket(fileno=end))
+
+
+def kind(**more: Any) -> dict[str, Any]:
+    """A kind of the manifest that runs ``CONSOLE``."""
+    return {
+        "argv": [PYTHON, "-I", "-S", "-B", "-c", CONSOLE],
+        "filter": "base",
+        "binds": [{"source": str(SRC), "target": "/run/src"}],
+        "limits": {"memory_bytes": 64 * MIB, "pids": 16},
+        "peers": {"driver": {"descriptors": True}},
+        **more,
+    }
+
+
+def driver(**more: Any) -> dict[str, Any]:
+    """A kind that may create ``child``ren, and is peer to itself and them."""
+    return kind(
+        **{
+            "limits": {"memory_bytes": 2048 * MIB, "pids": 512, "domains": 64, "disk_bytes": MIB},
+            "own": {"memory_bytes": 64 * MIB, "pids": 32},
+            "creates": ["child"],
+            "peers": {"driver": {"descriptors": True}, "child": {"descriptors": True}},
+            **more,
+        }
+    )
+
+
+class Host:
+    """Keeper, core and initial domains, in a temporary directory."""
+
+    def __init__(self, directory: Path, kinds: dict[str, Any], domains: list[Any]) -> None:
+        self.directory = directory
+        self.instance = f"t{os.getpid()}-{next(_instances)}"
+        self.consoles: dict[str, Console] = {}
+        self._kinds, self._domains = kinds, domains
+        self.keeper: subprocess.Popen[bytes] | None = None
+        self.manifest = self._manifest()
+        self.log = directory / "core.log"
+
+    def _manifest(self) -> dict[str, Any]:
+        for one in self._kinds.values():
+            program, digest = seccomp.compiled(one["filter"])
+            path = self.directory / f"{one['filter']}.bpf"
+            path.write_bytes(program)
+            one["filter"] = {"path": str(path), "sha256": digest}
+        names = [one["name"] for one in self._domains]
+        first = 10_000_000 + os.getpid() % 10_000 * 2000 + int(self.instance.split("-")[1]) % 8 * 250
+        return {
+            "version": 1,
+            "instance": self.instance,
+            "uids": {"first": first, "count": 100},
+            "runtime": {"path": "/", "sha256": None},
+            "limits": {"memory_bytes": 1 << 40, "pids": 1 << 20, "domains": 4096, "disk_bytes": 1 << 40},
+            "kinds": self._kinds,
+            "domains": self._domains,
+            "grants": [
+                {"to": n, "object": f"inherited:{n}", "rights": ["USE"], "name": "console"} for n in names
+            ],
+        }
+
+    def start(self, *, timeout_s: float = 20.0) -> None:
+        (self.directory / "manifest.json").write_text(json.dumps(self.manifest))
+        (self.directory / "run").mkdir(exist_ok=True)
+        theirs = []
+        command = ["setpriv", "--pdeathsig", "TERM", PYTHON, "-I", "-S", "-B", str(KEEPER)]
+        for option in ("run", "state"):
+            command += [f"--{option}", str(self.directory / option)]
+        command += ["--manifest", str(self.directory / "manifest.json")]
+        for one in self._domains:
+            ours, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.consoles[one["name"]] = Console(ours)
+            theirs.append(end)
+            command += ["--fd", f"{one['name']}={end.fileno()}"]
+        with self.log.open("ab") as log:
+            self.keeper = subprocess.Popen(
+                command, pass_fds=[end.fileno() for end in theirs], stderr=log, stdout=log
+            )
+        for end in theirs:
+            end.close()
+        wait_for(lambda: (self.directory / "run/ready").exists() or self.keeper.poll() is not None, timeout_s)
+        assert self.keeper.poll() is None, self.log.read_text()
+
+    def stop(self) -> int:
+        assert self.keeper is not None
+        self.keeper.terminate()
+        return self.keeper.wait(60)
+
+    @property
+    def core_pid(self) -> int:
+        """The core: the keeper's child that has uid 0 and is no domain."""
+        assert self.keeper is not None
+        return next(pid for pid in children(self.keeper.pid) if uids(pid) == {0})
+
+    def groups(self) -> list[Path]:
+        """Groups of this instance in every hierarchy."""
+        bases = [Path(tree.root) / "supercloud" / self.instance for tree in hierarchies()]
+        return [Path(d) for base in bases for d, _, _ in os.walk(base)]
+
+    def processes(self) -> set[int]:
+        """Process ids in the groups of this instance."""
+        return {int(p) for g in self.groups() for p in (g / "cgroup.procs").read_text().split()}
+
+    def grants(self) -> list[dict[str, Any]]:
+        lines = (self.directory / "state/grants.log").read_text().splitlines()
+        return [json.loads(line)["r"] for line in lines]
+
+
+@contextmanager
+def host(
+    kinds: dict[str, Any] | None = None, domains: list[dict[str, Any]] | None = None
+) -> Iterator[Host]:
+    """A running host; by default with one ``driver`` named ``one``. Leaves nothing behind."""
+    kinds = kinds if kinds is not None else {"driver": driver(), "child": kind()}
+    directory = Path(tempfile.mkdtemp(prefix="core-"))
+    made = Host(directory, kinds, domains if domains is not None else [{"kind": "driver", "name": "one"}])
+    try:
+        made.start()
+        yield made
+    except BaseException:
+        print(made.log.read_text() if made.log.exists() else "no log")
+        raise
+    finally:
+        if made.keeper is not None and made.keeper.poll() is None:
+            try:
+                made.stop()
+            except subprocess.TimeoutExpired:
+                made.keeper.kill()
+        shutil.rmtree(directory)
+
+
+def wait_for(condition: Any, timeout_s: float = 10.0) -> None:
+    """Poll until true."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"still not: {condition}"
+        time.sleep(0.01)
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(stat.rpartition(")")[2].split()[1]) == pid:
+                found.append(int(entry.name))
+    return found
+
+
+def status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def uids(pid: int) -> set[int]:
+    return {int(uid) for uid in status(pid)["Uid"].split()}
+
+
+def kill_core(made: Host) -> None:
+    """SIGKILL the core and wait until another serves."""
+    before = made.core_pid
+    os.kill(before, signal.SIGKILL)
+    wait_for(lambda: replaced(made, before))
+
+
+def replaced(made: Host, before: int) -> bool:
+    try:
+        return made.core_pid != before
+    except (StopIteration, FileNotFoundError, ProcessLookupError):
+        return False

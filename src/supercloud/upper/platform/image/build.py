@@ -17,7 +17,7 @@ from supercloud.upper.platform.image import tree as trees
 from supercloud.upper.platform.image.archive import Archive
 from supercloud.upper.platform.image.base import Base
 from supercloud.upper.platform.image.lock import Lock, Package
-from supercloud.upper.platform.image.locking import Locking
+from supercloud.upper.platform.image.locking import Locking, for_build
 from supercloud.upper.platform.image.progress import Progress
 from supercloud.upper.platform.image.tools import ToolTree
 
@@ -70,7 +70,7 @@ def build(
 def _base(cache: Path, locking: Locking, progress: Progress) -> tuple[Lock, Base]:
     def needed(lock: Lock) -> Iterable[Package]:
         made = bases.place(cache, lock).exists() and tools.place(cache, lock).exists()
-        return () if made else lock.packages
+        return () if made else for_build(lock)
 
     lock, debs = locking.obtain(needed)
     if not debs:

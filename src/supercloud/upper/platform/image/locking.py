@@ -11,7 +11,13 @@ from supercloud.upper.platform.image.archive import Archive, Dropped
 from supercloud.upper.platform.image.lock import Lock, Package
 from supercloud.upper.platform.image.progress import Progress
 
-_ASKED = (*sorted(recipe.WANTED), recipe.KERNEL_META)
+_NAMES = tuple(sorted((*recipe.WANTED, *recipe.TEST_ONLY)))
+_ASKED = (*_NAMES, recipe.KERNEL_META)
+
+
+def for_build(lock: Lock) -> list[Package]:
+    """The packages that the products and the tool tree are made of."""
+    return [package for package in lock.packages if package.name not in recipe.TEST_ONLY]
 
 
 @dataclass
@@ -73,7 +79,7 @@ class Locking:
 
     def _resolve(self, committed: Lock | None) -> Lock:
         with self.progress.step("resolve") as detail:
-            lock = self.archive.resolve(recipe.WANTED, recipe.KERNEL_META)
+            lock = self.archive.resolve(_NAMES, recipe.KERNEL_META)
             detail.append(f"{len(lock.packages)} packages")
         for line in locks.differences(committed, lock) if committed else ():
             self.progress.note(f"  {line}")

@@ -40,6 +40,9 @@ WANTED = (
     "zstd",
 )
 
+# In the lock for the tests' sake, in no image and in no build.
+TEST_ONLY = ("docker-registry",)
+
 # Never read from a package: documentation, translations, other machines' firmware.
 SKIP = re.compile(
     r"usr/share/(doc|man|info|locale|lintian|bash-completion|zsh|bug|menu|applications|pixmaps"

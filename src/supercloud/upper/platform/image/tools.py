@@ -17,7 +17,7 @@ from supercloud.upper.platform.image import tree as trees
 from supercloud.upper.platform.image.archive import Archive
 from supercloud.upper.platform.image.closure import close, matching
 from supercloud.upper.platform.image.lock import Lock
-from supercloud.upper.platform.image.locking import Locking
+from supercloud.upper.platform.image.locking import Locking, for_build
 from supercloud.upper.platform.image.progress import Progress
 
 _FORMAT = "1"
@@ -85,7 +85,7 @@ class ToolTree:
         self.cache.mkdir(parents=True, exist_ok=True)
         locking = Locking(Archive(self.cache), Progress(quiet=True))
         lock, debs = locking.obtain(
-            lambda lock: () if place(self.cache, lock).exists() else lock.packages
+            lambda lock: () if place(self.cache, lock).exists() else for_build(lock)
         )
         if not debs:
             return place(self.cache, lock)

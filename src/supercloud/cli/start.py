@@ -65,7 +65,7 @@ def _start(path: str) -> None:
     os.makedirs(state, mode=0o700, exist_ok=True)
     log_path = os.path.join(state, "control.out")
     argv = [sys.executable, "-m", "supercloud.control.main"]
-    argv += ["--state", os.path.join(state, "state"), "--socket", path]
+    argv += ["--socket", path]
     with open(log_path, "ab", opener=_private) as log:
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/"

@@ -1,0 +1,105 @@
+"""Puts the agent together and runs it: nothing else knows all the parts."""
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from typing import Any
+
+from supercloud.model.errors import SupercloudError
+from supercloud.model.events import Event, Severity
+from supercloud.upper.platform.agent import cgroups, networks, paths, uplink
+from supercloud.upper.platform.agent.accelerator import Accelerator
+from supercloud.upper.platform.agent.blobs import Blobs
+from supercloud.upper.platform.agent.bootdata import BootData, load
+from supercloud.upper.platform.agent.engine import Services
+from supercloud.upper.platform.agent.link import Link, hello
+from supercloud.upper.platform.agent.manager import Manager
+from supercloud.upper.platform.agent.methods import Methods
+from supercloud.upper.platform.agent.names import Names
+from supercloud.upper.platform.agent.scratch import Scratch
+from supercloud.wire.messages import CONTROL_TO_AGENT, PlatformReport, handlers
+
+log = logging.getLogger("supercloud.agent")
+
+
+def run() -> int:
+    """The agent's whole life; the exit status."""
+    os.environ["PATH"] = "/usr/sbin:/usr/bin"
+    os.umask(0o022)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="agent: %(name)s: %(message)s"
+    )
+    os.makedirs(paths.RUN, exist_ok=True)
+    os.chmod(paths.RUN, 0o711)
+    _protect_from_oom()
+    boot, name = load()
+    socket.sethostname(name)
+    networks.prepare_kernel()
+    link_nic, uplink_nic = uplink.bring_up()
+    log.info("platform %s of %s; link %s, uplink %s", boot.platform, boot.ucloud,
+             link_nic and link_nic.name, uplink_nic and uplink_nic.name)  # fmt: skip
+    asyncio.run(Agent(boot, uplink.Uplink(uplink_nic) if uplink_nic else None).run())
+    return 0
+
+
+def _protect_from_oom() -> None:
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("-900")
+
+
+class Agent:
+    """The composition root."""
+
+    def __init__(self, boot: BootData, way_out: uplink.Uplink | None) -> None:
+        self._boot, self._uplink = boot, way_out
+        self._accelerator, self._scratch = Accelerator(), Scratch()
+        self._link: Link | None = None
+
+    async def run(self) -> None:
+        """Start everything at once; ends only when something that must not end does."""
+        link = self._link = Link(self._boot, self._hello, {}, self._connected)
+        blobs = Blobs(link.peer)
+        services = Services(blobs, networks.Networks(), self._scratch, self._accelerator)
+        way_out = self._uplink.nic.name if self._uplink else "none"
+        self._manager = Manager(
+            services, Names(self._boot.ucloud), way_out, self._report, self._event
+        )
+        methods = Methods(self._manager)
+        link.handlers = handlers(CONTROL_TO_AGENT, methods.table())
+        link.make_key()
+        self._manager.start()
+        tasks = [asyncio.ensure_future(link.run()), asyncio.ensure_future(self._warm_up())]
+        if self._uplink and self._boot.uplink == "dhcp":
+            tasks.append(asyncio.ensure_future(self._uplink.keep()))
+        await asyncio.gather(*tasks)
+
+    async def _warm_up(self) -> None:
+        """What the first EE would otherwise wait for."""
+        for step in (self._scratch.ready, self._accelerator.probe):
+            try:
+                await step()
+            except (SupercloudError, OSError) as error:
+                log.warning("%s: %s", step.__qualname__, error)
+        log.info("nested VMs: %s %s", self._accelerator.name, self._accelerator.reason)
+
+    def _hello(self) -> Any:
+        engines = {"crun": "1", "qemu": "1"}
+        return hello(self._boot, engines, self._accelerator.name, cgroups.total_memory_bytes())
+
+    def _connected(self) -> None:
+        self._report(self._manager.report())
+
+    def _report(self, report: PlatformReport) -> None:
+        if self._link:
+            self._link.notify("agent.report", report)
+
+    def _event(
+        self, subject: str, code: str, message: str, severity: Severity, details: dict[str, Any]
+    ) -> None:
+        if self._link:
+            self._link.notify("agent.event", Event(
+                ucloud=self._boot.ucloud, subject=subject, code=code, message=message,
+                actor=f"platform/{self._boot.platform}", severity=severity, details=details,
+            ))  # fmt: skip

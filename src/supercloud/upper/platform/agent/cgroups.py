@@ -1,0 +1,96 @@
+"""cgroups (version 2) of EEs: usage, ending all of one, removing it."""
+
+import asyncio
+import contextlib
+import os
+
+from supercloud.upper.platform.agent import paths
+
+RESERVED_BYTES = 128 << 20
+
+
+def path_of(uid: str) -> str:
+    """Where an EE's cgroup is."""
+    return f"{paths.CGROUP}/{uid}"
+
+
+def prepare() -> None:
+    """The parent of all EEs; it leaves the platform's own programs memory to work with."""
+    os.makedirs(paths.CGROUP, exist_ok=True)
+    _write("/sys/fs/cgroup/cgroup.subtree_control", "+cpu +memory +pids")
+    _write(f"{paths.CGROUP}/cgroup.subtree_control", "+cpu +memory +pids")
+    _write(f"{paths.CGROUP}/memory.max", str(max(total_memory_bytes() - RESERVED_BYTES, 1 << 26)))
+    with contextlib.suppress(FileNotFoundError):
+        _write(f"{paths.CGROUP}/memory.oom.group", "0")
+
+
+def total_memory_bytes() -> int:
+    """Memory of the platform."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def make(uid: str, *, memory_bytes: int, cpus: float, pids: int) -> str:
+    """A cgroup with limits for an engine that makes none itself."""
+    path = path_of(uid)
+    os.makedirs(path, exist_ok=True)
+    _write(f"{path}/memory.max", str(memory_bytes))
+    _write(f"{path}/cpu.max", f"{max(1000, int(cpus * 100_000))} 100000")
+    _write(f"{path}/pids.max", str(pids))
+    return path
+
+
+def enter(path: str, pid: int) -> None:
+    """Move a process into a cgroup."""
+    _write(f"{path}/cgroup.procs", str(pid))
+
+
+def usage(uid: str) -> tuple[int, float]:
+    """Memory in bytes and processor time in seconds; zeros when there is no such cgroup."""
+    try:
+        memory = int(_read(f"{path_of(uid)}/memory.current"))
+        cpu = _read(f"{path_of(uid)}/cpu.stat").split()
+    except FileNotFoundError:
+        return 0, 0.0
+    return memory, int(cpu[cpu.index("usage_usec") + 1]) / 1e6
+
+
+def oom_kills(uid: str) -> int:
+    """How many processes of the EE the kernel has ended for want of memory."""
+    with contextlib.suppress(FileNotFoundError):
+        words = _read(f"{path_of(uid)}/memory.events").split()
+        return int(words[words.index("oom_kill") + 1])
+    return 0
+
+
+async def remove(uid: str) -> None:
+    """Kill whatever is in the EE's cgroup, and remove it with what is below."""
+    path = path_of(uid)
+    if not os.path.exists(path):
+        return
+    _write(f"{path}/cgroup.kill", "1")
+    for _ in range(200):
+        try:
+            for directory, _, _ in os.walk(path, topdown=False):
+                os.rmdir(directory)
+        except OSError:  # EBUSY until the last process is reaped
+            await asyncio.sleep(0.02)
+        else:
+            return
+    raise TimeoutError(f"{path} still has processes")
+
+
+def present() -> list[str]:
+    """The uids that have a cgroup."""
+    with contextlib.suppress(FileNotFoundError):
+        return [entry.name for entry in os.scandir(paths.CGROUP) if entry.is_dir()]
+    return []
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def _read(path: str) -> str:
+    with open(path) as file:
+        return file.read()

@@ -1,0 +1,146 @@
+"""Containers, by crun: one process per start, all else is done from here by system calls."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+
+from supercloud.model.errors import Invalid, Permanent
+from supercloud.upper.platform.agent import cgroups, namespaces, networks, oci, paths, rootfs, users
+from supercloud.upper.platform.agent.engine import Places, Services
+from supercloud.upper.platform.agent.logs import Fifo, Log
+from supercloud.upper.platform.agent.processes import Watched, run
+from supercloud.upper.platform.agent.state import write_private
+from supercloud.wire.messages import EnvironmentSpec
+
+START_TIMEOUT_S = 60.0
+CRUN = ("crun", "--root", paths.CRUN, "--cgroup-manager=cgroupfs")
+
+
+class Container:
+    """An EE of kind container."""
+
+    def __init__(self, spec: EnvironmentSpec, services: Services, base_id: int) -> None:
+        if spec.image.format != "erofs" or "root" not in spec.image.blobs:
+            raise Invalid(f"a container cannot run from an image of format {spec.image.format}")
+        self.spec, self._services, self._base_id = spec, services, base_id
+        self.places = Places(spec.uid)
+        self.log: Log | None = None
+        self._fifo: Fifo | None = None
+
+    @property
+    def name(self) -> str:
+        """The engine."""
+        return "crun"
+
+    @property
+    def root(self) -> str:
+        """Its root as the platform sees it."""
+        return f"{self.places.run}/rootfs"
+
+    async def prepare(self) -> None:
+        """Image here and mounted, root, namespaces with their network, configuration."""
+        await self._services.scratch.ready()
+        await self._services.blobs.get(self.spec.image.blobs["root"])
+        self.places.make()
+        place = self.places.run
+        namespaces.create(self._base_id, f"{place}/ns")
+        digest = self.spec.image.blobs["root"].digest
+        rootfs.mount_root(digest, place, self.places.layer, self._base_id)
+        self._services.networks.attach(self.spec.uid, self.spec.nics, f"{place}/ns")
+        await self.resume()
+
+    def _write_files(self) -> None:
+        place, spec = self.places.run, self.spec
+        resolvers = "".join(f"nameserver {nic.gateway}\n" for nic in spec.nics[:1])
+        own = "".join(f"{nic.address.partition('/')[0]} {spec.name}\n" for nic in spec.nics[:1])
+        local = "127.0.0.1 localhost\n::1 localhost\n"
+        for name, text in (
+            ("resolv.conf", resolvers), ("hosts", local + own), ("hostname", f"{spec.name}\n"),
+        ):  # fmt: skip
+            write_private(f"{place}/{name}", text, 0o644)
+        user = users.resolve(spec.process.user or spec.image.process.user, self.root)
+        first = oci.first_process(spec, user)
+        text = oci.config(spec, first, root=self.root, place=place, cgroup=f"/ee/{spec.uid}")
+        write_private(f"{place}/config.json", text)
+
+    async def resume(self) -> None:
+        """Open the log and its FIFO."""
+        if self.log is None:
+            self.log = Log(self.places.log)
+            self._fifo = Fifo(f"{self.places.run}/output", self.log, self._base_id)
+
+    async def start(self) -> Watched:
+        """``crun run --detach``: the container's first process becomes a child of process 1."""
+        if self._fifo is None:
+            raise Permanent("start before prepare")
+        self._write_files()
+        place, launched_s = self.places.run, time.monotonic()
+        output = self._fifo.writer()
+        try:
+            await run(
+                *CRUN, "--log", f"{place}/crun.log", "run", "--detach",
+                "--bundle", place, "--pid-file", f"{place}/pid", self.spec.uid,
+                timeout_s=START_TIMEOUT_S, stdout=output, stderr=output,
+            )  # fmt: skip
+        except Permanent as error:
+            raise Permanent(self._complaint() or str(error)) from error
+        finally:
+            os.close(output)
+        with open(f"{place}/pid") as file:
+            return Watched(int(file.read()), launched_s)
+
+    def _complaint(self) -> str:
+        """The last line of crun's own log, without its time."""
+        with contextlib.suppress(FileNotFoundError, IndexError):
+            with open(f"{self.places.run}/crun.log", errors="replace") as file:
+                line = file.read()[-4096:].strip().splitlines()[-1]
+            return line.split(": ", 1)[-1][:500]
+        return ""
+
+    async def stop(self, process: Watched, grace_s: float) -> None:
+        """TERM to the first process, KILL to all that is left after ``grace_s``."""
+        process.send(signal.SIGTERM)
+        if not await process.ended_within(grace_s):
+            process.send(signal.SIGKILL)
+
+    async def ended(self) -> None:
+        """What ``crun delete --force`` does, without the process: cgroup and crun's state go."""
+        await cgroups.remove(self.spec.uid)
+        shutil.rmtree(f"{paths.CRUN}/{self.spec.uid}", ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self.places.run}/crun.log")
+
+    async def destroy(self) -> None:
+        """Everything; also of an EE that an earlier agent made."""
+        await self.ended()
+        if self._fifo:
+            self._fifo.close()
+            self._fifo = None
+        if self.log:
+            self.log.close()
+            self.log = None
+        networks.Networks.detach(self.spec.uid, len(self.spec.nics))
+        rootfs.unmount_root(self.places.run)
+        namespaces.remove(f"{self.places.run}/ns")
+        await asyncio.to_thread(remove_places, self.places)
+
+    def exec_process(
+        self, argv: list[str], env: dict[str, str], workdir: str, user: str, *, terminal: bool
+    ) -> str:
+        """The OCI process (JSON) for a program run beside the first one, under the same limits."""
+        image, own = self.spec.image.process, self.spec.process
+        who = users.resolve(user or own.user or image.user, self.root)
+        lines = oci.environment(image.env, own.env, env, home=who.home)
+        place = workdir or own.workdir or image.workdir
+        return json.dumps(oci.process(argv, lines, place, who, terminal=terminal))
+
+
+def remove_places(places: Places) -> None:
+    """Delete an EE's directories."""
+    for path in (places.layer, places.run):
+        if os.path.exists(path):
+            shutil.rmtree(path)

@@ -1,0 +1,93 @@
+"""What an engine is to the worker of an EE, and what all engines share."""
+
+import os
+from dataclasses import dataclass
+from typing import Protocol
+
+from supercloud.upper.platform.agent import paths
+from supercloud.upper.platform.agent.accelerator import Accelerator
+from supercloud.upper.platform.agent.blobs import Blobs
+from supercloud.upper.platform.agent.logs import Log
+from supercloud.upper.platform.agent.networks import Networks
+from supercloud.upper.platform.agent.processes import Watched
+from supercloud.upper.platform.agent.scratch import Scratch
+from supercloud.wire.messages import EnvironmentSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the platform offers to every engine."""
+
+    blobs: Blobs
+    networks: Networks
+    scratch: Scratch
+    accelerator: Accelerator
+
+
+class Engine(Protocol):
+    """One EE's engine. Every method may be repeated after it failed or the agent was restarted.
+
+    ``name`` is as in ``EnvironmentStatus.engine``; ``log`` is there after ``prepare``/``resume``.
+    """
+
+    spec: EnvironmentSpec
+    log: Log | None
+
+    @property
+    def name(self) -> str:
+        """The engine, and for VMs its accelerator."""
+
+    async def prepare(self) -> None:
+        """Bring here what it runs from; nothing runs yet."""
+
+    async def start(self) -> Watched:
+        """Run it; returns when its process runs."""
+
+    async def resume(self) -> None:
+        """Take up streams of an EE that runs already."""
+
+    async def stop(self, process: Watched, grace_s: float) -> None:
+        """Ask it to end, then make it."""
+
+    async def ended(self) -> None:
+        """Clean up after its process, keeping what it has written."""
+
+    async def destroy(self) -> None:
+        """Remove all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where an EE's things are."""
+
+    uid: str
+
+    @property
+    def run(self) -> str:
+        """In memory: namespaces, mounts, sockets, state."""
+        return f"{paths.ENVIRONMENTS}/{self.uid}"
+
+    @property
+    def state(self) -> str:
+        """What the next agent must know of it."""
+        return f"{self.run}/state.json"
+
+    @property
+    def layer(self) -> str:
+        """On scratch: what it writes, and its log."""
+        return f"{paths.LAYERS}/{self.uid}"
+
+    @property
+    def log(self) -> str:
+        """Its output; in a directory of its own that its root is not in."""
+        return f"{self.layer}/log/output"
+
+    def make(self) -> None:
+        """The directories; others may pass through (container roots have shifted ids)."""
+        for path in (self.run, self.layer):
+            os.makedirs(path, mode=0o711, exist_ok=True)
+
+
+def digests(spec: EnvironmentSpec) -> list[str]:
+    """The blobs that an EE is made from."""
+    return [blob.digest for blob in spec.image.blobs.values()]

@@ -1,0 +1,88 @@
+"""The platform's nftables rules as one text, replaced as a whole by one ``nft -f``.
+
+EEs reach the world by the uplink and each other inside their network. They reach of the platform
+only DNS, DHCP and echo at their gateway; never the link, the metadata range or another network.
+The uids that VM engines run as may open no socket to anywhere.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from supercloud.upper.platform.agent.processes import run
+
+TABLE = "supercloud"
+VM_UIDS = (0x7000_0000, 0x7FFF_FFFF)
+FORBIDDEN = "{ 127.0.0.0/8, 169.254.0.0/16, 224.0.0.0/4 }"
+
+
+class Publication(NamedTuple):
+    """A port of the platform's uplink that leads to an EE."""
+
+    protocol: str
+    host_port: int
+    address: str
+    port: int
+
+
+def _map(name: str, entries: list[str]) -> str:
+    elements = f"elements = {{ {', '.join(entries)} }}" if entries else ""
+    return f"map {name} {{ type inet_service : ipv4_addr . inet_service; {elements} }}"
+
+
+def ruleset(
+    uplink: str, bridges: Iterable[str], ranges: Iterable[str], published: Iterable[Publication]
+) -> str:
+    """The text for ``nft -f``. All values must have been validated: they are pasted in."""
+    maps: dict[str, list[str]] = {"tcp": [], "udp": []}
+    for one in sorted(published):
+        maps[one.protocol].append(f"{one.host_port} : {one.address} . {one.port}")
+    same = "\n    ".join(f'iifname "{b}" oifname "{b}" accept' for b in sorted(bridges))
+    nets = ", ".join(sorted(ranges))
+    masquerade = f'ip saddr {{ {nets} }} oifname "{uplink}" masquerade' if nets else ""
+    return f"""destroy table inet {TABLE}
+table inet {TABLE} {{
+  {_map("to_tcp", maps["tcp"])}
+  {_map("to_udp", maps["udp"])}
+  chain prerouting {{
+    type nat hook prerouting priority dstnat; policy accept;
+    iifname "{uplink}" dnat ip to tcp dport map @to_tcp
+    iifname "{uplink}" dnat ip to udp dport map @to_udp
+  }}
+  chain postrouting {{
+    type nat hook postrouting priority srcnat; policy accept;
+    {masquerade}
+  }}
+  chain forward {{
+    type filter hook forward priority filter; policy drop;
+    ct state established,related accept
+    iifname "{uplink}" ct status dnat accept
+    {same}
+    iifname "ee*" oifname "{uplink}" ip daddr != {FORBIDDEN} accept
+  }}
+  chain input {{
+    type filter hook input priority filter; policy drop;
+    iifname "lo" accept
+    ct state established,related accept
+    icmp type echo-request accept
+    iifname "ee*" udp dport {{ 53, 67 }} accept
+    iifname "ee*" tcp dport 53 accept
+  }}
+  chain output {{
+    type filter hook output priority filter; policy accept;
+    meta skuid {VM_UIDS[0]}-{VM_UIDS[1]} drop
+  }}
+}}
+"""
+
+
+class Firewall:
+    """Applies a ruleset when it differs from the last one."""
+
+    def __init__(self) -> None:
+        self._applied = ""
+
+    async def apply(self, text: str) -> None:
+        """Replace the table atomically; Permanent when nft refuses."""
+        if text != self._applied:
+            await run("nft", "-f", "-", given=text.encode())
+            self._applied = text

@@ -1,0 +1,145 @@
+"""The way to the control plane: enrolled once, connected for ever, over any of the endpoints."""
+
+import asyncio
+import logging
+import os
+import random
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from supercloud.model.errors import SupercloudError, Temporary, UserError
+from supercloud.trust import keys, tls
+from supercloud.trust.names import PLATFORM, Identity
+from supercloud.upper.platform.agent import paths
+from supercloud.upper.platform.agent.bootdata import BootData
+from supercloud.upper.platform.agent.state import write_private
+from supercloud.wire.codec import decode, encode
+from supercloud.wire.messages import PROTOCOL, Certificate, Enroll, Hello, Welcome
+from supercloud.wire.peer import Handler, Peer
+
+ALPN = "supercloud-agent/1"
+CONNECT_TIMEOUT_S = 10.0
+BACK_OFF_S = (0.1, 15.0)
+CLOCK_TOLERANCE_S = 2.0
+
+log = logging.getLogger("supercloud.agent.link")
+
+
+class Link:
+    """``hello`` makes the greeting; ``up`` is called on every new connection, ready to use."""
+
+    def __init__(
+        self, boot: BootData, hello: Callable[[], Any], handlers: Mapping[str, Handler],
+        up: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._boot, self._hello, self.handlers, self._up = boot, hello, handlers, up
+        self._peer: Peer | None = None
+        self._request: asyncio.Task[str] | None = None
+        self._turn = 0
+
+    def peer(self) -> Peer:
+        """The present connection; Temporary when there is none."""
+        if self._peer is None or self._peer.closed.is_set():
+            raise Temporary("not connected to the control plane")
+        return self._peer
+
+    def notify(self, method: str, params: Any) -> None:
+        """Tell the control plane, if it is there; it asks for the rest when it comes back."""
+        if self._peer is not None and not self._peer.closed.is_set():
+            self._peer.notify(method, encode(params))
+
+    def make_key(self) -> None:
+        """Begin making key and request: it takes a while, and needs no connection."""
+        if not os.path.exists(paths.CERTIFICATE):
+            self._request = asyncio.ensure_future(asyncio.to_thread(self._make_request))
+
+    def _make_request(self) -> str:
+        os.makedirs(os.path.dirname(paths.KEY), mode=0o700, exist_ok=True)
+        keys.ensure_key(paths.KEY)
+        identity = Identity(self._boot.ucloud, PLATFORM, self._boot.platform)
+        return keys.make_request(paths.KEY, identity.uri, identity.dns)
+
+    async def run(self) -> None:
+        """Keep connected; never returns."""
+        delay_s = BACK_OFF_S[0]
+        while True:
+            began_s = time.monotonic()
+            try:
+                if not os.path.exists(paths.CERTIFICATE):
+                    await self._enroll()
+                await self._serve()
+            except (SupercloudError, OSError, ssl.SSLError, TimeoutError, EOFError) as error:
+                message = error.message if isinstance(error, UserError) else str(error)
+                log.warning("link: %s: %s", type(error).__name__, message)
+                self._turn += 1
+            self._peer = None
+            steady = time.monotonic() - began_s > BACK_OFF_S[1]
+            delay_s = BACK_OFF_S[0] if steady else min(delay_s * 1.7, BACK_OFF_S[1])
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # noqa: S311 -- jitter
+
+    async def _connect(self, context: ssl.SSLContext, handlers: Mapping[str, Handler]) -> Peer:
+        endpoint = self._boot.endpoints[self._turn % len(self._boot.endpoints)]
+        host, _, port = endpoint.rpartition(":")
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(
+                host.strip("[]"), int(port), ssl=context, server_hostname=self._boot.server_name
+            )
+        return Peer(reader, writer, handlers, accepted=False, name=f"control plane at {endpoint}")
+
+    async def _enroll(self) -> None:
+        """The one-time token for a certificate over the key that never leaves the platform."""
+        if self._request is None or (self._request.done() and self._request.exception()):
+            self._request = asyncio.ensure_future(asyncio.to_thread(self._make_request))
+        request = await self._request
+        peer = await self._connect(tls.client_context(self._boot.ca_pem, alpn=ALPN), {})
+        running = asyncio.ensure_future(peer.run())
+        try:
+            wanted = Enroll(ucloud=self._boot.ucloud, platform=self._boot.platform,
+                            token=self._boot.token, csr_pem=request)  # fmt: skip
+            answer = await peer.call("agent.enroll", encode(wanted))
+            given = decode(Certificate, answer, "agent.enroll", ignore_unknown=True)
+        finally:
+            peer.close()
+            await running
+        write_private(paths.CERTIFICATE, f"{given.cert_pem.strip()}\n{given.chain_pem.strip()}\n")
+        log.info("enrolled as %s of %s", self._boot.platform, self._boot.ucloud)
+
+    async def _serve(self) -> None:
+        context = tls.client_context(
+            self._boot.ca_pem, paths.CERTIFICATE, paths.KEY, alpn=ALPN
+        )
+        peer = await self._connect(context, self.handlers)
+        peer.context["enrolled"] = True  # TLS has shown that it is our control plane
+        running = asyncio.ensure_future(peer.run())
+        try:
+            answer = await peer.call("agent.hello", encode(self._hello()))
+            _set_clock(decode(Welcome, answer, "agent.hello", ignore_unknown=True))
+            self._peer = peer
+            log.info("connected to the %s", peer.name)
+            self._up()
+            await running
+        finally:
+            peer.close()
+            if not running.done():
+                await running
+
+
+def _set_clock(welcome: Welcome) -> None:
+    """A platform has nobody else to ask for the time."""
+    if welcome.protocol < PROTOCOL - 1:
+        raise Temporary(f"the control plane speaks protocol {welcome.protocol}", delay_s=30)
+    if abs(welcome.time_s - time.time()) > CLOCK_TOLERANCE_S:
+        time.clock_settime(time.CLOCK_REALTIME, welcome.time_s)
+
+
+def hello(boot: BootData, engines: dict[str, str], accelerator: str, memory_bytes: int) -> Hello:
+    """What this platform says of itself."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot_id = file.read().strip()
+    return Hello(
+        ucloud=boot.ucloud, platform=boot.platform, protocol=PROTOCOL, version="0.1.0",
+        boot_id=boot_id, engines=engines, accelerator=accelerator, memory_bytes=memory_bytes,
+        cpus=os.cpu_count() or 1,
+    )  # fmt: skip

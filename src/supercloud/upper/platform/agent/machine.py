@@ -1,0 +1,254 @@
+"""Nested VMs, by QEMU: an unprivileged process that is given descriptors and no path."""
+
+import asyncio
+import contextlib
+import math
+import os
+import signal
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from supercloud.model.errors import Invalid, Permanent, SupercloudError
+from supercloud.upper.platform.agent import cgroups
+from supercloud.upper.platform.agent.accelerator import KVM, KVM_GROUP
+from supercloud.upper.platform.agent.blobs import path_of
+from supercloud.upper.platform.agent.console import Console
+from supercloud.upper.platform.agent.container import remove_places
+from supercloud.upper.platform.agent.engine import Places, Services
+from supercloud.upper.platform.agent.firewall import VM_UIDS
+from supercloud.upper.platform.agent.logs import Log
+from supercloud.upper.platform.agent.namespaces import IDS_PER_ENVIRONMENT
+from supercloud.upper.platform.agent.processes import Watched, run
+from supercloud.upper.platform.agent.qmp import Qmp
+from supercloud.wire.messages import EnvironmentSpec
+
+ENGINE_BYTES = 192 << 20  # QEMU's own memory beside the guest's, with its translation cache
+TRANSLATION_CACHE_MIB = 64
+MAX_PIDS = 256
+MIB = 1 << 20
+_QCOW2 = struct.Struct(">4sIQI")
+_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+
+def check_qcow2(untrusted_head: bytes) -> int:
+    """The virtual size of a qcow2 image; Invalid for one that names other files of the platform."""
+    if len(untrusted_head) < 104:
+        raise Invalid("no qcow2 image: too short")
+    magic, version, backing, _ = _QCOW2.unpack_from(untrusted_head)
+    size_bytes = int(struct.unpack_from(">Q", untrusted_head, 24)[0])
+    if magic != b"QFI\xfb" or version not in (2, 3):
+        raise Invalid("no qcow2 image")
+    if backing:
+        raise Invalid("a qcow2 image with a backing file", hint="flatten it: qemu-img convert")
+    if version == 3 and struct.unpack_from(">Q", untrusted_head, 72)[0] & 4:
+        raise Invalid("a qcow2 image with an external data file")
+    if not 0 < size_bytes <= 1 << 46:
+        raise Invalid(f"a disk of {size_bytes} bytes")
+    return size_bytes
+
+
+class Machine:
+    """An EE of kind vm."""
+
+    def __init__(self, spec: EnvironmentSpec, services: Services, base_id: int) -> None:
+        roles = {"kernel": {"kernel"}, "qcow2": {"disk"}, "raw": {"disk"}}.get(spec.image.format)
+        if roles is None or not roles <= spec.image.blobs.keys():
+            raise Invalid(f"a VM cannot run from an image of format {spec.image.format}")
+        self.spec, self._services = spec, services
+        self.uid = VM_UIDS[0] + base_id // IDS_PER_ENVIRONMENT
+        self.places = Places(spec.uid)
+        self.log: Log | None = None
+        self.console: Console | None = None
+        self._qmp: Qmp | None = None
+        self._shut_down = False
+
+    @property
+    def name(self) -> str:
+        """The engine with the accelerator that it really uses."""
+        return f"qemu/{self._services.accelerator.name}"
+
+    @property
+    def disk(self) -> str:
+        """The writable disk, over the image's."""
+        return f"{self.places.layer}/disk.qcow2"
+
+    async def prepare(self) -> None:
+        """Image here, writable disk made over it."""
+        await self._services.scratch.ready()
+        blobs = self.spec.image.blobs
+        found = await asyncio.gather(*(self._services.blobs.get(blob) for blob in blobs.values()))
+        self.places.make()
+        if "disk" in blobs and not os.path.exists(self.disk):
+            await self._make_disk(dict(zip(blobs, found, strict=True))["disk"])
+        await self._services.accelerator.probe()
+        await self.resume()
+
+    async def _make_disk(self, image: str) -> None:
+        kind = self.spec.image.format
+        with open(image, "rb") as file:
+            size = check_qcow2(file.read(512)) if kind == "qcow2" else os.stat(image).st_size
+        part = f"{self.disk}.part"
+        # -u: the size is known, so nobody has to open the image, which is not ours to trust
+        await run("qemu-img", "create", "-q", "-f", "qcow2", "-u", "-F", kind,
+                  "-b", image, part, str(size))  # fmt: skip
+        os.rename(part, self.disk)
+
+    async def resume(self) -> None:
+        """Open log, console and, if QEMU runs, its control socket."""
+        if self.log is None:
+            self.log = Log(self.places.log)
+        if self.console is None:
+            self.console = Console(f"{self.places.run}/serial", self.log)
+        with contextlib.suppress(SupercloudError):
+            await self._connect()
+
+    async def _connect(self) -> None:
+        if self._qmp:
+            self._qmp.close()
+        self._qmp = Qmp(self._event)
+        await self._qmp.connect(f"{self.places.run}/qmp")
+
+    def _event(self, name: str, data: dict[str, Any]) -> None:
+        if name == "SHUTDOWN":
+            self._shut_down = bool(data.get("guest"))
+
+    async def start(self) -> Watched:
+        """Spawn QEMU; running when its control socket answers."""
+        await self.ended()
+        launched_s, spec = time.monotonic(), self.spec
+        self._shut_down = False
+        with ExitStack() as undo:
+            arguments, descriptors = self._arguments(undo)
+            error_file = undo.enter_context(open(f"{self.places.run}/qemu.log", "wb"))
+            process = subprocess.Popen(  # noqa: ASYNC220 -- vfork and exec, a millisecond
+                arguments,
+                stdin=subprocess.DEVNULL, stdout=error_file, stderr=error_file,
+                pass_fds=descriptors, user=self.uid, group=self.uid, extra_groups=[KVM_GROUP],
+                start_new_session=True, cwd="/", env={"PATH": "/usr/bin"},
+            )  # fmt: skip
+            watched = Watched(process.pid, launched_s)
+            process.returncode = 0  # Watched reaps it, the subprocess module must not
+            group = cgroups.make(
+                spec.uid, memory_bytes=spec.memory_bytes + ENGINE_BYTES, cpus=spec.cpus,
+                pids=MAX_PIDS,
+            )  # fmt: skip
+            cgroups.enter(group, process.pid)
+            try:
+                await self._connect()
+            except BaseException as error:
+                watched.send(signal.SIGKILL)
+                watched.close()
+                if isinstance(error, SupercloudError):
+                    raise Permanent(self._complaint() or str(error)) from error
+                raise
+        return watched
+
+    def _complaint(self) -> str:
+        with contextlib.suppress(FileNotFoundError):
+            with open(f"{self.places.run}/qemu.log", errors="replace") as file:
+                return file.read()[-500:].strip()
+        return ""
+
+    def _arguments(self, undo: ExitStack) -> tuple[list[str], list[int]]:
+        """QEMU's command line, and the descriptors that it refers to."""
+        spec, descriptors = self.spec, list[int]()
+
+        def give(descriptor: int) -> int:
+            undo.callback(os.close, descriptor)
+            descriptors.append(descriptor)
+            return descriptor
+
+        arguments = [*_base(spec, self._services.accelerator.name)]
+        for name in ("qmp", "serial"):
+            number = give(_listen(f"{self.places.run}/{name}"))
+            arguments += ["-chardev", f"socket,id={name},fd={number},server=on,wait=off"]
+        arguments += ["-mon", "chardev=qmp,mode=control", "-serial", "chardev:serial"]
+        arguments += self._boot(give)
+        for index, nic in enumerate(spec.nics):
+            tap = give(self._services.networks.open_tap(spec.uid, index, nic))
+            arguments += ["-netdev", f"tap,id=net{index},fd={tap}", "-device",
+                          f"virtio-net-pci,netdev=net{index},mac={nic.mac},romfile="]  # fmt: skip
+        return arguments, descriptors
+
+    def _boot(self, give: Callable[[int], int]) -> list[str]:
+        def opened(path: str, flags: int = os.O_RDONLY) -> int:
+            return give(os.open(path, flags | os.O_CLOEXEC))
+
+        blobs, arguments = self.spec.image.blobs, []
+        if self.spec.image.format == "kernel":
+            for role in ("kernel", "initrd"):
+                if role in blobs:
+                    number = opened(path_of(blobs[role].digest))
+                    arguments += [f"-{role}", f"/proc/self/fd/{number}"]
+            return [*arguments, "-append", self.spec.image.append or "console=ttyS0 quiet"]
+        image = opened(path_of(blobs["disk"].digest))
+        disk = opened(self.disk, os.O_RDWR)
+        return [
+            "-add-fd", f"fd={image},set=1", "-add-fd", f"fd={disk},set=2",
+            "-blockdev", "driver=file,node-name=image-file,filename=/dev/fdset/1,read-only=on",
+            "-blockdev", f"driver={self.spec.image.format},node-name=image,file=image-file,read-only=on",
+            "-blockdev", "driver=file,node-name=disk-file,filename=/dev/fdset/2,discard=unmap",
+            "-blockdev", "driver=qcow2,node-name=disk,file=disk-file,backing=image,discard=unmap",
+            "-device", "virtio-blk-pci,drive=disk,serial=root",
+        ]  # fmt: skip
+
+    async def stop(self, process: Watched, grace_s: float) -> None:
+        """The power button, then the plug."""
+        with contextlib.suppress(SupercloudError):
+            if self._qmp:
+                await self._qmp.call("system_powerdown")
+                if await process.ended_within(grace_s):
+                    return
+                await self._qmp.call("quit")
+                if await process.ended_within(2.0):
+                    return
+        process.send(signal.SIGKILL)
+
+    async def ended(self) -> None:
+        """Close what led to QEMU, remove its cgroup."""
+        if self._qmp:
+            self._qmp.close()
+            self._qmp = None
+        await cgroups.remove(self.spec.uid)
+
+    async def destroy(self) -> None:
+        """Everything."""
+        await self.ended()
+        if self.console:
+            self.console.close()
+            self.console = None
+        if self.log:
+            self.log.close()
+            self.log = None
+        await asyncio.to_thread(remove_places, self.places)
+
+
+def _listen(path: str) -> int:
+    """A listening unix socket at ``path``; its descriptor, to be closed."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    os.chmod(path, 0o600)
+    listener.listen(4)
+    return listener.detach()
+
+
+def _base(spec: EnvironmentSpec, accelerator: str) -> list[str]:
+    """The machine without its disks and networks."""
+    if accelerator == KVM:
+        engine = ["-accel", "kvm", "-cpu", "host"]
+    else:
+        engine = ["-accel", f"tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}", "-cpu", "max"]
+    return [
+        "qemu-system-x86_64", "-name", spec.name, "-nodefaults", "-no-user-config",
+        "-display", "none", "-L", "/usr/share/qemu", "-L", "/usr/share/seabios",
+        "-machine", "pc,usb=off,hpet=off,vmport=off", *engine,
+        "-smp", str(max(1, math.ceil(spec.cpus))), "-m", f"{max(spec.memory_bytes // MIB, 16)}M",
+        "-device", "virtio-rng-pci", "-sandbox", _SANDBOX,
+    ]  # fmt: skip

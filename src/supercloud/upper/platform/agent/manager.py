@@ -1,0 +1,230 @@
+"""The desired set and what becomes of it: a worker per EE, and the networks that they share."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from supercloud.model.errors import Invalid, NotFound, SupercloudError
+from supercloud.upper.platform.agent import cgroups, paths, rootfs
+from supercloud.upper.platform.agent.container import Container
+from supercloud.upper.platform.agent.engine import Places, Services, digests
+from supercloud.upper.platform.agent.firewall import Firewall, Publication, ruleset
+from supercloud.upper.platform.agent.machine import Machine
+from supercloud.upper.platform.agent.names import Names
+from supercloud.upper.platform.agent.namespaces import IDS_PER_ENVIRONMENT
+from supercloud.upper.platform.agent.networks import check_nic, sweep_devices
+from supercloud.upper.platform.agent.state import read_json, write_json
+from supercloud.upper.platform.agent.worker import Worker
+from supercloud.wire.codec import decode, encode
+from supercloud.wire.messages import Apply, EnvironmentSpec, PlatformReport
+
+MAX_ENVIRONMENTS = 1000
+REPORT_DELAY_S = 0.005
+NETWORK_RETRY_S = 2.0
+
+log = logging.getLogger("supercloud.agent.manager")
+
+
+class Manager:
+    """``report`` and ``event`` are called with what the control plane should hear at once."""
+
+    def __init__(
+        self, services: Services, names: Names, uplink: str,
+        report: Callable[[PlatformReport], None], event: Callable[..., None],
+    ) -> None:  # fmt: skip
+        self._services, self._names, self._uplink = services, names, uplink
+        self._report, self._event = report, event
+        self._firewall = Firewall()
+        self._workers: dict[str, Worker] = {}  # by uid
+        self._desired: Apply | None = None
+        self._network_task: asyncio.Task[None] | None = None
+        self._network_changed = asyncio.Event()
+        self._report_timer: asyncio.TimerHandle | None = None
+
+    # -- what the control plane asks
+
+    def apply(self, desired: Apply) -> PlatformReport:
+        """Make the set so; returns at once. Invalid (and nothing changes) for a set that cannot be."""
+        _check(desired)
+        if self._desired and desired.generation < self._desired.generation:
+            raise Invalid(f"generation {desired.generation} is older than what is applied")
+        changed = self._desired is None or encode(desired) != encode(self._desired)
+        self._desired = desired
+        if changed:
+            write_json(paths.DESIRED, encode(desired))
+            self._services.networks.ensure(self._all_specs(desired.environments))
+            self._converge(desired)
+            self._network_changed.set()
+        return self.report()
+
+    def report(self) -> PlatformReport:
+        """Everything, as it is now."""
+        return PlatformReport(
+            generation=self._desired.generation if self._desired else 0,
+            environments=[worker.status() for worker in self._workers.values()],
+        )
+
+    def find(self, name: str) -> Worker:
+        """The EE of that name which is wanted; NotFound."""
+        for worker in self._workers.values():
+            if worker.spec.name == name and worker.state not in ("deleting", "gone"):
+                return worker
+        raise NotFound(f"no environment {name} on this platform")
+
+    async def shut_down(self) -> None:
+        """Stop and remove all EEs."""
+        generation = self._desired.generation if self._desired else 0
+        self.apply(Apply(generation=generation, environments=[]))
+        await asyncio.gather(*(worker.done.wait() for worker in list(self._workers.values())))
+
+    # -- starting
+
+    def start(self) -> None:
+        """Take up what an earlier agent left, and begin."""
+        for path in (paths.ENVIRONMENTS, paths.IMAGES, paths.CRUN):
+            os.makedirs(path, exist_ok=True)
+            os.chmod(path, 0o711)
+        cgroups.prepare()
+        self._network_task = asyncio.ensure_future(self._keep_network())
+        saved = read_json(paths.DESIRED, None)
+        if saved is not None:
+            self._take_up(decode(Apply, saved, "desired set", ignore_unknown=True))
+
+    def _take_up(self, desired: Apply) -> None:
+        """The old desired set, and EEs that were being removed when the agent ended."""
+        log.info("taking up generation %d", desired.generation)
+        wanted = {spec.uid for spec in desired.environments}
+        for uid in sorted(os.listdir(paths.ENVIRONMENTS)):
+            saved = read_json(Places(uid).state, None)
+            if saved is not None and uid not in wanted:
+                spec = decode(EnvironmentSpec, saved["spec"], uid, ignore_unknown=True)
+                self._workers[uid] = self._worker(spec, saved["base_id"])
+        self.apply(desired)
+        for uid in cgroups.present():
+            if uid not in self._workers:
+                log.warning("removing what is left of %s", uid)
+                asyncio.ensure_future(cgroups.remove(uid))
+        known = [(uid, len(worker.spec.nics)) for uid, worker in self._workers.items()]
+        for device in sweep_devices(known):
+            log.warning("removed a leftover device: %s", device)
+
+    # -- converging
+
+    def _converge(self, desired: Apply) -> None:
+        wanted = {spec.uid: spec for spec in desired.environments}
+        leaving: dict[str, Worker] = {}
+        for uid, worker in self._workers.items():
+            if uid not in wanted:
+                leaving[worker.spec.name] = worker
+                if not worker.begun:
+                    worker.begin()
+                worker.go()
+        for uid, spec in wanted.items():
+            present = self._workers.get(uid)
+            if present is not None:
+                present.update(spec)
+                continue
+            worker = self._workers[uid] = self._worker(spec, self._free_base())
+            before = leaving.get(spec.name)
+            worker.begin(before.done if before else None)
+
+    def _worker(self, spec: EnvironmentSpec, base_id: int) -> Worker:
+        saved = read_json(Places(spec.uid).state, {})
+        base_id = saved.get("base_id", base_id)
+        kind = Container if spec.kind == "container" else Machine
+        return Worker(spec, kind(spec, self._services, base_id), base_id, self._told)
+
+    def _free_base(self) -> int:
+        """A range of ids that no EE has, here or left from an earlier agent."""
+        taken = {worker.base_id for worker in self._workers.values()}
+        for uid in os.listdir(paths.ENVIRONMENTS):
+            taken.add(read_json(Places(uid).state, {}).get("base_id", 0))
+        candidates = range(IDS_PER_ENVIRONMENT, 0x6000_0000, IDS_PER_ENVIRONMENT)
+        return next(base for base in candidates if base not in taken)
+
+    def _told(self, worker: Worker, state: str, reason: str, severity: str) -> None:
+        log.info("%s: %s%s", worker.spec.name, state, f" ({reason})" if reason else "")
+        details: dict[str, Any] = {"uid": worker.spec.uid}
+        if state == "exited":
+            details["exit_status"] = worker.exit_status
+        self._event(f"environment/{worker.spec.name}", f"agent.environment.{state}", reason,
+                    severity, details)  # fmt: skip
+        if state == "gone":
+            self._workers.pop(worker.spec.uid, None)
+            self._network_changed.set()
+        if self._report_timer is None:
+            loop = asyncio.get_running_loop()
+            self._report_timer = loop.call_later(REPORT_DELAY_S, self._send_report)
+
+    def _send_report(self) -> None:
+        self._report_timer = None
+        self._report(self.report())
+
+    # -- networks
+
+    def _all_specs(self, wanted: list[EnvironmentSpec]) -> list[EnvironmentSpec]:
+        """Those that are wanted and those that are still there."""
+        uids = {spec.uid for spec in wanted}
+        return wanted + [w.spec for w in self._workers.values() if w.spec.uid not in uids]
+
+    async def _keep_network(self) -> None:
+        """DNS, DHCP, firewall: after each change, until it is so."""
+        while True:
+            await self._network_changed.wait()
+            self._network_changed.clear()
+            try:
+                await self._apply_network()
+            except (SupercloudError, OSError) as error:
+                log.error("network: %s", error)  # noqa: TRY400 -- the reason is all there is
+                self._event("platform", "agent.network.failed", str(error), "error", {})
+                asyncio.get_running_loop().call_later(NETWORK_RETRY_S, self._network_changed.set)
+                continue
+            if self._services.scratch.is_ready:
+                self._collect()
+
+    async def _apply_network(self) -> None:
+        desired = self._desired or Apply(generation=0, environments=[])
+        specs = desired.environments
+        networks = self._services.networks
+        networks.ensure(self._all_specs(specs))
+        found = networks.by_name.values()
+        text = ruleset(self._uplink, [n.bridge for n in found],
+                       {str(n.gateway.network) for n in found}, publications(specs))  # fmt: skip
+        names = self._names.apply(list(found), specs, desired.names)
+        await asyncio.gather(self._firewall.apply(text), names)
+
+    def _collect(self) -> None:
+        specs = self._all_specs(self._desired.environments if self._desired else [])
+        used = [digest for spec in specs for digest in digests(spec)]
+        rootfs.collect_images(used)
+        for name in self._services.blobs.collect(used):
+            log.info("blob %s is not used any more", name)
+
+
+def publications(specs: list[EnvironmentSpec]) -> list[Publication]:
+    """Host ports and where they lead."""
+    return [
+        Publication(port.protocol, port.host_port, str(check_nic(spec.nics[0]).ip), port.port)
+        for spec in specs
+        for port in spec.ports
+        if port.host_port and spec.nics
+    ]
+
+
+def _check(desired: Apply) -> None:
+    """All refusals before any effect."""
+    specs = desired.environments
+    if len(specs) > MAX_ENVIRONMENTS:
+        raise Invalid(f"{len(specs)} environments, at most {MAX_ENVIRONMENTS}")
+    for what in ("name", "uid"):
+        values = [getattr(spec, what) for spec in specs]
+        if len(set(values)) != len(values):
+            raise Invalid(f"two environments with the same {what}")
+    addresses = [check_nic(nic).ip for spec in specs for nic in spec.nics]
+    if len(set(addresses)) != len(addresses):
+        raise Invalid("two environments with the same address")
+    ports = [(p.protocol, p.host_port) for p in publications(specs)]
+    if len(set(ports)) != len(ports):
+        raise Invalid("one host port for two environments")

@@ -1,0 +1,113 @@
+"""DNS and DHCP for EEs: one dnsmasq on the bridges, told by files."""
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import re
+import signal
+from collections.abc import Iterable, Mapping
+
+from supercloud.upper.platform.agent import paths
+from supercloud.upper.platform.agent.networks import Network, check_nic
+from supercloud.upper.platform.agent.state import read_json, write_json, write_private
+from supercloud.wire.messages import EnvironmentSpec
+
+DOMAIN = "supercloud.internal"
+_CONF, _HOSTS, _LEASES = (f"{paths.RUN}/names/{name}" for name in ("conf", "hosts", "dhcp"))
+_PID = f"{paths.RUN}/names/pid.json"
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+def configuration(networks: Iterable[Network]) -> str:
+    """The text of dnsmasq's configuration file."""
+    lines = [
+        "keep-in-foreground", "bind-dynamic", "except-interface=lo", "no-hosts", "no-ping",
+        f"addn-hosts={_HOSTS}", f"dhcp-hostsfile={_LEASES}", f"resolv-file={paths.RESOLVERS}",
+        "dhcp-leasefile=/dev/null", "dhcp-authoritative", "local-ttl=1", "cache-size=1000",
+        "domain-needed", "bogus-priv", f"local=/{DOMAIN}/", "user=nobody", "group=nogroup",
+        "pid-file", "quiet-dhcp", "leasefile-ro", "port=53",
+    ]  # fmt: skip
+    for network in sorted(networks, key=lambda n: n.bridge):
+        net = network.gateway.network
+        lines.append(f"interface={network.bridge}")
+        lines.append(f"dhcp-range=set:{network.bridge},{net[0]},static,{net.netmask},infinite")
+        lines.append(f"dhcp-option=tag:{network.bridge},option:router,{network.gateway.ip}")
+        lines.append(f"dhcp-option=tag:{network.bridge},option:dns-server,{network.gateway.ip}")
+    return "\n".join(lines) + "\n"
+
+
+def hosts(untrusted_names: Mapping[str, Iterable[str]], ucloud: str) -> str:
+    """Lines of a hosts file; what is no name or no address is left out."""
+    lines = []
+    for name, addresses in sorted(untrusted_names.items()):
+        if _LABEL.fullmatch(name):
+            for address in addresses:
+                with contextlib.suppress(ValueError):
+                    ip = ipaddress.IPv4Address(address.partition("/")[0])
+                    lines.append(f"{ip} {name} {name}.{ucloud}.{DOMAIN}")
+    return "\n".join(lines) + "\n"
+
+
+def leases(specs: Iterable[EnvironmentSpec]) -> str:
+    """One fixed address per MAC of a VM."""
+    lines = [
+        f"{nic.mac},{check_nic(nic).ip},{spec.name},infinite"
+        for spec in specs
+        if spec.kind == "vm"
+        for nic in spec.nics
+    ]
+    return "\n".join(sorted(lines)) + "\n"
+
+
+class Names:
+    """Runs dnsmasq while there is a network; starts it anew when its configuration changes."""
+
+    def __init__(self, ucloud: str) -> None:
+        self._ucloud = ucloud
+        self._process: asyncio.subprocess.Process | None = None
+        self._conf = self._files = ""
+        os.makedirs(os.path.dirname(_CONF), mode=0o755, exist_ok=True)
+        _end_previous()
+
+    async def apply(
+        self, networks: Iterable[Network], specs: list[EnvironmentSpec],
+        untrusted_names: Mapping[str, Iterable[str]],
+    ) -> None:  # fmt: skip
+        """Bring files and process in line."""
+        conf = configuration(networks)
+        host_lines, lease_lines = hosts(untrusted_names, self._ucloud), leases(specs)
+        if host_lines + lease_lines != self._files:
+            write_private(_HOSTS, host_lines, 0o644)
+            write_private(_LEASES, lease_lines, 0o644)
+        alive = self._process is not None and self._process.returncode is None
+        if conf != self._conf or not alive:
+            await self._restart(conf, wanted="interface=" in conf)
+        elif host_lines + lease_lines != self._files and self._process:
+            self._process.send_signal(signal.SIGHUP)
+        self._files, self._conf = host_lines + lease_lines, conf
+
+    async def _restart(self, conf: str, *, wanted: bool) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.terminate()
+            await self._process.wait()
+        self._process = None
+        if not wanted:
+            return
+        write_private(_CONF, conf, 0o644)
+        if not os.path.exists(paths.RESOLVERS):
+            write_private(paths.RESOLVERS, "", 0o644)
+        self._process = await asyncio.create_subprocess_exec(
+            "dnsmasq", f"--conf-file={_CONF}", stdin=asyncio.subprocess.DEVNULL
+        )
+        write_json(_PID, self._process.pid)
+
+
+def _end_previous() -> None:
+    """A dnsmasq that an earlier agent left: it is cheap, so it is ended rather than adopted."""
+    pid = read_json(_PID, 0)
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        with open(f"/proc/{pid}/comm") as file:
+            ours = file.read().strip() == "dnsmasq"
+        if pid and ours:
+            os.kill(pid, signal.SIGKILL)

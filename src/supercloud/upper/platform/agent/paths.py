@@ -1,0 +1,21 @@
+"""Where things are in a platform. ``RUN`` is memory and outlives the agent, ``DATA`` is scratch."""
+
+from typing import Final
+
+RUN: Final = "/run/supercloud"
+DATA: Final = "/var/lib/supercloud"
+
+ENVIRONMENTS: Final = f"{RUN}/ee"
+IMAGES: Final = f"{RUN}/images"
+CRUN: Final = f"{RUN}/crun"
+DESIRED: Final = f"{RUN}/desired.json"
+NETWORKS: Final = f"{RUN}/networks.json"
+RESOLVERS: Final = f"{RUN}/resolv.conf"
+KEY: Final = f"{RUN}/identity/key.pem"
+CERTIFICATE: Final = f"{RUN}/identity/cert.pem"
+BOOT: Final = f"{RUN}/boot"
+
+BLOBS: Final = f"{DATA}/blobs"
+LAYERS: Final = f"{DATA}/ee"
+
+CGROUP: Final = "/sys/fs/cgroup/ee"

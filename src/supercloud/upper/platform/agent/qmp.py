@@ -1,0 +1,83 @@
+"""QEMU's machine protocol, over a unix socket: a few commands, and its events."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from supercloud.model.errors import Permanent, Temporary
+
+MAX_LINE_BYTES = 1 << 20
+CALL_TIMEOUT_S = 20.0
+CONNECT_TIMEOUT_S = 20.0
+
+
+class Qmp:
+    """One connection. ``event`` is called with the name and data of each event."""
+
+    def __init__(self, event: Callable[[str, dict[str, Any]], None]) -> None:
+        self._event = event
+        self._writer: asyncio.StreamWriter | None = None
+        self._waiting: list[asyncio.Future[Any]] = []
+        self._reading: asyncio.Task[None] | None = None
+
+    async def connect(self, path: str) -> None:
+        """Connect and negotiate; Temporary when QEMU does not answer in time."""
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                reader, self._writer = await asyncio.open_unix_connection(
+                    path, limit=MAX_LINE_BYTES
+                )
+                await reader.readline()
+                self._reading = asyncio.ensure_future(self._read(reader))
+                await self.call("qmp_capabilities")
+        except (TimeoutError, OSError) as error:
+            self.close()
+            raise Temporary(f"QEMU does not answer: {error}") from error
+
+    async def call(self, command: str, **arguments: Any) -> Any:
+        """The command's return value; Permanent with QEMU's words when it refuses."""
+        if self._writer is None:
+            raise Temporary("not connected to QEMU")
+        answer = asyncio.get_running_loop().create_future()
+        self._waiting.append(answer)
+        message = {"execute": command, "arguments": arguments}
+        self._writer.write(json.dumps(message).encode() + b"\n")
+        try:
+            return await asyncio.wait_for(answer, CALL_TIMEOUT_S)
+        except TimeoutError:
+            raise Temporary(f"QEMU did not answer {command}") from None
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while line := await reader.readline():
+                self._arrived(json.loads(line))
+        except (OSError, ValueError):
+            self.close()
+        finally:
+            for answer in self._waiting:
+                if not answer.done():
+                    answer.set_exception(Temporary("QEMU has gone"))
+                    answer.exception()
+
+    def _arrived(self, message: dict[str, Any]) -> None:
+        if "event" in message:
+            self._event(message["event"], message.get("data", {}))
+        elif self._waiting:
+            answer = self._waiting.pop(0)
+            if answer.done():
+                return
+            if "error" in message:
+                answer.set_exception(Permanent(f"QEMU: {message['error'].get('desc')}"))
+            else:
+                answer.set_result(message.get("return"))
+
+    def close(self) -> None:
+        """Close the connection; QEMU goes on."""
+        if self._reading:
+            self._reading.cancel()
+        if self._writer:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+            self._writer = None

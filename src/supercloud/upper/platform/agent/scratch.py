@@ -1,0 +1,65 @@
+"""The platform's scratch disk: encrypted with a key of this boot, formatted, mounted at ``DATA``."""
+
+import asyncio
+import os
+
+from supercloud.model.errors import NotFound
+from supercloud.upper.platform.agent import devicemapper, paths, syscalls
+from supercloud.upper.platform.agent.bootdata import disk
+from supercloud.upper.platform.agent.processes import run
+
+MAPPING = "scratch"
+SERIAL = "scratch"
+# The file system dies with its key: no journal, nothing to reserve, nothing to zero now.
+_FORMAT = (
+    "mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-i", "16384",
+    "-O", "^has_journal,^resize_inode,^metadata_csum,extents,flex_bg,uninit_bg",
+    "-E", "lazy_itable_init=1,nodiscard",
+)  # fmt: skip
+
+
+class Scratch:
+    """Made in the background at start; ``ready`` is awaited by whoever needs it."""
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether ``ready`` would return at once."""
+        task = self._task
+        return task is not None and task.done() and task.exception() is None
+
+    async def ready(self) -> None:
+        """Return when ``DATA`` can be used; raises what went wrong, and the next call tries again."""
+        if self._task is None or (self._task.done() and self._task.exception() is not None):
+            self._task = asyncio.ensure_future(_set_up())
+        await asyncio.shield(self._task)
+
+
+async def _set_up() -> None:
+    if not os.path.ismount(paths.DATA):
+        try:
+            device = disk(SERIAL)
+        except NotFound:
+            device = ""  # a platform without one (a small cloud) keeps all in memory
+        if device:
+            await _mount_encrypted(device)
+        else:
+            os.makedirs(paths.DATA, exist_ok=True)
+            syscalls.mount("tmpfs", paths.DATA, "tmpfs", syscalls.MS_NOSUID, "mode=0711,size=50%")
+    for path in (paths.DATA, paths.LAYERS):
+        os.makedirs(path, exist_ok=True)
+        os.chmod(path, 0o711)
+    os.makedirs(paths.BLOBS, mode=0o700, exist_ok=True)
+
+
+async def _mount_encrypted(device: str) -> None:
+    mapped = devicemapper.find(MAPPING)
+    if not mapped:
+        await run("modprobe", "-a", "dm_crypt")
+        mapped = devicemapper.crypt(MAPPING, device)
+    await run(*_FORMAT, mapped, env={"PATH": os.environ["PATH"], "MKE2FS_SYNC": "0"})
+    os.makedirs(paths.DATA, exist_ok=True)
+    flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOATIME
+    syscalls.mount(mapped, paths.DATA, "ext4", flags, "nodiscard")

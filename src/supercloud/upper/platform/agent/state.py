@@ -1,0 +1,27 @@
+"""Small JSON files in memory, replaced atomically: what the next agent must know."""
+
+import json
+import os
+from typing import Any
+
+
+def read_json(path: str, default: Any) -> Any:
+    """The value in ``path``, or ``default`` when there is no such file."""
+    try:
+        with open(path, "rb") as file:
+            return json.loads(file.read())
+    except FileNotFoundError:
+        return default
+
+
+def write_json(path: str, value: Any) -> None:
+    """Readable by us alone: environments hold secrets."""
+    write_private(path, json.dumps(value, separators=(",", ":")))
+
+
+def write_private(path: str, text: str, mode: int = 0o600) -> None:
+    """Replace ``path``; readers see the old text or the new one."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    with open(os.open(f"{path}.part", flags, mode), "w") as file:
+        file.write(text)
+    os.replace(f"{path}.part", path)

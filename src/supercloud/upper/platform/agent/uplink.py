@@ -1,0 +1,120 @@
+"""The platform's own network interfaces: the link to the control plane, and the uplink by DHCP."""
+
+import asyncio
+import ipaddress
+import logging
+import os
+
+from supercloud.model.errors import SupercloudError
+from supercloud.upper.platform.agent import paths
+from supercloud.upper.platform.agent.netlink import Link, Netlink
+from supercloud.upper.platform.agent.processes import run
+
+LINK_MAC, UPLINK_MAC = "02:5c:77:", "02:5c:00:"
+LINK_ADDRESS = "169.254.77.2/30"
+RETRY_S = (1.0, 30.0)
+MIN_LEASE_S = 60
+_SCRIPT = f"{paths.RUN}/udhcpc.sh"
+# udhcpc hands the lease over in the environment; we take it from standard output.
+_SCRIPT_TEXT = """#!/bin/sh
+[ "$1" = bound ] || exit 0
+echo "address $ip/$mask"
+for one in $router; do echo "router $one"; done
+for one in $dns; do echo "dns $one"; done
+echo "lease $lease"
+"""
+
+log = logging.getLogger("supercloud.agent.uplink")
+
+
+def find_nics(links: list[Link]) -> tuple[Link | None, Link | None]:
+    """The link NIC and the uplink NIC, by MAC.
+
+    Elsewhere than on our Lower Layer the first NIC is the uplink, and the link goes over it.
+    """
+    link = next((nic for nic in links if nic.mac.startswith(LINK_MAC)), None)
+    uplink = next((nic for nic in links if nic.mac.startswith(UPLINK_MAC)), None)
+    if uplink is None and link is None:
+        uplink = next((nic for nic in links if nic.name.startswith(("eth", "en"))), None)
+    return link, uplink
+
+
+def bring_up() -> tuple[Link | None, Link | None]:
+    """lo and both NICs up, the link with its fixed address. Does not wait for anything."""
+    with Netlink() as netlink:
+        links = netlink.links()
+        link, uplink = find_nics(links)
+        for nic in links:
+            if nic.name == "lo" or nic in (link, uplink):
+                netlink.set_up(nic.index)
+        if link:
+            netlink.set_address(link.index, LINK_ADDRESS)
+    return link, uplink
+
+
+def parse_lease(untrusted: str) -> tuple[str, str, list[str], int]:
+    """Interface address, first router ("" if none), resolvers, lease in seconds; ValueError."""
+    address, router, resolvers, lease_s = "", "", [], 3600
+    for line in untrusted.splitlines()[:64]:
+        key, _, value = line.partition(" ")
+        if key == "address":
+            address = str(ipaddress.IPv4Interface(value))
+        elif key == "router" and not router:
+            router = str(ipaddress.IPv4Address(value))
+        elif key == "dns":
+            resolvers.append(str(ipaddress.IPv4Address(value)))
+        elif key == "lease" and value.isdigit():
+            lease_s = int(value)
+    if not address:
+        raise ValueError("a lease without an address")
+    return address, router, resolvers, lease_s
+
+
+class Uplink:
+    """Keeps a DHCP lease for as long as ``keep`` runs."""
+
+    def __init__(self, nic: Link) -> None:
+        self.nic = nic
+        self.address = ""
+
+    async def keep(self) -> None:
+        """Obtain the lease and renew it at half of its time; never returns."""
+        with open(_SCRIPT, "w") as file:
+            file.write(_SCRIPT_TEXT)
+        os.chmod(_SCRIPT, 0o700)
+        wait_s = RETRY_S[0]
+        while True:
+            try:
+                lease_s = await self._obtain()
+                wait_s = RETRY_S[0]
+                await asyncio.sleep(max(lease_s, MIN_LEASE_S) / 2)
+            except (SupercloudError, ValueError, OSError) as error:
+                log.warning("no lease on %s: %s", self.nic.name, error)
+                await asyncio.sleep(wait_s)
+                wait_s = min(wait_s * 2, RETRY_S[1])
+
+    async def _obtain(self) -> int:
+        out = await run(
+            "udhcpc", "-i", self.nic.name, "-f", "-q", "-n", "-t", "10", "-T", "1",
+            "-s", _SCRIPT, timeout_s=30,
+        )  # fmt: skip
+        lines = [line for line in out.decode("ascii", "replace").splitlines() if " " in line]
+        address, router, resolvers, lease_s = parse_lease("\n".join(lines))
+        with Netlink() as netlink:
+            netlink.set_address(self.nic.index, address)
+            if router:
+                netlink.set_default_route(self.nic.index, router)
+        write_resolvers(resolvers)
+        if address != self.address:
+            log.info("uplink %s has %s", self.nic.name, address)
+        self.address = address
+        return lease_s
+
+
+def write_resolvers(resolvers: list[str]) -> None:
+    """For dnsmasq, which looks at the file now and then, and for the platform itself."""
+    text = "".join(f"nameserver {one}\n" for one in resolvers[:3])
+    for path in (paths.RESOLVERS, "/etc/resolv.conf"):
+        with open(f"{path}.part", "w") as file:
+            file.write(text)
+        os.replace(f"{path}.part", path)

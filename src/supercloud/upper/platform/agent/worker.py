@@ -1,0 +1,252 @@
+"""The life of one EE: prepared, started, watched, started again, removed. Serial for each EE."""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+
+from supercloud.model.errors import BadState, SupercloudError, UserError
+from supercloud.model.states import ENVIRONMENT, step
+from supercloud.upper.platform.agent import cgroups, readiness
+from supercloud.upper.platform.agent.engine import Engine, Places
+from supercloud.upper.platform.agent.processes import Watched, adopt
+from supercloud.upper.platform.agent.state import read_json, write_json
+from supercloud.wire.codec import encode
+from supercloud.wire.messages import EnvironmentSpec, EnvironmentStatus
+
+BACK_OFF_S = (0.1, 30.0)
+STEADY_S = 10.0
+GRACE_S = {"container": 10.0, "vm": 8.0}
+
+log = logging.getLogger("supercloud.agent.worker")
+Tell = Callable[["Worker", str, str, str], None]  # worker, event, message, severity
+
+
+class Worker:
+    """``tell`` is called with each change of state; ``done`` is set when the EE is gone."""
+
+    def __init__(self, spec: EnvironmentSpec, engine: Engine, base_id: int, tell: Tell) -> None:
+        self.spec, self.engine, self.base_id = spec, engine, base_id
+        self.state, self.reason = "pending", ""
+        self.exit_status: int | None = None
+        self.restarts, self.started_s = 0, 0.0
+        self.done = asyncio.Event()
+        self._tell = tell
+        self._process: Watched | None = None
+        self._going = asyncio.Event()
+        self._again = False
+        self._delay_s = BACK_OFF_S[0]
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    # -- told by the manager
+
+    def begin(self, after: asyncio.Event | None = None) -> None:
+        """Start living, once the EE that had this name before is gone."""
+        self._task = asyncio.ensure_future(self._run(after))
+
+    @property
+    def begun(self) -> bool:
+        """Whether ``begin`` was called."""
+        return self._task is not None
+
+    def update(self, spec: EnvironmentSpec) -> None:
+        """Other ports, restart policy or limits for the same EE; the next start sees them all."""
+        if spec != self.spec:
+            self.spec = self.engine.spec = spec
+            self._save()
+
+    def go(self) -> None:
+        """Stop and remove it; ``done`` is set when that is so."""
+        self._going.set()
+
+    def restart(self) -> None:
+        """Stop its process and start it anew; BadState when it has none and waits for nothing."""
+        if self._going.is_set():
+            raise BadState(f"{self.spec.name} is being removed")
+        self._again = True
+        self._delay_s = BACK_OFF_S[0]
+        self._wake.set()
+
+    def status(self) -> EnvironmentStatus:
+        """As it is now."""
+        memory_bytes, cpu_s = cgroups.usage(self.spec.uid)
+        return EnvironmentStatus(
+            name=self.spec.name, uid=self.spec.uid, kind=self.spec.kind, state=self.state,
+            engine=self.engine.name, pid=self._process.pid if self._process else 0,
+            exit_status=self.exit_status, restarts=self.restarts, started_s=self.started_s,
+            reason=self.reason, memory_bytes=memory_bytes, cpu_s=cpu_s,
+        )  # fmt: skip
+
+    def check_running(self) -> None:
+        """BadState when it does not run."""
+        if self._process is None or self.state not in ("running", "serving", "unready"):
+            raise BadState(f"{self.spec.name} is {self.state}, not running")
+
+    # -- its life
+
+    async def _run(self, after: asyncio.Event | None) -> None:
+        life = asyncio.ensure_future(self._live(after))
+        going = asyncio.ensure_future(self._going.wait())
+        await asyncio.wait({life, going}, return_when=asyncio.FIRST_COMPLETED)
+        life.cancel()
+        going.cancel()
+        await asyncio.wait({life, going})
+        if not life.cancelled() and life.exception() is not None:
+            log.error("bug in the life of %s", self.spec.name, exc_info=life.exception())
+            self._to("failed", f"internal error: {type(life.exception()).__name__}")
+            await self._going.wait()
+        await self._remove()
+
+    async def _live(self, after: asyncio.Event | None) -> None:
+        if after:
+            await after.wait()
+        await self._adopt()
+        while True:
+            try:
+                if self._process is None:
+                    await self._bring_up()
+                status = await self._watch()
+            except (SupercloudError, OSError) as error:
+                await self._failed(error)
+                continue
+            await self._ended(status)
+
+    async def _adopt(self) -> None:
+        saved = read_json(Places(self.spec.uid).state, {})
+        if not saved.get("pid"):
+            return
+        self.state = "lost"  # to an earlier agent, until we know
+        self.restarts, self.started_s = saved["restarts"], saved["started_s"]
+        self._process = adopt(saved["pid"], saved["ticks"], saved["launched_s"])
+        if self._process is None:  # it ended while no agent looked
+            self._process = Watched(saved["pid"], saved["launched_s"])
+            self._process.close()
+        await self.engine.resume()
+        log.info("adopted %s (process %d)", self.spec.name, self._process.pid)
+
+    async def _bring_up(self) -> None:
+        self._again = False
+        self._wake.clear()
+        self._to("pending" if self.state == "failed" else self.state)
+        self._save()
+        if self.state == "pending":
+            self._to("preparing")
+            await self.engine.prepare()
+            self._to("placed")
+        self._to("starting")
+        self._process = await self.engine.start()
+        self.started_s = time.time()
+        self._save()
+
+    async def _watch(self) -> int | None:
+        """Until its process ends; the exit status."""
+        process = self._process
+        if process is None:
+            raise BadState("nothing to watch")
+        self.exit_status = None
+        self._to("running")
+        ended = asyncio.ensure_future(process.wait())
+        probing = asyncio.ensure_future(self._probe())
+        again = asyncio.ensure_future(self._stop_when_told(process))
+        try:
+            return await ended
+        finally:
+            for task in (ended, probing, again):
+                task.cancel()
+            await asyncio.wait({ended, probing, again})
+
+    async def _stop_when_told(self, process: Watched) -> None:
+        await self._wake.wait()
+        await self.engine.stop(process, GRACE_S[self.spec.kind])
+
+    async def _probe(self) -> None:
+        """Serving while the first TCP port accepts."""
+        port = next((p.port for p in self.spec.ports if p.protocol == "tcp"), 0)
+        if not port or not self.spec.nics:
+            return
+        address = self.spec.nics[0].address.partition("/")[0]
+        while True:
+            serving = self.state == "serving"
+            limit_s = readiness.CONFIRM_TIMEOUT_S if serving else readiness.CONNECT_TIMEOUT_S
+            if await readiness.accepts(address, port, limit_s):
+                self._to("serving")
+            elif serving:
+                self._to("unready", f"port {port} does not answer")
+            steady = self.state == "serving"
+            await asyncio.sleep(readiness.STEADY_S if steady else readiness.STARTING_S)
+
+    async def _ended(self, status: int | None) -> None:
+        killed = cgroups.oom_kills(self.spec.uid)
+        await self._clean()
+        self.exit_status = status
+        reason = f"ended with exit status {'unknown' if status is None else status}"
+        self._to("exited", reason + (", out of memory" if killed else ""))
+        lasted = time.time() - self.started_s > STEADY_S
+        self._delay_s = BACK_OFF_S[0] if lasted else self._delay_s
+        if not self._again and not self._shall_restart(status):
+            await self._wake.wait()
+        elif not self._again:
+            await self._pause()
+        self.restarts += 1
+
+    def _shall_restart(self, status: int | None) -> bool:
+        policy = self.spec.restart
+        return policy == "always" or (policy == "on-failure" and status != 0)
+
+    async def _clean(self) -> None:
+        if self._process:
+            self._process.close()
+            self._process = None
+        self._save()
+        await self.engine.ended()
+
+    async def _failed(self, error: Exception) -> None:
+        message = error.message if isinstance(error, UserError) else str(error)
+        await self._clean()
+        self._to("failed", message[:1000])
+        await self._pause()
+
+    async def _pause(self) -> None:
+        """Wait before the next try, longer each time, unless told to go on."""
+        delay_s, self._delay_s = self._delay_s, min(self._delay_s * 2, BACK_OFF_S[1])
+        try:
+            await asyncio.wait_for(self._wake.wait(), delay_s)
+        except TimeoutError:
+            return
+
+    async def _remove(self) -> None:
+        while True:
+            try:
+                self._to("deleting")
+                if self._process:
+                    await self.engine.stop(self._process, GRACE_S[self.spec.kind])
+                    await self._process.ended_within(5.0)
+                    self._process.close()
+                    self._process = None
+                await self.engine.destroy()
+                break
+            except (SupercloudError, OSError) as error:
+                self._to("failed", f"cannot be removed: {error}"[:1000])
+                await asyncio.sleep(self._delay_s)
+                self._delay_s = min(self._delay_s * 2, BACK_OFF_S[1])
+        self._to("gone")
+        self.done.set()
+
+    def _to(self, state: str, reason: str = "") -> None:
+        before, self.reason = self.state, reason
+        self.state = step(ENVIRONMENT, before, state)
+        if before != state:
+            bad = state in ("failed", "unready") or (state == "exited" and self.exit_status != 0)
+            self._tell(self, state, reason, "warning" if bad else "info")
+
+    def _save(self) -> None:
+        process, places = self._process, Places(self.spec.uid)
+        os.makedirs(places.run, mode=0o711, exist_ok=True)
+        write_json(places.state, {
+            "spec": encode(self.spec), "base_id": self.base_id, "restarts": self.restarts,
+            "started_s": self.started_s, "pid": process.pid if process else 0,
+            "ticks": process.start_ticks if process else 0,
+            "launched_s": process.launched_s if process else 0.0,
+        })  # fmt: skip

@@ -1,0 +1,1 @@
+"""The provider's components: front door, multiplexing, drivers, admin console."""

@@ -1,0 +1,1 @@
+"""One domain per virtual machine: monitor and QEMU."""

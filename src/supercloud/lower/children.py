@@ -1,0 +1,59 @@
+"""Child processes of a domain's process 1, with descriptors passed on at their own numbers."""
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+
+from supercloud.lower.reactor import Reactor
+
+
+class Children:
+    """Starts and reaps. As process 1 it reaps whatever else is left to it, too."""
+
+    def __init__(self, reactor: Reactor) -> None:
+        self._ended: dict[int, Callable[[int], None]] = {}
+        self._woken, wake = socket.socketpair()
+        for end in (self._woken, wake):
+            end.setblocking(False)
+        self._wake = wake
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        reactor.watch(self._woken, self._reap)
+
+    def start(
+        self, argv: Sequence[str], descriptors: Sequence[int], ended: Callable[[int], None]
+    ) -> int:
+        """Run ``argv`` with these descriptors open; ``ended`` gets the wait status. The pid."""
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, True)
+        try:
+            pid = os.posix_spawn(argv[0], argv, os.environ)
+        finally:
+            for descriptor in descriptors:
+                os.set_inheritable(descriptor, False)
+        self._ended[pid] = ended
+        return pid
+
+    def kill(self, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+        """Signal a child that has not been reaped."""
+        if pid in self._ended:
+            os.kill(pid, number)
+
+    def _reap(self) -> None:
+        self._woken.recv(4096)
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._ended.pop(pid, lambda _status: None)(status)
+
+
+def how_it_ended(status: int) -> str:
+    """A wait status in words."""
+    if os.WIFSIGNALED(status):
+        return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"exit status {os.WEXITSTATUS(status)}"

@@ -1,0 +1,127 @@
+"""The grant manifest of a host: kinds from ``isolation``, filters compiled, first domains, grants."""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any, Final
+
+from supercloud.isolation import seccomp
+from supercloud.isolation.kinds import COMPONENT_LIMITS, MIB, UPLINK_NET_LIMITS, Site, filters, kinds
+from supercloud.lower.host.images import Images
+from supercloud.lower.host.registry import UIDS_EACH, Share
+from supercloud.model.errors import Permanent
+
+DEFAULT_FILTER: Final = "base"
+MIN_UPLINKS: Final = 8
+UPLINKS_PART: Final = 16
+"""The uplinks of all users may take one part in this many of the memory."""
+_PIDS, _DOMAINS = 16384, 2000
+_DISK_KEPT_FREE: Final = 20  # one part in this many
+_OWN_COMPONENTS: Final = ("front_door", "disk", "admin")
+_USE = ["USE", "READ", "GRANT"]
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What the host may hand out at most."""
+
+    memory_bytes: int
+    disk_bytes: int
+
+
+def capacity(state: str) -> Capacity:
+    """All memory of the machine, and most of the file system with the state directory."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        total_kib = int(file.readline().split()[1])
+    space = os.statvfs(state)
+    disk = space.f_blocks * space.f_frsize
+    return Capacity(total_kib << 10, disk - disk // _DISK_KEPT_FREE)
+
+
+def compile_manifest(
+    instance: str, share: Share, images: Images, site: Site, directory: str
+) -> dict[str, Any]:
+    """The whole manifest; filters are written below ``directory``."""
+    table = kinds(site)
+    names = filters()
+    for name, kind in table.items():
+        kind["filter"] = _write_filter(names.get(name, DEFAULT_FILTER), directory)
+    size = capacity(directory)
+    whole = {"memory_bytes": size.memory_bytes, "pids": _PIDS, "domains": _DOMAINS}
+    return {
+        "version": 1,
+        "instance": instance,
+        "uids": {"first": share.first_uid, "count": UIDS_EACH},
+        "runtime": {"path": images.runtime, "sha256": images.runtime_sha256},
+        "limits": {**whole, "disk_bytes": size.disk_bytes},
+        "kinds": table,
+        "domains": _domains(size),
+        "channels": _channels(),
+        "grants": _grants(),
+    }
+
+
+def write(manifest: dict[str, Any], path: str) -> None:
+    """Store it for the keeper."""
+    with open(f"{path}.part", "w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1, sort_keys=True)
+    os.replace(f"{path}.part", path)
+
+
+def _write_filter(name: str, directory: str) -> dict[str, str]:
+    program, sha256 = seccomp.compiled(name)
+    promised = json.loads(seccomp.HASHES.read_text())[name]
+    if sha256 != promised:
+        raise Permanent(f"filter {name} compiles to {sha256}, promised is {promised}")
+    os.makedirs(f"{directory}/filters", mode=0o755, exist_ok=True)
+    path = f"{directory}/filters/{name}.bpf"
+    with open(f"{path}.part", "wb") as file:
+        file.write(program)
+    os.replace(f"{path}.part", path)
+    return {"path": path, "sha256": sha256}
+
+
+def _domains(size: Capacity) -> list[dict[str, Any]]:
+    """Drivers before those that use them; the console, which says ready, last."""
+    each = COMPONENT_LIMITS["memory_bytes"]
+    uplinks = max(MIN_UPLINKS, size.memory_bytes // UPLINKS_PART // UPLINK_NET_LIMITS["memory_bytes"])
+    uplink = {
+        "memory_bytes": each + uplinks * UPLINK_NET_LIMITS["memory_bytes"],
+        "pids": COMPONENT_LIMITS["pids"] + uplinks * UPLINK_NET_LIMITS["pids"],
+        "domains": uplinks,
+    }
+    others = len(_OWN_COMPONENTS)
+    multiplexing = {
+        "memory_bytes": size.memory_bytes - uplink["memory_bytes"] - others * each - MIB,
+        "pids": _PIDS - uplink["pids"] - others * COMPONENT_LIMITS["pids"],
+        "domains": _DOMAINS - uplinks - others - 2,
+        "disk_bytes": size.disk_bytes,
+    }
+    limits = {"uplink": uplink, "multiplexing": multiplexing}
+    order = ("disk", "uplink", "front_door", "multiplexing", "admin")
+    return [{"kind": n, "name": n, "limits": limits.get(n, COMPONENT_LIMITS)} for n in order]
+
+
+def _channels() -> list[dict[str, str]]:
+    return [
+        {"a": "admin", "b": other, "name_a": other, "name_b": "admin"}
+        for other in ("multiplexing", "disk", "uplink")
+    ]
+
+
+def _grants() -> list[dict[str, Any]]:
+    grants: list[dict[str, Any]] = [
+        _grant("front_door", "listener", ["USE"], "inherited:listener"),
+        _grant("admin", "listener", ["USE"], "inherited:admin"),
+        _grant("admin", "ready", ["USE"], "inherited:ready"),
+    ]
+    for component in ("front_door", "disk", "uplink"):
+        name = f"domain:{component}"
+        grants.append(_grant("multiplexing", name, ["CONNECT"], name))
+    for part in ("kernel", "initrd", "root"):
+        grants.append(_grant("multiplexing", f"image.0.{part}", _USE, f"inherited:{part}"))
+    return grants
+
+
+def _grant(to: str, name: str, rights: list[str], what: str) -> dict[str, Any]:
+    return {"to": to, "name": name, "rights": rights, "object": what}

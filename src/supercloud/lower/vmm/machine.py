@@ -1,0 +1,126 @@
+"""A platform's machine: what it is (``Machine``), and QEMU's command line for it.
+
+QEMU gets nothing but descriptors: its disks as fdsets, RAM, kernel and initrd by /proc/self/fd,
+network and monitor as connected sockets. The machine is q35 without what a platform does not use,
+with free PCIe root ports, since templates freeze the topology.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from supercloud.wire.codec import Limit, Text
+
+QEMU = "/usr/bin/qemu-system-x86_64"
+FIRMWARE = ("/usr/share/seabios", "/usr/share/qemu")
+FREE_ROOT_PORTS = 4
+TRANSLATION_CACHE_MIB = 128
+KERNEL_ARGUMENTS = "console=ttyS0 panic=-1 quiet"
+_MAC = r"([0-9a-f]{2}:){5}[0-9a-f]{2}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What a monitor is asked to run. ``ram_share``: RAM is mapped shared (else private)."""
+
+    name: Text
+    cpus: Annotated[int, Limit(ge=1, le=64)]
+    memory_bytes: Annotated[int, Limit(ge=64 << 20, le=1 << 42)]
+    accelerator: Literal["kvm", "tcg"]
+    uplink_mac: Annotated[str, Limit(pattern=_MAC)]
+    link_mac: Annotated[str, Limit(pattern=_MAC)]
+    ram_share: bool = True
+    append: Text = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptors:
+    """Numbers of open descriptors, as QEMU inherits them."""
+
+    ram: int
+    kernel: int
+    initrd: int
+    root: int
+    config: int
+    scratch: int
+    uplink: int
+    link: int
+    qmp: int
+    console: int
+
+    def all(self) -> list[int]:
+        """Every one."""
+        return [getattr(self, name) for name in self.__slots__]
+
+
+def command_line(machine: Machine, given: Descriptors) -> list[str]:
+    """The whole argv."""
+    return [
+        QEMU,
+        *"-nodefaults -no-user-config -display none -no-reboot".split(),
+        *("-L", FIRMWARE[0], "-L", FIRMWARE[1]),
+        *_platform(machine, given),
+        *_disk("l1root", given.root, 1, read_only=True),
+        *_disk("config", given.config, 2, read_only=True),
+        *_disk("scratch", given.scratch, 3, read_only=False),
+        *_nic("uplink", machine.uplink_mac, given.uplink),
+        *_nic("link", machine.link_mac, given.link),
+        *_extras(given),
+        *("-kernel", _path(given.kernel), "-initrd", _path(given.initrd)),
+        *("-append", f"{KERNEL_ARGUMENTS} {machine.append}".strip()),
+        *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
+    ]
+
+
+def _platform(machine: Machine, given: Descriptors) -> list[str]:
+    tcg = f"tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"
+    is_kvm = machine.accelerator == "kvm"
+    share = "on" if machine.ram_share else "off"
+    size = machine.memory_bytes
+    return [
+        *("-M", "q35,usb=off,sata=off,smbus=off,hpet=off,vmport=off,memory-backend=ram"),
+        *("-accel", "kvm" if is_kvm else tcg),
+        *("-cpu", "host" if is_kvm else "max"),  # both show svm or vmx to the guest
+        *("-smp", str(machine.cpus), "-m", f"{size >> 10}K"),
+        *(
+            "-object",
+            f"memory-backend-file,id=ram,size={size},mem-path={_path(given.ram)},share={share}",
+        ),
+        *("-name", machine.name.replace(",", ",,")),
+    ]
+
+
+def _disk(serial: str, descriptor: int, fdset: int, *, read_only: bool) -> list[str]:
+    file = {"driver": "file", "filename": f"/dev/fdset/{fdset}", "read-only": read_only}
+    file |= {"locking": "off"} if read_only else {"discard": "unmap"}
+    node: dict[str, Any] = {"driver": "raw", "node-name": serial, "read-only": read_only}
+    node |= {"file": file} if read_only else {"file": file, "discard": "unmap"}
+    return [
+        *("-add-fd", f"fd={descriptor},set={fdset}"),
+        *("-blockdev", json.dumps(node)),
+        *("-device", f"virtio-blk-pci,drive={serial},serial={serial}"),
+    ]
+
+
+def _nic(name: str, mac: str, descriptor: int) -> list[str]:
+    return [
+        *("-netdev", f"stream,id={name},server=off,addr.type=fd,addr.str={descriptor}"),
+        *("-device", f"virtio-net-pci,netdev={name},mac={mac},romfile="),
+    ]
+
+
+def _extras(given: Descriptors) -> list[str]:
+    ports = (
+        ("-device", f"pcie-root-port,id=free{n},chassis={n + 1},slot={n + 1}")
+        for n in range(FREE_ROOT_PORTS)
+    )
+    return [
+        *(word for port in ports for word in port),
+        *("-device", "virtio-rng-pci", "-device", "pvpanic"),
+        *("-chardev", f"socket,id=console,fd={given.console}", "-serial", "chardev:console"),
+        *("-chardev", f"socket,id=qmp,fd={given.qmp}", "-mon", "chardev=qmp,mode=control"),
+    ]
+
+
+def _path(descriptor: int) -> str:
+    return f"/proc/self/fd/{descriptor}"

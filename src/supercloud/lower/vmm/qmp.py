@@ -1,0 +1,93 @@
+"""QEMU's machine protocol over a stream socket, without threads: commands with callbacks, events."""
+
+import json
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from supercloud.lower.reactor import Reactor
+
+MAX_LINE_BYTES = 4 << 20
+_CHUNK_BYTES = 1 << 16
+
+log = logging.getLogger("supercloud.lower.vmm.qmp")
+
+Answered = Callable[[dict[str, Any]], None]
+
+
+class Qmp:
+    """One monitor connection. ``on_event`` gets (name, data); ``on_closed`` comes once."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        sock: socket.socket,
+        on_event: Callable[[str, dict[str, Any]], None],
+        on_closed: Callable[[], None],
+    ) -> None:
+        self._reactor, self._sock = reactor, sock
+        self._on_event, self._on_closed = on_event, on_closed
+        self._data = b""
+        self._last_id = 0
+        self._waiting: dict[int, Answered] = {}
+        self.is_open = True
+        sock.setblocking(False)
+        reactor.watch(sock, self._read)
+
+    def command(
+        self,
+        name: str,
+        arguments: dict[str, Any] | None = None,
+        answered: Answered = lambda _: None,
+    ) -> None:
+        """Send a command; ``answered`` gets the whole answer (``return`` or ``error``).
+
+        Commands are small and few: one that does not fit in the socket means that QEMU does not
+        read, and is dropped, for the watchdog to notice.
+        """
+        self._last_id += 1
+        line = json.dumps({"execute": name, "id": self._last_id, "arguments": arguments or {}})
+        self._waiting[self._last_id] = answered
+        try:
+            self._sock.send(line.encode() + b"\n")
+        except OSError as error:
+            log.warning("%s could not be sent: %s", name, error)
+
+    def close(self) -> None:
+        """Close; ``on_closed`` is called."""
+        if self.is_open:
+            self.is_open = False
+            self._reactor.forget(self._sock)
+            self._sock.close()
+            self._on_closed()
+
+    def _read(self) -> None:
+        try:
+            more = self._sock.recv(_CHUNK_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            more = b""
+        self._data += more
+        *lines, self._data = self._data.split(b"\n")
+        for line in lines:
+            if line.strip():
+                self._take(line)
+        if not more or len(self._data) > MAX_LINE_BYTES:
+            self.close()
+
+    def _take(self, line: bytes) -> None:
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            log.warning("QEMU sent what is not JSON")
+            return
+        if not isinstance(message, dict):
+            return
+        if "QMP" in message:
+            self.command("qmp_capabilities", answered=lambda _: self._on_event("GREETING", {}))
+        elif "event" in message:
+            self._on_event(str(message["event"]), message.get("data") or {})
+        else:
+            self._waiting.pop(message.get("id", 0), lambda _: None)(message)

@@ -4,10 +4,17 @@ import gzip
 import json
 import os
 import stat
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+
+from supercloud.model.errors import Invalid, NoResources, NotFound, Unsupported
+from supercloud.upper.environments.limits import Limits
+from supercloud.upper.environments.oci import ConvertedImage, convert, convert_async
+from supercloud.upper.platform.image.tools import ToolTree
 from support.oci import (
     Layout,
     Plain,
@@ -22,11 +29,6 @@ from support.oci import (
     sha256,
     symlink,
 )
-
-from supercloud.model.errors import Invalid, NoResources, NotFound, Unsupported
-from supercloud.upper.environments.limits import Limits
-from supercloud.upper.environments.oci import ConvertedImage, convert, convert_async
-from supercloud.upper.platform.image.tools import ToolTree
 
 
 @pytest.fixture(scope="session")
@@ -67,23 +69,46 @@ def test_owners_modes_and_times_are_kept(converter: Converter) -> None:
     assert tool.st_mtime == 1_234_567_890
 
 
+READ_XATTRS = """
+import json, os, sys
+print(json.dumps({n: os.getxattr(sys.argv[1], n).hex() for n in os.listxattr(sys.argv[1])}))
+"""
+
+
+def xattrs_when_mounted(image: Path, name: str, at: Path) -> dict[str, bytes]:
+    """As the kernel shows them, in a mount namespace of its own (fsck.erofs loses some)."""
+    at.mkdir()
+    script = 'mount -t erofs -o ro,loop "$1" "$2" && exec "$3" -c "$4" "$2/$5"'
+    command = [
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        script,
+        "-",
+        image,
+        at,
+        sys.executable,
+        READ_XATTRS,
+        name,
+    ]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return {key: bytes.fromhex(value) for key, value in found.items()}
+
+
 @pytest.mark.root
 def test_extended_attributes_are_kept_even_when_binary(converter: Converter) -> None:
     capability = b"\x01\x00\x00\x02\x00\x04\x00\x00" + bytes(12)
-    tree = converter.tree(
-        layer(
-            file(
-                "bin",
-                b"x",
-                xattrs={
-                    "security.capability": capability.decode("utf-8", "surrogateescape"),
-                    "user.note": "hé\udcff",
-                },
-            )
-        )
-    )
-    assert os.getxattr(tree / "bin", "security.capability") == capability
-    assert os.getxattr(tree / "bin", "user.note") == "hé".encode() + b"\xff"
+    xattrs = {
+        "security.capability": capability.decode("utf-8", "surrogateescape"),
+        "user.note": "hé\udcff",
+        "trusted.overlay.opaque": "y",
+        "user.overlay.redirect": "/etc",
+        "security.selinux": "host's",
+    }
+    ref = Layout(converter.place / "l", [layer(file("bin", b"x", xattrs=xattrs))]).write()
+    found = xattrs_when_mounted(converter.convert(ref).path, "bin", converter.place / "mnt")
+    assert found == {"security.capability": capability, "user.note": "hé".encode() + b"\xff"}
 
 
 def test_contents_links_and_pipes_are_kept(converter: Converter) -> None:
@@ -280,9 +305,7 @@ def test_the_right_platform_is_taken_from_an_index(converter: Converter) -> None
     arm = Layout(root, [layer(file("arm"))], architecture="arm64").manifest()
     amd = Layout(root, [layer(file("amd"))]).manifest()
     holder = Layout(root)
-    inner = holder.blob(
-        json.dumps({"schemaVersion": 2, "manifests": [arm, amd]}).encode(), "index"
-    )
+    inner = holder.blob(json.dumps({"schemaVersion": 2, "manifests": [arm, amd]}).encode(), "index")
     holder.index([inner])
     image = converter.convert(f"oci:{root}")
     assert listing(extract(image.path, converter.place / "t", converter.tools)) == {"amd"}

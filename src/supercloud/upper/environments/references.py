@@ -78,6 +78,8 @@ def _remote(text: str, rest: str) -> Reference:
     host, name = match["host"] or "", match["name"]
     # As everywhere: the first part is a host only when it looks like one.
     if host and not (set(".:[") & set(host)) and host != "localhost":
+        if not re.fullmatch(_COMPONENT, host):
+            raise Invalid("an image's name is in lower case", where=text, hint=_HINT)
         host, name = "docker.io", f"{host}/{name}"
     elif not host:
         host = "docker.io"

@@ -150,17 +150,25 @@ class Host:
             path.write_bytes(program)
             one["filter"] = {"path": str(path), "sha256": digest}
         names = [one["name"] for one in self._domains]
-        first = 10_000_000 + os.getpid() % 10_000 * 2000 + int(self.instance.split("-")[1]) % 8 * 250
+        first = (
+            10_000_000 + os.getpid() % 10_000 * 2000 + int(self.instance.split("-")[1]) % 8 * 250
+        )
         return {
             "version": 1,
             "instance": self.instance,
             "uids": {"first": first, "count": 100},
             "runtime": {"path": "/", "sha256": None},
-            "limits": {"memory_bytes": 1 << 40, "pids": 1 << 20, "domains": 4096, "disk_bytes": 1 << 40},
+            "limits": {
+                "memory_bytes": 1 << 40,
+                "pids": 1 << 20,
+                "domains": 4096,
+                "disk_bytes": 1 << 40,
+            },
             "kinds": self._kinds,
             "domains": self._domains,
             "grants": [
-                {"to": n, "object": f"inherited:{n}", "rights": ["USE"], "name": "console"} for n in names
+                {"to": n, "object": f"inherited:{n}", "rights": ["USE"], "name": "console"}
+                for n in names
             ],
         }
 
@@ -183,7 +191,10 @@ class Host:
             )
         for end in theirs:
             end.close()
-        wait_for(lambda: (self.directory / "run/ready").exists() or self.keeper.poll() is not None, timeout_s)
+        wait_for(
+            lambda: (self.directory / "run/ready").exists() or self.keeper.poll() is not None,
+            timeout_s,
+        )
         assert self.keeper.poll() is None, self.log.read_text()
 
     def stop(self) -> int:
@@ -218,7 +229,9 @@ def host(
     """A running host; by default with one ``driver`` named ``one``. Leaves nothing behind."""
     kinds = kinds if kinds is not None else {"driver": driver(), "child": kind()}
     directory = Path(tempfile.mkdtemp(prefix="core-"))
-    made = Host(directory, kinds, domains if domains is not None else [{"kind": "driver", "name": "one"}])
+    made = Host(
+        directory, kinds, domains if domains is not None else [{"kind": "driver", "name": "one"}]
+    )
     try:
         made.start()
         yield made

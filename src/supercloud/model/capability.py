@@ -211,9 +211,7 @@ class CapabilityGraph:
     def derive(self, source: Capability, holder: int, rights: Rights, name: str) -> Capability:
         """Delegate ``source`` to ``holder``; see :meth:`check_derive` for refusals."""
         self.check_derive(source, holder, rights, name)
-        return self.insert(
-            holder, source.object_id, source.type, rights, name, source, source.end
-        )
+        return self.insert(holder, source.object_id, source.type, rights, name, source, source.end)
 
     def revoke(self, capability: Capability, *, keep: bool = True) -> list[Capability]:
         """Remove all that was derived from ``capability``, and itself unless ``keep``."""

@@ -59,9 +59,7 @@ class Core:
         self._measurements = Measurements(f"{directory}/measurements.log", fresh=self._fresh)
         self._grants = f"{directory}/grants.log"
         self._log = Chain(self._grants, fresh=self._fresh)
-        self._domains = Domains(
-            self._loop, self._vault, self._groups, self._manifest, directory
-        )
+        self._domains = Domains(self._loop, self._vault, self._groups, self._manifest, directory)
         self._state = State(self._manifest)
         slots = Slots(f"{directory}/uids.json", self._manifest.uid_count)
         self._broker = Broker(

@@ -119,18 +119,19 @@ class Link:
     def _ready(self, events: int) -> None:
         if events & select.EPOLLOUT:
             self._flush()
-        elif events & select.EPOLLIN:
-            self._read()
-        else:  # the far end is closed: the domain wants no more calls
-            self._loop.forget(self.end.fileno())
+        else:
+            self._read(events)
 
-    def _read(self) -> None:
+    def _read(self, events: int) -> None:
         try:
             # without room for descriptors the kernel drops them: they never become ours
             data, _, flags, _ = self.end.recvmsg(REQUEST_BYTES + 1)
         except BlockingIOError:
             return
         except OSError:
+            self._loop.forget(self.end.fileno())
+            return
+        if not data and events & select.EPOLLHUP:  # closed: the domain wants no more calls
             self._loop.forget(self.end.fileno())
             return
         if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):

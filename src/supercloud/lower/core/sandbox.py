@@ -65,9 +65,7 @@ class Started:
     pidfd: int
 
 
-def start(
-    plan: Plan, before_go: Callable[[Started], None], *, stage_name: str
-) -> Started:
+def start(plan: Plan, before_go: Callable[[Started], None], *, stage_name: str) -> Started:
     """Run a program in a sandbox; returns when it has been executed.
 
     ``before_go`` is called with the child held at the gate (put it into its groups, note its

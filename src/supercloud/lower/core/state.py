@@ -175,9 +175,7 @@ class State:
             return ()
         at, rights = domain.parent.id, domain.kind.creator_rights
         made = insert(at, domain.id, types[0], rights, name)
-        context = insert(
-            at, domain.context.id, types[1], CHILD_CONTEXT_RIGHTS, f"sched:{name}"
-        )
+        context = insert(at, domain.context.id, types[1], CHILD_CONTEXT_RIGHTS, f"sched:{name}")
         return made.selector, context.selector
 
     def _do_start(self, r: Record) -> Values:

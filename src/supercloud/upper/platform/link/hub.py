@@ -196,7 +196,7 @@ class LinkHub:
         session = caller.session = AgentSession(call.peer, hello, caller.pin, self.owner)
         older, self.sessions[hello.platform] = self.sessions.get(hello.platform), session
         if older is not None:
-            older.close()
+            older.abandon()
         call.peer.name = f"agent {hello.platform}"
         caller.introduced.set_result(session)
         return Welcome(protocol=min(PROTOCOL, hello.protocol), time_s=time.time())

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Coroutine
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final
 
@@ -38,6 +39,7 @@ class AgentSession:
         self._report: PlatformReport | None = None
         self._events: deque[Event] = deque(maxlen=MAX_WAITING_EVENTS)
         self._news = asyncio.Event()
+        self._abandoned = False
         peer.notified = self._notified
 
     # -- calls
@@ -79,10 +81,17 @@ class AgentSession:
         """End the connection; the agent dials again."""
         self.peer.close()
 
+    def abandon(self) -> None:
+        """End it at once, heeding nothing more that comes: a newer session has taken its place."""
+        self._abandoned = True
+        self.peer.writer.transport.abort()
+
     # -- what the agent tells
 
     def _notified(self, method: str, untrusted: Any) -> None:
         """Keep the newest report and the last events; the owner is told by ``deliver``."""
+        if self._abandoned:
+            return
         try:
             if method == "agent.report":
                 self._report = decode(PlatformReport, untrusted, method, ignore_unknown=True)
@@ -114,7 +123,10 @@ class AgentSession:
             if report is not None:
                 await self._tell(self._owner.report(self, report))
 
-    async def _tell(self, telling: Any) -> None:
+    async def _tell(self, telling: Coroutine[Any, Any, None]) -> None:
+        if self._abandoned:
+            telling.close()
+            return
         try:
             await telling
         except SupercloudError as error:

@@ -67,7 +67,8 @@ class Provider:
     )
     options: dict[str, str] = declared(
         Rule(
-            doc="of the fake provider: `hosts`, `cpus`, `memory`, delays and failures",
+            doc="of the fake provider: `hosts`, `cpus`, `memory_gib`, `regions`; delays "
+            "(`boot_ms`, `start_ms`, `latency_ms`), failures (`fail_create`, `fail_delete`)",
             key_pattern=r"[a-z][a-z0-9_]{0,62}",
             max_length=256,
             max_items=64,

@@ -168,7 +168,8 @@ def _somewhere(
     items = values.get("providers", BAD)
     if not wanted or items is BAD or BAD in items:
         return
-    offered = [getattr(provider, wish) for provider in items]
+    # A fake provider may have several regions, in its options.
+    offered = ["" if p.options.get(f"{wish}s") else getattr(p, wish) for p in items]
     if all(offered):
         _known(path, wanted, sorted(set(offered)), problems)
 

@@ -100,7 +100,7 @@ def _guest() -> int:
     memory = mmap.mmap(-1, _MEMORY_BYTES)
     _fill(memory)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    fcntl.ioctl(machine, _SET_TSS, 0xFFFBD000)
+    fcntl.ioctl(machine, _SET_TSS, 0x7FFB_D000)  # any room outside the memory will do
     fcntl.ioctl(machine, _SET_MEMORY, struct.pack("=IIQQQ", 0, 0, 0, _MEMORY_BYTES, address))
     vcpu = fcntl.ioctl(machine, _CREATE_VCPU, 0)
     _long_mode(kvm, vcpu)

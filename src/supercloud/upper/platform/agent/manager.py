@@ -55,8 +55,9 @@ class Manager:
         if changed:
             write_json(paths.DESIRED, encode(desired))
             self._services.networks.ensure(self._all_specs(desired.environments))
-            self._converge(desired)
+            self._services.networks.settled.clear()
             self._network_changed.set()
+            self._converge(desired)
         return self.report()
 
     def report(self) -> PlatformReport:
@@ -134,7 +135,8 @@ class Manager:
         saved = read_json(Places(spec.uid).state, {})
         base_id = saved.get("base_id", base_id)
         kind = Container if spec.kind == "container" else Machine
-        return Worker(spec, kind(spec, self._services, base_id), base_id, self._told)
+        settled = self._services.networks.settled
+        return Worker(spec, kind(spec, self._services, base_id), base_id, settled, self._told)
 
     def _free_base(self) -> int:
         """A range of ids that no EE has, here or left from an earlier agent."""
@@ -181,6 +183,8 @@ class Manager:
                 self._event("platform", "agent.network.failed", str(error), "error", {})
                 asyncio.get_running_loop().call_later(NETWORK_RETRY_S, self._network_changed.set)
                 continue
+            if not self._network_changed.is_set():
+                self._services.networks.settled.set()
             if self._services.scratch.is_ready:
                 self._collect()
 

@@ -1,5 +1,6 @@
 """The networks of EEs: one bridge each, the EE's ends, and what DNS, DHCP and firewall must know."""
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -59,6 +60,7 @@ class Networks:
     def __init__(self) -> None:
         self._numbers: dict[str, int] = read_json(paths.NETWORKS, {})
         self.by_name: dict[str, Network] = {}
+        self.settled = asyncio.Event()  # what was applied last is in force: ports lead somewhere
 
     def ensure(self, specs: Iterable[EnvironmentSpec]) -> None:
         """Make the bridges that the EEs need, and remove the others. Idempotent."""

@@ -26,8 +26,11 @@ Tell = Callable[["Worker", str, str, str], None]  # worker, event, message, seve
 class Worker:
     """``tell`` is called with each change of state; ``done`` is set when the EE is gone."""
 
-    def __init__(self, spec: EnvironmentSpec, engine: Engine, base_id: int, tell: Tell) -> None:
+    def __init__(
+        self, spec: EnvironmentSpec, engine: Engine, base_id: int, settled: asyncio.Event, tell: Tell
+    ) -> None:
         self.spec, self.engine, self.base_id = spec, engine, base_id
+        self._settled = settled  # the platform's network is as the desired set has it
         self.state, self.reason = "pending", ""
         self.exit_status: int | None = None
         self.restarts, self.started_s = 0, 0.0
@@ -171,6 +174,7 @@ class Worker:
             serving = self.state == "serving"
             limit_s = readiness.CONFIRM_TIMEOUT_S if serving else readiness.CONNECT_TIMEOUT_S
             if await readiness.accepts(address, port, limit_s):
+                await self._settled.wait()
                 self._to("serving")
             elif serving:
                 self._to("unready", f"port {port} does not answer")

@@ -22,7 +22,7 @@ class Children:
         reactor.watch(self._woken, self._reap)
 
     def start(
-        self, argv: Sequence[str], descriptors: Sequence[int], ended: Callable[[int], None]
+        self, argv: list[str], descriptors: Sequence[int], ended: Callable[[int], None]
     ) -> int:
         """Run ``argv`` with these descriptors open; ``ended`` gets the wait status. The pid."""
         for descriptor in descriptors:
@@ -49,7 +49,9 @@ class Children:
                 return
             if pid == 0:
                 return
-            self._ended.pop(pid, lambda _status: None)(status)
+            ended = self._ended.pop(pid, None)
+            if ended is not None:
+                ended(status)
 
 
 def how_it_ended(status: int) -> str:

@@ -1,4 +1,4 @@
-"""What a user may use of a host; apart from the other messages so that small programs stay small."""
+"""What a user may use of a host; apart from the other messages for small programs."""
 
 from dataclasses import dataclass
 from typing import Annotated

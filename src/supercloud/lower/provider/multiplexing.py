@@ -25,6 +25,7 @@ from supercloud.wire.quota import Quota
 USER_KIND = "user"
 PREFIX = "user:"
 MACHINE_PARTS = ("kernel", "initrd", "root")
+_PAGE_BYTES = 4096
 _GIVEN = Rights.USE | Rights.READ | Rights.GRANT
 
 log = logging.getLogger("supercloud.lower.multiplexing")
@@ -40,7 +41,7 @@ class Multiplexing(Component):
         handlers: dict[str, Callable[[Request], Any]] = {
             "user.add": self.add,
             "user.remove": self.remove,
-            "user.list": self.list,
+            "user.list": self.rows,
             "user.quota": self.set_quota,
             "host.usage": self.usage,
             "host.domains": self.domains,
@@ -100,7 +101,7 @@ class Multiplexing(Component):
             self._make(user)
         return self._row(user)
 
-    def list(self, _request: Request) -> list[dict[str, Any]]:
+    def rows(self, _request: Request) -> list[dict[str, Any]]:
         """A row for each user."""
         return [self._row(user) for _, user in sorted(self._store.users.items())]
 
@@ -196,7 +197,8 @@ class Multiplexing(Component):
     def _identify(self, user: User, domain: Domain) -> None:
         content = json.dumps({"user": user.name, "ca_pem": user.ca_pem}).encode()
         name = f"identity:{user.name}"
-        memory = self.core.create_memory(len(content), name)
+        size = -(-len(content) // _PAGE_BYTES) * _PAGE_BYTES
+        memory = self.core.create_memory(size, name)
         descriptor = self.core.take(memory)
         try:
             os.pwrite(descriptor, content, 0)

@@ -111,7 +111,7 @@ class Monitor(Component):
             self._console = Console(self.reactor, console)
             argv = command_line(machine, given)
             self._pid = self._children.start(argv, given.all(), self._ended)
-        self._qmp = Qmp(self.reactor, qmp, self._on_event, lambda: None)
+        self._qmp = Qmp(self.reactor, qmp, self._on_qmp, lambda: None)
         self.reactor.after(self._patience.start_s, self._give_up_starting)
 
     def _taken(self, name: str, opened: ExitStack) -> int:
@@ -128,7 +128,7 @@ class Monitor(Component):
         opened.callback(os.close, again)
         return again
 
-    def _on_event(self, name: str, data: dict[str, Any]) -> None:
+    def _on_qmp(self, name: str, data: dict[str, Any]) -> None:
         if name == "GREETING" and self._life.state == "starting" and self._qmp is not None:
             self._life.go("running")
             self._watchdog = Watchdog(

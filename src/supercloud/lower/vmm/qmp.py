@@ -1,4 +1,4 @@
-"""QEMU's machine protocol over a stream socket, without threads: commands with callbacks, events."""
+"""QEMU's machine protocol over a stream socket: commands with callbacks, and events."""
 
 import json
 import logging
@@ -90,4 +90,6 @@ class Qmp:
         elif "event" in message:
             self._on_event(str(message["event"]), message.get("data") or {})
         else:
-            self._waiting.pop(message.get("id", 0), lambda _: None)(message)
+            answered = self._waiting.pop(message.get("id", 0), None)
+            if answered is not None:
+                answered(message)

@@ -1,0 +1,42 @@
+"""Process 1 of a user's domain."""
+
+import asyncio
+import json
+import logging
+import os
+
+from supercloud.lower.client import Core
+from supercloud.lower.component import set_up_logging
+from supercloud.lower.user_domain.feed import Feed
+from supercloud.lower.user_domain.hub import Hub
+from supercloud.lower.user_domain.identity import IdentityStore, read_birth
+from supercloud.lower.user_domain.platforms import Platforms
+from supercloud.lower.user_domain.service import Service
+
+STATE = "/run/state"
+
+log = logging.getLogger("supercloud.lower.user_domain")
+
+
+async def serve(core: Core) -> None:
+    """Compose the parts and serve until the host goes down."""
+    facts = json.loads(os.environ["SUPERCLOUD_HOST"])
+    descriptor = core.take(core.lookup("identity").selector)
+    birth = read_birth(descriptor)
+    os.close(descriptor)
+    identity = IdentityStore(STATE, birth, facts["instance"])
+    hub = Hub(core)
+    feed = Feed(identity.ucloud or birth.user, f"host/{facts['instance']}")
+    platforms = Platforms(hub, birth.user, facts, feed, f"{STATE}/platforms")
+    hub.start()
+    await platforms.adopt()
+    service = Service(facts, identity, platforms, feed)
+    hub.join("front_door", service.connection)
+    log.info("serving %s", birth.user)
+    await hub.gone.wait()
+
+
+if __name__ == "__main__":
+    os.umask(0o077)
+    set_up_logging()
+    asyncio.run(serve(Core()))

@@ -1,0 +1,203 @@
+"""Everything that a platform's machine is made of, put together and taken apart again.
+
+Names are deterministic, and ``dismantle`` takes apart whatever is there: it undoes a half-made
+platform as well as a whole one.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any, Final
+
+from supercloud.lower import quota as quotas
+from supercloud.lower.client import Domain
+from supercloud.lower.names import domain_name
+from supercloud.lower.user_domain.channel import Channel, Told
+from supercloud.lower.user_domain.hub import Hub
+from supercloud.model.capability import SELF, Rights
+from supercloud.model.errors import NotFound
+from supercloud.wire.messages import PlatformSpec
+
+PAGE_BYTES: Final = 4096
+START_TIMEOUT_S: Final = 60.0
+_READ: Final = Rights.USE | Rights.READ
+_READ_WRITE: Final = Rights.USE | Rights.READ | Rights.WRITE
+_IMAGE_PARTS: Final = ("kernel", "initrd", "root")
+
+log = logging.getLogger("supercloud.lower.user_domain.assembly")
+
+
+@dataclass(frozen=True, slots=True)
+class Uplink:
+    """What the uplink driver allotted."""
+
+    domain: str
+    address: str
+    first_port: int
+
+
+class Assembly:
+    """Makes machines of one user; ``disk`` and ``uplink`` are the drivers' channels."""
+
+    def __init__(self, hub: Hub, user: str, accelerator: str, *, told: Told) -> None:
+        self._hub, self._core, self._user = hub, hub.core, user
+        self._accelerator, self._told = accelerator, told
+        self._disk, self._uplink = hub.join("disk"), hub.join("uplink")
+        self.agent_connected: Told = told
+
+    # -- names in this domain's table
+
+    def vmm(self, platform: str) -> str:
+        """Name of the machine's domain."""
+        return domain_name("vmm", self._user, platform)
+
+    def link(self, platform: str) -> str:
+        """Name of the link's domain."""
+        return domain_name("link", self._user, platform)
+
+    def uplink(self, platform: str) -> str:
+        """Name of the uplink's domain, which is the driver's."""
+        return domain_name("uplink-net", self._user, platform)
+
+    def control(self, platform: str) -> Channel:
+        """The channel to the machine's monitor."""
+        told = _with_platform(self._told, platform)
+        return self._hub.join(domain_name("control", platform), told)
+
+    def agents(self, platform: str) -> Channel:
+        """The channel on which the link domain passes the agent's connections."""
+        told = _with_platform(self.agent_connected, platform)
+        return self._hub.join(domain_name("agents", platform), told)
+
+    def exists(self, platform: str) -> bool:
+        """Whether the machine's domain is there."""
+        return self._has(self.vmm(platform))
+
+    # -- making
+
+    async def make(self, spec: PlatformSpec, config: bytes) -> Uplink:
+        """Make and start it; on any error everything is taken apart again."""
+        try:
+            return await self._make(spec, config)
+        except BaseException:
+            await self.dismantle(spec.name)
+            raise
+
+    async def _make(self, spec: PlatformSpec, config: bytes) -> Uplink:
+        scratch = await self._make_disk(spec)
+        try:
+            uplink = await self._make_uplink(spec)
+            vmm = self._make_machine(spec, config)
+            self._join(spec.name, vmm, uplink.domain)
+            await self._uplink.result("uplink.start", {"platform": spec.name})
+            self._core.start(vmm.selector)
+            control = self.control(spec.name)
+            self.agents(spec.name)
+            machine = self._machine(spec)
+            await control.call("machine.start", machine, [scratch], timeout_s=START_TIMEOUT_S)
+        finally:
+            os.close(scratch)
+        return uplink
+
+    async def _make_disk(self, spec: PlatformSpec) -> int:
+        size = -(-spec.scratch_bytes // PAGE_BYTES) * PAGE_BYTES
+        made = await self._disk.call("disk.create", {"name": spec.name, "size_bytes": size})
+        return made.descriptors[0]
+
+    async def _make_uplink(self, spec: PlatformSpec) -> Uplink:
+        asked = {"platform": spec.name, "ports": spec.ports}
+        made = await self._uplink.result("uplink.create", asked)
+        return Uplink(str(made["domain"]), str(made["address"]), int(made["first_port"]))
+
+    def _make_machine(self, spec: PlatformSpec, config: bytes) -> Domain:
+        """The domain, its memory, and what it boots from; not started."""
+        core, name = self._core, self.vmm(spec.name)
+        vmm = core.create_domain("vmm", name, quotas.vmm_limits(spec.memory_bytes, spec.cpus))
+        ram = core.create_memory(
+            spec.memory_bytes, domain_name("ram", spec.name), scheduling=vmm.scheduling
+        )
+        core.delegate(ram, vmm.selector, _READ_WRITE, "ram")
+        core.delegate(self._config_disk(spec.name, config, vmm), vmm.selector, _READ, "config")
+        for part in _IMAGE_PARTS:
+            image = core.lookup(f"image.0.{part}").selector
+            core.delegate(image, vmm.selector, _READ, part)
+        return vmm
+
+    def _config_disk(self, platform: str, config: bytes, vmm: Domain) -> int:
+        """A sealed memory object with the config disk in it."""
+        size = max(1, -(-len(config) // PAGE_BYTES)) * PAGE_BYTES
+        memory = self._core.create_memory(
+            size, domain_name("config", platform), scheduling=vmm.scheduling
+        )
+        descriptor = self._core.take(memory)
+        try:
+            os.pwrite(descriptor, config, 0)
+        finally:
+            os.close(descriptor)
+        self._core.seal(memory)
+        return memory
+
+    def _join(self, platform: str, vmm: Domain, uplink: str) -> None:
+        """The channels: monitor, agents, and the machine's two networks."""
+        core, stream = self._core, socket.SOCK_STREAM
+        link = core.create_domain("link", self.link(platform), quotas.link_limits())
+        core.create_channel(SELF, vmm.selector, domain_name("control", platform), "control")
+        core.create_channel(SELF, link.selector, domain_name("agents", platform), "link")
+        core.create_channel(link.selector, vmm.selector, "guest", "link", stream)
+        passt = core.lookup(uplink).selector
+        core.create_channel(passt, vmm.selector, "guest", "uplink", stream)
+        core.start(link.selector)
+
+    def _machine(self, spec: PlatformSpec) -> dict[str, Any]:
+        return {
+            "name": f"{self._user}/{spec.name}",
+            "cpus": spec.cpus,
+            "memory_bytes": spec.memory_bytes,
+            "accelerator": self._accelerator,
+            "uplink_mac": mac("02:5c:00", self._user, spec.name),
+            "link_mac": mac("02:5c:77", self._user, spec.name),
+        }
+
+    # -- taking apart
+
+    async def stop(self, platform: str, grace_s: float) -> None:
+        """Ask the monitor to stop the machine; it tells how that went."""
+        await self.control(platform).result("machine.stop", {"grace_ms": int(grace_s * 1000)})
+
+    async def dismantle(self, platform: str) -> None:
+        """End and give back whatever there is of it."""
+        for name in (self.vmm(platform), self.link(platform)):
+            with contextlib.suppress(NotFound):
+                self._core.destroy(self._core.lookup(name).selector)
+        for kind in ("control", "agents"):
+            self._hub.leave(domain_name(kind, platform))
+        await self._uplink.result("uplink.delete", {"platform": platform})
+        await self._disk.result("disk.delete", {"name": platform})
+
+    async def leftovers(self, known: set[str]) -> set[str]:
+        """Platforms that the drivers have something of and that are not ``known``."""
+        found = {*await self._disk.result("disk.list"), *await self._uplink.result("uplink.list")}
+        return {str(name) for name in found} - known
+
+    def _has(self, name: str) -> bool:
+        try:
+            self._core.lookup(name)
+        except NotFound:
+            return False
+        return True
+
+
+def mac(prefix: str, user: str, platform: str) -> str:
+    """A MAC address that stays the platform's."""
+    tail = hashlib.sha256(f"{user}/{platform}".encode()).digest()[:3]
+    return ":".join([prefix, *(f"{byte:02x}" for byte in tail)])
+
+
+def _with_platform(told: Told, platform: str) -> Told:
+    def tell(method: str, parameters: dict[str, Any], descriptors: list[int]) -> None:
+        told(method, {**parameters, "platform": platform}, descriptors)
+
+    return tell

@@ -1,0 +1,314 @@
+"""The platforms of a U-Cloud on this host: created, adopted, watched and deleted.
+
+Each platform is worked on by one task at a time; every refusal comes before any effect. A failed
+platform that is created again is made anew, for nothing on it survives its end.
+"""
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import logging
+import os
+import socket
+import time
+from typing import Any, Final
+
+from supercloud.lower import quota as quotas
+from supercloud.lower.user_domain.assembly import Assembly
+from supercloud.lower.user_domain.feed import Feed
+from supercloud.lower.user_domain.hub import Hub
+from supercloud.lower.user_domain.records import Record, Records, fingerprint
+from supercloud.lower.user_domain.rendezvous import Rendezvous
+from supercloud.model.errors import (
+    BadState,
+    Exists,
+    Invalid,
+    NoResources,
+    NotFound,
+    SupercloudError,
+)
+from supercloud.model.events import Severity
+from supercloud.model.states import MACHINE
+from supercloud.wire.codec import replace
+from supercloud.wire.messages import PlatformSpec, PlatformStatus
+from supercloud.wire.quota import Quota
+
+MAX_CONFIG_BYTES: Final = 1 << 20
+GRACE_S: Final = 2.0
+DEAD: Final = ("failed", "stopped")
+
+log = logging.getLogger("supercloud.lower.user_domain.platforms")
+
+
+class Platforms:
+    """Records and machines; ``images`` are the digests that this host holds."""
+
+    def __init__(
+        self, hub: Hub, user: str, facts: dict[str, Any], feed: Feed, directory: str
+    ) -> None:
+        self._hub, self._feed = hub, feed
+        self._images: list[str] = facts["images"]
+        self._accelerator: str = facts["accelerator"]
+        self._records = Records(directory)
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Condition()
+        self.rendezvous = Rendezvous()
+        self._assembly = Assembly(hub, user, self._accelerator, told=self._told)
+        self._assembly.agent_connected = self._agent_connected
+        hub.ended = self._ended
+
+    # -- what is
+
+    def quota(self) -> tuple[Quota, Quota]:
+        """What is allowed, and what of that is used."""
+        core = self._hub.core
+        allowed, usage = quotas.from_limits(core.limits()), core.usage()
+        used = quotas.used(
+            usage.booked_memory_bytes, usage.booked_domains, usage.booked_disk_bytes
+        )
+        cpu = sum(1000 * r.spec.cpus for r in self._records.by_name.values() if r.state not in DEAD)
+        return allowed, Quota(cpu_permille=max(10, min(cpu, allowed.cpu_permille)), **used)
+
+    def statuses(self) -> list[PlatformStatus]:
+        """All of them, by name."""
+        return [record.status() for _, record in sorted(self._records.by_name.items())]
+
+    async def console(self, name: str) -> socket.socket:
+        """The console: its last output, then live, both ways."""
+        self._find(name)
+        reply = await self._assembly.control(name).call("console.attach")
+        if len(reply.descriptors) != 1:
+            raise BadState(f"the monitor of {name} gave no console")
+        return socket.socket(fileno=reply.descriptors[0])
+
+    # -- create
+
+    async def create(self, spec: PlatformSpec) -> PlatformStatus:
+        """Make it, or find it made alike. Exists, Invalid, NotFound, NoResources, Temporary."""
+        config = _config(spec)
+        if spec.image not in self._images:
+            raise NotFound(
+                f"this host does not hold the image {spec.image}",
+                hint="the provider starts the host with other images",
+                details={"images": self._images},
+            )
+        async with self._lock(spec.name):
+            known = self._records.by_name.get(spec.name)
+            if known is not None and fingerprint(known.spec) != fingerprint(spec):
+                raise Exists(f"platform {spec.name} is there and differs", hint="delete it first")
+            if known is not None and known.state not in DEAD:
+                return known.status()
+            if known is not None:
+                await self._assembly.dismantle(spec.name)
+            self._check_quota(spec)
+            return await self._make(replace(spec, config_base64=""), config)
+
+    def _check_quota(self, spec: PlatformSpec) -> None:
+        allowed, used = self.quota()
+        if spec.cpus * 1000 > allowed.cpu_permille:
+            _refuse("cpu", spec.cpus * 1000, allowed.cpu_permille, 0)
+        if used.vms >= allowed.vms:
+            _refuse("vms", 1, allowed.vms, used.vms)
+        for what, asked in (("memory", spec.memory_bytes), ("disk", spec.scratch_bytes)):
+            most, now = (getattr(quota, f"{what}_bytes") for quota in (allowed, used))
+            if asked > most - now:
+                _refuse(f"{what}_bytes", asked, most, now)
+
+    async def _make(self, spec: PlatformSpec, config: bytes) -> PlatformStatus:
+        record = Record(spec, self._accelerator, time.time())
+        self._records.put(record)
+        self._say(record, "creating")
+        try:
+            uplink = await self._assembly.make(spec, config)
+        except BaseException as error:
+            self._records.remove(spec.name)
+            self._feed.say(
+                f"platform/{spec.name}", "host.platform.refused", str(error), severity="error"
+            )
+            raise
+        record.address, record.first_port = uplink.address, uplink.first_port
+        if record.state == "creating":  # else the monitor has told more already
+            record.go("starting")
+        self._records.put(record)
+        return record.status()
+
+    # -- delete
+
+    async def delete(self, name: str) -> None:
+        """Stop it and give everything back; nothing when it is not there."""
+        async with self._lock(name):
+            record = self._records.by_name.get(name)
+            if record is None:
+                return
+            if record.state in ("running", "paused", "wedged"):
+                await self._stop(record)
+            record.go("deleting")
+            self._records.put(record)
+            self._say(record, "deleting")
+            await self._assembly.dismantle(name)
+            record.go("gone")
+            self._records.remove(name)
+            self._say(record, "gone")
+
+    async def _stop(self, record: Record) -> None:
+        """In order if it can be had; whatever comes of it, the domain is destroyed next."""
+        try:
+            await self._assembly.stop(record.spec.name, GRACE_S)
+            async with self._changed, asyncio.timeout(GRACE_S + 6):
+                await self._changed.wait_for(lambda: record.state in DEAD)
+        except (SupercloudError, TimeoutError) as error:
+            log.warning("%s was not stopped in order: %s", record.spec.name, error)
+
+    # -- after a restart of this domain
+
+    async def adopt(self) -> None:
+        """Take up what runs; account for what does not; give back what nobody knows."""
+        for record in list(self._records.by_name.values()):
+            async with self._lock(record.spec.name):
+                await self._adopt(record)
+        for name in await self._assembly.leftovers(set(self._records.by_name)):
+            await self._assembly.dismantle(name)
+
+    async def _adopt(self, record: Record) -> None:
+        name = record.spec.name
+        interrupted = record.state in ("creating", "deleting")
+        if self._assembly.exists(name) and not interrupted:
+            await self._take_over(record)
+            return
+        await self._assembly.dismantle(name)
+        if record.state == "deleting":
+            self._records.remove(name)
+            return
+        reason = "its making was interrupted" if interrupted else "the host was started anew"
+        if record.state != "failed":
+            self._set(record, "failed", reason)
+
+    async def _take_over(self, record: Record) -> None:
+        name = record.spec.name
+        self._assembly.agents(name)
+        try:
+            status = await self._assembly.control(name).result("machine.status")
+        except SupercloudError as error:
+            await self._assembly.dismantle(name)
+            self._set(record, "failed", f"its monitor did not answer: {error}")
+            return
+        self._told("machine.state", {**status, "platform": name}, [])
+        self._feed.say(f"platform/{name}", "host.platform.adopted", f"it is {record.state}")
+
+    # -- what others tell
+
+    def _told(self, method: str, untrusted: dict[str, Any], descriptors: list[int]) -> None:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        record = self._records.by_name.get(str(untrusted.get("platform")))
+        state = str(untrusted.get("state"))
+        if method == "machine.state" and record is not None and state in MACHINE:
+            self._set(record, state, str(untrusted.get("reason", ""))[:1000])
+
+    def _agent_connected(
+        self, method: str, untrusted: dict[str, Any], descriptors: list[int]
+    ) -> None:
+        platform = str(untrusted["platform"])
+        if method != "connection" or len(descriptors) != 1:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            return
+        sock = socket.socket(fileno=descriptors[0])
+        sock.setblocking(False)
+        self.rendezvous.agent(platform, sock)
+
+    def _ended(self, entry: str) -> None:
+        """A domain died, or was taken away."""
+        for name, record in list(self._records.by_name.items()):
+            if entry == self._assembly.vmm(name) and record.state not in ("deleting", *DEAD):
+                self._set(record, "failed", "its VMM died")
+                self._in_background(self._clean_up(name))
+            elif entry in (self._assembly.link(name), self._assembly.uplink(name)):
+                self._network_lost(record, "link" if entry.startswith("link") else "uplink")
+
+    def _network_lost(self, record: Record, which: str) -> None:
+        if record.state not in ("running", "starting", "paused", "wedged"):
+            return  # it ended with its machine, as it should
+        record.reason = f"its {which} died"
+        self._records.put(record)
+        self._feed.say(
+            f"platform/{record.spec.name}",
+            f"host.platform.{which}_lost",
+            "delete and create the platform to have it again",
+            severity="error",
+        )
+
+    async def _clean_up(self, name: str) -> None:
+        async with self._lock(name):
+            record = self._records.by_name.get(name)
+            if record is not None and record.state in DEAD:
+                await self._assembly.dismantle(name)
+
+    # -- bookkeeping
+
+    def _set(self, record: Record, state: str, reason: str = "") -> None:
+        if state == record.state:
+            return
+        try:
+            record.go(state, reason)
+        except BadState as error:
+            log.warning("%s: %s", record.spec.name, error)
+            return
+        self._records.put(record)
+        self._say(record, state)
+        self._in_background(self._notify())
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _say(self, record: Record, code: str) -> None:
+        severity: Severity = "error" if code in ("failed", "wedged") else "info"
+        self._feed.say(
+            f"platform/{record.spec.name}",
+            f"host.platform.{code}",
+            record.reason,
+            severity=severity,
+        )
+
+    def _find(self, name: str) -> Record:
+        record = self._records.by_name.get(name)
+        if record is None:
+            raise NotFound(f"no platform {name} here")
+        return record
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    def _in_background(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        with contextlib.suppress(asyncio.CancelledError):
+            if (error := task.exception()) is not None:
+                log.error("in the background: %s", error, exc_info=error)
+
+
+def _config(spec: PlatformSpec) -> bytes:
+    try:
+        config = base64.b64decode(spec.config_base64, validate=True)
+    except binascii.Error as error:
+        raise Invalid("the config disk is not base64", where="config_base64") from error
+    if len(config) > MAX_CONFIG_BYTES:
+        raise Invalid(f"a config disk of {len(config)} bytes", where="config_base64")
+    if spec.memory_bytes % (1 << 20):
+        raise Invalid("memory is a multiple of 1 MiB", where="memory_bytes")
+    return config
+
+
+def _refuse(what: str, asked: int, most: int, now: int) -> None:
+    raise NoResources(
+        f"the quota does not allow it: {what} {asked} asked, {most - now} of {most} left",
+        hint="delete platforms, or ask the provider for a larger quota",
+        details={"what": what, "asked": asked, "quota": most, "used": now},
+    )

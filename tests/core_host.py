@@ -81,7 +81,11 @@ class Console:
         return self.receive()
 
     def send(self, code: str, *descriptors: int) -> None:
-        socket.send_fds(self.end, [code.encode()], list(descriptors))
+        try:
+            socket.send_fds(self.end, [code.encode()], list(descriptors))
+        except BrokenPipeError as error:
+            message = "the domain is gone"
+            raise RemoteError(message) from error
 
     def receive(self) -> tuple[Any, list[int]]:
         said, received, _, _ = socket.recv_fds(self.end, 1 << 17, 16)
@@ -206,7 +210,7 @@ class Host:
     def core_pid(self) -> int:
         """The core: the keeper's child that has uid 0 and is no domain."""
         assert self.keeper is not None
-        return next(pid for pid in children(self.keeper.pid) if uids(pid) == {0})
+        return next(pid for pid in children(self.keeper.pid) if real_uid(pid) == 0)
 
     def groups(self) -> list[Path]:
         """Groups of this instance in every hierarchy."""
@@ -273,8 +277,8 @@ def status(pid: int) -> dict[str, str]:
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
-def uids(pid: int) -> set[int]:
-    return {int(uid) for uid in status(pid)["Uid"].split()}
+def real_uid(pid: int) -> int:
+    return int(status(pid)["Uid"].split()[0])
 
 
 def kill_core(made: Host) -> None:

@@ -277,17 +277,25 @@ class Broker:
         sequence: int = 0,
     ) -> int:
         """Run a domain's program; its process id. BadState when it does not start."""
-        entries = [self.state.graph.find(domain.id, name) for name in domain.kind.descriptors]
-        descriptors = [self._descriptor(domain, entry) for entry in entries]
+        self._wired(domain)  # refused before anything is logged
         record: Record = {"op": "start", "id": domain.id, "numbers": numbers}
         self.commit(record, caller, sequence)
+        return self.run(domain)
+
+    def run(self, domain: Domain) -> int:
+        """Run the program of a domain whose start is logged; its process id."""
         try:
-            return self._domains.start(domain, descriptors).pid
+            return self._domains.start(domain, self._wired(domain)).pid
         except (OSError, UserError) as error:
             status = _START_FAILED_STATUS
             stopped = DomainState.CREATED
             self.commit({"op": "stopped", "id": domain.id, "state": stopped, "status": status})
             raise start_error(error) from error
+
+    def _wired(self, domain: Domain) -> list[int]:
+        """The descriptors that its kind wants at the start."""
+        entries = [self.state.graph.find(domain.id, name) for name in domain.kind.descriptors]
+        return [self._descriptor(domain, entry) for entry in entries]
 
     def start_initial(self, domain: Domain) -> None:
         """Start a domain of the manifest; when it fails, as when it dies."""
@@ -296,6 +304,16 @@ class Broker:
         except UserError as error:
             say("domain.start_failed", domain=domain.name, error=str(error))
             self.exited(domain, _START_FAILED_STATUS, 0.0)
+
+    def resume(self, domain: Domain) -> None:
+        """Go on with a domain that has no process though the last core wanted one."""
+        if domain.state is DomainState.RUNNING:
+            try:
+                self.run(domain)
+            except UserError as error:
+                say("domain.start_failed", domain=domain.name, error=str(error))
+        if domain.state is DomainState.WAITING:
+            self._domains.restart_later(domain, 0.0, lambda: self.restart(domain))
 
     def exited(self, domain: Domain, status: int, lasted_s: float) -> None:
         """A domain's program ended by itself or by us."""

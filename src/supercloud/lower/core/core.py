@@ -34,7 +34,6 @@ from supercloud.model.errors import NotFound, UserError
 from supercloud.wire.frames import DomainState, Event
 
 RESTART_STATUS, CONFIGURATION_STATUS = 75, 78
-_LOST_STATUS = 127 << 8
 _STOP_TIMEOUT_S = 15.0
 _SWEEP_TIMEOUT_S = 10.0
 _COPY = f"{sandbox.STAGE}/sealed"
@@ -179,8 +178,8 @@ class Core:
         for pid, status in self._ends.items():
             self._domains.ended(pid, status)
         for domain in lost:
-            if domain.id in self._state.domains and domain.state is not DomainState.CREATED:
-                self._broker.exited(domain, domain.wait_status or _LOST_STATUS, 0.0)
+            if domain.id in self._state.domains:
+                self._broker.resume(domain)
 
     def _reattach(self, made: Object) -> None:
         ends = 2 if made.type is ObjectType.PORTAL else 1
@@ -193,15 +192,18 @@ class Core:
             self._broker.remake(made)
 
     def _readopt(self, domain: Domain) -> bool:
-        names = f"p{domain.id}", f"s{domain.id}"
-        if domain.state is not DomainState.RUNNING or any(n not in self._stored for n in names):
+        end = f"s{domain.id}"
+        process = next((n for n in self._stored if n.startswith(f"p{domain.id}.")), "")
+        if domain.state is not DomainState.RUNNING or end not in self._stored or not process:
             return False
-        pidfd, end = (self._stored.pop(name) for name in names)
-        self._domains.adopt(domain, pidfd, socket.socket(fileno=end))
+        started = sandbox.Started(int(process.split(".")[1]), self._stored.pop(process))
+        self._domains.adopt(domain, started, socket.socket(fileno=self._stored.pop(end)))
         return True
 
     def _clear_leftovers(self) -> None:
         """What the dead core had begun to end, or to make without having logged it."""
+        for root in os.listdir(sandbox.ROOTS):
+            sandbox.unstage(f"{sandbox.ROOTS}/{root}")
         for name, descriptor in self._stored.items():
             if not name.startswith("i"):
                 self._vault.drop(name)
@@ -265,6 +267,7 @@ def _cover_stage() -> None:
     flags = system.MS_NOSUID | system.MS_NOEXEC | system.MS_NODEV
     system.mount("supercloud", sandbox.STAGE, "tmpfs", flags, "mode=0711,size=64m")
     os.mkdir(_COPY, 0o700)
+    os.mkdir(sandbox.ROOTS, 0o711)
 
 
 def _touch(path: str) -> None:

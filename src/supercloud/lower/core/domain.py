@@ -14,7 +14,7 @@ from supercloud.lower.core.loop import Link, Loop
 from supercloud.lower.core.manifest import Bind, Manifest
 from supercloud.lower.core.measure import say
 from supercloud.lower.core.state import Domain
-from supercloud.lower.core.vault import Vault, process_id
+from supercloud.lower.core.vault import Vault
 from supercloud.model.errors import BadState, UserError
 
 _BACKOFF_S = (0.1, 5.0)
@@ -81,16 +81,18 @@ class Domains:
         with theirs:
             output = self._open_log(domain.name)
             null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+            admitted: list[int] = []
             third = theirs.fileno() if domain.kind.speaks else null
             try:
                 plan = self._plan(domain, [third, *descriptors], output)
                 started = sandbox.start(
                     plan,
-                    lambda made: self._admit(domain, made, ours),
+                    lambda made: admitted.append(self._admit(domain, made, ours)),
                     stage_name=f"{domain.id}.{domain.starts}",
                 )
             except BaseException:
-                self._drop(domain)
+                for pid in admitted:
+                    self._drop(domain, pid)
                 ours.close()
                 raise
             finally:
@@ -98,9 +100,9 @@ class Domains:
                 os.close(null)
         return self._watch(domain, started, ours, adopted=False)
 
-    def adopt(self, domain: Domain, pidfd: int, end: socket.socket) -> None:
+    def adopt(self, domain: Domain, started: sandbox.Started, end: socket.socket) -> None:
         """Take over a program that a core before this one started."""
-        self._watch(domain, sandbox.Started(process_id(pidfd), pidfd), end, adopted=True)
+        self._watch(domain, started, end, adopted=True)
 
     def kill(self, domain: Domain, why: str) -> None:
         """End a domain's program; what follows comes by its exit."""
@@ -156,14 +158,16 @@ class Domains:
             if dying.process is None:
                 self._finish(dying)
 
-    def _admit(self, domain: Domain, made: sandbox.Started, ours: socket.socket) -> None:
+    def _admit(self, domain: Domain, made: sandbox.Started, ours: socket.socket) -> int:
+        """Held at the gate: into its groups, and noted where a later core finds it."""
         path = domain.context.path
         self.groups.add(f"{path}/{OWN}" if domain.kind.creates else path, made.pid)
-        self._vault.put(f"p{domain.id}", made.pidfd)
+        self._vault.put(f"p{domain.id}.{made.pid}", made.pidfd)
         self._vault.put(f"s{domain.id}", ours.fileno())
+        return made.pid
 
-    def _drop(self, domain: Domain) -> None:
-        self._vault.drop(f"p{domain.id}")
+    def _drop(self, domain: Domain, pid: int) -> None:
+        self._vault.drop(f"p{domain.id}.{pid}")
         self._vault.drop(f"s{domain.id}")
 
     def _watch(
@@ -187,12 +191,13 @@ class Domains:
             self._exited(process, status)
 
     def _exited(self, process: Process, status: int) -> None:
+        """Its end is logged before the keeper forgets it: a new core must not start it again."""
         del self.running[process.domain.id]
-        self._drop(process.domain)
         process.link.close()
         self._loop.forget(process.pidfd)
         os.close(process.pidfd)
         self.on_exit(process.domain, status, time.monotonic() - process.started_s)
+        self._drop(process.domain, process.pid)
 
     def _reap_dying(self, dying: Dying) -> None:
         assert dying.process is not None  # noqa: S101  it was watched because it has one
@@ -204,7 +209,7 @@ class Domains:
         """The process is dead: remove the rest, or leave it for the next tick."""
         if dying.process is not None:
             os.close(dying.process.pidfd)
-            self._drop(dying.domain)
+            self._drop(dying.domain, dying.process.pid)
             dying.process = None
         if not self.groups.remove(dying.domain.context.path):
             self.groups.kill(dying.domain.context.path)

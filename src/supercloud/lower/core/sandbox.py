@@ -26,6 +26,7 @@ from supercloud.model.errors import BadState
 STAGE = "/mnt"
 """Covered by a tmpfs in the core's private mount namespace; roots are laid out below."""
 RUNTIME = f"{STAGE}/runtime"
+ROOTS = f"{STAGE}/roots"
 STATE_TARGET = "/run/state"
 _PLAIN_DEVICES = ("null", "zero", "full", "random", "urandom")
 _SAFE = system.MS_NOSUID | system.MS_NODEV
@@ -101,7 +102,7 @@ def start(plan: Plan, before_go: Callable[[Started], None], *, stage_name: str) 
 
 def stage(plan: Plan, name: str) -> str:
     """Lay out a domain's root: the runtime image, read-only, and what is its own."""
-    root = f"{STAGE}/{name}"
+    root = f"{ROOTS}/{name}"
     os.mkdir(root)
     try:
         system.bind(RUNTIME, root, system.MS_RDONLY | _SAFE)

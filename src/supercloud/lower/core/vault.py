@@ -58,13 +58,6 @@ class Vault:
             ended(int(pid), int(status))
 
 
-def process_id(pidfd: int) -> int:
-    """The process id behind a descriptor; -1 when it has been reaped."""
-    with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
-        fields = dict(line.split(":", 1) for line in file.read().splitlines())
-    return int(fields["Pid"])
-
-
 def close_all(descriptors: list[int]) -> None:
     """Close descriptors and empty the list."""
     while descriptors:

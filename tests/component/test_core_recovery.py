@@ -1,0 +1,241 @@
+"""A killed or replaced core loses nothing; a stopped host leaves nothing."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from core_host import (
+    Console,
+    Host,
+    RemoteError,
+    driver,
+    host,
+    kill_core,
+    kind,
+    replaced,
+    status,
+    wait_for,
+)
+
+from supercloud.lower.core.measure import read_chain
+from supercloud.model.errors import Exists, Invalid, NotFound
+
+pytestmark = pytest.mark.root
+KINDS = ("driver", "child", "phoenix")
+
+
+def kinds() -> dict[str, dict[str, object]]:
+    return {
+        "driver": driver(
+            creates=["child", "phoenix"], peers={name: {"descriptors": True} for name in KINDS}
+        ),
+        "child": kind(),
+        "phoenix": kind(restart=True),
+    }
+
+
+def descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def table(console: Console) -> list[list[object]]:
+    return console("result = [list(e) for e in core.entries()]")
+
+
+def test_domains_and_tables_survive_the_core(tmp_path):
+    with host(kinds()) as made:
+        one = made.consoles["one"]
+        child = one.child("child", "kid")
+        one("m = core.create_memory(4096, 'page')\nfd = core.take(m)\nos.pwrite(fd, b'kept', 0)")
+        one("core.delegate(m, core.lookup('kid').selector, Rights.WRITE, 'page')")
+        before = table(one), table(child), made.processes()
+        kill_core(made)
+        assert (table(one), table(child), made.processes()) == before
+        assert (
+            child(
+                "f = core.take(core.lookup('page').selector)\nresult = os.pread(f, 4, 0).decode()"
+            )
+            == "kept"
+        )
+        assert one("result = [Event(e.op).name for e in core.events(1)]") == ["RESTARTED"]
+        one("core.destroy(core.lookup('kid').selector)")
+        with pytest.raises(RemoteError):
+            child("result = 0")
+
+
+def test_a_call_that_the_core_died_under_is_done_once():
+    with host(kinds()) as made:
+        one = made.consoles["one"]
+        os.kill(made.core_pid, signal.SIGSTOP)
+        one.send("result = core.create_domain('child', 'once').selector")
+        time.sleep(0.1)  # the request lies in the socket
+        kill_core(made)
+        selector, _ = one.receive()
+        assert one("result = core.lookup('once').selector") == selector
+        assert [r["name"] for r in made.grants() if r["op"] == "domain"].count("once") == 1
+
+
+def test_a_request_sent_twice_is_answered_twice_and_done_once():
+    with host(kinds()) as made:
+        one = made.consoles["one"]
+        code = (
+            "from supercloud.wire import frames\n"
+            "core._sequence += 1\n"
+            "f = frames.Request(frames.Op.CREATE_SEMAPHORE, core._sequence, (0,), 's').pack()\n"
+            "core._send(f); core._send(f)\n"
+            "a, b = core._receive()[0], core._receive()[0]\n"
+            "result = a == b and a.status == 0"
+        )
+        assert one(code) is True
+        assert [r["op"] for r in made.grants()].count("semaphore") == 1
+
+
+def test_deaths_while_the_core_is_away_are_noticed():
+    with host(kinds()) as made:
+        one = made.consoles["one"]
+        child, phoenix = one.child("child", "kid"), one.child("phoenix", "bird")
+        before = made.core_pid
+        os.kill(before, signal.SIGSTOP)
+        child.send("os._exit(3)")
+        phoenix.send("os._exit(3)")
+        time.sleep(0.3)
+        os.kill(before, signal.SIGKILL)
+        wait_for(lambda: replaced(made, before))
+        wait_for(lambda: "kid" not in one("result = [e.name for e in core.entries()]"))
+        wait_for(lambda: one("result = core.state(core.lookup('bird').selector).starts") == 2)
+
+
+def test_adopted_domains_that_die_later_are_noticed_too():
+    with host(kinds()) as made:
+        one = made.consoles["one"]
+        child = one.child("child", "kid")
+        kill_core(made)
+        one("list(core.events(1))")
+        child.send("os._exit(3)")
+        said = one("result = [(Event(e.op).name, e.values[1], e.name) for e in core.events(3)]")
+        assert ["DIED", 3 << 8, "kid"] in said
+
+
+def test_nothing_leaks_over_many_cores():
+    with host(kinds()) as made:
+        one = made.consoles["one"]
+        one.child("child", "kid")
+        kill_core(made)
+        one("core.ping()")
+        keeper, core = descriptors(made.keeper.pid), descriptors(made.core_pid)
+        groups = made.groups()
+        for _ in range(5):
+            one("core.create_semaphore('s')")
+            kill_core(made)
+            one("core.destroy(core.lookup('s').selector)")
+        wait_for(lambda: descriptors(made.core_pid) == core)
+        wait_for(lambda: descriptors(made.keeper.pid) == keeper)
+        assert made.groups() == groups
+        kids = [p for p in made.processes() if status(p)["State"].startswith("Z")]
+        assert not kids
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_kills_at_random_moments_keep_tables_processes_and_groups_in_step(seed):
+    chance = random.Random(seed)
+    with host(kinds()) as made:
+        one = made.consoles["one"]
+        for round_ in range(6):
+            name = f"d{round_}"
+            one.send(
+                f"d = core.create_domain('phoenix', {name!r}).selector\n"
+                f"core.create_channel(SELF, d, 'c{round_}', 'console')\ncore.start(d)\n"
+                f"core.create_memory(4096, 'm{round_}')\n"
+                + (f"core.destroy(d)" if chance.random() < 0.5 else "")
+            )
+            time.sleep(chance.random() * 0.03)
+            kill_core(made)
+            try:
+                one.receive()
+            except (NotFound, Exists):
+                pass  # it saw an object that the dead core had ended
+        in_tables = {e[5] for e in table(one) if e[1] == 1 and e[5] != "self"}
+        wait_for(
+            lambda: (
+                in_tables | {"one"}
+                == {g.name.rpartition(".")[0] for g in made.groups() if "." in g.name}
+            )
+        )
+        wait_for(lambda: len(made.processes()) == len(in_tables) + 1)
+
+
+def test_a_planned_replacement_is_quick_and_loses_nothing():
+    with host(kinds()) as made:
+        one = made.consoles["one"]
+        one.child("child", "kid")
+        before, had = made.core_pid, table(one)
+        made.keeper.send_signal(signal.SIGHUP)
+        wait_for(lambda: replaced(made, before))
+        assert table(one) == had
+
+
+def test_stopping_leaves_no_process_group_or_mount():
+    mounts = Path("/proc/self/mountinfo").read_text()
+    with host(kinds()) as made:
+        one = made.consoles["one"]
+        for number in range(3):
+            one.child("child", f"kid{number}")
+        processes = {*made.processes(), made.core_pid, made.keeper.pid}
+        assert len(processes) == 6
+        assert made.stop() == 0
+        assert not made.groups()
+        assert not [pid for pid in processes if os.path.exists(f"/proc/{pid}")]
+        assert not (made.directory / "run/ready").exists()
+    assert Path("/proc/self/mountinfo").read_text() == mounts
+
+
+def test_leftovers_of_a_killed_keeper_are_swept_by_the_next():
+    with host(kinds()) as made:
+        made.consoles["one"].child("child", "kid")
+        left = made.processes()
+        core = made.core_pid
+        made.keeper.kill()
+        made.keeper.wait()
+        wait_for(lambda: not os.path.exists(f"/proc/{core}"))
+        (made.directory / "run/ready").unlink()
+        made.start()
+        assert not left & made.processes()
+        assert made.consoles["one"]("result = len(core.entries())") == 3
+
+
+def test_the_grant_log_is_a_chain():
+    with host(kinds()) as made:
+        made.consoles["one"].child("child", "kid")
+        path = made.directory / "state/grants.log"
+        assert [r["op"] for r in read_chain(str(path))][0] == "boot"
+        lines = path.read_text().splitlines()
+        lines[2] = lines[2].replace('"slot":', '"slot": ')
+        forged = made.directory / "forged.log"
+        forged.write_text("\n".join([*lines[:1], *lines[2:]]) + "\n")
+        with pytest.raises(Invalid, match="chain"):
+            list(read_chain(str(forged)))
+
+
+def test_a_core_that_cannot_boot_gives_up_with_the_reason(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"version": 2}')
+    command = [
+        "/usr/bin/python3",
+        "-I",
+        "-S",
+        "-B",
+        str(Path(Host.__module__ and __file__).parents[2] / "src/supercloud/lower/core/keeper.py"),
+    ]
+    for option in ("run", "state"):
+        command += [f"--{option}", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--manifest", str(tmp_path / "manifest.json")],
+        capture_output=True,
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == 78
+    assert b"manifest.version" in done.stderr

@@ -6,12 +6,18 @@ things; it comes with a second cpio archive behind the initrd, so the image is t
 
 import asyncio
 import contextlib
-
+import hashlib
 import secrets
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
+
+from tests.support.guest import BUILD, IMAGES, MACHINE, cpio
+from tests.support.link import Link
 
 from supercloud.control import bootdata
 from supercloud.upper.environments.oci import convert
@@ -28,13 +34,13 @@ from supercloud.wire.messages import (
     PortMap,
     Process,
 )
-from tests.support.guest import BUILD, IMAGES, MACHINE, cpio
-from tests.support.link import Link
 
 FIRST_PORT = 30080
 PORTS = 4
+_LINK_NETWORK = "net=169.254.77.0/24,host=169.254.77.1,dns=169.254.77.3,dhcpstart=169.254.77.4"
 _SHELL = """#!/bin/sh
 export PATH=/usr/sbin:/usr/bin HOME=/root PS1=
+stty -F /dev/ttyS1 raw -echo 2>/dev/null || stty raw -echo < /dev/ttyS1
 setsid sh < /dev/ttyS1 > /dev/ttyS1 2>&1 &
 exec /usr/sbin/l1init
 """
@@ -63,12 +69,12 @@ class Platform:
     # -- the machine
 
     def _initrd(self) -> Path:
-        from importlib import resources
-
         boot = resources.files("supercloud.upper.platform.image").joinpath("files/boot-init")
         text, last = boot.read_text(), "exec switch_root /newroot /usr/sbin/l1init"
         assert last in text
-        text = text.replace(last, "cp -a /guest /newroot/guest\nexec switch_root /newroot /guest/run")
+        text = text.replace(
+            last, "cp -a /guest /newroot/guest\nexec switch_root /newroot /guest/run"
+        )
         entries = {
             "guest": (0o040755, b""),
             "guest/run": (0o100755, _SHELL.encode()),
@@ -115,8 +121,7 @@ class Platform:
             *self._disks(),
             "-netdev", f"user,id=up{forwards}",
             "-device", "virtio-net-pci,netdev=up,mac=02:5c:00:00:00:01,romfile=",
-            "-netdev", "user,id=link,net=169.254.77.0/24,host=169.254.77.1,dns=169.254.77.3,"
-                       "dhcpstart=169.254.77.4",
+            "-netdev", f"user,id=link,{_LINK_NETWORK}",
             "-device", "virtio-net-pci,netdev=link,mac=02:5c:77:00:00:01,romfile=",
             "-device", "virtio-rng-pci",
         ]  # fmt: skip
@@ -143,7 +148,8 @@ class Platform:
         """The agent's session, when it has said hello."""
         async with asyncio.timeout(timeout_s):
             while self.name not in self.link.hub.sessions:
-                assert self.process and self.process.returncode is None, self.console[-3000:]
+                assert self.process is not None
+                assert self.process.returncode is None, self.console[-3000:]
                 await asyncio.sleep(0.02)
         return self.link.hub.sessions[self.name]
 
@@ -152,12 +158,10 @@ class Platform:
         mark = secrets.token_hex(8)
         async with self.shell_lock, asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_unix_connection(f"{self.directory}/shell")
-            line = f"stty -echo; ({command}) 2>&1; echo; echo {mark[:8]}''{mark[8:]}\n"
-            writer.write(line.encode())
+            writer.write(f"({command}) 2>&1; echo; echo {mark}\n".encode())
             out = (await reader.readuntil(mark.encode())).decode(errors="replace")
             writer.close()
-        return out.rpartition(mark)[0].partition(line.strip())[2].replace("\r", "").strip("\n") \
-            if line.strip() in out else out.rpartition(mark)[0].replace("\r", "").strip("\n")
+        return out.rpartition(mark)[0].replace("\r", "").strip("\n")
 
     # -- what it runs
 
@@ -189,7 +193,9 @@ class Platform:
                         return found
                     await asyncio.sleep(0.03)
         except TimeoutError:
-            raise AssertionError(f"{name} is {found}, not {states}\n{self.console[-3000:]}") from None
+            raise AssertionError(
+                f"{name} is {found}, not {states}\n{self.console[-3000:]}"
+            ) from None
 
     async def http(self, host_port: int, timeout_s: float = 10) -> bytes:
         """What a GET of / at a published port answers."""
@@ -200,7 +206,9 @@ class Platform:
             writer.close()
         return answer
 
-    async def execute(self, name: str, *argv: str, given: bytes = b"", **more: object) -> tuple[int, bytes]:
+    async def execute(
+        self, name: str, *argv: str, given: bytes = b"", **more: object
+    ) -> tuple[int, bytes]:
         """Exit status and standard output (with a terminal: all output)."""
         session, out = await self.session(), b""
         async with session.exec(Exec(name=name, argv=list(argv), **more)) as stream:  # type: ignore[arg-type]
@@ -214,8 +222,6 @@ class Platform:
 
 def blob(owner_paths: dict[str, Path], path: Path) -> Blob:
     """A file that the hub serves from now on."""
-    import hashlib
-
     with path.open("rb") as file:
         digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
     owner_paths[digest] = path
@@ -227,9 +233,6 @@ def examples(directory: Path) -> Path:
     place = BUILD / "examples"
     if (place / "vm" / "kernel").exists() and (place / "web" / "index.json").exists():
         return place
-    import subprocess
-    import sys
-
     script = Path(__file__).parents[2] / "examples" / "images" / "build.py"
     subprocess.run([sys.executable, str(script), "--out", str(directory)], check=True)
     return directory
@@ -272,5 +275,3 @@ def machine(platform: Platform, images: Path, **changes: object) -> EnvironmentS
         "ports": [PortMap(port=8080, host_port=FIRST_PORT + 1)],
     }  # fmt: skip
     return EnvironmentSpec(**{**values, **changes})  # type: ignore[arg-type]
-
-

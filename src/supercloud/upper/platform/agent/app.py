@@ -23,8 +23,8 @@ from supercloud.upper.platform.agent.scratch import Scratch
 from supercloud.wire.messages import CONTROL_TO_AGENT, PlatformReport, handlers
 
 MODULES = (
-    *"dm_crypt aesni_intel xts nf_tables nft_ct nft_chain_nat nft_nat nft_masq".split(),
-    *"bridge veth tun overlay erofs".split(),
+    *("dm_crypt", "aesni_intel", "xts", "bridge", "veth", "tun", "overlay", "erofs"),
+    *("nf_tables", "nft_ct", "nft_chain_nat", "nft_nat", "nft_masq"),
 )
 
 log = logging.getLogger("supercloud.agent")

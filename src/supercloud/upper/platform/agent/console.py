@@ -1,4 +1,4 @@
-"""A VM's serial console: QEMU's socket on one side, the log and any number of viewers on the other."""
+"""A VM's serial console: QEMU's socket on one side, the log and its viewers on the other."""
 
 import asyncio
 import contextlib

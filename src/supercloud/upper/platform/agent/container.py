@@ -24,8 +24,6 @@ class Container:
     """An EE of kind container."""
 
     def __init__(self, spec: EnvironmentSpec, services: Services, base_id: int) -> None:
-        if spec.image.format != "erofs" or "root" not in spec.image.blobs:
-            raise Invalid(f"a container cannot run from an image of format {spec.image.format}")
         self.spec, self._services, self._base_id = spec, services, base_id
         self.places = Places(spec.uid)
         self.log: Log | None = None
@@ -43,13 +41,14 @@ class Container:
 
     async def prepare(self) -> None:
         """Image here and mounted, root, namespaces with their network, configuration."""
+        image, place = self.spec.image.blobs.get("root"), self.places.run
+        if self.spec.image.format != "erofs" or image is None:
+            raise Invalid(f"a container cannot run from a {self.spec.image.format} image")
         await self._services.scratch.ready()
-        await self._services.blobs.get(self.spec.image.blobs["root"])
+        await self._services.blobs.get(image)
         self.places.make()
-        place = self.places.run
         namespaces.create(self._base_id, f"{place}/ns")
-        digest = self.spec.image.blobs["root"].digest
-        rootfs.mount_root(digest, place, self.places.layer, self._base_id)
+        rootfs.mount_root(image.digest, place, self.places.layer, self._base_id)
         self._services.networks.attach(self.spec.uid, self.spec.nics, f"{place}/ns")
         await self.resume()
 

@@ -25,7 +25,7 @@ def _ioctl(control: int, command: int, name: str, table: bytes = b"", targets: i
     buffer = bytearray(_BUFFER_BYTES)
     buffer[: len(head) + len(table)] = head + table
     request = 3 << 30 | _HEAD.size << 16 | 0xFD << 8 | command
-    fcntl.ioctl(control, request, buffer, True)
+    fcntl.ioctl(control, request, buffer)  # in place
     return int(_HEAD.unpack_from(buffer)[10])
 
 

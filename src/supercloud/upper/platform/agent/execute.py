@@ -1,4 +1,4 @@
-"""Programs run in a container for somebody at the other end of a stream, with or without terminal."""
+"""Programs run in a container for somebody at the far end of a stream, with terminal or not."""
 
 import array
 import asyncio
@@ -24,8 +24,10 @@ from supercloud.wire.peer import Call, Stream
 READ_BYTES = 1 << 16
 START_TIMEOUT_S = 20.0
 DRAIN_S = 2.0
-SIGNALS = {name: getattr(signal, f"SIG{name}") for name in
-           ("HUP", "INT", "QUIT", "TERM", "KILL", "USR1", "USR2", "TSTP", "CONT", "WINCH")}  # fmt: skip
+SIGNALS = {
+    name: getattr(signal, f"SIG{name}")
+    for name in ("HUP", "INT", "QUIT", "TERM", "KILL", "USR1", "USR2", "TSTP", "CONT", "WINCH")
+}
 
 
 class Execution:
@@ -52,8 +54,10 @@ class Execution:
                 await self._stop()
 
     def _argv(self, *more: str) -> list[str]:
-        return [*CRUN, "exec", "--process", f"{self._directory}/process.json",
-                "--pid-file", f"{self._directory}/pid", *more, self._container.spec.uid]  # fmt: skip
+        return [
+            *CRUN, "exec", "--process", f"{self._directory}/process.json",
+            "--pid-file", f"{self._directory}/pid", *more, self._container.spec.uid,
+        ]  # fmt: skip
 
     async def _start_pipes(self) -> None:
         pipe = asyncio.subprocess.PIPE
@@ -64,7 +68,7 @@ class Execution:
     async def _start_terminal(self) -> None:
         path = f"{self._directory}/console"
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            listener.setblocking(False)
+            listener.settimeout(0)
             listener.bind(path)
             listener.listen(1)
             self._process = await asyncio.create_subprocess_exec(
@@ -90,7 +94,6 @@ class Execution:
             raise Temporary(f"the program did not start: {await self._complaint()}")
         connection, _ = accepting.result()
         with connection:
-            connection.setblocking(True)
             connection.settimeout(START_TIMEOUT_S)
             self._master = await asyncio.to_thread(_receive_descriptor, connection)
         os.set_blocking(self._master, False)
@@ -192,9 +195,11 @@ class Execution:
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
 
     def _kill(self, number: int) -> None:
-        with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
-            with open(f"{self._directory}/pid") as file:
-                os.kill(int(file.read()), number)
+        with (
+            contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError),
+            open(f"{self._directory}/pid") as file,
+        ):
+            os.kill(int(file.read()), number)
 
     async def _stop(self) -> None:
         """Nobody listens any more: what still runs is ended."""

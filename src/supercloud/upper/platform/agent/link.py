@@ -14,15 +14,17 @@ from supercloud.trust import keys, tls
 from supercloud.trust.names import PLATFORM, Identity
 from supercloud.upper.platform.agent import paths
 from supercloud.upper.platform.agent.bootdata import BootData
+from supercloud.upper.platform.agent.processes import run
 from supercloud.upper.platform.agent.state import write_private
 from supercloud.wire.codec import decode, encode
-from supercloud.wire.messages import PROTOCOL, Certificate, Enroll, Hello, Welcome
+from supercloud.wire.messages import PROTOCOL, Certificate, CsrResult, Enroll, Hello, Welcome
 from supercloud.wire.peer import Handler, Peer
 
 ALPN = "supercloud-agent/1"
 CONNECT_TIMEOUT_S = 10.0
 BACK_OFF_S = (0.1, 15.0)
 CLOCK_TOLERANCE_S = 2.0
+RENEW_RETRY_S = (60.0, 600.0)
 
 log = logging.getLogger("supercloud.agent.link")
 
@@ -103,13 +105,11 @@ class Link:
         finally:
             peer.close()
             await running
-        write_private(paths.CERTIFICATE, f"{given.cert_pem.strip()}\n{given.chain_pem.strip()}\n")
+        self._keep(given)
         log.info("enrolled as %s of %s", self._boot.platform, self._boot.ucloud)
 
     async def _serve(self) -> None:
-        context = tls.client_context(
-            self._boot.ca_pem, paths.CERTIFICATE, paths.KEY, alpn=ALPN
-        )
+        context = tls.client_context(self._boot.ca_pem, paths.CERTIFICATE, paths.KEY, alpn=ALPN)
         peer = await self._connect(context, self.handlers)
         peer.context["enrolled"] = True  # TLS has shown that it is our control plane
         running = asyncio.ensure_future(peer.run())
@@ -119,11 +119,43 @@ class Link:
             self._peer = peer
             log.info("connected to the %s", peer.name)
             self._up()
-            await running
+            renewing = asyncio.ensure_future(self._renew(peer))
+            try:
+                await running
+            finally:
+                renewing.cancel()
         finally:
             peer.close()
             if not running.done():
                 await running
+
+    async def _renew(self, peer: Peer) -> None:
+        """A new certificate over the same key, at half of the old one's life; used from then on."""
+        while True:
+            half_s = await half_life_s(paths.CERTIFICATE) - time.time()
+            await asyncio.sleep(max(half_s, RENEW_RETRY_S[0]))
+            if half_s > 0:
+                continue  # the clock may have been set meanwhile
+            try:
+                request = await asyncio.to_thread(self._make_request)
+                answer = await peer.call("agent.renew", encode(CsrResult(csr_pem=request)))
+                self._keep(decode(Certificate, answer, "agent.renew", ignore_unknown=True))
+                log.info("certificate renewed")
+            except SupercloudError as error:
+                log.warning("certificate not renewed: %s", error)
+                await asyncio.sleep(RENEW_RETRY_S[1])
+
+    def _keep(self, given: Certificate) -> None:
+        text = f"{given.cert_pem.strip()}\n{given.chain_pem.strip()}\n"
+        write_private(paths.CERTIFICATE, text)
+
+
+async def half_life_s(path: str) -> float:
+    """When half of the life of the first certificate in ``path`` is over, since the epoch."""
+    out = await run("openssl", "x509", "-noout", "-dates", "-in", path)
+    dates = dict(line.partition("=")[::2] for line in out.decode().splitlines())
+    start, end = (ssl.cert_time_to_seconds(dates[name]) for name in ("notBefore", "notAfter"))
+    return (start + end) / 2
 
 
 def _set_clock(welcome: Welcome) -> None:

@@ -8,12 +8,13 @@ import asyncio
 import contextlib
 import fcntl
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
-MAX_FILE_BYTES = 4 << 20
+MAX_FILE_BYTES = 2 << 20
 READ_BYTES = 1 << 16
 FIFO_BYTES = 1 << 18
 FOLLOW_QUEUE = 256
+MAX_TAIL_BYTES = 1 << 20  # of a request for so many lines
 _F_SETPIPE_SZ = 1031
 
 
@@ -44,22 +45,27 @@ class Log:
         os.replace(self.path, f"{self.path}.1")
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
 
-    def tail(self, lines: int) -> bytes:
-        """The last lines (-1: all that is kept)."""
-        data = b""
-        for path in (f"{self.path}.1", self.path):
-            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-                data += file.read()
-        return last_lines(data, lines)
+    def tail(self, lines: int) -> Iterator[bytes]:
+        """The last lines (-1: all that is kept), in pieces."""
+        paths = [path for path in (f"{self.path}.1", self.path) if os.path.exists(path)]
+        if lines >= 0:
+            data = b"".join(_end_of(path, MAX_TAIL_BYTES) for path in paths)
+            yield last_lines(data[-MAX_TAIL_BYTES:], lines)
+            return
+        for path in paths:
+            with open(path, "rb") as file:
+                while data := file.read(READ_BYTES):
+                    yield data
 
     async def follow(self, lines: int) -> AsyncIterator[bytes]:
         """What is kept, then what comes, until the log is closed."""
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(FOLLOW_QUEUE)
         self._followers.add(queue)
         try:
-            yield self.tail(lines)
-            while (data := await queue.get()) is not None:
+            for data in list(self.tail(lines)):
                 yield data
+            while (new := await queue.get()) is not None:
+                yield new
         finally:
             self._followers.discard(queue)
 
@@ -71,6 +77,12 @@ class Log:
             queue.put_nowait(None)
         self._followers.clear()
         self._file.close()
+
+
+def _end_of(path: str, limit_bytes: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(-min(limit_bytes, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        return file.read()
 
 
 def last_lines(data: bytes, lines: int) -> bytes:

@@ -56,9 +56,6 @@ class Machine:
     """An EE of kind vm."""
 
     def __init__(self, spec: EnvironmentSpec, services: Services, base_id: int) -> None:
-        roles = {"kernel": {"kernel"}, "qcow2": {"disk"}, "raw": {"disk"}}.get(spec.image.format)
-        if roles is None or not roles <= spec.image.blobs.keys():
-            raise Invalid(f"a VM cannot run from an image of format {spec.image.format}")
         self.spec, self._services = spec, services
         self.uid = VM_UIDS[0] + base_id // IDS_PER_ENVIRONMENT
         self.places = Places(spec.uid)
@@ -79,8 +76,10 @@ class Machine:
 
     async def prepare(self) -> None:
         """Image here, writable disk made over it."""
+        blobs, kind = self.spec.image.blobs, self.spec.image.format
+        if {"kernel": "kernel", "qcow2": "disk", "raw": "disk"}.get(kind, "") not in blobs:
+            raise Invalid(f"a VM cannot run from a {kind} image of {', '.join(blobs) or 'nothing'}")
         await self._services.scratch.ready()
-        blobs = self.spec.image.blobs
         found = await asyncio.gather(*(self._services.blobs.get(blob) for blob in blobs.values()))
         self.places.make()
         if "disk" in blobs and not os.path.exists(self.disk):
@@ -149,9 +148,11 @@ class Machine:
         return watched
 
     def _complaint(self) -> str:
-        with contextlib.suppress(FileNotFoundError):
-            with open(f"{self.places.run}/qemu.log", errors="replace") as file:
-                return file.read()[-500:].strip()
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(f"{self.places.run}/qemu.log", errors="replace") as file,
+        ):
+            return file.read()[-500:].strip()
         return ""
 
     def _arguments(self, undo: ExitStack) -> tuple[list[str], list[int]]:
@@ -186,12 +187,12 @@ class Machine:
                     number = opened(path_of(blobs[role].digest))
                     arguments += [f"-{role}", f"/proc/self/fd/{number}"]
             return [*arguments, "-append", self.spec.image.append or "console=ttyS0 quiet"]
-        image = opened(path_of(blobs["disk"].digest))
+        image, kind = opened(path_of(blobs["disk"].digest)), self.spec.image.format
         disk = opened(self.disk, os.O_RDWR)
         return [
             "-add-fd", f"fd={image},set=1", "-add-fd", f"fd={disk},set=2",
             "-blockdev", "driver=file,node-name=image-file,filename=/dev/fdset/1,read-only=on",
-            "-blockdev", f"driver={self.spec.image.format},node-name=image,file=image-file,read-only=on",
+            "-blockdev", f"driver={kind},node-name=image,file=image-file,read-only=on",
             "-blockdev", "driver=file,node-name=disk-file,filename=/dev/fdset/2,discard=unmap",
             "-blockdev", "driver=qcow2,node-name=disk,file=disk-file,backing=image,discard=unmap",
             "-device", "virtio-blk-pci,drive=disk,serial=root",

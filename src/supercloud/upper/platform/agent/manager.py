@@ -40,16 +40,16 @@ class Manager:
         self._workers: dict[str, Worker] = {}  # by uid
         self._desired: Apply | None = None
         self._network_task: asyncio.Task[None] | None = None
+        self._sweeping: list[asyncio.Task[None]] = []
         self._network_changed = asyncio.Event()
+        names.died = self._network_changed.set
         self._report_timer: asyncio.TimerHandle | None = None
 
     # -- what the control plane asks
 
     def apply(self, desired: Apply) -> PlatformReport:
-        """Make the set so; returns at once. Invalid (and nothing changes) for a set that cannot be."""
+        """Make the set so; returns at once. Invalid, and no effect, for a set that cannot be."""
         _check(desired)
-        if self._desired and desired.generation < self._desired.generation:
-            raise Invalid(f"generation {desired.generation} is older than what is applied")
         changed = self._desired is None or encode(desired) != encode(self._desired)
         self._desired = desired
         if changed:
@@ -106,7 +106,7 @@ class Manager:
         for uid in cgroups.present():
             if uid not in self._workers:
                 log.warning("removing what is left of %s", uid)
-                asyncio.ensure_future(cgroups.remove(uid))
+                self._sweeping.append(asyncio.ensure_future(cgroups.remove(uid)))
         known = [(uid, len(worker.spec.nics)) for uid, worker in self._workers.items()]
         for device in sweep_devices(known):
             log.warning("removed a leftover device: %s", device)

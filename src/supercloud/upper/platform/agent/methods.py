@@ -71,7 +71,8 @@ class Methods:
             async for data in log.follow(wanted.tail):
                 await stream.write(data)
         else:
-            await stream.write(log.tail(wanted.tail))
+            for data in log.tail(wanted.tail):
+                await stream.write(data)
         return {}
 
     async def console(self, call: Call, wanted: ByName) -> Any:

@@ -3,19 +3,22 @@
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import os
 import re
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from supercloud.upper.platform.agent import paths
 from supercloud.upper.platform.agent.networks import Network, check_nic
 from supercloud.upper.platform.agent.state import read_json, write_json, write_private
 from supercloud.wire.messages import EnvironmentSpec
 
+RESTART_S = 1.0
 DOMAIN = "supercloud.internal"
 _CONF, _HOSTS, _LEASES = (f"{paths.RUN}/names/{name}" for name in ("conf", "hosts", "dhcp"))
 _PID = f"{paths.RUN}/names/pid.json"
+log = logging.getLogger("supercloud.agent.names")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -65,7 +68,9 @@ class Names:
 
     def __init__(self, ucloud: str) -> None:
         self._ucloud = ucloud
+        self.died: Callable[[], None] = lambda: None  # told when dnsmasq ends by itself
         self._process: asyncio.subprocess.Process | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._conf = self._files = ""
         os.makedirs(os.path.dirname(_CONF), mode=0o755, exist_ok=True)
         _end_previous()
@@ -88,10 +93,10 @@ class Names:
         self._files, self._conf = host_lines + lease_lines, conf
 
     async def _restart(self, conf: str, *, wanted: bool) -> None:
-        if self._process is not None and self._process.returncode is None:
-            self._process.terminate()
-            await self._process.wait()
-        self._process = None
+        old, self._process = self._process, None
+        if old is not None and old.returncode is None:
+            old.terminate()
+            await old.wait()
         if not wanted:
             return
         write_private(_CONF, conf, 0o644)
@@ -101,6 +106,13 @@ class Names:
             "dnsmasq", f"--conf-file={_CONF}", stdin=asyncio.subprocess.DEVNULL
         )
         write_json(_PID, self._process.pid)
+        self._watch = asyncio.ensure_future(self._watch_over(self._process))
+
+    async def _watch_over(self, process: asyncio.subprocess.Process) -> None:
+        status = await process.wait()
+        if process is self._process:
+            log.warning("dnsmasq ended with %d", status)
+            asyncio.get_running_loop().call_later(RESTART_S, self.died)
 
 
 def _end_previous() -> None:

@@ -1,4 +1,4 @@
-"""The networks of EEs: one bridge each, the EE's ends, and what DNS, DHCP and firewall must know."""
+"""The networks of EEs: a bridge each, the EE's ends, and what DNS and firewall must know."""
 
 import asyncio
 import contextlib
@@ -141,7 +141,7 @@ class Networks:
 
 
 def sweep_devices(known: Iterable[tuple[str, int]]) -> list[str]:
-    """Remove EE devices of unknown EEs; ``known`` are (uid, number of NICs). Returns their names."""
+    """Remove devices of unknown EEs; ``known`` are (uid, number of NICs). Returns their names."""
     keep = {device_name("ve", uid, index) for uid, count in known for index in range(count)}
     removed = []
     with Netlink() as netlink:

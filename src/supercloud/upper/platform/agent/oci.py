@@ -10,17 +10,18 @@ from supercloud.upper.platform.agent.users import User
 from supercloud.wire.messages import EnvironmentSpec
 
 # Well below Docker's fourteen: no raw sockets, device nodes, chroot, file capabilities, audit.
-CAPABILITIES = tuple(
-    f"CAP_{name}"
-    for name in "CHOWN DAC_OVERRIDE FOWNER FSETID KILL NET_BIND_SERVICE SETGID SETUID".split()
-)
+CAPABILITIES = (
+    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID",
+    "CAP_KILL", "CAP_NET_BIND_SERVICE", "CAP_SETGID", "CAP_SETUID",
+)  # fmt: skip
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-MASKED = tuple(
-    "/proc/acpi /proc/asound /proc/interrupts /proc/kcore /proc/keys /proc/latency_stats "
-    "/proc/sched_debug /proc/scsi /proc/timer_list /proc/timer_stats /sys/firmware "
-    "/sys/devices/virtual/powercap /sys/block /sys/kernel".split()
-)
-READ_ONLY = tuple("/proc/bus /proc/fs /proc/irq /proc/sys /proc/sysrq-trigger".split())
+MASKED = (
+    "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys",
+    "/proc/latency_stats", "/proc/sched_debug", "/proc/scsi", "/proc/timer_list",
+    "/proc/timer_stats", "/sys/firmware", "/sys/devices/virtual/powercap", "/sys/block",
+    "/sys/kernel",
+)  # fmt: skip
+READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 MAX_PIDS = 4096
 MAX_FILES = 65536
 CPU_PERIOD_US = 100_000
@@ -37,7 +38,7 @@ MOUNTS = (
     _mount("/proc", "proc", "nosuid,noexec,nodev"),
     _mount("/dev", "tmpfs", "nosuid,strictatime,mode=755,size=65536k"),
     _mount("/dev/pts", "devpts", "nosuid,noexec,newinstance,ptmxmode=0666,mode=0620"),
-    _mount("/dev/shm", "tmpfs", "nosuid,noexec,nodev,mode=1777,size=65536k"),
+    _mount("/dev/shm", "tmpfs", "nosuid,noexec,nodev,mode=1777,size=65536k"),  # noqa: S108
     _mount("/dev/mqueue", "mqueue", "nosuid,noexec,nodev"),
     _mount("/sys", "sysfs", "nosuid,noexec,nodev,ro"),
     _mount("/sys/fs/cgroup", "cgroup", "nosuid,noexec,nodev,relatime,ro"),

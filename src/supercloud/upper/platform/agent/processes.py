@@ -110,7 +110,7 @@ class Watched:
     async def _status(self) -> int | None:
         for _ in range(int(EXIT_RECORD_WAIT_S / 0.02)):
             with contextlib.suppress(ChildProcessError):
-                done, status = os.waitpid(self.pid, os.WNOHANG)
+                done, status = os.waitpid(self.pid, os.WNOHANG)  # noqa: ASYNC222 -- does not wait
                 if done:
                     return shell_status(os.waitstatus_to_exitcode(status))
             if (recorded := recorded_exit(self.pid, self.launched_s)) is not None:

@@ -1,4 +1,4 @@
-"""A container's root: its image (erofs, read-only, shared) seen with its own ids, an overlay on it."""
+"""A container's root: its image (erofs, shared) seen with its own ids, an overlay on it."""
 
 import errno
 import fcntl
@@ -62,7 +62,7 @@ def _mount_by_loop(blob: str, place: str) -> None:
 
 
 def mount_root(digest: str, place: str, layer: str, base_id: int) -> str:
-    """Make ``place/rootfs``, writable, its ids shifted by ``base_id``; what is written is in ``layer``.
+    """Make ``place/rootfs``, ids shifted by ``base_id``; what is written there is in ``layer``.
 
     ``place/ns/user`` must be there. Returns the root's path; idempotent.
     """

@@ -1,4 +1,4 @@
-"""The platform's scratch disk: encrypted with a key of this boot, formatted, mounted at ``DATA``."""
+"""The platform's scratch disk: encrypted with a key of this boot, mounted at ``DATA``."""
 
 import asyncio
 import os
@@ -31,7 +31,7 @@ class Scratch:
         return task is not None and task.done() and task.exception() is None
 
     async def ready(self) -> None:
-        """Return when ``DATA`` can be used; raises what went wrong, and the next call tries again."""
+        """Return when ``DATA`` can be used; raises what went wrong; the next call tries again."""
         if self._task is None or (self._task.done() and self._task.exception() is not None):
             self._task = asyncio.ensure_future(_set_up())
         await asyncio.shield(self._task)

@@ -35,7 +35,7 @@ def _call(name: str, *arguments: object) -> int:
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
-    """mount(2)."""
+    """Mount; see the manual page in section 2."""
     result = _LIBC.mount(
         source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode()
     )
@@ -80,7 +80,7 @@ def open_in_root(root: int, path: str, flags: int = os.O_RDONLY) -> int:
 
 
 def unshare(flags: int) -> None:
-    """unshare(2)."""
+    """Leave the namespaces that the flags say for new ones."""
     _checked(_LIBC.unshare(flags), "unshare")
 
 

@@ -40,7 +40,7 @@ def find_nics(links: list[Link]) -> tuple[Link | None, Link | None]:
 
 
 def bring_up() -> tuple[Link | None, Link | None]:
-    """lo and both NICs up, the link with its fixed address. Does not wait for anything."""
+    """Bring lo and both NICs up, the link with its fixed address; waits for nothing."""
     with Netlink() as netlink:
         links = netlink.links()
         link, uplink = find_nics(links)

@@ -27,7 +27,12 @@ class Worker:
     """``tell`` is called with each change of state; ``done`` is set when the EE is gone."""
 
     def __init__(
-        self, spec: EnvironmentSpec, engine: Engine, base_id: int, settled: asyncio.Event, tell: Tell
+        self,
+        spec: EnvironmentSpec,
+        engine: Engine,
+        base_id: int,
+        settled: asyncio.Event,
+        tell: Tell,
     ) -> None:
         self.spec, self.engine, self.base_id = spec, engine, base_id
         self._settled = settled  # the platform's network is as the desired set has it
@@ -117,11 +122,18 @@ class Worker:
             await self._ended(status)
 
     async def _adopt(self) -> None:
+        """Take up what an earlier agent knew of it: that it runs, or how it ended."""
         saved = read_json(Places(self.spec.uid).state, {})
-        if not saved.get("pid"):
+        if not saved.get("pid") and saved.get("state") != "exited":
             return
-        self.state = "lost"  # to an earlier agent, until we know
         self.restarts, self.started_s = saved["restarts"], saved["started_s"]
+        self.exit_status = saved["exit_status"]
+        if not saved["pid"]:
+            self.state, self.reason = "exited", saved["reason"]
+            await self.engine.resume()
+            await self._rest()
+            return
+        self.state = "lost"  # until we know
         self._process = adopt(saved["pid"], saved["ticks"], saved["launched_s"])
         if self._process is None:  # it ended while no agent looked
             self._process = Watched(saved["pid"], saved["launched_s"])
@@ -187,9 +199,14 @@ class Worker:
         self.exit_status = status
         reason = f"ended with exit status {'unknown' if status is None else status}"
         self._to("exited", reason + (", out of memory" if killed else ""))
-        lasted = time.time() - self.started_s > STEADY_S
-        self._delay_s = BACK_OFF_S[0] if lasted else self._delay_s
-        if not self._again and not self._shall_restart(status):
+        self._save()
+        if time.time() - self.started_s > STEADY_S:
+            self._delay_s = BACK_OFF_S[0]
+        await self._rest()
+
+    async def _rest(self) -> None:
+        """After an end: until the policy, or somebody, wants it to start again."""
+        if not self._again and not self._shall_restart(self.exit_status):
             await self._wake.wait()
         elif not self._again:
             await self._pause()
@@ -203,13 +220,13 @@ class Worker:
         if self._process:
             self._process.close()
             self._process = None
-        self._save()
         await self.engine.ended()
 
     async def _failed(self, error: Exception) -> None:
         message = error.message if isinstance(error, UserError) else str(error)
         await self._clean()
         self._to("failed", message[:1000])
+        self._save()
         await self._pause()
 
     async def _pause(self) -> None:
@@ -252,5 +269,6 @@ class Worker:
             "spec": encode(self.spec), "base_id": self.base_id, "restarts": self.restarts,
             "started_s": self.started_s, "pid": process.pid if process else 0,
             "ticks": process.start_ticks if process else 0,
-            "launched_s": process.launched_s if process else 0.0,
+            "launched_s": process.launched_s if process else 0.0, "state": self.state,
+            "reason": self.reason, "exit_status": self.exit_status,
         })  # fmt: skip

@@ -60,6 +60,8 @@ def call(method: str, path: str, body: Any = None, *, start: bool = False) -> An
     """The JSON answer. ``start``: start the control plane when it is not running."""
     with answer(method, path, body, start=start) as response:
         untrusted = response.read(ANSWER_MAX_BYTES)
+        if response.length:  # more was announced: read with a limit does not notice
+            raise http.client.IncompleteRead(untrusted, response.length)
     try:
         return json.loads(untrusted)
     except ValueError:
@@ -127,7 +129,7 @@ def _reaching(*, reading: bool = False) -> Iterator[None]:
         if reading and isinstance(error, BrokenPipeError):
             raise
         raise Unavailable(
-            f"the control plane went away: {error or type(error).__name__}",
+            f"the control plane went away: {str(error) or type(error).__name__:.200}",
             hint="run the command again; what it was doing goes on when it is back",
         ) from None
 

@@ -15,24 +15,34 @@ ASCII_MARKS = {"done": "ok", "failed": "failed:"}
 
 @contextlib.contextmanager
 def progress(*, as_json: bool) -> Iterator[Show]:
-    """A function that shows a ``UCloudView``'s steps; call it with each new view."""
+    """A function that shows a ``UCloudView``'s steps; call it with each new view.
+
+    What ended before the command began is not shown.
+    """
+    began_s = time.time()
     if as_json:
         yield lambda _view: None
     elif sys.stdout.isatty():
-        with _bars() as show:
+        with _bars(began_s) as show:
             yield show
     else:
-        yield _Lines()
+        yield _Lines(began_s)
+
+
+def _recent(view: dict[str, Any], began_s: float) -> list[dict[str, Any]]:
+    steps: list[dict[str, Any]] = view.get("steps") or []
+    return [step for step in steps if (step.get("ended_s") or began_s) >= began_s]
 
 
 class _Lines:
     """One line when a step ends, and one when a failed one's reason changes."""
 
-    def __init__(self) -> None:
+    def __init__(self, began_s: float) -> None:
+        self._began_s = began_s
         self._shown: set[tuple[str, str, str]] = set()
 
     def __call__(self, view: dict[str, Any]) -> None:
-        for step in view.get("steps", ()):
+        for step in _recent(view, self._began_s):
             key = (step["subject"], step["message"], step["state"])
             if step["state"] in ASCII_MARKS and key not in self._shown:
                 self._shown.add(key)
@@ -51,7 +61,7 @@ def seconds(step: dict[str, Any]) -> float:
 
 
 @contextlib.contextmanager
-def _bars() -> Iterator[Show]:
+def _bars(began_s: float) -> Iterator[Show]:
     from rich.progress import (  # noqa: PLC0415 - heavy, and for terminals only
         BarColumn,
         Progress,
@@ -66,18 +76,18 @@ def _bars() -> Iterator[Show]:
         TextColumn("{task.fields[took]:>7}", markup=False),
     )
     with Progress(*columns) as bars:
-        yield _Bars(bars)
+        yield _Bars(bars, began_s)
 
 
 class _Bars:
     """One bar a step."""
 
-    def __init__(self, bars: Any) -> None:
-        self._bars = bars
+    def __init__(self, bars: Any, began_s: float) -> None:
+        self._bars, self._began_s = bars, began_s
         self._tasks: dict[tuple[str, str], Any] = {}
 
     def __call__(self, view: dict[str, Any]) -> None:
-        for step in view.get("steps", ()):
+        for step in _recent(view, self._began_s):
             if step["state"] != "waiting":
                 self._show(step)
 

@@ -66,6 +66,8 @@ def _start(path: str) -> None:
     log_path = os.path.join(state, "control.out")
     argv = [sys.executable, "-m", "supercloud.control.main"]
     argv += ["--socket", path]
+    if "SUPERCLOUD_LISTEN" in os.environ:
+        argv += ["--listen", os.environ["SUPERCLOUD_LISTEN"]]
     with open(log_path, "ab", opener=_private) as log:
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/"
@@ -74,9 +76,17 @@ def _start(path: str) -> None:
     while not _listens(path):
         if process.poll() is not None or time.monotonic() > end_s:
             what = "ended at once" if process.returncode is not None else "did not come up"
-            raise Unavailable(f"the control plane {what}", hint=f"see {log_path}")
+            last = _last_line(log_path)
+            raise Unavailable(f"the control plane {what}: {last}", hint=f"see {log_path}")
         time.sleep(POLL_S)
     process.returncode = 0  # it outlives us: no warning that we leave it
+
+
+def _last_line(path: str) -> str:
+    with open(path, "rb") as log:
+        log.seek(max(0, os.fstat(log.fileno()).st_size - 4096))
+        lines = log.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
 
 
 def _private(path: str, flags: int) -> int:

@@ -1,9 +1,13 @@
 """Plain tables and times for people, without a library."""
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from supercloud.cli.failure import printable
+from supercloud.model.sizes import format_size
+
+EPOCH_LEAST_S = 1e9  # a larger number of seconds is a time, a smaller one a duration
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -36,7 +40,7 @@ def tree(value: Any, indent: str = "") -> Iterable[str]:
                 yield f"{indent}{printable(str(key))}:"
                 yield from tree(item, indent + "  ")
             elif item not in ("", None, [], {}):
-                yield f"{indent}{printable(str(key))}: {_scalar(item)}"
+                yield f"{indent}{printable(str(key))}: {_scalar(item, str(key))}"
     elif isinstance(value, list):
         for item in value:
             lines = list(tree(item, indent + "  "))
@@ -47,7 +51,12 @@ def tree(value: Any, indent: str = "") -> Iterable[str]:
         yield f"{indent}{_scalar(value)}"
 
 
-def _scalar(value: Any) -> str:
+def _scalar(value: Any, key: str = "") -> str:
+    """In the unit that people read; the unit of a number stands in its key."""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, int | float) and key.endswith("_s") and value > EPOCH_LEAST_S:
+        return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(value))
+    if isinstance(value, int) and key.endswith("_bytes"):
+        return format_size(value)
     return printable(str(value))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from supercloud.model.errors import Invalid, NoResources, NotFound, Unsupported
-from supercloud.upper.environments.limits import Limits
+from supercloud.upper.environments.limits import LIMITS, Limits
 from supercloud.upper.environments.oci import ConvertedImage, convert, convert_async
 from supercloud.upper.platform.image.tools import ToolTree
 from support.oci import (
@@ -40,7 +40,7 @@ class Converter:
     def __init__(self, place: Path, tools: ToolTree) -> None:
         self.place, self.tools, self.count = place, tools, 0
 
-    def convert(self, ref: str, limits: Limits = Limits()) -> ConvertedImage:
+    def convert(self, ref: str, limits: Limits = LIMITS) -> ConvertedImage:
         return convert(ref, cache=self.place / "cache", tools=self.tools, limits=limits)
 
     def tree(self, *layers: bytes, kind: type[Layout] = Layout) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from supercloud.model.errors import Invalid, NoResources, NotFound, SupercloudError, Unsupported
-from supercloud.upper.environments.limits import Limits
+from supercloud.upper.environments.limits import LIMITS, Limits
 from supercloud.upper.environments.oci import convert
 from supercloud.upper.platform.image.tools import ToolTree
 from support.oci import (
@@ -30,7 +30,7 @@ from support.oci import (
 TOOLS = ToolTree()
 
 
-def convert_layers(place: Path, *layers: bytes, limits: Limits = Limits()) -> Path:
+def convert_layers(place: Path, *layers: bytes, limits: Limits = LIMITS) -> Path:
     ref = Plain(place / "layout", layers).write()
     return convert(ref, cache=place / "cache", tools=TOOLS, limits=limits).path
 

@@ -24,7 +24,18 @@ RUNTIME, L1, VMLINUX, VMLINUZ, INITRD, KERNEL_VERSION = [
     "initrd",
     "kernel-version",
 ]
-_SOURCES = ["base", "bytecode", "closure", "elf", "kernel", "modules", "recipe", "tree"]
+_SOURCES = (
+    "base",
+    "bytecode",
+    "closure",
+    "elf",
+    "erofs",
+    "kernel",
+    "modules",
+    "own",
+    "recipe",
+    "tree",
+)
 
 
 @dataclass(frozen=True)

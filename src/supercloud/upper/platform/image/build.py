@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from supercloud.model.errors import Invalid
+from supercloud.model.images import L1_FILES, l1_digest
 from supercloud.upper.platform.image import base as bases
 from supercloud.upper.platform.image import erofs, own, recipe, tools
 from supercloud.upper.platform.image import tree as trees
@@ -22,15 +22,39 @@ from supercloud.upper.platform.image.progress import Progress
 from supercloud.upper.platform.image.tools import ToolTree
 
 MANIFEST = "manifest.json"
-PRODUCTS = ("runtime", "l1")
+
+
+@dataclass(frozen=True)
+class _Product:
+    """``root`` is the erofs file's name; ``also`` are files taken from the base as they are."""
+
+    root: str
+    base: str
+    parts: tuple[str, ...]
+    files: Callable[[], trees.Tree]
+    also: tuple[str, ...] = ()
+
+
+_PRODUCTS = {
+    "runtime": _Product("runtime.erofs", bases.RUNTIME, recipe.OWN_RUNTIME, own.runtime_files),
+    "l1": _Product(
+        "root.erofs",
+        bases.L1,
+        recipe.OWN_L1,
+        own.l1_files,
+        (bases.VMLINUX, bases.VMLINUZ, bases.INITRD),
+    ),
+}
+PRODUCTS = tuple(_PRODUCTS)
 
 
 @dataclass(frozen=True)
 class _Job:
+    out: Path
+    scratch: Path
     lock: Lock
     base: Base
     tools: ToolTree
-    scratch: Path
     progress: Progress
 
 
@@ -57,14 +81,12 @@ def build(
     locking = Locking(Archive(cache), progress, locked)
     if update_lock:
         locking.update()
-    scratch = Path(tempfile.mkdtemp(prefix=".build-", dir=out))
-    try:
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as scratch:
         lock, base = _base(cache, locking, progress)
-        job = _Job(lock, base, ToolTree(cache, root=tools.place(cache, lock)), scratch, progress)
-        code = {name: digest for one in wanted for name, digest in _MAKERS[one](job).items()}
-        return _publish(job, out, code)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        tool_tree = ToolTree(cache, root=tools.place(cache, lock))
+        job = _Job(out, Path(scratch), lock, base, tool_tree, progress)
+        made = {name: _make(job, name) for name in wanted}
+        return _publish(job, made)
 
 
 def _base(cache: Path, locking: Locking, progress: Progress) -> tuple[Lock, Base]:
@@ -78,59 +100,62 @@ def _base(cache: Path, locking: Locking, progress: Progress) -> tuple[Lock, Base
     return lock, bases.make(cache, lock, debs, progress)
 
 
-def _runtime(job: _Job) -> dict[str, str]:
-    return {
-        "runtime": _root(
-            job, "runtime.erofs", bases.RUNTIME, recipe.OWN_RUNTIME, own.runtime_files()
-        )
-    }
+def _make(job: _Job, name: str) -> dict[str, Any]:
+    """One product's entry for the manifest; its files are in scratch unless they are current."""
+    product = _PRODUCTS[name]
+    sources, files = own.sources(product.parts), product.files()
+    code_sha256 = own.digest(sources | files)
+    inputs = {"base": job.base.place.name, "code_sha256": code_sha256}
+    previous: dict[str, Any] | None = _previous(job.out).get(name)
+    if previous and previous["inputs"] == inputs:
+        job.progress.note(f"{product.root} is current")
+        return previous
+    with job.progress.step(product.root) as detail:
+        layer = trees.with_parents(own.compiled(sources, job.tools) | files)
+        tars = (job.base.read(product.base), trees.to_tar(layer))
+        erofs.from_tars(job.scratch / product.root, tars, job.tools)
+        for also in product.also:
+            shutil.copyfile(job.base.place / also, job.scratch / also)
+        made = {path: _described(job.scratch / path) for path in (product.root, *product.also)}
+        detail.append(f"{made[product.root]['size_bytes'] / 1e6:.0f} MB")
+    return {"inputs": inputs, "files": made}
 
 
-def _l1(job: _Job) -> dict[str, str]:
-    for name in (bases.VMLINUX, bases.VMLINUZ, bases.INITRD):
-        shutil.copyfile(job.base.place / name, job.scratch / name)
-    return {"l1": _root(job, "root.erofs", bases.L1, recipe.OWN_L1, own.l1_files())}
-
-
-_MAKERS: dict[str, Callable[[_Job], dict[str, str]]] = {"runtime": _runtime, "l1": _l1}
-
-
-def _root(job: _Job, name: str, base: str, parts: tuple[str, ...], files: trees.Tree) -> str:
-    """Make one erofs root; the hash of our code in it."""
-    with job.progress.step(name) as detail:
-        sources = own.sources(parts) | files
-        compiled = own.compiled({p: n for p, n in sources.items() if p not in files}, job.tools)
-        layer = trees.with_parents(compiled | files)
-        erofs.from_tars(job.scratch / name, (job.base.read(base), trees.to_tar(layer)), job.tools)
-        detail.append(f"{(job.scratch / name).stat().st_size / 1e6:.0f} MB")
-        return own.digest(sources)
-
-
-def _publish(job: _Job, out: Path, code: dict[str, str]) -> dict[str, Any]:
-    made = sorted(job.scratch.iterdir())
-    previous = _previous(out)
+def _publish(job: _Job, made: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    products = _previous(job.out) | made
+    files = {name: entry for one in products.values() for name, entry in one["files"].items()}
     manifest = {
         "format": 1,
         "release": job.lock.release,
         "kernel": job.base.kernel_version,
         "lock_sha256": job.lock.digest,
-        "code_sha256": previous.get("code_sha256", {}) | code,
-        "files": previous.get("files", {}) | {path.name: _described(path) for path in made},
+        "products": products,
+        "files": files,
         "packages": job.lock.versions(),
     }
+    if set(L1_FILES) <= files.keys():
+        manifest["l1_digest"] = l1_digest({name: files[name]["sha256"] for name in L1_FILES})
     (job.scratch / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    for path in (*made, job.scratch / MANIFEST):
+    made_now = [path for path in job.scratch.iterdir() if path.name != MANIFEST]
+    for path in (*made_now, job.scratch / MANIFEST):
         path.chmod(0o644)
-        os.replace(path, out / path.name)
+        path.replace(job.out / path.name)
     return manifest
 
 
 def _previous(out: Path) -> dict[str, Any]:
-    """What an earlier build of the other product left here."""
+    """The products that earlier builds left in ``out``."""
     path = out / MANIFEST
-    found = json.loads(path.read_text()) if path.exists() else {}
-    kept = {name: entry for name, entry in found.get("files", {}).items() if (out / name).exists()}
-    return {"code_sha256": found.get("code_sha256", {}), "files": kept}
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    products = found.get("products", {})
+    return {name: entry for name, entry in products.items() if _present(out, entry)}
+
+
+def _present(out: Path, product: dict[str, Any]) -> bool:
+    return all(
+        (out / name).is_file() and (out / name).stat().st_size == entry["size_bytes"]
+        for name, entry in product["files"].items()
+    )
 
 
 def _described(path: Path) -> dict[str, Any]:

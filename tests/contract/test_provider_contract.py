@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 
 import pytest
+from support.host import LoopbackHost, provider_of
 from support.link import Link, at_rendezvous, request
 
 from supercloud.model.errors import Exists, NoResources, NotFound, Unsupported
@@ -34,7 +35,16 @@ async def _fake(tmp_path, _link):
     await provider.close()
 
 
-KINDS = {"fake": _fake}
+@contextlib.asynccontextmanager
+async def _wire(tmp_path, link):
+    """The lower layer's provider over its wire to a user domain whose machines are pretended."""
+    async with LoopbackHost(tmp_path / "host", link.authority.root_pem).running() as host:
+        provider = provider_of(link, host)
+        yield provider
+        await provider.close()
+
+
+KINDS = {"fake": _fake, "lower_layer over the wire": _wire}
 
 
 @pytest.fixture(params=sorted(KINDS))

@@ -56,7 +56,7 @@ class FakeAgent:
         self._handlers = handlers(CONTROL_TO_AGENT, calls)
 
     async def connect(self, sock: Any) -> None:
-        """Speak over a connected socket: enrol when there is no certificate yet, else serve."""
+        """Speak over a connected socket, which it takes: enrol if need be, else serve."""
         if self.platform.boot is None:
             raise BadState(f"{self.platform.name} has no boot data")
         reader, writer = await asyncio.open_connection(

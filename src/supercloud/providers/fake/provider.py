@@ -123,7 +123,6 @@ async def _connect(agent: FakeAgent, accept: Accept) -> None:
         await dial(agent, theirs)
         await asyncio.wait([serving], timeout=5)  # it sees the end of the stream
     finally:
-        theirs.close()
         await _cancel(serving)
         streams[1].close()
 

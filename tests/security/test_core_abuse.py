@@ -1,0 +1,185 @@
+"""A domain that breaks the core's protocol hurts nobody but itself."""
+
+import os
+import socket
+import time
+
+import pytest
+from core_host import Console, Host, RemoteError, driver, host, kind, wait_for
+
+from supercloud.model.errors import Invalid, NotFound
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def pair():
+    with host({"driver": driver(), "child": kind()}) as made:
+        one = made.consoles["one"]
+        yield made, one, one.child("child", "bad")
+
+
+def alive(one: Console) -> bool:
+    return "bad" in one("result = [e.name for e in core.entries()]")
+
+
+def core_descriptors(made: Host) -> int:
+    return len(os.listdir(f"/proc/{made.core_pid}/fd"))
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        "b''",
+        "b'x'",
+        "os.urandom(200)",
+        "os.urandom(199)",
+        "bytes(200)",
+        "b'\\x01' * 200",
+        "bytes(60000)",
+    ],
+)
+def test_garbage_is_refused_and_its_sender_given_up(pair, garbage):
+    made, one, bad = pair
+    bad.send(f"for i in range(40): core._socket.send({garbage})")
+    wait_for(lambda: not alive(one))
+    assert one("core.ping(); result = 1") == 1
+
+
+def test_a_little_garbage_is_answered(pair):
+    _, _, bad = pair
+    code = "core._socket.send(b'x'); a = core._receive()[0]; result = [a.op, a.status, a.sequence]"
+    assert bad(code) == [0, 1, 0]
+    assert bad("core.ping(); result = 1") == 1
+
+
+@pytest.mark.parametrize("op", [0, 19, 77, 200, 255])
+def test_calls_that_do_not_exist_are_refused(pair, op):
+    _, _, bad = pair
+    with pytest.raises(Invalid):
+        bad(f"core._call({op})")
+
+
+def test_wrong_selectors_and_arguments_are_refused(pair):
+    made, one, bad = pair
+    for call in ("core.take(99)", "core.start(-1)", "core.revoke(1 << 40)", "core.usage(12)"):
+        with pytest.raises(NotFound):
+            bad(call)
+    for call in (
+        "core.take(0)",
+        "core.usage(0)",
+        "core._call(Op.PING, 1)",
+        "core.start(1)",
+        "core.seal(1)",
+    ):
+        with pytest.raises(Invalid):
+            bad(f"from supercloud.wire.frames import Op\n{call}")
+    assert alive(one)
+
+
+def test_descriptors_nobody_asked_for_never_reach_the_core(pair):
+    made, one, bad = pair
+    before = core_descriptors(made)
+    bad(
+        "from supercloud.wire.frames import Op, Request\n"
+        "f = Request(Op.PING, 7, ()).pack()\n"
+        "null = os.open('/dev/null', 0)\n"
+        "for _ in range(10): socket.send_fds(core._socket, [f], [null] * 5)\n"
+        "answers = [core._receive()[0].status for _ in range(10)]\nresult = answers"
+    )
+    assert core_descriptors(made) == before
+    bad.send("for _ in range(10): socket.send_fds(core._socket, [f], [null] * 5)")
+    wait_for(lambda: not alive(one))
+    wait_for(lambda: core_descriptors(made) < before)
+
+
+def test_who_does_not_read_is_not_served_and_costs_nothing(pair):
+    made, one, bad = pair
+    bad.send(
+        "from supercloud.wire.frames import Op, Request\n"
+        "core._socket.setblocking(False)\n"
+        "f = Request(Op.LIST, 7, ()).pack()\n"
+        "n = 0\n"
+        "end = time.monotonic() + 2\n"
+        "while time.monotonic() < end:\n"
+        "    try: core._socket.send(f); n += 1\n"
+        "    except BlockingIOError: time.sleep(0.01)\n"
+        "result = n"
+    )
+    for _ in range(20):
+        started = time.monotonic()
+        one("core.ping()")
+        assert time.monotonic() - started < 0.5
+        time.sleep(0.05)
+    sent, _ = bad.receive()
+    assert 0 < sent < 5000
+    code = "core._socket.setblocking(True)\nfor _ in range(n): a = core._receive()[0]\nresult = a.status"
+    assert bad(code) == 0
+
+
+def test_events_to_who_does_not_read_are_dropped_and_said_to_be(pair):
+    made, one, bad = pair
+    one(
+        "s = core.create_semaphore('s')\nd = core.lookup('bad').selector\n"
+        "for i in range(1500): core.delegate(s, d, Rights.USE, f'n{i}')"
+    )
+    names = bad("result = [Event(e.op).name for e in core.events(1)]")
+    assert names[-1] == "OVERFLOW"
+    assert len(names) < 1500
+    assert len(bad("result = [e.name for e in core.entries()]")) == 1503
+
+
+def test_a_table_is_never_overfilled(pair):
+    made, one, bad = pair
+    with pytest.raises(Exception, match="table is full"):
+        one(
+            "s = core.create_semaphore('s')\nd = core.lookup('bad').selector\n"
+            "for i in range(5000): core.delegate(s, d, Rights.USE, '' or f'n{i}')"
+        )
+
+
+def test_a_domain_may_close_its_socket_and_live_on(pair):
+    made, one, bad = pair
+    bad("core.close()")
+    one("core.delegate(SELF, core.lookup('bad').selector, Rights.CONNECT, 'x')")
+    assert bad("result = 1") == 1
+    assert alive(one)
+
+
+@pytest.mark.parametrize("moment", ["before", "answering", "flooding"])
+def test_a_domain_may_die_at_any_moment(pair, moment):
+    made, one, bad = pair
+    code = {
+        "before": "os._exit(0)",
+        "answering": "core._send(__import__('supercloud.wire.frames').wire.frames.Request(3, 1, ()).pack()); os._exit(0)",
+        "flooding": "core._socket.setblocking(False)\nwhile True:\n    try: core._socket.send(bytes(200))\n    except OSError: os._exit(0)",
+    }[moment]
+    bad.send(code)
+    wait_for(lambda: not alive(one))
+    again = one.child("child", "bad")
+    assert again("result = 1") == 1
+
+
+def test_random_frames_never_break_the_core(pair):
+    made, one, _ = pair
+    for seed in range(8):
+        name = f"f{seed}"
+        fuzz = one.child("child", name)
+        fuzz.send(
+            f"import random, struct\nr = random.Random({seed})\n"
+            "core._socket.setblocking(False)\n"
+            "for _ in range(3000):\n"
+            "    args = [r.choice((0, 1, 2, 3, -1, 4096, 1 << 62, r.getrandbits(63))) for _ in range(8)]\n"
+            "    names = [r.choice((b'', b'a', b'child', b'x' * 64, b'\\xff')) for _ in range(2)]\n"
+            "    f = struct.pack('<BBHI8q64s64s', 1, r.randrange(20), 0, r.randrange(1, 9), *args, *names)\n"
+            "    try:\n"
+            "        core._socket.send(f)\n"
+            "        core._socket.recv(5000)\n"
+            "    except BlockingIOError: time.sleep(0.001)\n"
+        )
+        try:
+            fuzz.receive()
+        except RemoteError:
+            pass
+    assert one("core.ping(); result = 1") == 1
+    assert "core.bug" not in made.log.read_text()

@@ -12,6 +12,8 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from supercloud.model.errors import Exists
+
 Accept = Callable[[StreamReader, StreamWriter], Awaitable[None]]
 """Given the raw byte stream to an agent, which is about to send a TLS ClientHello over it."""
 
@@ -158,5 +160,6 @@ class MemoryPins:
         return self.pins.get(name)
 
     async def put(self, name: str, pin: str) -> None:
-        """Keep the pin."""
-        self.pins[name] = pin
+        """Keep the pin; Exists when there is another one."""
+        if self.pins.setdefault(name, pin) != pin:
+            raise Exists(f"another key is pinned for {name} already")

@@ -6,7 +6,6 @@ the pin is worth is what the first contact was worth: nothing attests the domain
 """
 
 import asyncio
-import datetime as dt
 import logging
 import ssl
 from asyncio import StreamReader, StreamWriter
@@ -106,19 +105,19 @@ class Dialer:
             return None
         return await self._checked(reader, writer)
 
-    async def _checked(self, reader: StreamReader, writer: StreamWriter) -> Connection | None:
+    async def _checked(self, reader: StreamReader, writer: StreamWriter) -> Connection:
         shown = writer.get_extra_info("ssl_object")
+        pin = tls.pin_of_peer(shown)
         try:
-            wanted = self._identity
-            tls.demand(tls.peer_identity(shown), ucloud=wanted.ucloud, role=HOST, name=wanted.name)
-            await self._check_pin(tls.pin_of_peer(shown))
+            identity = tls.demand(tls.peer_identity(shown), ucloud=self._identity.ucloud, role=HOST)
+            await self._check_pin(pin)
         except Denied:
             writer.transport.abort()
             raise
         certificate = x509.load_der_x509_certificate(shown.getpeercert(binary_form=True))
         connection = self._start(reader, writer)
-        if authorities.due(certificate, dt.datetime.now(dt.UTC)):
-            await self._sign(connection, tls.pin_of_peer(shown))
+        if identity != self._identity or authorities.due(certificate):  # an entry was renamed
+            await self._sign(connection, pin)
         return connection
 
     # -- first contact

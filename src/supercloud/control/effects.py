@@ -5,24 +5,19 @@ before or after the n-th effect.
 """
 
 from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from supercloud.control.store import Row, Store, Watch
+from supercloud.control.store import Store
 
 Result = TypeVar("Result")
 
 
-class Seam(Protocol):
-    """Runs an effect; ``what`` names it (``provider.ensure_platform``)."""
+class Seam:
+    """Runs effects: ``await seam("provider.ensure_platform", act)`` is the result of ``act``."""
 
-    async def __call__(self, what: str, act: Callable[[], Awaitable[Result]]) -> Result:
-        """The result of ``act``."""
-        ...
-
-
-async def straight(_what: str, act: Callable[[], Awaitable[Result]]) -> Result:
-    """The seam of production."""
-    return await act()
+    async def __call__(self, what: str, act: Callable[[], Awaitable[Result]]) -> Result:  # noqa: ARG002
+        """The seam of production only awaits."""
+        return await act()
 
 
 class SeamedStore:
@@ -49,6 +44,3 @@ class SeamedStore:
         return await self._seam(
             f"store.delete {key}", lambda: self._store.delete_if_version(key, version)
         )
-
-
-__all__ = ["Row", "Seam", "SeamedStore", "Watch", "straight"]

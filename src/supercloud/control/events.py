@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import msgspec
 
@@ -57,7 +57,7 @@ class EventLog:
         """The events with an id after ``since``, of one U-Cloud or of all, oldest first."""
         return [e for e in self._ring if e.id > since and (not ucloud or e.ucloud == ucloud)]
 
-    async def follow(self, since: str = "", ucloud: str = "") -> AsyncIterator[Event]:
+    async def follow(self, since: str = "", ucloud: str = "") -> AsyncGenerator[Event, None]:
         """The events after ``since``, then new ones as they come, until ``close``."""
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
         self._followers.add(queue)

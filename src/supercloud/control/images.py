@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from supercloud.model.errors import Invalid, NotFound
 from supercloud.model.resources import Environment, split_image
@@ -33,15 +32,15 @@ QCOW2_MAGIC = b"QFI\xfb"
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What a container image became; ``config`` is the OCI image's ``config`` object."""
+    """The erofs file that a container image became, and what the image says of its process."""
 
     digest: str
-    path: Path
+    path: str
     size_bytes: int
-    config: dict[str, Any]
+    process: Process
 
 
-Convert = Callable[[str, Progress], Converted]
+Convert = Callable[[str], Converted]
 """Turns a container image's reference into an erofs file; blocking."""
 
 
@@ -79,15 +78,13 @@ class Images:
 
     # -- in a worker thread
 
-    def _container(self, reference: str, progress: Progress) -> ImageRef:
-        converted = self._convert(reference, progress)
+    def _container(self, reference: str, _progress: Progress) -> ImageRef:
+        converted = self._convert(reference)
         target = self._blobs / converted.digest.removeprefix("sha256:")
-        if not target.exists() and converted.path != target:
-            _place(converted.path, target)
+        if not target.exists():
+            _place(Path(converted.path), target)
         blob = Blob(digest=converted.digest, size_bytes=converted.size_bytes)
-        return ImageRef(
-            format="erofs", blobs={"root": blob}, process=process_of(converted.config)
-        )
+        return ImageRef(format="erofs", blobs={"root": blob}, process=converted.process)
 
     def _machine(self, reference: str, progress: Progress) -> ImageRef:
         path = Path(reference)
@@ -158,21 +155,6 @@ def _described(path: Path) -> dict[str, str]:
         if key != "append" and ("/" in value or value.startswith(".")):
             raise Invalid(f"{key} is not the name of a file beside it", where=str(path))
     return found
-
-
-def process_of(untrusted_config: dict[str, Any]) -> Process:
-    """What an OCI image's config says of the process to run."""
-    argv = [
-        *(untrusted_config.get("Entrypoint") or []),
-        *(untrusted_config.get("Cmd") or []),
-    ]
-    env = dict(item.partition("=")[::2] for item in untrusted_config.get("Env") or [])
-    return Process(
-        argv=[str(item) for item in argv],
-        env={str(key): str(value) for key, value in env.items()},
-        workdir=str(untrusted_config.get("WorkingDir") or ""),
-        user=str(untrusted_config.get("User") or ""),
-    )
 
 
 def _place(source: Path, target: Path) -> None:

@@ -20,6 +20,8 @@ log = logging.getLogger("supercloud.control.reconcile")
 FIRST_DELAY_S = 0.5
 LONGEST_DELAY_S = 60.0
 RESIGNED_DELAY_S = 120.0
+NOT_SOONER_S = 0.25
+"""Before this, what failed is not tried again, whatever changes."""
 
 Reconciler = Callable[[str], Awaitable[float | None]]
 """Works on one key; seconds until it wants to look again, or None when only a change matters."""
@@ -111,7 +113,8 @@ class WorkQueue:
                 self._idle.set()
         if item.again:
             item.again = False
-            self.add(key)
+            # What failed has told of it, which is a change too: that must not make it spin.
+            self.add(key, min(delay_s or 0.0, NOT_SOONER_S) if item.failures else 0.0)
         elif delay_s is not None:
             self.add(key, max(delay_s, 0.001))
         elif not item.failures and item.timer is None:

@@ -149,6 +149,8 @@ def _seen(
     status: EnvironmentStatus | None,
 ) -> str:
     """The state that follows from what is known of the platform and of its report."""
+    if platform is not None and platform.deleting:
+        return document.state
     if platform is None or platform.state in ("pending", "creating", "booting", "failed"):
         return "placed" if document.state in ("preparing", "placed") else "pending"
     if platform.state == "lost":

@@ -146,9 +146,9 @@ class UCloudController:
     ) -> None:
         if document.state != "deleting":
             document = await self._plane.state.change(document, _deleting)
-        await self._retire_platforms(platforms, ())
         for item in environments:
             await self._retire_environment(item)
+        await self._retire_platforms(platforms, ())
         if platforms or environments:
             return
         await self._sweep(document.name, document.providers.values())

@@ -1,0 +1,1 @@
+"""The control plane's HTTP API: declared routes, access, streams, sockets."""

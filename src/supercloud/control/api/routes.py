@@ -1,0 +1,170 @@
+"""All routes of the API, each declared once."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from supercloud import __version__
+from supercloud.control.api import openapi, streams
+from supercloud.control.api.declare import Asked, Nothing, Route
+from supercloud.control.doctor import examine
+from supercloud.control.service import Manifest, Service
+from supercloud.control.snapshot import Snapshot
+from supercloud.model.resources import Environment
+from supercloud.wire import api
+from supercloud.wire.messages import Logs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfUCloud:
+    """``ucloud`` "" is all."""
+
+    ucloud: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogsQuery:
+    """``tail`` last lines, -1 all."""
+
+    follow: bool = False
+    tail: int = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventsQuery:
+    """``since`` is an event's id."""
+
+    ucloud: str = ""
+    follow: bool = False
+    since: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspected(api.EnvironmentRow):
+    """An EE in all detail: its row, and its wish."""
+
+    spec: Environment
+    uid: str = ""
+    mac: str = ""
+    network: str = ""
+    exit_status: int | None = None
+    accelerator: str = ""
+    memory_used_bytes: int = 0
+    cpu_used_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ca:
+    """The user's root certificate."""
+
+    ca_pem: str
+
+
+@dataclass(slots=True)
+class Routes:
+    """The handlers; ``all`` declares them."""
+
+    service: Service
+    snapshot: Snapshot
+    all: tuple[Route, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Declare."""
+        environment = "/v1/uclouds/{ucloud}/environments/{environment}"
+        self.all = (
+            Route(method="POST", path="/v1/plan", params=Manifest, result=api.Plan,
+                  handle=self._plan, doc="what `up` would change"),
+            Route(method="POST", path="/v1/up", params=Manifest, result=api.Applied,
+                  handle=self._up, doc="store the wish; it is worked on from then on"),
+            Route(method="POST", path="/v1/uclouds/{ucloud}/down", result=api.UCloudView,
+                  handle=self._down, doc="the wish is that it is not there"),
+            Route(method="GET", path="/v1/uclouds", result=list[api.UCloudView],
+                  handle=self._uclouds, doc="all U-Clouds"),
+            Route(method="GET", path="/v1/uclouds/{ucloud}", result=api.UCloudView,
+                  handle=self._ucloud, doc="one U-Cloud, with progress"),
+            Route(method="GET", path="/v1/environments", params=OfUCloud,
+                  result=list[api.EnvironmentRow], handle=self._environments,
+                  doc="the rows of `ps`"),
+            Route(method="GET", path=environment, result=Inspected,
+                  handle=self._environment, doc="one EE in all detail"),
+            Route(method="GET", path=environment + "/logs", params=LogsQuery,
+                  stream="application/octet-stream", handle=self._logs, doc="its output"),
+            Route(method="GET", path=environment + "/exec", stream="websocket",
+                  handle=self._exec, doc="run a program in it"),
+            Route(method="GET", path=environment + "/console", stream="websocket",
+                  handle=self._console, doc="a VM's serial console"),
+            Route(method="GET", path="/v1/events", params=EventsQuery,
+                  stream="application/jsonl", handle=self._events, doc="what happened"),
+            Route(method="GET", path="/v1/ca", result=Ca, handle=self._ca,
+                  doc="the user's root certificate, for providers to enrol"),
+            Route(method="GET", path="/v1/version", result=api.Version,
+                  handle=self._version, doc="what is running here"),
+            Route(method="GET", path="/v1/doctor", result=list[api.Check],
+                  handle=self._doctor, doc="what this machine can do, and how to fix the rest"),
+            Route(method="GET", path="/v1/openapi.json", handle=self._openapi,
+                  doc="this document"),
+        )  # fmt: skip
+
+    async def _plan(self, asked: Asked[Manifest]) -> api.Plan:
+        return await self.service.plan(asked.params, asked.caller.may)
+
+    async def _up(self, asked: Asked[Manifest]) -> api.Applied:
+        return await self.service.up(asked.params, asked.caller.may)
+
+    async def _down(self, asked: Asked[Nothing]) -> api.UCloudView:
+        return await self.service.down(asked.at["ucloud"])
+
+    async def _uclouds(self, asked: Asked[Nothing]) -> list[api.UCloudView]:
+        return await self.service.uclouds(asked.caller.scope)
+
+    async def _ucloud(self, asked: Asked[Nothing]) -> api.UCloudView:
+        return await self.service.ucloud(asked.at["ucloud"])
+
+    async def _environments(self, asked: Asked[OfUCloud]) -> web.Response:
+        ucloud = asked.params.ucloud
+        if ucloud:
+            asked.caller.may(ucloud)
+        body = await self.snapshot.environments(ucloud or asked.caller.scope)
+        return web.Response(body=body, content_type="application/json")
+
+    async def _environment(self, asked: Asked[Nothing]) -> dict[str, object]:
+        return await self.service.environment(asked.at["ucloud"], asked.at["environment"])
+
+    async def _logs(self, asked: Asked[LogsQuery]) -> web.StreamResponse:
+        query = asked.params
+        wanted = Logs(name=asked.at["environment"], follow=query.follow, tail=query.tail)
+        return await streams.logs(self.service, asked, wanted)
+
+    async def _exec(self, asked: Asked[Nothing]) -> web.WebSocketResponse:
+        return await streams.run(self.service, asked)
+
+    async def _console(self, asked: Asked[Nothing]) -> web.WebSocketResponse:
+        return await streams.console(self.service, asked)
+
+    async def _events(self, asked: Asked[EventsQuery]) -> web.StreamResponse:
+        query = asked.params
+        if query.ucloud:
+            asked.caller.may(query.ucloud)
+        ucloud = query.ucloud or asked.caller.scope
+        log = self.service.events
+        return await streams.events(log, asked, ucloud, query.since, follow=query.follow)
+
+    async def _ca(self, _asked: Asked[Nothing]) -> Ca:
+        return Ca(ca_pem=self.service.ca_pem())
+
+    async def _version(self, _asked: Asked[Nothing]) -> api.Version:
+        return api.Version(version=__version__, pid=os.getpid())
+
+    async def _doctor(self, _asked: Asked[Nothing]) -> list[api.Check]:
+        return await examine(self.service)
+
+    async def _openapi(self, _asked: Asked[Nothing]) -> dict[str, Any]:
+        return openapi.document(self.all)
+
+
+def encode(result: object) -> bytes:
+    """A result as JSON."""
+    return msgspec.json.encode(result)

@@ -1,0 +1,207 @@
+"""The control plane as a whole: everything put together, started, driven by changes, stopped."""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+
+from supercloud.control import convert
+from supercloud.control.agents import Agents
+from supercloud.control.bootdata import Tokens
+from supercloud.control.controllers.environment import EnvironmentController
+from supercloud.control.controllers.plane import Pace, Plane
+from supercloud.control.controllers.platform import PlatformController
+from supercloud.control.controllers.ucloud import UCloudController
+from supercloud.control.documents import EnvironmentDocument, PlatformDocument, ucloud_key
+from supercloud.control.effects import Seam, SeamedStore
+from supercloud.control.events import EventLog
+from supercloud.control.images import Convert, Images
+from supercloud.control.pool import Make, ProviderPool
+from supercloud.control.reconcile import WorkQueue
+from supercloud.control.service import Service
+from supercloud.control.state import State, kind_of
+from supercloud.control.store import Compacted, Store
+from supercloud.model.errors import NotFound, Permanent, UserError, to_wire
+from supercloud.model.resources import Provider as Entry
+from supercloud.providers.base import PinStore, Provider
+from supercloud.trust import builder, tls
+from supercloud.trust.authority import Authority, Root
+
+RENDEZVOUS = "169.254.77.1:7444"
+"""Where an L1 platform on a Lower Layer host finds its user domain, which relays to us."""
+
+log = logging.getLogger("supercloud.control.app")
+
+
+class ControlPlane:
+    """Everything but the API's sockets. ``start`` it, ``stop`` it."""
+
+    def __init__(
+        self,
+        store: Store,
+        state_directory: Path,
+        cache: Path,
+        *,
+        seam: Seam | None = None,
+        pace: Pace | None = None,
+        convert_image: Convert | None = None,
+        make_provider: Make | None = None,
+        own_endpoint: str = "",
+    ) -> None:
+        """The defaults are production's; tests put their own in."""
+        seam = seam or Seam()
+        self.store = SeamedStore(store, seam)
+        self._trust = state_directory / "trust"
+        self._trust.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.authority: Callable[[str], Authority] = functools.cache(
+            functools.partial(Authority.ensure, str(self._trust))
+        )
+        self._own_endpoint = own_endpoint
+        self.queue = WorkQueue(self._reconcile, failed=self._failed)
+        state = State(self.store)
+        events = EventLog(store)
+        default_convert = functools.partial(convert.in_process, cache=cache / "oci")
+        images = Images(cache, convert_image or default_convert)
+        agents = Agents(state, images, events, self._look_now, self.authority, self._trust)
+        self.plane = Plane(
+            state=state,
+            seam=seam,
+            pool=ProviderPool(
+                make_provider or self._provider, self.store, state_directory / "providers"
+            ),
+            agents=agents,
+            images=images,
+            tokens=Tokens.ensure(state_directory / "tokens.key"),
+            events=events,
+            look=self.queue.add,
+            authority=self.authority,
+            endpoints=self._endpoints,
+            pace=pace or Pace(),
+        )
+        self.service = Service(self.plane, self._ca_pem)
+        self.known: set[str] = set()
+        self._uclouds = UCloudController(self.plane)
+        self._platforms = PlatformController(self.plane)
+        self._environments = EnvironmentController(self.plane)
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Look at everything that there is, then at whatever changes."""
+        await self.plane.events.load()
+        revision = await self._look_at_all()
+        self._watching = asyncio.get_running_loop().create_task(
+            self._watch(revision), name="watch"
+        )
+
+    async def stop(self) -> None:
+        """Stop acting; platforms and EEs go on."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        await self.queue.stop()
+        await self.plane.pool.close()
+        await self.plane.agents.close()
+        await self.plane.events.close()
+
+    # -- what to look at
+
+    async def _look_at_all(self) -> int:
+        rows, revision = await self.store.list("")
+        for row in rows:
+            if kind := kind_of(row.key):
+                self.queue.add(row.key)
+                if kind == "ucloud":
+                    self.known.add(row.key.partition("/")[2])
+                    self.queue.add(f"sweep/{row.key.partition('/')[2]}")
+        return revision
+
+    async def _watch(self, revision: int) -> None:
+        while True:
+            try:
+                async for change in self.store.watch("", revision):
+                    revision = change.revision
+                    self._changed(change.key, gone=change.row is None)
+            except Compacted:
+                revision = await self._look_at_all()
+
+    def _changed(self, key: str, *, gone: bool) -> None:
+        kind, _, rest = key.partition("/")
+        if not kind_of(key):
+            return
+        self.queue.add(key)
+        if kind == "ucloud":
+            (self.known.discard if gone else self.known.add)(rest)
+            self.queue.add(f"sweep/{rest}", self.plane.pace.sweep_s)
+        else:
+            self.queue.add(ucloud_key(rest.partition("/")[0]), self.plane.pace.settle_s)
+
+    def _look_now(self, key: str) -> None:
+        self.queue.add(key)
+
+    async def _reconcile(self, key: str) -> float | None:
+        kind, _, rest = key.partition("/")
+        ucloud, _, name = rest.partition("/")
+        try:
+            if kind == "ucloud":
+                return await self._uclouds.reconcile(ucloud)
+            if kind == "sweep":
+                return await self._uclouds.sweep(ucloud)
+            if kind == "platform":
+                return await self._platforms.reconcile(ucloud, name)
+            return await self._environments.reconcile(ucloud, name)
+        except NotFound:
+            if await self.store.get(key) is None:
+                return None  # it went away under the reconciler's hands
+            raise
+
+    async def _failed(self, key: str, error: BaseException, bug: str) -> None:
+        """Put the reason where the user sees it."""
+        kind, _, rest = key.partition("/")
+        ucloud, _, name = rest.partition("/")
+        log.warning("%s: %s %s", key, error, bug)
+        final = isinstance(error, UserError | Permanent)
+        wire = to_wire(error, bug_id=bug)
+
+        def failed(fresh: PlatformDocument | EnvironmentDocument) -> None:
+            fresh.reason = str(wire["message"])
+            fresh.error = wire if final else None
+
+        state = self.plane.state
+        with contextlib.suppress(NotFound):  # it is gone: nobody needs the reason
+            if kind == "platform" and (platform := await state.platform(ucloud, name)):
+                await state.change(platform, failed)
+            elif kind == "environment" and (item := await state.environment(ucloud, name)):
+                await state.change(item, failed)
+
+    # -- what it is made of
+
+    def _provider(self, ucloud: str, entry: Entry, pins: PinStore, directory: Path) -> Provider:
+        from supercloud.providers.context import Context  # noqa: PLC0415 - see registry
+        from supercloud.providers.registry import make  # noqa: PLC0415 - kinds load as needed
+
+        context = Context(
+            ucloud=ucloud,
+            entry=entry,
+            authority=self.authority(ucloud),
+            trust_directory=str(self._trust),
+            state_directory=str(directory),
+            pins=pins,
+        )
+        return make(context)
+
+    def _ca_pem(self) -> str:
+        root = Root.ensure(str(self._trust))
+        return builder.pem(root.certificate).decode()
+
+    def server_context(self, ucloud: str) -> ssl.SSLContext:
+        """TLS for the API and for agents: a client may show a certificate under the user's root."""
+        authority = self.authority(ucloud)
+        paths = authority.own_files(str(self._trust))
+        return tls.server_context(*paths, authority.root_pem, None)
+
+    def _endpoints(self, kind: str) -> list[str]:
+        own = [self._own_endpoint] if self._own_endpoint else []
+        return [RENDEZVOUS, *own] if kind == "lower_layer" else [*own, RENDEZVOUS]

@@ -1,0 +1,227 @@
+"""What the API can be asked to do: plan, up, down, and to show what there is."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from supercloud.control import views
+from supercloud.control.controllers.plane import Plane
+from supercloud.control.desire import Decision, Offer, decide, provider_key
+from supercloud.control.documents import UCloudDocument, ucloud_key
+from supercloud.control.manifest import parse
+from supercloud.control.plan import plan
+from supercloud.control.store import Conflict
+from supercloud.model.errors import Busy, Invalid, NotFound, Temporary
+from supercloud.model.resources import Provider, UCloud
+from supercloud.model.states import UCLOUD, observed
+from supercloud.upper.platform.link.session import AgentSession
+from supercloud.wire import api
+
+OFFER_TIMEOUT_S = 20.0
+TRIES = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A manifest as the CLI sends it. ``file`` is for messages, ``directory`` for its paths."""
+
+    manifest: str
+    file: str = "manifest"
+    directory: str = "/"
+
+
+May = Callable[[str], None]
+
+
+def anything(_ucloud: str) -> None:
+    """No limit."""
+
+
+class Service:
+    """The operations. Everything that can be refused is refused before any effect."""
+
+    def __init__(self, plane: Plane, ca_pem: Callable[[], str]) -> None:
+        """``ca_pem`` gives the user's root certificate."""
+        self._plane, self._look, self.ca_pem = plane, plane.look, ca_pem
+        self.events = plane.events
+        self._deciding = asyncio.Lock()  # two U-Clouds must not get the same range
+
+    # -- changing
+
+    async def plan(self, asked: Manifest, may: May = anything) -> api.Plan:
+        """What ``up`` would do. ``may`` raises Denied for a U-Cloud that is not the caller's."""
+        spec = await self._parsed(asked)
+        may(spec.name)
+        offers = await self._offers(spec)
+        before = await self._plane.state.ucloud(spec.name)
+        decision = decide(spec, offers, before, await self._taken(spec.name))
+        return plan(decision, before, offers)
+
+    async def up(self, asked: Manifest, may: May = anything) -> api.Applied:
+        """Store the wish and the decision for it; the reconcilers do the rest."""
+        spec = await self._parsed(asked)
+        may(spec.name)
+        offers = await self._offers(spec)
+        async with self._deciding:
+            for _ in range(TRIES):
+                before = await self._plane.state.ucloud(spec.name)
+                decision = decide(spec, offers, before, await self._taken(spec.name))
+                try:
+                    document = await self._store(decision, before, asked)
+                except Conflict:
+                    continue
+                self._look(ucloud_key(spec.name), 0.0)
+                done = plan(decision, before, offers)
+                return api.Applied(
+                    ucloud=spec.name, generation=document.generation, plan=done
+                )
+        raise Busy(f"U-Cloud {spec.name} is being changed by others; try again")
+
+    async def down(self, name: str) -> api.UCloudView:
+        """The desired state is absence."""
+        document = await self._ucloud(name)
+
+        def absent(fresh: UCloudDocument) -> None:
+            if not fresh.deleting:
+                fresh.deleting = True
+                fresh.generation += 1
+
+        await self._plane.state.change(document, absent)
+        self._look(ucloud_key(name), 0.0)
+        return await self.ucloud(name)
+
+    async def _parsed(self, asked: Manifest) -> UCloud:
+        directory = Path(asked.directory)
+        if not directory.is_absolute():
+            raise Invalid("is not an absolute path", where="directory")
+        return await asyncio.to_thread(
+            parse, asked.manifest, file=asked.file, directory=directory
+        )
+
+    async def _store(
+        self, decision: Decision, before: UCloudDocument | None, asked: Manifest
+    ) -> UCloudDocument:
+        spec = decision.spec
+        if before is None:
+            document = UCloudDocument(name=spec.name, spec=spec)
+            _decide(document, decision, asked)
+            await self._plane.state.add(document)
+            return document
+        expected = before.generation
+
+        def decided(fresh: UCloudDocument) -> None:
+            if fresh.generation != expected:
+                raise Conflict(ucloud_key(spec.name), expected, fresh.generation)
+            if not _same(fresh, decision):
+                fresh.generation += 1
+                fresh.state = observed(UCLOUD, fresh.state, "applying")
+            _decide(fresh, decision, asked)
+
+        return await self._plane.state.change(before, decided)
+
+    async def _offers(self, spec: UCloud) -> list[Offer]:
+        return list(await asyncio.gather(*(self._offer(spec, item) for item in spec.providers)))
+
+    async def _offer(self, spec: UCloud, entry: Provider) -> Offer:
+        provider = self._plane.pool.get(spec.name, entry)
+        try:
+            async with asyncio.timeout(OFFER_TIMEOUT_S):
+                hosts = await provider.hosts()
+                return Offer(entry, hosts, await provider.features())
+        except TimeoutError:
+            return Offer(entry, (), unreachable=f"no answer in {OFFER_TIMEOUT_S:g} s")
+        except Temporary as error:
+            return Offer(entry, (), unreachable=str(error))
+
+    async def _taken(self, name: str) -> list[str]:
+        others = await self._plane.state.uclouds()
+        return [item for other in others if other.name != name for item in other.networks.values()]
+
+    # -- showing
+
+    async def uclouds(self, only: str = "") -> list[api.UCloudView]:
+        """All U-Clouds, or only this one."""
+        found = await self._plane.state.uclouds()
+        return [await self._view(item) for item in found if only in ("", item.name)]
+
+    async def ucloud(self, name: str) -> api.UCloudView:
+        """One U-Cloud; NotFound."""
+        return await self._view(await self._ucloud(name))
+
+    async def environments(self, ucloud: str = "") -> list[api.EnvironmentRow]:
+        """The rows of ``ps``."""
+        if ucloud:
+            await self._ucloud(ucloud)
+        rows: list[api.EnvironmentRow] = []
+        for item in await self._plane.state.uclouds():
+            if ucloud in ("", item.name):
+                rows += (await self._view(item)).environments
+        return rows
+
+    async def environment(self, ucloud: str, name: str) -> dict[str, object]:
+        """One EE: its row and its spec; NotFound."""
+        await self._ucloud(ucloud)
+        document = await self._plane.state.environment(ucloud, name)
+        if document is None:
+            raise NotFound(f"U-Cloud {ucloud} has no environment {name}")
+        platform = await self._plane.state.platform(ucloud, document.assignment.platform)
+        known = {platform.name: platform} if platform else {}
+        row = views.environment_row(document, known)
+        shown = {name: getattr(row, name) for name in row.__slots__}
+        status = self._plane.agents.status(
+            ucloud, document.ready_on, document.ready.uid if document.ready else ""
+        )
+        return shown | {
+            "spec": document.spec,
+            "uid": document.ready.uid if document.ready else "",
+            "mac": document.assignment.mac,
+            "network": document.assignment.network,
+            "exit_status": document.exit_status,
+            "accelerator": platform.accelerator if platform else "",
+            "memory_used_bytes": status.memory_bytes if status else 0,
+            "cpu_used_s": status.cpu_s if status else 0.0,
+        }
+
+    async def session(self, ucloud: str, name: str) -> AgentSession:
+        """The agent of the platform that runs an EE. NotFound, Temporary."""
+        await self._ucloud(ucloud)
+        document = await self._plane.state.environment(ucloud, name)
+        if document is None:
+            raise NotFound(f"U-Cloud {ucloud} has no environment {name}")
+        if not document.ready_on:
+            raise Temporary(f"environment {name} is {document.state}: it does not run yet")
+        return self._plane.agents.hub(ucloud).session(document.ready_on)
+
+    async def _ucloud(self, name: str) -> UCloudDocument:
+        document = await self._plane.state.ucloud(name)
+        if document is None:
+            raise NotFound(f"there is no U-Cloud {name}", hint="supercloud ps shows what there is")
+        return document
+
+    async def _view(self, document: UCloudDocument) -> api.UCloudView:
+        platforms = await self._plane.state.platforms(document.name)
+        environments = await self._plane.state.environments(document.name)
+        return views.ucloud_view(document, platforms, environments, self._plane.fractions)
+
+
+def _decide(document: UCloudDocument, decision: Decision, asked: Manifest) -> None:
+    document.deleting = False
+    document.manifest, document.file, document.directory = (
+        asked.manifest,
+        asked.file,
+        asked.directory,
+    )
+    document.spec, document.networks = decision.spec, decision.networks
+    document.platforms, document.assignments = decision.platforms, decision.assignments
+    document.providers |= {provider_key(item): item for item in decision.spec.providers}
+
+
+def _same(document: UCloudDocument, decision: Decision) -> bool:
+    return (
+        not document.deleting
+        and document.spec == decision.spec
+        and document.platforms == decision.platforms
+        and document.assignments == decision.assignments
+        and document.networks == decision.networks
+    )

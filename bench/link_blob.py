@@ -18,11 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from support.link import Link, running
-
 from supercloud.trust import tls
 from supercloud.trust.names import control_of
 from supercloud.wire.peer import Peer
+from support.link import Link, running
 
 PIECE = 1 << 18
 
@@ -70,7 +69,9 @@ async def get(peer: Peer, link: Link, asked: dict[str, object]) -> float:
 async def in_tls(link: Link, files: tuple[str, str]) -> AsyncIterator[Peer]:
     """An agent's peer over TLS in TLS through a relay, as with a real host."""
     parked: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
-    outer = tls.server_context(*link.leaf("host", "h1"), link.authority.root_pem, True)
+    outer = tls.server_context(
+        *link.leaf("host", "h1"), link.authority.root_pem, require_client=True
+    )
     host = await asyncio.start_server(
         lambda r, w: parked.put_nowait((r, w)), "127.0.0.1", 0, ssl=outer, limit=1 << 20
     )

@@ -3,9 +3,9 @@
 import asyncio
 import hashlib
 import os
+from pathlib import Path
 
 import pytest
-from support.link import Link, running
 
 from supercloud.model.errors import Denied, Invalid, NotFound, Permanent, Temporary
 from supercloud.model.events import Event
@@ -15,6 +15,7 @@ from supercloud.upper.platform.link import hub as hubs
 from supercloud.wire.codec import encode
 from supercloud.wire.messages import Apply, EnvironmentStatus, PlatformReport
 from supercloud.wire.peer import ConnectionLost, Peer
+from support.link import Link, running
 
 
 @pytest.fixture
@@ -105,7 +106,9 @@ async def test_of_many_reports_the_newest_is_what_counts(link, agent):
     async with link.dial(agent) as peer:
         await peer.call("agent.hello", link.hello())
         for generation in range(1, 1001):
-            peer.notify("agent.report", encode(PlatformReport(generation=generation, environments=[])))
+            peer.notify(
+                "agent.report", encode(PlatformReport(generation=generation, environments=[]))
+            )
         await peer.drain()
         await asyncio.sleep(0.3)
         gate.set()
@@ -152,7 +155,7 @@ async def test_a_certificate_is_renewed_over_the_same_key_only(link, agent):
         await peer.call("agent.hello", link.hello("p2"))
         renewed = await peer.call("agent.renew", {"csr_pem": csr})
         assert tls.pin_of_pem(renewed["cert_pem"]) == link.owner.pins["p2"]
-        assert renewed["cert_pem"] != open(files[0]).read()[: len(renewed["cert_pem"])]
+        assert renewed["cert_pem"] not in Path(files[0]).read_text()  # noqa: ASYNC240 - small
         other = keys.make_request(str(link.directory / "other.key"), name.uri, name.dns)
         with pytest.raises(Denied, match="another key"):
             await peer.call("agent.renew", {"csr_pem": other})
@@ -223,7 +226,7 @@ async def test_a_blob_that_nobody_takes_on_leaves_nothing_open(link, agent, blob
                 assert await stream.read()
         await link.owner.until("lost")
     async with asyncio.timeout(10):
-        while len(os.listdir("/proc/self/fd")) > before + 1:
+        while len(os.listdir("/proc/self/fd")) > before + 1:  # noqa: ASYNC110 - the kernel tells nobody
             await asyncio.sleep(0.02)
 
 
@@ -255,7 +258,9 @@ async def test_tls_in_tls(link, agent, blob):
     """As with a real host: the outer TLS is the control plane's as client, the inner its own."""
     digest, data = blob
     parked: asyncio.Queue = asyncio.Queue()
-    outer = tls.server_context(*link.leaf("host", "h1"), link.authority.root_pem, True)
+    outer = tls.server_context(
+        *link.leaf("host", "h1"), link.authority.root_pem, require_client=True
+    )
     server = await asyncio.start_server(
         lambda r, w: parked.put_nowait((r, w)), "127.0.0.1", 0, ssl=outer
     )
@@ -317,5 +322,7 @@ async def test_strangers_are_limited_and_do_not_keep_the_enrolled_out(link, agen
         async with link.dial(agent) as third, asyncio.timeout(5):
             await third.closed.wait()
         await two.call("agent.hello", link.hello())  # no stranger any more
-        async with link.dial(link.context(await link.enroll("p2", link.owner.expect("p2")))) as late:
+        async with link.dial(
+            link.context(await link.enroll("p2", link.owner.expect("p2")))
+        ) as late:
             await late.call("agent.hello", link.hello("p2"))

@@ -5,8 +5,6 @@ import contextlib
 import dataclasses
 
 import pytest
-from support.host import LoopbackHost, provider_of
-from support.link import Link, at_rendezvous, request
 
 from supercloud.model.errors import Exists, NoResources, NotFound, Unsupported
 from supercloud.model.states import MACHINE
@@ -21,6 +19,8 @@ from supercloud.wire.messages import (
     ImageRef,
     Logs,
 )
+from support.host import LoopbackHost, provider_of
+from support.link import Link, at_rendezvous, request
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Names in certificates, and the walk to the public key in one."""
 
+import contextlib
 import datetime as dt
 import ssl
 
@@ -45,10 +46,8 @@ def test_a_uri_with_something_put_into_it_is_another_or_none(identity, at, chara
     uri = (
         identity.uri[: at % len(identity.uri)] + character + identity.uri[at % len(identity.uri) :]
     )
-    try:
+    with contextlib.suppress(Invalid):
         assert parse_uri(uri) != identity
-    except Invalid:
-        pass
 
 
 @given(st.text(max_size=80))
@@ -81,7 +80,9 @@ def certificate(key, subject, days, names):
         .serial_number(x509.random_serial_number())
         .not_valid_before(now)
         .not_valid_after(now + dt.timedelta(days=days))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(n) for n in names]), False)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.DNSName(n) for n in names]), critical=False
+        )
     )
     return built.sign(KEYS[0], hashes.SHA256())
 
@@ -112,18 +113,14 @@ def test_the_walk_through_a_broken_certificate_ends_in_invalid_or_inside(made, c
     for at, value in changes:
         der[at % len(der)] = value
     cut = bytes(der[: end % (len(der) + 1)])
-    try:
+    with contextlib.suppress(Invalid):
         assert tls.public_key_info(cut) in cut
-    except Invalid:
-        pass
 
 
 @given(st.binary(max_size=400))
 def test_the_walk_through_garbage_ends_in_invalid_or_inside(garbage):
-    try:
+    with contextlib.suppress(Invalid):
         assert tls.public_key_info(garbage) in garbage
-    except Invalid:
-        pass
 
 
 def test_a_certificate_too_large_is_not_walked():

@@ -5,8 +5,6 @@ import datetime as dt
 import shutil
 
 import pytest
-from support.host import LoopbackHost, entry_of, provider_of
-from support.link import Link, request
 
 from supercloud.model.errors import Denied, Exists, Temporary
 from supercloud.providers.base import MemoryPins
@@ -17,6 +15,8 @@ from supercloud.trust import keys, tls
 from supercloud.trust.names import Identity
 from supercloud.wire.messages import CsrResult
 from supercloud.wire.peer import ConnectionLost
+from support.host import LoopbackHost, entry_of, provider_of
+from support.link import Link, request
 
 
 @pytest.fixture
@@ -196,11 +196,14 @@ async def test_who_never_answers_is_given_up(link, host, monkeypatch):
     from supercloud.providers.lower_layer import dial
 
     monkeypatch.setattr(dial, "CONNECT_TIMEOUT_S", 0.2)
-    server = await asyncio.start_server(lambda _r, _w: None, "127.0.0.1", 0)
+    held = []  # a writer that is forgotten closes its connection
+    server = await asyncio.start_server(lambda *streams: held.append(streams), "127.0.0.1", 0)
     async with server:
         endpoint = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         with pytest.raises(Temporary, match="did not answer"):
             await provider_of(link, host, endpoint=endpoint).hosts()
+        for _reader, writer in held:
+            writer.close()
 
 
 async def test_answers_that_are_malformed_are_refused(link, host):
@@ -240,7 +243,7 @@ async def test_two_connections_are_parked_and_one_that_is_taken_is_replaced(link
 
     async def parked(count):
         async with asyncio.timeout(5):
-            while len(host.rendezvous._parked) != count:
+            while len(host.rendezvous._parked) != count:  # noqa: ASYNC110 - it has no event for it
                 await asyncio.sleep(0.01)
 
     await parked(2)
@@ -285,7 +288,11 @@ async def test_a_pin_of_another_key_cannot_be_put_over_the_first():
 
 @pytest.mark.parametrize(
     ("endpoint", "address", "port"),
-    [("127.0.0.1:7443", "127.0.0.1", 7443), ("[::1]:1", "::1", 1), ("h.example:65535", "h.example", 65535)],
+    [
+        ("127.0.0.1:7443", "127.0.0.1", 7443),
+        ("[::1]:1", "::1", 1),
+        ("h.example:65535", "h.example", 65535),
+    ],
 )
 def test_endpoints(host, endpoint, address, port):
     target = target_of(entry_of(host, endpoint=endpoint), "u")
@@ -306,5 +313,3 @@ async def test_an_expired_host_certificate_is_made_anew(link, host, monkeypatch)
     assert (home / "signed.pem").read_text() != old.cert_pem + old.chain_pem
     await provider.close()
     shutil.rmtree(home)
-
-

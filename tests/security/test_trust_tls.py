@@ -3,17 +3,18 @@
 import asyncio
 import datetime as dt
 import ssl
+from pathlib import Path
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from support.link import leaf
 
 from supercloud.model.errors import Denied
 from supercloud.trust import builder, keys, tls
 from supercloud.trust.authority import Authority, Root
 from supercloud.trust.names import Identity, control_of
+from support.link import leaf
 
 HOUR = dt.timedelta(hours=1)
 
@@ -47,8 +48,8 @@ def shake(server: ssl.SSLContext, client: ssl.SSLContext, name: str = ""):
                 pass
             except ssl.SSLError as error:
                 other = theirs if end is ours else ours
-                refused = _alert(other)
-                assert refused is not None, f"{error} without an alert"
+                if _alert(other) is None:
+                    raise AssertionError(f"{error} without an alert") from error
                 raise
     theirs.write(b"x")
     ours.write(ours.read(1))
@@ -86,14 +87,16 @@ async def test_both_ends_see_who_the_other_is(home, demo):
 async def test_a_client_of_another_user_is_refused(home, demo, tmp_path_factory):
     stranger = tmp_path_factory.mktemp("stranger")
     theirs = Authority.ensure(str(stranger), "demo")
-    with pytest.raises(ssl.SSLError, match="self-signed certificate|unable to get"):
+    with pytest.raises(ssl.SSLError, match=r"self-signed certificate|unable to get"):
         shake(server(home, demo), client(stranger, theirs, ca_pem=demo.root_pem))
 
 
 async def test_a_server_of_another_user_is_refused(home, demo, tmp_path_factory):
     stranger = tmp_path_factory.mktemp("stranger")
     theirs = Authority.ensure(str(stranger), "demo")
-    with pytest.raises(ssl.SSLCertVerificationError, match="self-signed certificate|unable to get"):
+    with pytest.raises(
+        ssl.SSLCertVerificationError, match=r"self-signed certificate|unable to get"
+    ):
         shake(server(stranger, theirs, None), tls.client_context(demo.root_pem))
 
 
@@ -113,7 +116,7 @@ async def test_an_expired_certificate_is_refused_at_either_end(home, demo):
 
 
 async def test_no_certificate_is_refused_where_one_is_required(home, demo):
-    with pytest.raises(ssl.SSLError, match="(?i)did.not.return.a.certificate"):
+    with pytest.raises(ssl.SSLError, match=r"(?i)did.not.return.a.certificate"):
         shake(server(home, demo), tls.client_context(demo.root_pem))
 
 
@@ -145,13 +148,13 @@ async def test_a_stolen_intermediate_is_of_no_use_in_another_ucloud(home, demo):
         shake(tls.server_context(*files, demo.root_pem, None), tls.client_context(demo.root_pem))
 
 
-async def test_a_leaf_cannot_sign_another(home, demo):
+def test_a_leaf_cannot_sign_another(home, demo):
     path, key_path = leaf(demo, home, Identity("demo", "platform", "p1"), HOUR)
     signer = builder.ensure_key(key_path, None)
     issuer = builder.load_certificate(path)
     key = builder.ensure_key(str(home / "second.key"), None)
     made = builder.leaf(issuer, signer, key.public_key(), control_of("demo"), HOUR)
-    chain = open(path, "rb").read()
+    chain = Path(path).read_bytes()
     (home / "second.pem").write_bytes(builder.pem(made) + chain)
     files = str(home / "second.pem"), str(home / "second.key")
     with pytest.raises(ssl.SSLCertVerificationError, match="invalid CA certificate"):
@@ -185,12 +188,12 @@ async def test_a_certificate_with_two_uri_names_is_nobodys(home, demo):
         x509.CertificateBuilder(
             issuer.subject, issuer.subject, key.public_key(), 7, now, now + HOUR
         )
-        .add_extension(x509.SubjectAlternativeName(names), False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(stolen.public_key()), False
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(stolen.public_key()), critical=False
         )
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
-        .add_extension(x509.BasicConstraints(False, None), True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .sign(stolen, hashes.SHA256())
     )
     (home / "two.pem").write_bytes(builder.pem(made) + builder.pem(issuer))
@@ -246,7 +249,9 @@ async def test_a_first_contact_is_pinned_to_a_key_that_is_really_held(home, demo
     (home / "signed.pem").write_text(signed.cert_pem + signed.chain_pem)
     pins = []
     for certificate in ("self.pem", "signed.pem"):
-        context = tls.server_context(str(home / certificate), key, demo.root_pem, True)
+        context = tls.server_context(
+            str(home / certificate), key, demo.root_pem, require_client=True
+        )
         listener = await asyncio.start_server(lambda _r, w: w.close(), "127.0.0.1", 0, ssl=context)
         async with listener:
             _, writer = await asyncio.open_connection(

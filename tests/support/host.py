@@ -102,7 +102,7 @@ class LoopbackHost:
             self._peers.add(peer)
             await peer.run()
             self._peers.discard(peer)
-            while not streams[1].is_closing():
+            while not streams[1].is_closing():  # noqa: ASYNC110 - a transport has no event for it
                 await asyncio.sleep(0.05)  # a relay holds it; ``writer`` must outlive that
 
     # -- methods
@@ -177,7 +177,7 @@ class LoopbackHost:
         agent = FakeAgent(self.cloud, self.cloud.find(name))
         while True:
             ours, theirs = socket.socketpair()
-            ours.setblocking(False)
+            ours.setblocking(False)  # noqa: FBT003 - its only form
             self.rendezvous.agent(name, ours)
             await dial(agent, theirs)
             await asyncio.sleep(0.02)
@@ -195,8 +195,11 @@ def provider_of(
     """The control plane's way to it."""
     return from_context(
         Context(
-            ucloud=link.ucloud, entry=entry_of(host, **changes), authority=link.authority,
-            trust_directory=str(link.directory), state_directory=str(link.directory / "state"),
+            ucloud=link.ucloud,
+            entry=entry_of(host, **changes),
+            authority=link.authority,
+            trust_directory=str(link.directory),
+            state_directory=str(link.directory / "state"),
             pins=pins or MemoryPins(),
-        )  # fmt: skip
+        )
     )

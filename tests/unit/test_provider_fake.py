@@ -5,7 +5,6 @@ import json
 import time
 
 import pytest
-from support.link import Link, at_rendezvous, request
 
 from supercloud.model.errors import BadState, Invalid, Temporary, Unsupported
 from supercloud.model.resources import Provider as Entry
@@ -15,6 +14,7 @@ from supercloud.providers.fake.options import IMAGE, Options, options_of
 from supercloud.providers.fake.provider import FakeProvider
 from supercloud.providers.registry import Context, make
 from supercloud.wire.messages import Apply, EnvironmentSpec, ImageRef, Process
+from support.link import Link, at_rendezvous, request
 
 
 @pytest.fixture
@@ -30,15 +30,26 @@ def test_hosts_are_spread_over_the_regions():
     entry = Entry(name="f", kind="fake", options={"hosts": "5", "regions": "eu, us", "cpus": "8"})
     hosts = FakeCloud("f", options_of(entry)).hosts()
     assert [(h.name, h.region) for h in hosts] == [
-        ("f-0", "eu"), ("f-1", "us"), ("f-2", "eu"), ("f-3", "us"), ("f-4", "eu"),
+        ("f-0", "eu"),
+        ("f-1", "us"),
+        ("f-2", "eu"),
+        ("f-3", "us"),
+        ("f-4", "eu"),
     ]
     assert {host.cpus_total for host in hosts} == {8}
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("hosts", "0"), ("hosts", "many"), ("cpus", "-1"), ("latency_ms", "1e3"), ("regions", " ,"),
-     ("colour", "red"), ("hosts", "９")],
+    [
+        ("hosts", "0"),
+        ("hosts", "many"),
+        ("cpus", "-1"),
+        ("latency_ms", "1e3"),
+        ("regions", " ,"),
+        ("colour", "red"),
+        ("hosts", "\uff19"),
+    ],
 )
 def test_a_bad_option_is_named(key, value):
     with pytest.raises(Invalid) as caught:
@@ -48,14 +59,21 @@ def test_a_bad_option_is_named(key, value):
 
 def test_the_registry_makes_it_from_a_manifest_entry(tmp_path, link):
     context = Context(
-        ucloud="demo", entry=Entry(name="f", kind="fake", options={"hosts": "2"}),
-        authority=link.authority, trust_directory=str(link.directory),
-        state_directory=str(tmp_path / "f"), pins=MemoryPins(),
+        ucloud="demo",
+        entry=Entry(name="f", kind="fake", options={"hosts": "2"}),
+        authority=link.authority,
+        trust_directory=str(link.directory),
+        state_directory=str(tmp_path / "f"),
+        pins=MemoryPins(),
     )
     assert len(make(context).cloud.hosts()) == 2
     with pytest.raises(Unsupported, match="no provider of kind 'ec2'"):
-        make(Context(**{f: getattr(context, f) for f in context.__slots__}
-                     | {"entry": Entry(name="f", kind="ec2")}))
+        make(
+            Context(
+                **{f: getattr(context, f) for f in context.__slots__}
+                | {"entry": Entry(name="f", kind="ec2")}
+            )
+        )
 
 
 async def test_pretended_failures_come_as_often_as_told_and_have_no_effect(tmp_path, link):
@@ -109,7 +127,11 @@ async def test_a_crash_beside_an_effect_leaves_all_or_nothing(tmp_path, link, wh
 
     cloud.hook = crash
     with pytest.raises(Crash):
-        await (provider.ensure_platform(asked) if operation == "create" else provider.delete_platform("p1"))
+        await (
+            provider.ensure_platform(asked)
+            if operation == "create"
+            else provider.delete_platform("p1")
+        )
     there = (operation == "create") == (when == "after")
     again = world(tmp_path)
     assert list(again.platforms) == list(cloud.platforms) == (["p1"] if there else [])
@@ -119,7 +141,9 @@ async def test_a_crash_beside_an_effect_leaves_all_or_nothing(tmp_path, link, wh
 async def test_agents_and_environments_survive_the_process(tmp_path, link):
     """The second world reads what the first one kept: key, certificate, and what was applied."""
     environments = [
-        EnvironmentSpec(name=f"e{n}", uid=f"e{n}", kind="vm", image=ImageRef(format="raw", blobs={}))
+        EnvironmentSpec(
+            name=f"e{n}", uid=f"e{n}", kind="vm", image=ImageRef(format="raw", blobs={})
+        )
         for n in range(3)
     ]
     first = FakeProvider(world(tmp_path, start_ms=60_000))
@@ -133,7 +157,7 @@ async def test_agents_and_environments_survive_the_process(tmp_path, link):
     async with at_rendezvous(second, link.hub):
         session = await link.owner.until("connected")
         async with asyncio.timeout(5):
-            while {e.state for e in (await session.list()).environments} != {"serving"}:
+            while {e.state for e in (await session.list()).environments} != {"serving"}:  # noqa: ASYNC110 - asked on purpose
                 await asyncio.sleep(0.01)
         assert (await session.list()).generation == 3
 
@@ -146,11 +170,20 @@ async def test_five_hundred_environments_are_cheap(tmp_path, link):
             await provider.ensure_platform(request(link, f"fake-{n % 3}", f"p{n}", image=IMAGE))
         for _ in range(10):
             session = await link.owner.until("connected")
-            await session.apply(Apply(generation=1, environments=[
-                EnvironmentSpec(name=f"e{n}", uid=f"e{n}", kind="container",
-                                image=ImageRef(format="erofs", blobs={}))
-                for n in range(50)
-            ]))
+            await session.apply(
+                Apply(
+                    generation=1,
+                    environments=[
+                        EnvironmentSpec(
+                            name=f"e{n}",
+                            uid=f"e{n}",
+                            kind="container",
+                            image=ImageRef(format="erofs", blobs={}),
+                        )
+                        for n in range(50)
+                    ],
+                )
+            )
         done = set()
         while len(done) < 10:
             async with asyncio.timeout(20):
@@ -165,22 +198,37 @@ async def test_what_never_restarts_ends_as_its_program_does(tmp_path, link):
     async with at_rendezvous(provider, link.hub):
         await provider.ensure_platform(request(link, "fake-0", image=IMAGE))
         session = await link.owner.until("connected")
-        await session.apply(Apply(generation=1, environments=[
-            EnvironmentSpec(name=program, uid=program, kind="container", restart="never",
-                            image=ImageRef(format="erofs", blobs={}), process=Process(argv=[program]))
-            for program in ("true", "false")
-        ]))
+        await session.apply(
+            Apply(
+                generation=1,
+                environments=[
+                    EnvironmentSpec(
+                        name=program,
+                        uid=program,
+                        kind="container",
+                        restart="never",
+                        image=ImageRef(format="erofs", blobs={}),
+                        process=Process(argv=[program]),
+                    )
+                    for program in ("true", "false")
+                ],
+            )
+        )
         async with asyncio.timeout(5):
-            while {e.state for e in (await session.list()).environments} != {"exited"}:
+            while {e.state for e in (await session.list()).environments} != {"exited"}:  # noqa: ASYNC110 - asked on purpose
                 await asyncio.sleep(0.01)
         ended = {e.name: e.exit_status for e in (await session.list()).environments}
         assert ended == {"true": 0, "false": 1}
 
 
-async def test_a_late_apply_changes_nothing_and_a_newer_one_removes_what_it_does_not_name(tmp_path, link):
+async def test_a_late_apply_changes_nothing_and_a_newer_one_removes_what_it_does_not_name(
+    tmp_path, link
+):
     provider = FakeProvider(world(tmp_path))
-    specs = [EnvironmentSpec(name=n, uid=n, kind="vm", image=ImageRef(format="raw", blobs={}))
-             for n in ("a", "b")]
+    specs = [
+        EnvironmentSpec(name=n, uid=n, kind="vm", image=ImageRef(format="raw", blobs={}))
+        for n in ("a", "b")
+    ]
     async with at_rendezvous(provider, link.hub):
         await provider.ensure_platform(request(link, "fake-0", image=IMAGE))
         session = await link.owner.until("connected")
@@ -203,7 +251,9 @@ async def test_a_platform_goes_through_the_states_of_a_machine_only(tmp_path, li
 
 async def test_a_config_disk_without_boot_data_fails_the_platform_not_the_call(tmp_path, link):
     provider = FakeProvider(world(tmp_path))
-    seen = await provider.ensure_platform(request(link, "fake-0", image=IMAGE, config_iso=b"\0" * 4096))
+    seen = await provider.ensure_platform(
+        request(link, "fake-0", image=IMAGE, config_iso=b"\0" * 4096)
+    )
     assert seen.state == "failed"
     assert "boot data" in seen.reason
 

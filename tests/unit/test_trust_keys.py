@@ -3,6 +3,7 @@
 import os
 import stat
 import subprocess
+from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -28,7 +29,7 @@ def names_of(certificate):
 
 
 def test_a_key_is_p256_and_private_to_its_owner(key):
-    made = serialization.load_pem_private_key(open(key, "rb").read(), None)
+    made = serialization.load_pem_private_key(Path(key).read_bytes(), None)
     assert isinstance(made, ec.EllipticCurvePrivateKey)
     assert made.curve.name == "secp256r1"
     assert stat.S_IMODE(os.stat(key).st_mode) == 0o600
@@ -36,11 +37,11 @@ def test_a_key_is_p256_and_private_to_its_owner(key):
 
 
 def test_a_key_is_never_overwritten(key):
-    before = open(key, "rb").read()
+    before = Path(key).read_bytes()
     with pytest.raises(Exists):
         keys.make_key(key)
     assert keys.ensure_key(key) is False
-    assert open(key, "rb").read() == before
+    assert Path(key).read_bytes() == before
     assert os.listdir(os.path.dirname(key)) == ["key"]
 
 
@@ -102,6 +103,6 @@ def test_the_key_is_not_in_any_argument(key, monkeypatch):
     real = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda argv, **kw: seen.append(argv) or real(argv, **kw))
     keys.make_request(key, WEB.uri, WEB.dns)
-    secret = open(key, encoding="ascii").read().splitlines()[1]
+    secret = Path(key).read_text().splitlines()[1]
     assert seen
     assert not any(secret in part for argv in seen for part in argv)

@@ -119,7 +119,7 @@ class Core:
         """All events that have come, waiting at most ``timeout_s`` for the first."""
         while self._events or select.select([self._socket], [], [], timeout_s)[0]:
             if not self._events:
-                self._keep_event(*self._receive())
+                self._keep_event(self._receive())
             timeout_s = 0.0
             while self._events:
                 yield self._events.popleft()
@@ -214,12 +214,12 @@ class Core:
 
         A memory object that is not sealed yet is given to holders of WRITE only.
         """
-        answer, descriptors = self._exchange(Op.TAKE, (selector,), "", "")
-        if len(descriptors) != 1:
-            message = f"TAKE brought {len(descriptors)} descriptors"
+        taken: list[int] = []
+        self._exchange(Request(Op.TAKE, self._next(), (selector,)).pack(), taken)
+        if len(taken) != 1:
+            message = f"TAKE brought {len(taken)} descriptors"
             raise Permanent(message)
-        del answer
-        return descriptors[0]
+        return taken[0]
 
     def take_socket(self, name: str) -> socket.socket:
         """The end of a channel by its name, as a socket."""
@@ -242,30 +242,27 @@ class Core:
         return self._call(Op.CHARGE, scheduling, disk_bytes).values[0]
 
     def _call(self, op: Op, *args: int, first: str = "", second: str = "") -> Answer:
-        return self._exchange(op, args, first, second)[0]
+        return self._exchange(Request(op, self._next(), args, first, second).pack(), None)
 
-    def _exchange(
-        self, op: Op, args: tuple[int, ...], first: str, second: str
-    ) -> tuple[Answer, list[int]]:
+    def _next(self) -> int:
         self._sequence = self._sequence % 0xFFFFFFFF + 1
-        frame = Request(op, self._sequence, args, first, second).pack()
+        return self._sequence
+
+    def _exchange(self, frame: bytes, taken: list[int] | None) -> Answer:
+        """Send and wait for the answer; a descriptor with it goes into ``taken``."""
         self._send(frame)
-        while True:
-            answer, descriptors = self._receive()
-            if answer.sequence == self._sequence:
-                break
-            self._keep_event(answer, descriptors)
+        while (answer := self._receive(taken)).sequence != self._sequence:
+            self._keep_event(answer)
+            while taken:  # a TAKE before was sent twice and is answered twice
+                os.close(taken.pop())
             if answer.op == Event.RESTARTED:
                 self._send(frame)
         if answer.status:
             raise frames.error_of(answer.status, answer.payload)
-        return answer, descriptors
+        return answer
 
-    def _keep_event(self, answer: Answer, descriptors: list[int]) -> None:
-        """Keep an event; drop the second answer to a call that was sent twice."""
-        for descriptor in descriptors:
-            os.close(descriptor)
-        if answer.sequence == 0:
+    def _keep_event(self, answer: Answer) -> None:
+        if answer.sequence == 0:  # else a second answer to a call that was sent twice
             self._events.append(answer)
 
     def _send(self, frame: bytes) -> None:
@@ -274,16 +271,21 @@ class Core:
         except (BrokenPipeError, ConnectionResetError) as error:
             raise CoreGone("the core has closed the socket") from error
 
-    def _receive(self) -> tuple[Answer, list[int]]:
+    def _receive(self, taken: list[int] | None = None) -> Answer:
+        """One frame; without ``taken`` the kernel drops a descriptor that comes with it."""
+        size = frames.MAX_ANSWER_BYTES + 1
         try:
-            data, descriptors, _, _ = socket.recv_fds(
-                self._socket, frames.MAX_ANSWER_BYTES + 1, 1, socket.MSG_CMSG_CLOEXEC
-            )
+            if taken is None:
+                data = self._socket.recv(size)
+            else:
+                flags = socket.MSG_CMSG_CLOEXEC
+                data, descriptors, _, _ = socket.recv_fds(self._socket, size, 1, flags)
+                taken += descriptors
         except ConnectionResetError:
-            data, descriptors = b"", []
+            data = b""
         if not data:
             raise CoreGone("the core has closed the socket")
-        return frames.unpack_answer(data), descriptors
+        return frames.unpack_answer(data)
 
 
 def _entry(

@@ -239,7 +239,11 @@ def test_names_that_are_no_names_reach_nothing(line):
 def test_wrong_words_end_with_2_and_say_where_help_is(line, words):
     error = line.run(*words, status=2).stderr
     assert error.startswith("error: ")
-    assert "what to do: supercloud" in error
+    assert "  what to do: " in error
+
+
+def test_a_command_that_is_nearly_one(line):
+    assert "did you mean 'supercloud inspect'?" in line.run("inpsect", "web", status=2).stderr
 
 
 def test_help_is_there_for_every_command(line):

@@ -1,16 +1,14 @@
-"""The control plane's API over its unix socket, by the standard library's HTTP client."""
+"""The control plane's API over its unix socket: what it answers at once. See also ``streaming``."""
 
 import contextlib
-import http.client
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
-from urllib.parse import quote, urlencode
 
 from supercloud.cli.failure import Unavailable
-from supercloud.model.errors import Permanent, from_wire
+from supercloud.model.errors import Permanent, SupercloudError, from_wire
 
 SYSTEM_SOCKET = "/run/supercloud/api.sock"
 TIMEOUT_S = 60.0
@@ -30,25 +28,19 @@ def socket_path() -> str:
 
 def path(*parts: str, **query: Any) -> str:
     """``/v1/...`` of parts that are quoted, and of those query values that are not empty."""
-    given = {key: value for key, value in query.items() if value not in ("", None)}
-    return (
-        "/v1/"
-        + "/".join(quote(part, safe="") for part in parts)
-        + ("?" + urlencode(given) if given else "")
-    )
+    given = {key: str(value) for key, value in query.items() if value not in ("", None)}
+    if _plain((*parts, *given.values())):
+        quoted, encoded = "/".join(parts), "&".join(f"{k}={v}" for k, v in given.items())
+    else:
+        from urllib.parse import quote, urlencode  # noqa: PLC0415 - for odd names only
+
+        quoted, encoded = "/".join(quote(part, safe="") for part in parts), urlencode(given)
+    return f"/v1/{quoted}{'?' if encoded else ''}{encoded}"
 
 
-class _Connection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
-
-    def __init__(self, path: str, timeout_s: float | None) -> None:
-        super().__init__("localhost", timeout=timeout_s)
-        self.path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self.path)
+def _plain(texts: Iterable[str]) -> bool:
+    """Whether these are names as all ours are: nothing to quote."""
+    return all(text.isascii() and text.replace("-", "").isalnum() for text in texts)
 
 
 def get(path: str, *, start: bool = False) -> Any:
@@ -56,54 +48,77 @@ def get(path: str, *, start: bool = False) -> Any:
     return call("GET", path, start=start)
 
 
-def call(method: str, path: str, body: Any = None, *, start: bool = False) -> Any:
+def call(
+    method: str,
+    path: str,
+    body: Any = None,
+    *,
+    start: bool = False,
+    timeout_s: float = TIMEOUT_S,
+) -> Any:
     """The JSON answer. ``start``: start the control plane when it is not running."""
-    with answer(method, path, body, start=start) as response:
-        untrusted = response.read(ANSWER_MAX_BYTES)
-        if response.length:  # more was announced: read with a limit does not notice
-            raise http.client.IncompleteRead(untrusted, response.length)
+    if start:
+        from supercloud.cli.start import ensure_running  # noqa: PLC0415 - subprocess is heavy
+
+        ensure_running(socket_path())
+    with reaching():
+        status, untrusted = _exchange(method, path, body, timeout_s)
+    if status >= 400:
+        raise error_of(status, untrusted)
     try:
         return json.loads(untrusted)
     except ValueError:
         raise Permanent(f"{method} {path}: the control plane's answer is not JSON") from None
 
 
-@contextlib.contextmanager
-def answer(
-    method: str,
-    path: str,
-    body: Any = None,
-    *,
-    start: bool = False,
-    timeout_s: float | None = TIMEOUT_S,
-) -> Iterator[http.client.HTTPResponse]:
-    """The response, unread; no ``timeout_s``: it may be quiet for ever (what is followed)."""
-    if start:
-        from supercloud.cli.start import ensure_running  # noqa: PLC0415 - subprocess is heavy
+def _exchange(method: str, path: str, body: Any, timeout_s: float) -> tuple[int, bytes]:
+    """Status and content of an answer, by HTTP/1.0: one request, one answer, and the end.
 
-        ensure_running(socket_path())
-    connection = _Connection(socket_path(), timeout_s)
+    ``http.client`` takes longer to import than all else that ``ps`` does.
+    """
+    payload = b"" if body is None else json.dumps(body).encode()
+    head = f"{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Length: {len(payload)}\r\n"
+    request = f"{head}Content-Type: application/json\r\n\r\n".encode("ascii") + payload
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout_s)
+        connection.connect(socket_path())
+        connection.sendall(request)
+        return _parsed(_until_end(connection))
+
+
+def _until_end(connection: socket.socket) -> bytes:
+    answer = bytearray()
+    while data := connection.recv(1 << 18):
+        answer += data
+        if len(answer) > ANSWER_MAX_BYTES:
+            raise ConnectionError(f"an answer of more than {ANSWER_MAX_BYTES} bytes")
+    return bytes(answer)
+
+
+def _parsed(untrusted: bytes) -> tuple[int, bytes]:
+    head, separator, content = untrusted.partition(b"\r\n\r\n")
+    first, *headers = head.decode("latin-1").split("\r\n")
+    words = first.split(" ", 2)
+    if not separator or len(words) < 2 or not first.startswith("HTTP/") or len(words[1]) != 3:
+        raise ConnectionError("its answer is not HTTP" if untrusted else "it gave no answer")
+    for header in headers:
+        name, _, value = header.partition(":")
+        if name.lower() == "content-length" and value.strip() != str(len(content)):
+            raise ConnectionError("its answer was cut short")
+    return int(words[1]) if words[1].isdecimal() else 500, content
+
+
+def error_of(status: int, untrusted: bytes) -> SupercloudError:
+    """The error that an answer of that status means."""
     try:
-        with _reaching():
-            response = _ask(connection, method, path, body)
-        with _reaching(reading=True):
-            yield response
-    finally:
-        connection.close()
-
-
-def _ask(connection: _Connection, method: str, path: str, body: Any) -> http.client.HTTPResponse:
-    payload = None if body is None else json.dumps(body).encode()
-    headers = {} if payload is None else {"Content-Type": "application/json"}
-    connection.request(method, path, payload, headers)
-    response = connection.getresponse()
-    if response.status >= 400:
-        raise _error(response)
-    return response
+        wire = json.loads(untrusted)["error"]
+    except (ValueError, KeyError, TypeError):
+        return Permanent(f"the control plane answered with status {status}")
+    return from_wire(wire)
 
 
 @contextlib.contextmanager
-def _reaching(*, reading: bool = False) -> Iterator[None]:
+def reaching(*, reading: bool = False) -> Iterator[None]:
     """Failures of the connection, as the user is to see them.
 
     While ``reading``, a broken pipe is our own output's, for reading a socket gives none.
@@ -125,19 +140,10 @@ def _reaching(*, reading: bool = False) -> Iterator[None]:
         raise Unavailable(
             f"the control plane did not answer in {TIMEOUT_S:g} s", hint="see its log"
         ) from None
-    except (ConnectionError, http.client.HTTPException) as error:
+    except ConnectionError as error:
         if reading and isinstance(error, BrokenPipeError):
             raise
         raise Unavailable(
             f"the control plane went away: {str(error) or type(error).__name__:.200}",
             hint="run the command again; what it was doing goes on when it is back",
         ) from None
-
-
-def _error(response: http.client.HTTPResponse) -> Exception:
-    untrusted = response.read(1 << 20)
-    try:
-        wire = json.loads(untrusted)["error"]
-    except (ValueError, KeyError, TypeError):
-        return Permanent(f"the control plane answered {response.status} {response.reason}")
-    return from_wire(wire)

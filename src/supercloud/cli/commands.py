@@ -7,6 +7,7 @@ imported when the command is; it takes the parsed arguments and returns the exit
 
 import argparse
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -149,29 +150,63 @@ HIDDEN = {
 }
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Asks the terminal for its width; argparse would load shutil, with its archives, for that."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            columns = os.get_terminal_size(1).columns
+        except OSError:
+            columns = 100
+        super().__init__(prog, max_help_position=28, width=max(40, columns - 2))
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong as every other error is said."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n  what to do: {self.prog} -h\n")
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """The arguments of one command; ``run`` runs it. Wrong ones end the process, status 2."""
-    parser = _Parser(
-        prog="supercloud", description="Your own cloud over anybody's clouds.", allow_abbrev=False
-    )
+    """The arguments of one command; ``run`` runs it. Wrong ones end the process, status 2.
+
+    Only the parser of the command that is called is made; that of all commands is for help and
+    for words that are none.
+    """
+    name = words[0] if words else ""
+    command = COMMANDS.get(name) or HIDDEN.get(name)
+    if command is None:
+        _not_a_command(name)
+        _overview().parse_args(words)
+        raise AssertionError("a word that is no command was parsed")
+    parser = _Parser(prog=f"supercloud {name}", description=command.doc)
+    _fill(parser, command)
+    return parser.parse_args(words[1:])
+
+
+def _not_a_command(word: str) -> None:
+    """Ends the process, with a hint, if a word stands where a command should."""
+    if not word or word.startswith("-"):
+        return
+    import difflib  # noqa: PLC0415 - only here
+
+    close = difflib.get_close_matches(word, COMMANDS, n=1)
+    hint = f"did you mean 'supercloud {close[0]}'?" if close else "supercloud -h"
+    message = f"no command {word[:40]!r}, allowed are {', '.join(COMMANDS)}"
+    _overview().exit(2, f"error: {message}\n  what to do: {hint}\n")
+
+
+def _overview() -> argparse.ArgumentParser:
+    parser = _Parser(prog="supercloud", description="Your own cloud over anybody's clouds.")
     parser.add_argument("--version", action="version", version=f"supercloud {__version__}")
     under = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    # Only the parser of the command that is called is filled: help needs no more of the others.
-    called = next((word for word in words if not word.startswith("-")), "")
-    for name, command in (HIDDEN if called in HIDDEN else COMMANDS).items():
-        below = under.add_parser(
-            name, help=command.doc, description=command.doc, allow_abbrev=False
-        )
-        if name == called:
-            _fill(below, command)
-    return parser.parse_args(words)
+    for name, command in COMMANDS.items():
+        under.add_parser(name, help=command.doc)
+    return parser
 
 
 def _fill(parser: argparse.ArgumentParser, command: Command) -> None:

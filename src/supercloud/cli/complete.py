@@ -110,6 +110,5 @@ def _of_api(what: str) -> list[str]:
 def _get(name: str) -> list[dict[str, Any]]:
     if not os.path.exists(client.socket_path()):
         return []
-    with client.answer("GET", client.path(name), timeout_s=TIMEOUT_S) as response:
-        found: list[dict[str, Any]] = json.loads(response.read(client.ANSWER_MAX_BYTES))
-        return found
+    found: list[dict[str, Any]] = client.call("GET", client.path(name), timeout_s=TIMEOUT_S)
+    return found

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import traceback
 from typing import Any
 
 from supercloud.model.errors import STATUS, SupercloudError, to_wire
@@ -52,6 +51,8 @@ def _bug(error: Exception) -> dict[str, Any]:
 
 def _log(bug_id: str, error: Exception) -> str:
     """Append the traceback to the user's log; its path, or nothing where there is no place."""
+    import traceback  # noqa: PLC0415 - only here
+
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     path = os.path.join(state, "supercloud", "cli.log")
     try:
@@ -81,6 +82,8 @@ def _text(wire: dict[str, Any], *, colour: bool) -> str:
 
 def printable(text: str) -> str:
     """``text`` without what would move a terminal's cursor or change its state."""
+    if text.isprintable():
+        return text
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )

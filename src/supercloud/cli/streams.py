@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from supercloud.cli import client
 from supercloud.cli.failure import printable
 from supercloud.cli.listing import environment_path
+from supercloud.cli.streaming import stream
 from supercloud.model.errors import Permanent
 
 LINE_MAX_BYTES = 1 << 20
@@ -29,13 +30,13 @@ def logs(arguments: argparse.Namespace) -> None:
 
 
 def _chunks(path: str, arguments: argparse.Namespace) -> Iterator[bytes]:
-    with client.answer("GET", path, timeout_s=_timeout(arguments)) as response:
+    with stream(path, timeout_s=_timeout(arguments)) as response:
         while chunk := response.read1(1 << 16):
             yield chunk
 
 
 def _lines(path: str, arguments: argparse.Namespace) -> Iterator[bytes]:
-    with client.answer("GET", path, timeout_s=_timeout(arguments)) as response:
+    with stream(path, timeout_s=_timeout(arguments)) as response:
         while line := response.readline(LINE_MAX_BYTES):
             text = line.decode(errors="replace").rstrip("\n")
             yield json.dumps({"line": text}).encode() + b"\n"
@@ -53,7 +54,7 @@ def events(arguments: argparse.Namespace) -> None:
         since=arguments.since,
         follow="1" if arguments.follow else "",
     )
-    with client.answer("GET", path, timeout_s=_timeout(arguments)) as response:
+    with stream(path, timeout_s=_timeout(arguments)) as response:
         while line := response.readline(LINE_MAX_BYTES):
             print(line.decode().rstrip() if arguments.json else _event(line), flush=True)
 

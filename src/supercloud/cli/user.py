@@ -6,7 +6,7 @@
                                     all -> client (the API) -> start (the control plane, if need be)
 
 Everything heavy is imported by the command that needs it: ``ps`` loads the standard library's
-parser, JSON and HTTP client, and nothing else (a test lists it).
+argument parser, JSON and sockets, and nothing else (a test lists it).
 """
 
 import os
@@ -19,8 +19,8 @@ from supercloud.cli.failure import EXIT_INTERRUPTED, report
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit status, by ``model.errors.STATUS`` when it fails."""
     words = sys.argv[1:] if argv is None else argv
-    arguments = commands.parse(words)
     try:
+        arguments = commands.parse(words)
         status = arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last one, which shows no traceback to a user
-        return report(error, as_json=arguments.json)
+        return report(error, as_json="--json" in words)
     return status or 0
 
 

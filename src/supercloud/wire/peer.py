@@ -209,7 +209,8 @@ class Peer:
 
     async def _answer(self, method: str, future: asyncio.Future[Any], timeout_s: float) -> Any:
         try:
-            return await asyncio.wait_for(future, timeout_s)
+            async with asyncio.timeout(timeout_s):  # 3.11's wait_for swallows a late cancellation
+                return await future
         except TimeoutError:
             raise Temporary(f"{self.name}: no answer to {method} in {timeout_s:g} s") from None
 

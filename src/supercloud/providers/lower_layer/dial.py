@@ -166,13 +166,11 @@ class Dialer:
         """Connect; lets certificate errors through, makes the others Temporary."""
         target = self.target
         try:
-            return await asyncio.wait_for(
-                asyncio.open_connection(
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                return await asyncio.open_connection(
                     target.address, target.port, limit=READ_LIMIT_BYTES, ssl=context,
                     server_hostname=user_server_name(target.user),
-                ),
-                CONNECT_TIMEOUT_S,
-            )  # fmt: skip
+                )  # fmt: skip
         except ssl.SSLCertVerificationError:
             raise
         except TimeoutError as error:

@@ -132,7 +132,8 @@ class LinkHub:
     async def _attend(self, peer: Peer, caller: _Caller) -> None:
         """Close a connection that says no hello in time; tell the owner what a session reports."""
         try:
-            session = await asyncio.wait_for(asyncio.shield(caller.introduced), HELLO_TIMEOUT_S)
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                session = await asyncio.shield(caller.introduced)
         except TimeoutError:
             log.info("an agent said no hello in %g s (%s)", HELLO_TIMEOUT_S, caller.identity)
             peer.close()

@@ -137,6 +137,27 @@ def test_what_is_followed_ends_cleanly_by_an_interrupt(line, words):
     assert (process.returncode, errors) == (130, b"")
 
 
+def test_exec_through_the_control_plane(line):
+    """The fake provider's agents speak the real protocol, and pretend a few programs."""
+    assert line.run("exec", "hello/web", "echo", "a b").stdout == "a b\n"
+    assert line.run("exec", "hello/web", "stderr", "oh").stderr == "oh"
+    line.run("exec", "hello/web", "exit", "7", status=7)
+    data = "0123456789abcdef" * 65536
+    assert line.run("exec", "-i", "hello/web", "cat", input=data).stdout == data
+
+
+def test_console_through_the_control_plane(line):
+    process = line.popen("console", "hello/web", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.read(11) == b"web login: "
+    process.stdin.write(b"typed")
+    process.stdin.flush()
+    assert process.stdout.read(5) == b"typed"
+    process.stdin.write(b"\x1d")
+    process.stdin.close()
+    assert process.wait(15) == 0
+    process.stdout.close()
+
+
 def test_events_tell_what_happened(line):
     lines = line.run("events", "-u", "hello").stdout.splitlines()
     assert all(

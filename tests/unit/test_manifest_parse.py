@@ -241,26 +241,30 @@ def test_where_locates_a_field_of_a_manifest():
     assert where(text, file="m", path="environments[0].cpus") == "m:6:5 environments[0].cpus"
 
 
-@pytest.mark.parametrize("name", ["fake.yaml"])
-def test_the_examples_that_need_no_images_are_right(name):
-    ucloud = parse((EXAMPLES / name).read_bytes(), file=name, directory=EXAMPLES)
+@pytest.mark.parametrize(
+    ("name", "environments"),
+    [("hello.yaml", ["web", "machine"]), ("fake.yaml", ["web", "ledger", "standby"])],
+)
+def test_the_examples_are_right_but_for_their_images(tmp_path, name, environments):
+    """Their images are built by scripts/up; here stand-ins are in their places."""
+    web, machine = tmp_path / "build/examples/web", tmp_path / "build/examples/vm"
+    web.mkdir(parents=True)
+    machine.mkdir()
+    for path in (web / "index.json", machine / "image.json"):
+        path.write_text("{}")
+    ucloud = parse((EXAMPLES / name).read_bytes(), file=name, directory=tmp_path / "examples")
+    assert [item.name for item in ucloud.environments] == environments
+    assert ucloud.environments[0].image == f"oci:{web}"
     assert parse(dump(ucloud), file="again", directory=Path("/")) == ucloud
 
 
-def test_the_example_of_the_readme_is_right_but_for_its_images(tmp_path):
-    """Its images are built by scripts/up; here stand-ins are in their places."""
-    web = tmp_path / "build/examples/web"
-    web.mkdir(parents=True)
-    (web / "index.json").write_text("{}")
-    (tmp_path / "build/examples/vm").mkdir()
-    ucloud = parse(
-        (EXAMPLES / "hello.yaml").read_bytes(), file="h", directory=tmp_path / "examples"
-    )
-    assert [(e.name, e.kind) for e in ucloud.environments] == [
-        ("web", "container"),
-        ("machine", "vm"),
-    ]
-    assert ucloud.environments[0].image == f"oci:{web}"
+def test_a_machine_of_a_directory_has_kernel_and_initrd(tmp_path):
+    (tmp_path / "vm").mkdir()
+    text = environment(kind="vm", image="vm")
+    assert "has no kernel and no initrd" in one(text, tmp_path).message
+    for name in ("kernel", "initrd"):
+        (tmp_path / "vm" / name).touch()
+    assert parse(text, file="m", directory=tmp_path).environments[0].image == str(tmp_path / "vm")
 
 
 def test_replicas_are_named_so_that_the_first_keeps_its_name():

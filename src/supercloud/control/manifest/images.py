@@ -40,6 +40,9 @@ def _unusable(transport: str, path: Path) -> str:
             return f"{path} is not an OCI layout: it has no index.json"
         if transport == "docker-archive" and not path.is_file():
             return f"{path} is not a file"
+        if transport == "" and path.is_dir() and not (path / "image.json").is_file():
+            lacking = [name for name in ("kernel", "initrd") if not (path / name).is_file()]
+            return f"{path} has no {' and no '.join(lacking)}" if lacking else ""
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
     return ""

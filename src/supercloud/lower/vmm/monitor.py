@@ -6,10 +6,10 @@ network's streams are capabilities in this domain's own table; the scratch disk'
 with ``machine.start``. A restarted user's domain finds the machine running and asks its status.
 """
 
+import fcntl
 import logging
 import os
 import socket
-import stat
 from contextlib import ExitStack
 from typing import Any
 
@@ -120,9 +120,9 @@ class Monitor(Component):
         return descriptor
 
     def _read_only(self, name: str, opened: ExitStack) -> int:
-        """The same file, opened for reading only: QEMU wants a disk's mode to say so."""
+        """The same file, open for reading only: QEMU wants a disk's descriptor to say so."""
         descriptor = self._taken(name, opened)
-        if stat.S_ISBLK(os.fstat(descriptor).st_mode):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
             return descriptor
         again = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
         opened.callback(os.close, again)

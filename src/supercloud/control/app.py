@@ -29,9 +29,12 @@ from supercloud.model.resources import Provider as Entry
 from supercloud.providers.base import PinStore, Provider
 from supercloud.trust import builder, tls
 from supercloud.trust.authority import Authority, Root
+from supercloud.wire.api import Check
 
 RENDEZVOUS = "169.254.77.1:7444"
 """Where an L1 platform on a Lower Layer host finds its user domain, which relays to us."""
+
+STOP_TIMEOUT_S = 10.0
 
 log = logging.getLogger("supercloud.control.app")
 
@@ -59,7 +62,7 @@ class ControlPlane:
         self.authority: Callable[[str], Authority] = functools.cache(
             functools.partial(Authority.ensure, str(self._trust))
         )
-        self._own_endpoint = own_endpoint
+        self._own_endpoint, self._places = own_endpoint, (state_directory, cache)
         self.queue = WorkQueue(self._reconcile, failed=self._failed)
         state = State(self.store)
         events = EventLog(store)
@@ -92,9 +95,7 @@ class ControlPlane:
         """Look at everything that there is, then at whatever changes."""
         await self.plane.events.load()
         revision = await self._look_at_all()
-        self._watching = asyncio.get_running_loop().create_task(
-            self._watch(revision), name="watch"
-        )
+        self._watching = asyncio.get_running_loop().create_task(self._watch(revision), name="watch")
 
     async def stop(self) -> None:
         """Stop acting; platforms and EEs go on."""
@@ -102,9 +103,17 @@ class ControlPlane:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
         await self.queue.stop()
-        await self.plane.pool.close()
-        await self.plane.agents.close()
+        with contextlib.suppress(TimeoutError):  # who does not let go is left behind
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await self.plane.pool.close()
+                await self.plane.agents.close()
         await self.plane.events.close()
+
+    async def doctor(self) -> list[Check]:
+        """What it can say of its health."""
+        from supercloud.control.doctor import examine  # noqa: PLC0415 - seldom
+
+        return await examine(self.plane, self._places)
 
     # -- what to look at
 

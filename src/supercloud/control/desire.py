@@ -174,9 +174,7 @@ def _wishes(
     return wishes
 
 
-def _wish(
-    spec: UCloud, offer: Offer, host: HostCapacity, name: str, number: int
-) -> PlatformWish:
+def _wish(spec: UCloud, offer: Offer, host: HostCapacity, name: str, number: int) -> PlatformWish:
     return PlatformWish(
         name=name,
         provider=offer.provider,

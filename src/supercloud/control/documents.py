@@ -35,8 +35,9 @@ class Step:
 
 @dataclass(slots=True, kw_only=True)
 class Assignment:
-    """What was allotted to one EE. ``slots`` maps ``PORT/PROTOCOL`` to a place in the
-    platform's range of published ports; ``address`` and ``gateway`` are IPv4.
+    """What was allotted to one EE; ``address`` and ``gateway`` are IPv4.
+
+    ``slots`` maps ``PORT/PROTOCOL`` to a place in the platform's range of published ports.
     """
 
     platform: str
@@ -140,9 +141,7 @@ KINDS: dict[type, str] = {
     PlatformDocument: "platform",
     EnvironmentDocument: "environment",
 }
-_DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
-    cls: msgspec.json.Decoder(cls) for cls in KINDS
-}
+_DECODERS: dict[type, msgspec.json.Decoder[Any]] = {cls: msgspec.json.Decoder(cls) for cls in KINDS}
 _ENCODER = msgspec.json.Encoder()
 
 

@@ -144,9 +144,7 @@ def kernel_files(directory: Path) -> dict[str, str]:
 def _described(path: Path) -> dict[str, str]:
     try:
         untrusted = json.loads(path.read_bytes()[: 64 << 10])
-        found = {
-            key: untrusted[key] for key in ("kernel", "initrd", "append") if key in untrusted
-        }
+        found = {key: untrusted[key] for key in ("kernel", "initrd", "append") if key in untrusted}
     except (ValueError, TypeError) as error:
         raise Invalid("is not a description of a VM's image", where=str(path)) from error
     for key, value in found.items():

@@ -85,9 +85,7 @@ def _difference(name: str, before: Any, after: Any) -> str:
     return f"{name} {before} -> {after}"
 
 
-def _compare(
-    kind: str, new: Mapping[str, list[str]], old: Mapping[str, list[str]]
-) -> list[Change]:
+def _compare(kind: str, new: Mapping[str, list[str]], old: Mapping[str, list[str]]) -> list[Change]:
     changes = []
     for name, details in new.items():
         if name not in old:

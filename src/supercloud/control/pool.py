@@ -1,4 +1,4 @@
-"""The provider objects in use: one for each U-Cloud and provider entry, made when first asked for."""
+"""The provider objects in use: one for each U-Cloud and provider entry, made when asked for."""
 
 import asyncio
 import logging
@@ -53,7 +53,7 @@ class ProviderPool:
         self._entries: dict[tuple[str, str], _Entry] = {}
 
     def get(self, ucloud: str, entry: Entry) -> Provider:
-        """The provider object of ``entry`` in ``ucloud``. Raises what the provider's settings do."""
+        """The provider object of ``entry`` in ``ucloud``. Raises what its settings do."""
         return self._entry(ucloud, entry).provider
 
     def listen(self, ucloud: str, entry: Entry, accept: Accept) -> None:

@@ -45,7 +45,9 @@ class _Object:
 class WorkQueue:
     """Runs ``reconcile`` for keys, at most ``workers`` at a time."""
 
-    def __init__(self, reconcile: Reconciler, *, workers: int = 32, failed: Failed = _untold):
+    def __init__(
+        self, reconcile: Reconciler, *, workers: int = 32, failed: Failed = _untold
+    ) -> None:
         """``failed`` is awaited for every error before the next try is set."""
         self._reconcile, self._failed = reconcile, failed
         self._objects: dict[str, _Object] = {}

@@ -73,9 +73,7 @@ class Service:
                     continue
                 self._look(ucloud_key(spec.name), 0.0)
                 done = plan(decision, before, offers)
-                return api.Applied(
-                    ucloud=spec.name, generation=document.generation, plan=done
-                )
+                return api.Applied(ucloud=spec.name, generation=document.generation, plan=done)
         raise Busy(f"U-Cloud {spec.name} is being changed by others; try again")
 
     async def down(self, name: str) -> api.UCloudView:
@@ -95,9 +93,7 @@ class Service:
         directory = Path(asked.directory)
         if not directory.is_absolute():
             raise Invalid("is not an absolute path", where="directory")
-        return await asyncio.to_thread(
-            parse, asked.manifest, file=asked.file, directory=directory
-        )
+        return await asyncio.to_thread(parse, asked.manifest, file=asked.file, directory=directory)
 
     async def _store(
         self, decision: Decision, before: UCloudDocument | None, asked: Manifest

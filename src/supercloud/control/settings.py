@@ -50,8 +50,9 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     log = given.log or state / "control.log"
     return Settings(
         state=state.absolute(),
-        cache=(given.cache or _xdg(environment, "XDG_CACHE_HOME", ".cache") / "supercloud")
-        .absolute(),
+        cache=(
+            given.cache or _xdg(environment, "XDG_CACHE_HOME", ".cache") / "supercloud"
+        ).absolute(),
         socket=given.socket or _socket(environment),
         listen=DEFAULT_LISTEN if given.listen is None else given.listen,
         log=None if str(log) == "-" else log.absolute(),

@@ -1,9 +1,8 @@
 """A route declared once: dispatch, checks of its parameters, and its part of the API document."""
 
-import types
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Generic, TypeVar, Union, get_args, get_origin
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -34,8 +33,10 @@ class Asked(Generic[Params]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """``params`` come from the body (POST) or the query (GET); ``result`` is answered as JSON,
-    unless ``stream`` says what comes instead (``websocket``, or a content type).
+    """One method and path. ``params`` come from the body (POST) or the query (GET).
+
+    ``result`` is answered as JSON, unless ``stream`` says what comes instead (``websocket``, or a
+    content type).
     """
 
     method: str
@@ -80,13 +81,3 @@ def _scalar(kind: Any, untrusted: str) -> Any:
     if kind is int and len(untrusted) < 20 and untrusted.lstrip("-").isdecimal():
         return int(untrusted)
     return untrusted
-
-
-def result_types(routes: tuple[Route, ...]) -> list[Any]:
-    """All types that the API document must describe."""
-    found = [item for route in routes for item in (route.params, route.result)]
-    return [item for item in found if item not in (None, Nothing) and not _plain(item)]
-
-
-def _plain(item: Any) -> bool:
-    return get_origin(item) in (Union, types.UnionType) and not get_args(item)

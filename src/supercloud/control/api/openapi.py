@@ -53,7 +53,7 @@ def _operation(route: Route, by_type: dict[int, Any]) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "operationId": _name(route),
         "summary": route.doc,
-        "parameters": _parameters(route, by_type),
+        "parameters": _parameters(route),
         "responses": {
             "101" if route.stream == "websocket" else "200": _answer(route, by_type),
             "default": {
@@ -76,7 +76,7 @@ def _name(route: Route) -> str:
     return "_".join([route.method.lower(), *words]).replace(".", "_")
 
 
-def _parameters(route: Route, by_type: dict[int, Any]) -> list[dict[str, Any]]:
+def _parameters(route: Route) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in re.findall(r"{(\w+)}", route.path)

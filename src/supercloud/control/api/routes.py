@@ -1,6 +1,7 @@
 """All routes of the API, each declared once."""
 
 import os
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,6 @@ from aiohttp import web
 from supercloud import __version__
 from supercloud.control.api import openapi, streams
 from supercloud.control.api.declare import Asked, Nothing, Route
-from supercloud.control.doctor import examine
 from supercloud.control.service import Manifest, Service
 from supercloud.control.snapshot import Snapshot
 from supercloud.model.resources import Environment
@@ -69,6 +69,7 @@ class Routes:
 
     service: Service
     snapshot: Snapshot
+    doctor: Callable[[], Awaitable[list[api.Check]]]
     all: tuple[Route, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -159,7 +160,7 @@ class Routes:
         return api.Version(version=__version__, pid=os.getpid())
 
     async def _doctor(self, _asked: Asked[Nothing]) -> list[api.Check]:
-        return await examine(self.service)
+        return await self.doctor()
 
     async def _openapi(self, _asked: Asked[Nothing]) -> dict[str, Any]:
         return openapi.document(self.all)

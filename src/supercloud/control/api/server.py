@@ -49,7 +49,7 @@ class Server:
         """Listens where ``settings`` say."""
         self._plane, self._settings = plane, settings
         self._access = Access(settings)
-        self._routes = Routes(plane.service, Snapshot(plane.service, plane.store))
+        self._routes = Routes(plane.service, Snapshot(plane.service, plane.store), plane.doctor)
         self._runner: web.AppRunner | None = None
         self._tcp: asyncio.Server | None = None
         self._contexts: dict[str, tuple[float, ssl.SSLContext]] = {}

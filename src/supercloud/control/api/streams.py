@@ -127,9 +127,7 @@ async def _join(
             await asyncio.gather(inwards, outwards, return_exceptions=True)
 
 
-async def _inwards(
-    socket: web.WebSocketResponse, stream: Stream, *, leaves_on_eof: bool
-) -> None:
+async def _inwards(socket: web.WebSocketResponse, stream: Stream, *, leaves_on_eof: bool) -> None:
     async for message in socket:
         if message.type is WSMsgType.BINARY:
             await stream.write(message.data)

@@ -70,9 +70,9 @@ class EnvironmentController:
 
     async def _image(self, document: EnvironmentDocument) -> ImageRef:
         image = document.image
-        if image is not None and document.image_of == document.spec.image:
-            if self._plane.images.complete(image):
-                return image
+        same = document.image_of == document.spec.image
+        if image is not None and same and self._plane.images.complete(image):
+            return image
 
         def preparing(fresh: EnvironmentDocument) -> None:
             if fresh.ready is None:
@@ -100,7 +100,8 @@ class EnvironmentController:
         status = None
         if document.ready is not None and platform is not None:
             status = agents.status(document.ucloud, platform.name, document.ready.uid)
-        state = _seen(document, platform, status)
+        heard = (document.ucloud, document.ready_on) in agents.reports
+        state = _seen(document, platform, status, heard=heard)
 
         def seen(fresh: EnvironmentDocument) -> None:
             if fresh.ready == document.ready:
@@ -147,14 +148,21 @@ def _seen(
     document: EnvironmentDocument,
     platform: PlatformDocument | None,
     status: EnvironmentStatus | None,
+    *,
+    heard: bool,
 ) -> str:
-    """The state that follows from what is known of the platform and of its report."""
+    """The state that follows from what is known of the platform and of its report.
+
+    ``heard`` is whether there is a report: before the first one of our life, EEs are as they were.
+    """
     if platform is not None and platform.deleting:
         return document.state
     if platform is None or platform.state in ("pending", "creating", "booting", "failed"):
         return "placed" if document.state in ("preparing", "placed") else "pending"
     if platform.state == "lost":
         return "lost" if document.state in UP else document.state
+    if not heard and document.state in UP:
+        return document.state
     if status is None or status.state not in AGENT_STATES:
         return "placed" if document.state in ("preparing", "placed") else "pending"
     return status.state

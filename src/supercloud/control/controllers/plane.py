@@ -21,6 +21,7 @@ class Pace:
     """How often things are looked at again, and how long is too long; all in seconds."""
 
     observe_s: float = 2.0
+    lost_grace_s: float = 5.0
     lost_observe_s: float = 10.0
     boot_timeout_s: float = 240.0
     shutdown_timeout_s: float = 15.0

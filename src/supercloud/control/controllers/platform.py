@@ -35,6 +35,7 @@ class PlatformController:
     def __init__(self, plane: Plane) -> None:
         """Acts through ``plane``."""
         self._plane = plane
+        self._missed: dict[tuple[str, str], float] = {}  # since when, on the loop's clock
 
     async def reconcile(self, ucloud: str, name: str) -> float | None:
         """One look; seconds until the next one, or None."""
@@ -54,6 +55,7 @@ class PlatformController:
         session = self._plane.agents.session(ucloud, name)
         if session is None:
             return await self._wait(platform)
+        self._missed.pop((ucloud, name), None)
         await self._serve(platform, session)
         return None
 
@@ -125,6 +127,8 @@ class PlatformController:
     async def _wait(self, platform: PlatformDocument) -> float:
         """Its agent is not connected: look what the provider says."""
         if platform.state == "ready":
+            if (left_s := self._grace(platform)) > 0:
+                return left_s
             platform = await self._change(platform, lambda document: _move(document, "lost"))
             self._plane.tell(platform, "platform.lost", severity="warning")
             await self._look_at_environments(platform)
@@ -141,6 +145,12 @@ class PlatformController:
                 return await self._anew(platform, "its agent did not answer in time")
             return pace.observe_s
         return pace.lost_observe_s
+
+    def _grace(self, platform: PlatformDocument) -> float:
+        """Seconds that it may yet be away without being called lost: agents dial again."""
+        now = asyncio.get_running_loop().time()
+        since = self._missed.setdefault((platform.ucloud, platform.name), now)
+        return since + self._plane.pace.lost_grace_s - now
 
     async def _anew(self, platform: PlatformDocument, reason: str) -> float:
         """Delete the machine, and make the platform's next incarnation."""
@@ -215,9 +225,7 @@ class PlatformController:
         """Let its EEs end in peace; what does not, ends with the machine."""
         timeout_s = self._plane.pace.shutdown_timeout_s
         try:
-            await self._plane.seam(
-                "link.shutdown", lambda: session.shutdown(timeout_s=timeout_s)
-            )
+            await self._plane.seam("link.shutdown", lambda: session.shutdown(timeout_s=timeout_s))
         except SupercloudError as error:
             self._plane.tell(platform, "platform.shutdown", str(error), severity="warning")
 

@@ -1,9 +1,10 @@
 """The reconciler of U-Clouds: its platforms and EEs are those of the decision, and no others."""
 
+import functools
 from collections.abc import Iterable, Sequence
 
-from supercloud.control.controllers.platform import tag_of
 from supercloud.control.controllers.plane import Plane
+from supercloud.control.controllers.platform import tag_of
 from supercloud.control.desire import provider_key
 from supercloud.control.documents import (
     EnvironmentDocument,
@@ -16,6 +17,7 @@ from supercloud.control.documents import (
 from supercloud.model.events import Severity
 from supercloud.model.resources import Environment, Provider, replica_names
 from supercloud.model.states import UCLOUD, observed
+from supercloud.providers.base import PlatformObservation
 
 
 class UCloudController:
@@ -176,18 +178,20 @@ class UCloudController:
         await self._sweep(name, document.providers.values())
         return self._plane.pace.sweep_s
 
-    async def _sweep(self, name: str, providers: Iterable[Provider]) -> None:
-        for entry in providers:
+    async def _sweep(self, name: str, entries: Iterable[Provider]) -> None:
+        for entry in entries:
             provider = self._plane.pool.get(name, entry)
-            found = [seen for seen in await provider.platforms() if seen.tag in ("", tag_of(name))]
+            seen = [item.name for item in await provider.platforms() if _ours(item, name)]
             # Asked only now: a platform's record is written before the platform is made.
             wanted = {platform.name for platform in await self._plane.state.platforms(name)}
-            for seen in found:
-                if seen.name not in wanted:
-                    await self._plane.seam(
-                        "provider.delete_platform",
-                        lambda orphan=seen.name: provider.delete_platform(orphan),  # type: ignore[misc]
-                    )
+            for orphan in set(seen) - wanted:
+                delete = functools.partial(provider.delete_platform, orphan)
+                await self._plane.seam("provider.delete_platform", delete)
+
+
+def _ours(seen: PlatformObservation, ucloud: str) -> bool:
+    """Providers that know no tags show a U-Cloud its own platforms only."""
+    return seen.tag in ("", tag_of(ucloud))
 
 
 def _mark(document: PlatformDocument | EnvironmentDocument) -> None:

@@ -42,9 +42,7 @@ async def adopt(store: Store, untrusted_lines: Iterable[str]) -> int:
 def _parse(lines: list[str]) -> dict[str, bytes]:
     try:
         header, *bodies = [json.loads(line) for line in lines if line.strip()]
-        rows = {
-            str(body["key"]): base64.b64decode(body["value"], validate=True) for body in bodies
-        }
+        rows = {str(body["key"]): base64.b64decode(body["value"], validate=True) for body in bodies}
         if header["format"] != FORMAT:
             raise Invalid(f"an export of format {header['format']!r:.20}; known is {FORMAT}")
         wanted = header["rows"]

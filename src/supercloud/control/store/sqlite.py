@@ -112,12 +112,16 @@ class _Writer:
             self.versions.pop(key, None)
 
 
+def _open(path: Path, migrations: Sequence[str]) -> _Writer:
+    path.touch(mode=0o600, exist_ok=True)
+    return _Writer(path, migrations)
+
+
 def _insert(connection: sqlite3.Connection, rows: list[Row]) -> None:
     start = 0
     for size in _CHUNKS:
-        statement = "INSERT OR REPLACE INTO rows (key, value, version) VALUES " + ", ".join(
-            ["(?, ?, ?)"] * size
-        )
+        places = ", ".join(["(?, ?, ?)"] * size)
+        statement = f"INSERT OR REPLACE INTO rows (key, value, version) VALUES {places}"  # noqa: S608 - places only
         while len(rows) - start >= size:
             part = rows[start : start + size]
             connection.execute(
@@ -191,9 +195,8 @@ class SqliteStore:
 
         Raises Permanent when another process has it open, or a newer release wrote it.
         """
-        path.touch(mode=0o600, exist_ok=True)
         try:
-            writer = await asyncio.to_thread(_Writer, path, migrations)
+            writer = await asyncio.to_thread(_open, path, migrations)
         except sqlite3.Error as error:
             raise Permanent(f"the store {path} cannot be opened: {error}") from error
         return cls(writer)

@@ -6,21 +6,22 @@ things; it comes with a second cpio archive behind the initrd, so the image is t
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
+import os
 import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-from tests.support.guest import BUILD, IMAGES, MACHINE, cpio
-from tests.support.link import Link
-
 from supercloud.control import bootdata
 from supercloud.upper.environments.oci import convert
+from supercloud.upper.platform.image.build import build
 from supercloud.upper.platform.image.tools import ToolTree
 from supercloud.upper.platform.link.session import AgentSession
 from supercloud.wire.messages import (
@@ -34,6 +35,8 @@ from supercloud.wire.messages import (
     PortMap,
     Process,
 )
+from support.guest import BUILD, IMAGES, MACHINE, cpio
+from support.link import Link
 
 FIRST_PORT = 30080
 PORTS = 4
@@ -64,6 +67,7 @@ class Platform:
     ports: dict[int, int] = field(default_factory=dict)
     process: asyncio.subprocess.Process | None = None
     generation: int = 0
+    examples: Path = BUILD / "examples"
     shell_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     # -- the machine
@@ -245,9 +249,9 @@ def nic(number: int, network: str = "default", third: int = 0) -> Nic:
     )  # fmt: skip
 
 
-def web(platform: Platform, images: Path, **changes: object) -> EnvironmentSpec:
+def web(platform: Platform, **changes: object) -> EnvironmentSpec:
     """The example container."""
-    made = convert(f"oci:{images}/web", cache=platform.directory.parent / "erofs", tools=ToolTree())
+    made = convert(f"oci:{platform.examples}/web", cache=platform.directory.parent / "erofs", tools=ToolTree())
     config = made.config
     process = Process(
         argv=[*config.entrypoint, *config.cmd],
@@ -264,10 +268,10 @@ def web(platform: Platform, images: Path, **changes: object) -> EnvironmentSpec:
     return EnvironmentSpec(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def machine(platform: Platform, images: Path, **changes: object) -> EnvironmentSpec:
+def machine(platform: Platform, **changes: object) -> EnvironmentSpec:
     """The example VM."""
     paths = platform.link.owner.paths
-    blobs = {role: blob(paths, images / "vm" / role) for role in ("kernel", "initrd")}
+    blobs = {role: blob(paths, platform.examples / "vm" / role) for role in ("kernel", "initrd")}
     values: dict[str, object] = {
         "name": "machine", "uid": "machine-1", "kind": "vm", "cpus": 1.0,
         "memory_bytes": 128 << 20, "nics": [nic(11)],
@@ -275,3 +279,31 @@ def machine(platform: Platform, images: Path, **changes: object) -> EnvironmentS
         "ports": [PortMap(port=8080, host_port=FIRST_PORT + 1)],
     }  # fmt: skip
     return EnvironmentSpec(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@contextlib.asynccontextmanager
+async def booted(directory: Path) -> AsyncIterator[Platform]:
+    """A platform of an image with the code as it is now, its agent connected; takes the VM lock."""
+    images, machine_directory = directory / "images", directory / "machine"
+    machine_directory.mkdir()
+    await asyncio.to_thread(build, images, product="l1", quiet=True)
+    link = Link(directory)
+    with vm_lock():
+        async with link.listening():
+            platform = Platform(machine_directory, link, images=images)
+            platform.examples = examples(directory / "examples")
+            async with platform.running():
+                await platform.session()
+                yield platform
+
+
+@contextlib.contextmanager
+def vm_lock() -> Iterator[None]:
+    """As the fixture of that name, for fixtures of a wider scope."""
+    path = Path(tempfile.gettempdir()) / "supercloud-vm.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -220,6 +220,21 @@ def test_progress_on_a_terminal_has_bars(tmp_path):
         assert terminal.ended() == 0
 
 
+def test_an_error_on_a_terminal_is_coloured(tmp_path):
+    with Terminal(CommandLine(tmp_path), "ps") as terminal:
+        terminal.expect(rb"^\x1b\[1;31merror:\x1b\[0m the control plane is not running")
+        assert terminal.ended() == 11
+
+
+def test_progress_of_many_fits_on_a_screen(tmp_path):
+    line = CommandLine(tmp_path, {"TERM": "xterm"})
+    file = line.manifest(start_ms=500, replicas=10, memory="16MiB")
+    with control_plane(line), Terminal(line, "up", file) as terminal:
+        terminal.expect(rb"\d+ of \d\d steps so far")
+        terminal.expect(rb"hello is up \(")
+        assert terminal.ended() == 0
+
+
 def test_ctrl_c_during_up_is_clean_and_the_work_goes_on(tmp_path):
     line = CommandLine(tmp_path, {"TERM": "xterm"})
     file = line.manifest(start_ms=1500)

@@ -18,6 +18,7 @@ from supercloud.model.errors import Invalid, NotFound, SupercloudError, Temporar
 MANIFEST_MAX_BYTES = 1 << 20
 POLL_S = 0.15
 AWAY_MAX_S = 60.0  # how long a control plane that restarts is waited for
+LATE_MAX = 5  # as many are named when time is up
 SIGNS = {"create": "+", "change": "~", "delete": "-"}
 
 
@@ -102,22 +103,39 @@ def _ucloud(given: str) -> str:
 def _views(name: str, timeout_s: float) -> Iterator[dict[str, Any] | None]:
     """The U-Cloud, again and again; None when there is none. A control plane's restart is borne."""
     end_s = time.monotonic() + timeout_s
-    away_since_s = None
+    away_since_s = view = None
     while True:
+        asked_s = time.monotonic()
         try:
-            yield client.get(client.path("uclouds", name))
+            view = client.get(client.path("uclouds", name))
             away_since_s = None
+            yield view
         except NotFound:
             yield None
         except (Unavailable, Temporary):
-            away_since_s = away_since_s or time.monotonic()
+            away_since_s = away_since_s or asked_s
             if time.monotonic() - away_since_s > AWAY_MAX_S:
                 raise
         if time.monotonic() > end_s:
-            raise Temporary(
-                f"{name} is not there yet after {timeout_s:g} s; it is still being worked on"
-            )
-        time.sleep(POLL_S)
+            raise _too_late(name, view, timeout_s)
+        # A large U-Cloud takes longer to describe: leave the control plane time to work on it.
+        time.sleep(max(POLL_S, 2 * (time.monotonic() - asked_s)))
+
+
+def _too_late(name: str, view: dict[str, Any] | None, timeout_s: float) -> Temporary:
+    """Says what is not as it should be."""
+    items = [*view["platforms"], *view["environments"]] if view else []
+    late = [item for item in items if item["state"] not in ("ready", "serving")]
+    texts = [f"{item['name']} is {item['state']}" + _because(item) for item in late]
+    more = f" and {len(texts) - LATE_MAX} more" if len(texts) > LATE_MAX else ""
+    listed = f" ({', '.join(texts[:LATE_MAX])}{more})" if texts else ""
+    return Temporary(
+        f"{name} is not done after {timeout_s:g} s{listed}; it is still being worked on"
+    )
+
+
+def _because(item: dict[str, Any]) -> str:
+    return f": {item['reason']}" if item.get("reason") else ""
 
 
 def _await_ready(name: str, generation: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -160,10 +178,11 @@ def _print_ready(view: dict[str, Any], took_s: float) -> None:
 
 
 def _tries(ucloud: str, rows: list[dict[str, Any]]) -> list[str]:
-    """Commands that work on what has just come up."""
-    first = {item["kind"]: item["name"] for item in reversed(rows)}
+    """Commands that work on what has just come up, on what can be reached before what can't."""
+    ordered = sorted(rows, key=lambda item: not item.get("urls"))
+    first = {item["kind"]: item["name"] for item in reversed(ordered)}
     urls = [url for item in rows for url in item.get("urls", ()) if url.startswith("http")]
-    tries = [f"curl {url}" for url in urls[:2]]
+    tries = [f"curl {url}" for url in list(dict.fromkeys(urls))[:2]]
     if name := first.get("container"):
         tries += [f"supercloud exec -it {ucloud}/{name} sh", f"supercloud logs -f {ucloud}/{name}"]
     if name := first.get("vm"):

@@ -66,18 +66,16 @@ def _log(bug_id: str, error: Exception) -> str:
 
 
 def _text(wire: dict[str, Any], *, colour: bool) -> str:
-    bold, plain = ("\033[1;31m", "\033[0m") if colour else ("", "")
+    label = "\033[1;31merror:\033[0m" if colour else "error:"
     errors = wire.get("details", {}).get("errors") or [wire]
     lines = []
     for error in errors:
         place = f"{error['where']}: " if error.get("where") else ""
-        lines.append(f"{bold}error:{plain} {place}{error['message']}")
+        lines.append(f"{label} {printable(place + error['message'])}")
         if error.get("hint"):
-            lines.append(f"  what to do: {error['hint']}")
+            lines.append(printable(f"  what to do: {error['hint']}"))
     more = wire.get("details", {}).get("count", 0) - len(errors)
-    if more > 0:
-        lines.append(f"  and {more} more")
-    return "\n".join(printable(line) for line in lines)
+    return "\n".join([*lines, f"  and {more} more"] if more > 0 else lines)
 
 
 def printable(text: str) -> str:

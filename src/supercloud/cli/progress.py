@@ -11,6 +11,7 @@ from supercloud.cli.failure import printable
 Show = Callable[[dict[str, Any]], None]
 MARKS = {"done": "✓", "failed": "✗"}
 ASCII_MARKS = {"done": "ok", "failed": "failed:"}
+BARS_MAX = 16
 
 
 @contextlib.contextmanager
@@ -80,19 +81,29 @@ def _bars(began_s: float) -> Iterator[Show]:
 
 
 class _Bars:
-    """One bar a step."""
+    """One bar a step; when there are many, what runs and what ended last, and how many in all."""
 
     def __init__(self, bars: Any, began_s: float) -> None:
         self._bars, self._began_s = bars, began_s
         self._tasks: dict[tuple[str, str], Any] = {}
+        self._all = bars.add_task("", total=None, mark=" ", took="", visible=False)
 
     def __call__(self, view: dict[str, Any]) -> None:
-        for step in _recent(view, self._began_s):
-            if step["state"] != "waiting":
-                self._show(step)
+        steps = [step for step in _recent(view, self._began_s) if step["state"] != "waiting"]
+        ended = [step for step in steps if step["state"] != "running"]
+        running = [step for step in steps if step["state"] == "running"]
+        last = sorted(ended, key=lambda step: float(step.get("ended_s", 0)))[-BARS_MAX:]
+        shown = {_key(step) for step in [*last, *running][-BARS_MAX:]}
+        for step in steps:
+            self._show(step, visible=_key(step) in shown)
+        text = f"{len(ended)} of {len(steps)} steps so far"
+        many = len(steps) > BARS_MAX
+        self._bars.update(
+            self._all, description=text, total=len(steps), completed=len(ended), visible=many
+        )
 
-    def _show(self, step: dict[str, Any]) -> None:
-        key = (step["subject"], step["message"])
+    def _show(self, step: dict[str, Any], *, visible: bool) -> None:
+        key = _key(step)
         if key not in self._tasks:
             text = printable(f"{step['subject']}: {step['message']}")
             self._tasks[key] = self._bars.add_task(text, total=None, mark=" ", took="")
@@ -103,4 +114,9 @@ class _Bars:
             completed=max(fraction, 0.0),
             mark=MARKS.get(step["state"], " "),
             took=f"{seconds(step):.1f} s",
+            visible=visible,
         )
+
+
+def _key(step: dict[str, Any]) -> tuple[str, str]:
+    return step["subject"], step["message"]

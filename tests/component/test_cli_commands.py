@@ -219,11 +219,19 @@ def test_other_bad_manifests(line, old, new, status, message):
 
 
 def test_more_memory_than_any_host_has(line):
-    text = (line.directory / "hello.yaml").read_text().replace("128MiB", "2TiB")
-    (line.directory / "huge.yaml").write_text(text + "platform: {memory: 4TiB}\n")
-    done = line.run("up", "huge.yaml", status=None)
-    assert done.returncode in (2, STATUS["no_resources"][1]), done
-    assert "huge.yaml" in done.stderr or "memory" in done.stderr
+    text = (line.directory / "hello.yaml").read_text()
+    (line.directory / "huge.yaml").write_text(text + "platform:\n  memory: 4TiB\n")
+    done = line.run("up", "huge.yaml", status=2)
+    assert re.match(
+        r"error: huge.yaml:\d+:11 platform.memory: found 4TiB, allowed is at most 64GiB",
+        done.stderr,
+    )
+
+
+def test_more_than_is_left_is_told_at_its_place(line):
+    file = line.manifest("crowd", replicas=100)
+    error = line.run("up", file, status=STATUS["no_resources"][1]).stderr
+    assert re.match(r"error: crowd.yaml:9:5 environments\[0\]: no host can take", error)
 
 
 def test_a_file_of_100_mb_is_not_read(line):

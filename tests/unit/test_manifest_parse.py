@@ -238,6 +238,9 @@ def test_where_locates_a_field_of_a_manifest():
     assert where(text, file="m", path="environments[0].placement.region") == (
         "m:9:25 environments[0].placement.region"
     )
+    by_name = "environments.web.placement.region"
+    assert where(text, file="m", path=by_name).endswith(":9:25 environments[0].placement.region")
+    assert where(text, file="m", path="environments.none") == "m:6:3 environments.none"
     assert where(text, file="m", path="environments[0].cpus") == "m:6:5 environments[0].cpus"
 
 

@@ -9,6 +9,7 @@ from supercloud.control import views
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.desire import Decision, Offer, decide, provider_key
 from supercloud.control.documents import UCloudDocument, ucloud_key
+from supercloud.control.fits import at_its_place, check_sizes
 from supercloud.control.manifest import parse
 from supercloud.control.plan import plan
 from supercloud.control.store import Conflict
@@ -55,8 +56,8 @@ class Service:
         may(spec.name)
         offers = await self._offers(spec)
         before = await self._plane.state.ucloud(spec.name)
-        decision = decide(spec, offers, before, await self._taken(spec.name))
-        return plan(decision, before, offers)
+        taken = await self._taken(spec.name)
+        return plan(_decided(asked, spec, offers, before, taken), before, offers)
 
     async def up(self, asked: Manifest, may: May = anything) -> api.Applied:
         """Store the wish and the decision for it; the reconcilers do the rest."""
@@ -66,7 +67,8 @@ class Service:
         async with self._deciding:
             for _ in range(TRIES):
                 before = await self._plane.state.ucloud(spec.name)
-                decision = decide(spec, offers, before, await self._taken(spec.name))
+                taken = await self._taken(spec.name)
+                decision = _decided(asked, spec, offers, before, taken)
                 try:
                     document = await self._store(decision, before, asked)
                 except Conflict:
@@ -199,6 +201,19 @@ class Service:
         platforms = await self._plane.state.platforms(document.name)
         environments = await self._plane.state.environments(document.name)
         return views.ucloud_view(document, platforms, environments, self._plane.fractions)
+
+
+def _decided(
+    asked: Manifest,
+    spec: UCloud,
+    offers: list[Offer],
+    before: UCloudDocument | None,
+    taken: list[str],
+) -> Decision:
+    """The decision; what refuses it is told with its place in the manifest."""
+    with at_its_place(asked.manifest, asked.file):
+        check_sizes(spec, offers)
+        return decide(spec, offers, before, taken)
 
 
 def _decide(document: UCloudDocument, decision: Decision, asked: Manifest) -> None:

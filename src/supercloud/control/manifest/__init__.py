@@ -41,11 +41,27 @@ def parse(untrusted_text: str | bytes, *, file: str, directory: Path) -> UCloud:
 
 
 def where(text: str | bytes, *, file: str, path: str) -> str:
-    """``file:line:column path`` of a field of a manifest that has been parsed before."""
+    """``file:line:column path`` of a field of a manifest that has been parsed before.
+
+    An item is given by its index or its name: ``environments[0].image``, ``environments.web``.
+    """
     problems = Problems(file)
     decode_top(read_tree(text, file=file), problems)
+    path = _by_index(path, problems)
     node = nearest(problems.marks, path)
     return f"{file}:{node.line}:{node.column} {path}"
+
+
+def _by_index(path: str, problems: Problems) -> str:
+    """``environments.web.image`` as ``environments[0].image``."""
+    kind, _, rest = path.partition(".")
+    name, dot, rest = rest.partition(".")
+    node = problems.marks.get(kind)
+    for index, item in enumerate(node.items or [] if node else []):
+        entry = (item.entries or {}).get("name")
+        if entry and entry[1].text == name:
+            return f"{kind}[{index}]{dot}{rest}"
+    return path
 
 
 def _located(environments: Any, directory: Path, problems: Problems) -> Any:

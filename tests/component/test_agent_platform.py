@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,11 @@ from supercloud.wire.messages import (
 )
 from support.platform import FIRST_PORT, Platform, blob, booted, machine, nic, web
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.timeout(90, func_only=True),
+    pytest.mark.asyncio(loop_scope="module"),
+]
 
 # Writes "disk boots" to the first serial port, then waits for ever: the start of a raw disk.
 BOOT_SECTOR = (
@@ -107,6 +111,19 @@ async def test_exec_gives_a_real_terminal(platform: Platform) -> None:
     assert stream.trailer == {"exit_status": 5}
 
 
+async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = 40) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not await condition():  # noqa: ASYNC110 -- what is awaited is in another machine
+            await asyncio.sleep(0.1)
+
+
+async def new_session(platform: Platform, old: object) -> None:
+    async def is_new() -> bool:
+        return platform.link.hub.sessions.get(platform.name) not in (None, old)
+
+    await eventually(is_new)
+
+
 async def read_until(stream: object, what: bytes) -> bytes:
     seen = b""
     async with asyncio.timeout(20):
@@ -126,9 +143,11 @@ async def test_exec_signal_and_hang_up_end_the_program(platform: Platform) -> No
     assert stream.trailer == {"exit_status": 143}
     async with session.exec(Exec(name="web", argv=["sleep", "2000"])):
         assert "sleep 2000" in await platform.shell("ps")
-    async with asyncio.timeout(10):
-        while "sleep 2000" in await platform.shell("ps"):
-            await asyncio.sleep(0.1)
+
+    async def has_ended() -> bool:
+        return "sleep 2000" not in await platform.shell("ps")
+
+    await eventually(has_ended)
 
 
 async def test_exec_refusals(platform: Platform) -> None:
@@ -140,7 +159,7 @@ async def test_exec_refusals(platform: Platform) -> None:
         async with session.exec(Exec(name="machine", argv=["true"])):
             pass
     status, _ = await platform.execute("web", "/no/such/program")
-    assert status in (1, 127)
+    assert status != 0
 
 
 async def test_console_is_the_serial_port_both_ways(platform: Platform) -> None:
@@ -154,9 +173,7 @@ async def test_agent_crash_kills_no_ee_and_the_next_agent_adopts_them(platform: 
     before = {name: (await platform.status(name)).pid for name in ("web", "machine")}
     old = platform.link.hub.sessions[platform.name]
     await platform.shell("kill -9 $(pgrep -P 1 python3)")
-    async with asyncio.timeout(30):
-        while platform.link.hub.sessions.get(platform.name) in (None, old):
-            await asyncio.sleep(0.05)
+    await new_session(platform, old)
     for name, pid in before.items():
         status = await platform.until(name, "serving")
         assert (status.pid, status.restarts) == (pid, 0)
@@ -178,9 +195,7 @@ async def test_exit_while_the_agent_is_away_is_not_lost(platform: Platform) -> N
     # and it stays so over the next agent's life, for the policy is never
     old = await platform.session()
     await platform.shell("kill -9 $(pgrep -P 1 python3)")
-    async with asyncio.timeout(30):
-        while platform.link.hub.sessions.get(platform.name) in (None, old):
-            await asyncio.sleep(0.05)
+    await new_session(platform, old)
     await asyncio.sleep(0.5)
     again = await platform.status("job")
     assert (again.state, again.exit_status, again.restarts) == ("exited", 9, 0)
@@ -202,11 +217,12 @@ async def test_restart_policies(platform: Platform) -> None:
         script(platform, "sleep 0.3", "loops", restart="always", nics=[nic(33)]),
     )
     done = await platform.until("done", "exited")
-    async with asyncio.timeout(60):
-        while (await platform.status("fails")).restarts < 2:
-            await asyncio.sleep(0.1)
-        while (await platform.status("loops")).restarts < 2:
-            await asyncio.sleep(0.1)
+
+    async def have_restarted() -> bool:
+        found = [await platform.status(name) for name in ("fails", "loops")]
+        return all(status.restarts >= 2 for status in found)
+
+    await eventually(have_restarted)
     assert (done.exit_status, (await platform.status("done")).restarts) == (0, 0)
 
 
@@ -226,13 +242,16 @@ async def test_logs_are_kept_followed_and_bounded(platform: Platform) -> None:
         seen = await read_until(stream, b"line 4")
     assert seen.startswith(b"out\nerr\nline 1\n")
     assert (await logs(platform, "job", tail=1)).startswith(b"line ")
-    flood = "busybox yes 0123456789012345678901234567890123456789 | busybox head -c 7000000; sleep 99"
+    flood = (
+        "busybox yes 0123456789012345678901234567890123456789 | busybox head -c 7000000; sleep 99"
+    )
     await platform.apply(script(platform, flood, uid="log-2"))
     await platform.until("job", "running")
-    async with asyncio.timeout(60):
-        while "output.1" not in await platform.shell("ls /var/lib/supercloud/ee/log-2/log"):
-            await asyncio.sleep(0.2)
-        await asyncio.sleep(2)
+
+    async def has_rotated() -> bool:
+        return "output.1" in await platform.shell("ls /var/lib/supercloud/ee/log-2/log")
+
+    await eventually(has_rotated)
     assert 2_000_000 < len(await logs(platform, "job")) <= 5_000_000
 
 
@@ -304,7 +323,9 @@ async def test_what_cannot_run_fails_with_its_reason_and_recovers(
     for name, (_, reason) in reasons.items():
         assert reason in (await platform.until(name, "failed")).reason
     assert "/no/such/program" in (await platform.until("nothing", "failed")).reason
-    await platform.apply(good, script(platform, "sleep 100", "nothing", uid="bad-argv-2", nics=[nic(60)]))
+    await platform.apply(
+        good, script(platform, "sleep 100", "nothing", uid="bad-argv-2", nics=[nic(60)])
+    )
     await platform.until("nothing", "running")
     await platform.until("missing", "gone")
 
@@ -324,13 +345,16 @@ async def test_published_port_moves_without_a_restart(platform: Platform) -> Non
     spec = web(platform, uid="move-1")
     await platform.apply(spec)
     pid = (await platform.until("web", "serving", uid="move-1")).pid
-    await platform.apply(web(platform, uid="move-1", ports=[PortMap(port=8080, host_port=FIRST_PORT + 2)]))
-    async with asyncio.timeout(20):
-        while True:
-            with contextlib.suppress(OSError):
-                if b"hello" in await platform.http(FIRST_PORT + 2):
-                    break
-            await asyncio.sleep(0.2)
+    await platform.apply(
+        web(platform, uid="move-1", ports=[PortMap(port=8080, host_port=FIRST_PORT + 2)])
+    )
+
+    async def has_moved() -> bool:
+        with contextlib.suppress(OSError):
+            return b"hello" in await platform.http(FIRST_PORT + 2)
+        return False
+
+    await eventually(has_moved)
     assert (await platform.status("web")).pid == pid
 
 
@@ -339,14 +363,18 @@ async def test_agent_is_small(platform: Platform) -> None:
         "for p in 1 $(pgrep -P 1 python3); do grep ^Pss: /proc/$p/smaps_rollup; done"
     )
     pss_kib = sum(int(line.split()[1]) for line in out.splitlines())
-    assert pss_kib <= 40 << 10, f"{pss_kib} KiB: process 1 and the agent, which has run all the above"
+    assert pss_kib <= 40 << 10, (
+        f"{pss_kib} KiB: process 1 and the agent, which has run all the above"
+    )
 
 
 async def test_an_empty_set_leaves_nothing_behind(platform: Platform) -> None:
     await platform.apply()
-    async with asyncio.timeout(40):
-        while (await (await platform.session()).list()).environments:
-            await asyncio.sleep(0.1)
+
+    async def is_empty() -> bool:
+        return not (await (await platform.session()).list()).environments
+
+    await eventually(is_empty)
     left = "ls /run/supercloud/ee /run/supercloud/crun /var/lib/supercloud/ee; ls -d /sys/fs/cgroup/ee/*/"
     out = await platform.shell(
         f"{left}; grep -c -e nsfs -e rootfs -e crun /proc/mounts; ip -o link; ps; ip netns"

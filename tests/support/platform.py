@@ -43,8 +43,7 @@ PORTS = 4
 _LINK_NETWORK = "net=169.254.77.0/24,host=169.254.77.1,dns=169.254.77.3,dhcpstart=169.254.77.4"
 _SHELL = """#!/bin/sh
 export PATH=/usr/sbin:/usr/bin HOME=/root PS1=
-stty -F /dev/ttyS1 raw -echo 2>/dev/null || stty raw -echo < /dev/ttyS1
-setsid sh < /dev/ttyS1 > /dev/ttyS1 2>&1 &
+setsid sh -c "stty raw -echo; exec sh" < /dev/ttyS1 > /dev/ttyS1 2>&1 &
 exec /usr/sbin/l1init
 """
 

@@ -12,7 +12,7 @@ from supercloud.model.errors import Invalid, Permanent
 from supercloud.upper.platform.agent import cgroups, namespaces, networks, oci, paths, rootfs, users
 from supercloud.upper.platform.agent.engine import Places, Services
 from supercloud.upper.platform.agent.logs import Fifo, Log
-from supercloud.upper.platform.agent.processes import Watched, run
+from supercloud.upper.platform.agent.processes import Watched, handles, run
 from supercloud.upper.platform.agent.state import write_private
 from supercloud.wire.messages import EnvironmentSpec
 
@@ -81,7 +81,7 @@ class Container:
         output = self._fifo.writer()
         try:
             await run(
-                *CRUN, "--log", f"{place}/crun.log", "run", "--detach",
+                *CRUN, "--log", f"{place}/crun.log", "--log-format", "json", "run", "--detach",
                 "--bundle", place, "--pid-file", f"{place}/pid", self.spec.uid,
                 timeout_s=START_TIMEOUT_S, stdout=output, stderr=output,
             )  # fmt: skip
@@ -93,18 +93,26 @@ class Container:
             return Watched(int(file.read()), launched_s)
 
     def _complaint(self) -> str:
-        """The last line of crun's own log, without its time."""
-        with contextlib.suppress(FileNotFoundError, IndexError):
-            with open(f"{self.places.run}/crun.log", errors="replace") as file:
-                line = file.read()[-4096:].strip().splitlines()[-1]
-            return line.split(": ", 1)[-1][:500]
+        """What crun said last in its own log."""
+        with (
+            contextlib.suppress(FileNotFoundError, IndexError, ValueError, KeyError),
+            open(f"{self.places.run}/crun.log", errors="replace") as file,
+        ):
+            line = file.read()[-8192:].strip().splitlines()[-1]
+            return str(json.loads(line)["msg"])[:500]
         return ""
 
     async def stop(self, process: Watched, grace_s: float) -> None:
-        """TERM to the first process, KILL to all that is left after ``grace_s``."""
-        process.send(signal.SIGTERM)
-        if not await process.ended_within(grace_s):
-            process.send(signal.SIGKILL)
+        """TERM to the first process, KILL to all that is left after ``grace_s``.
+
+        The first process of a pid namespace is not killed by a signal that it does not handle
+        (pid_namespaces(7)): then there is nothing to wait for.
+        """
+        if handles(process.pid, signal.SIGTERM):
+            process.send(signal.SIGTERM)
+            if await process.ended_within(grace_s):
+                return
+        process.send(signal.SIGKILL)
 
     async def ended(self) -> None:
         """What ``crun delete --force`` does, without the process: cgroup and crun's state go."""

@@ -11,6 +11,7 @@ import socket
 import struct
 import tempfile
 import termios
+import time
 from typing import Any
 
 from supercloud.model.errors import Invalid, Permanent, Temporary
@@ -23,6 +24,7 @@ from supercloud.wire.peer import Call, Stream
 
 READ_BYTES = 1 << 16
 START_TIMEOUT_S = 20.0
+PID_POLL_S = 0.01
 DRAIN_S = 2.0
 SIGNALS = {
     name: getattr(signal, f"SIG{name}")
@@ -64,6 +66,11 @@ class Execution:
         self._process = await asyncio.create_subprocess_exec(
             *self._argv(), stdin=pipe, stdout=pipe, stderr=pipe
         )
+        limit_s = time.monotonic() + START_TIMEOUT_S
+        while not self._pid() and self._process.returncode is None:
+            if time.monotonic() > limit_s:
+                raise Temporary("the program did not start in time")
+            await asyncio.sleep(PID_POLL_S)
 
     async def _start_terminal(self) -> None:
         path = f"{self._directory}/console"
@@ -195,11 +202,18 @@ class Execution:
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
 
     def _kill(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if pid := self._pid():
+                os.kill(pid, number)
+
+    def _pid(self) -> int:
+        """The program's process id in the platform; 0 while crun has not written it."""
         with (
-            contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError),
+            contextlib.suppress(FileNotFoundError),
             open(f"{self._directory}/pid") as file,
         ):
-            os.kill(int(file.read()), number)
+            return int(file.read() or 0)
+        return 0
 
     async def _stop(self) -> None:
         """Nobody listens any more: what still runs is ended."""

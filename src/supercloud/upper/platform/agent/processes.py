@@ -59,6 +59,17 @@ def start_ticks(pid: int) -> int:
     return 0 if fields[0] in b"ZX" else int(fields[19])
 
 
+def handles(pid: int, number: int) -> bool:
+    """Whether a process catches or blocks a signal; False when it has gone."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            lines = dict(line.partition(":\t")[::2] for line in file.read().splitlines())
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    masks = int(lines["SigCgt"], 16) | int(lines["SigBlk"], 16)
+    return bool(masks >> (number - 1) & 1)
+
+
 class Watched:
     """A process that need not be our child. ``close`` must be called.
 

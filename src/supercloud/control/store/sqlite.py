@@ -25,6 +25,9 @@ from supercloud.model.errors import Permanent, Temporary
 KEPT_CHANGES = 8192
 """Changes that a new watch may still ask for; also how far a watch may fall behind."""
 MAX_BATCH = 1024
+LOCKED_S = 0.5
+"""How long to wait for another process to let the file go."""
+_PRAGMAS = ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "cache_size=-2048")
 _CHUNKS = (64, 8, 1)  # rows to a statement: few, long statements give up the GIL seldom
 
 
@@ -44,20 +47,13 @@ _Changes = list[Change]
 class _Writer:
     """What the writer thread owns: the connection and each row's version."""
 
-    def __init__(self, path: Path, migrations: Sequence[str]) -> None:
-        self.connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        for pragma in (
-            "locking_mode=EXCLUSIVE",
-            "journal_mode=WAL",
-            "synchronous=FULL",
-            "cache_size=-2048",
-        ):
-            self.connection.execute(f"PRAGMA {pragma}")
-        migrate(self.connection, migrations)
-        self.versions: dict[str, int] = dict(
-            self.connection.execute("SELECT key, version FROM rows")
-        )
-        self.revision: int = self.connection.execute("SELECT revision FROM counter").fetchone()[0]
+    def __init__(self, connection: sqlite3.Connection, migrations: Sequence[str]) -> None:
+        self.connection = connection
+        for pragma in _PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}")
+        migrate(connection, migrations)
+        self.versions: dict[str, int] = dict(connection.execute("SELECT key, version FROM rows"))
+        self.revision: int = connection.execute("SELECT revision FROM counter").fetchone()[0]
 
     def rows(self) -> list[Row]:
         found = self.connection.execute("SELECT key, value, version FROM rows ORDER BY key")
@@ -114,7 +110,14 @@ class _Writer:
 
 def _open(path: Path, migrations: Sequence[str]) -> _Writer:
     path.touch(mode=0o600, exist_ok=True)
-    return _Writer(path, migrations)
+    connection = sqlite3.connect(
+        path, timeout=LOCKED_S, isolation_level=None, check_same_thread=False
+    )
+    try:
+        return _Writer(connection, migrations)
+    except BaseException:
+        connection.close()
+        raise
 
 
 def _insert(connection: sqlite3.Connection, rows: list[Row]) -> None:

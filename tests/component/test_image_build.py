@@ -99,7 +99,7 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_manifest_describes_the_files(products: Path) -> None:
     manifest = json.loads((products / "manifest.json").read_text())
-    assert set(manifest["files"]) == {"runtime.erofs", *L1_FILES, "vmlinuz"}
+    assert set(manifest["files"]) == {"runtime.erofs", *L1_FILES, "vmlinuz", "l1.qcow2"}
     hashes = {}
     for name, entry in manifest["files"].items():
         data = (products / name).read_bytes()

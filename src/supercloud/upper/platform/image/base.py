@@ -26,6 +26,7 @@ RUNTIME, L1, VMLINUX, VMLINUZ, INITRD, KERNEL_VERSION = [
 ]
 _SOURCES = (
     "base",
+    "bootdisk",
     "bytecode",
     "closure",
     "elf",

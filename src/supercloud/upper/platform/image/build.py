@@ -12,7 +12,7 @@ from typing import Any
 from supercloud.model.errors import Invalid
 from supercloud.model.images import L1_FILES, l1_digest
 from supercloud.upper.platform.image import base as bases
-from supercloud.upper.platform.image import erofs, own, recipe, tools
+from supercloud.upper.platform.image import bootdisk, erofs, own, recipe, tools
 from supercloud.upper.platform.image import tree as trees
 from supercloud.upper.platform.image.archive import Archive
 from supercloud.upper.platform.image.base import Base
@@ -26,13 +26,17 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class _Product:
-    """``root`` is the erofs file's name; ``also`` are files taken from the base as they are."""
+    """``root`` is the erofs file's name; ``also`` are files taken from the base as they are.
+
+    ``disk`` names a bootable disk of the same parts.
+    """
 
     root: str
     base: str
     parts: tuple[str, ...]
     files: Callable[[], trees.Tree]
     also: tuple[str, ...] = ()
+    disk: str = ""
 
 
 _PRODUCTS = {
@@ -43,6 +47,7 @@ _PRODUCTS = {
         recipe.OWN_L1,
         own.l1_files,
         (bases.VMLINUX, bases.VMLINUZ, bases.INITRD),
+        "l1.qcow2",
     ),
 }
 PRODUCTS = tuple(_PRODUCTS)
@@ -116,9 +121,19 @@ def _make(job: _Job, name: str) -> dict[str, Any]:
         erofs.from_tars(job.scratch / product.root, tars, job.tools)
         for also in product.also:
             shutil.copyfile(job.base.place / also, job.scratch / also)
-        made = {path: _described(job.scratch / path) for path in (product.root, *product.also)}
+        names = (product.root, *product.also)
+        if product.disk:
+            _disk(job, product)
+            names += (product.disk,)
+        made = {path: _described(job.scratch / path) for path in names}
         detail.append(f"{made[product.root]['size_bytes'] / 1e6:.0f} MB")
     return {"inputs": inputs, "files": made}
+
+
+def _disk(job: _Job, product: _Product) -> None:
+    vmlinuz, initrd = job.base.read(bases.VMLINUZ), job.base.read(bases.INITRD)
+    out, root = job.scratch / product.disk, job.scratch / product.root
+    bootdisk.make(out, vmlinuz, initrd, root, job.tools)
 
 
 def _publish(job: _Job, made: dict[str, dict[str, Any]]) -> dict[str, Any]:

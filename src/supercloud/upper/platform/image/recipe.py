@@ -19,6 +19,7 @@ WANTED = (
     "dnsmasq-base",
     "e2fsprogs",
     "erofs-utils",
+    "grub-pc-bin",
     "iproute2",
     "ipxe-qemu",
     "iptables",
@@ -181,11 +182,15 @@ TOOL_ROOTS = (
     "usr/bin/busybox",
     "usr/bin/dump.erofs",
     "usr/bin/fsck.erofs",
+    "usr/bin/grub-mkimage",
     "usr/bin/kmod",
     "usr/bin/lz4",
     "usr/bin/mkfs.erofs",
     "usr/bin/skopeo",
     "usr/bin/zstd",
+    "usr/lib/grub/i386-pc/*.img",
+    "usr/lib/grub/i386-pc/*.lst",
+    "usr/lib/grub/i386-pc/*.mod",
     "usr/sbin/mke2fs",
 )
 TOOL_LINKS = {"usr/sbin/depmod": "../bin/kmod"}

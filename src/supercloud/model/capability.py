@@ -16,10 +16,8 @@ from enum import IntEnum, IntFlag
 from supercloud.model.errors import Denied, Exists, NoResources, NotFound
 
 MAX_TABLE_ENTRIES = 4096
-SELF = 0
-"""Selector of the domain itself in its own table."""
-SCHEDULING = 1
-"""Selector of the domain's scheduling context in its own table."""
+SELF, SCHEDULING = 0, 1
+"""Selectors of the domain itself and of its scheduling context in its own table."""
 
 
 class Rights(IntFlag):
@@ -35,9 +33,6 @@ class Rights(IntFlag):
     CONNECT = 64  # domain: make channels to it and delegate to it
 
 
-ALL_RIGHTS = Rights(127)
-
-
 class ObjectType(IntEnum):
     """Kinds of kernel objects. A domain's one execution context is part of the domain."""
 
@@ -49,22 +44,9 @@ class ObjectType(IntEnum):
     DEVICE = 6
 
 
-class Revocation(IntEnum):
-    """What taking a capability away means once its descriptor may have been taken."""
-
-    FORGET = 1  # it never had a descriptor
-    SHUTDOWN = 2  # the socket is shut down for every holder
-    KILL = 3  # a mapping or an open file cannot be undone: the holding domain is killed
-
-
-REVOCATION: dict[ObjectType, Revocation] = {
-    ObjectType.DOMAIN: Revocation.FORGET,
-    ObjectType.SCHEDULING_CONTEXT: Revocation.FORGET,
-    ObjectType.PORTAL: Revocation.SHUTDOWN,
-    ObjectType.SEMAPHORE: Revocation.KILL,
-    ObjectType.MEMORY: Revocation.KILL,
-    ObjectType.DEVICE: Revocation.KILL,
-}
+KILLS = frozenset({ObjectType.SEMAPHORE, ObjectType.MEMORY, ObjectType.DEVICE})
+"""Objects that a holder keeps by a mapping or an open file, which nobody can undo: revoking one
+that was taken kills its holder. A portal is shut down; the others have no descriptor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,28 +102,21 @@ class CapabilityGraph:
     """Every table of a host. Object and holder ids are the caller's, unique and never reused."""
 
     def __init__(self) -> None:
-        """Start with no tables."""
         self._tables: dict[int, _Table] = {}
         self._objects: dict[int, set[Capability]] = {}
 
     def open_table(self, holder: int) -> None:
         """Give ``holder`` an empty table."""
-        if holder in self._tables:
-            raise Exists(f"holder {holder} has a table")
         self._tables[holder] = _Table()
 
     def close_table(self, holder: int) -> list[Capability]:
         """Remove ``holder``'s table; what it held, and all derived from that, in one list."""
         gone: list[Capability] = []
-        for capability in list(self._tables[holder].entries.values()):
-            if capability.selector in self._tables[holder].entries:
-                gone += self.revoke(capability, keep=False)
+        table = self._tables[holder].entries
+        while table:
+            gone += self.revoke(next(iter(table.values())), keep=False)
         del self._tables[holder]
         return gone
-
-    def holders(self) -> list[int]:
-        """All holders that have a table."""
-        return list(self._tables)
 
     def get(self, holder: int, selector: int) -> Capability:
         """The entry, or :class:`NotFound`."""
@@ -165,28 +140,21 @@ class CapabilityGraph:
         """All capabilities to an object."""
         return list(self._objects.get(object_id, ()))
 
-    def room(self, holder: int, *names: str) -> None:
-        """Check that ``holder`` can take entries of these names; raise if not."""
+    def check_room(self, holder: int, *names: str) -> None:
+        """Raise unless ``holder`` can take entries of these names."""
         table = self._tables[holder]
         if len(table.entries) + len(names) > MAX_TABLE_ENTRIES:
-            raise NoResources(f"table is full ({MAX_TABLE_ENTRIES} entries)")
-        named = [name for name in names if name]
-        for name in named:
-            if name in table.names or named.count(name) > 1:
+            raise NoResources(f"the table is full ({MAX_TABLE_ENTRIES} entries)")
+        for name in filter(None, names):
+            if name in table.names or names.count(name) > 1:
                 raise Exists(f"a capability named {name!r} is in the table already")
 
     def insert(
-        self,
-        holder: int,
-        object_id: int,
-        type_: ObjectType,
-        rights: Rights,
-        name: str,
-        parent: Capability | None = None,
-        end: int = -1,
-    ) -> Capability:
-        """Add an entry; with a ``parent`` of a wider or the same right. Checks room, not GRANT."""
-        self.room(holder, name)
+        self, holder: int, object_id: int, type_: ObjectType, rights: Rights, name: str,
+        parent: Capability | None = None, end: int = -1,
+    ) -> Capability:  # fmt: skip
+        """Add an entry; checks room, and that a ``parent`` is not narrower, but not GRANT."""
+        self.check_room(holder, name)
         if parent is not None and (rights & ~parent.rights or parent.object_id != object_id):
             raise Denied(f"rights {rights!r} are wider than {parent.rights!r}")
         table = self._tables[holder]
@@ -206,7 +174,7 @@ class CapabilityGraph:
             raise Denied(f"capability {source.name!r} does not carry GRANT")
         if rights & ~source.rights:
             raise Denied(f"delegation never widens: {rights & ~source.rights!r} is not held")
-        self.room(holder, name)
+        self.check_room(holder, name)
 
     def derive(self, source: Capability, holder: int, rights: Rights, name: str) -> Capability:
         """Delegate ``source`` to ``holder``; see :meth:`check_derive` for refusals."""
@@ -215,7 +183,7 @@ class CapabilityGraph:
 
     def revoke(self, capability: Capability, *, keep: bool = True) -> list[Capability]:
         """Remove all that was derived from ``capability``, and itself unless ``keep``."""
-        gone = list(capability.subtree())[1 if keep else 0 :]
+        gone = list(capability.subtree())[int(keep) :]
         for entry in gone:
             self._forget(entry)
         if keep:
@@ -236,7 +204,6 @@ class CapabilityGraph:
         del table.entries[entry.selector]
         if entry.name:
             del table.names[entry.name]
-        holders = self._objects[entry.object_id]
-        holders.discard(entry)
-        if not holders:
+        self._objects[entry.object_id].discard(entry)
+        if not self._objects[entry.object_id]:
             del self._objects[entry.object_id]

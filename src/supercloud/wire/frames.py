@@ -1,7 +1,7 @@
 """The core's protocol: fixed frames over one SEQPACKET socketpair per domain.
 
 Every request is one frame of ``REQUEST_BYTES``: version, op, zero, sequence number, eight signed
-64-bit arguments and two 64-byte names (UTF-8, zero-padded). Every answer is a head of
+64-bit arguments and two 64-byte names (zero-padded). Every answer is a head of
 ``ANSWER_HEAD_BYTES`` (version, op, status, sequence, eight values) and at most
 ``MAX_PAYLOAD_BYTES``; what they hold is said at each :class:`Op`. An event is an answer with
 sequence 0 whose op is an :class:`Event`. Integers are little-endian.
@@ -24,9 +24,8 @@ CORE_DESCRIPTOR = 3
 
 _REQUEST = struct.Struct("<BBHI8q64s64s")
 _ANSWER = struct.Struct("<BBHI8q")
-ENTRY = struct.Struct("<IIBBbB64s")
-REQUEST_BYTES = _REQUEST.size
-ANSWER_HEAD_BYTES = _ANSWER.size
+ENTRY = struct.Struct("<IIBBbB64s")  # selector, object id, type, rights, end, zero, name
+REQUEST_BYTES, ANSWER_HEAD_BYTES = _REQUEST.size, _ANSWER.size
 MAX_PAYLOAD_BYTES = 4096
 MAX_ANSWER_BYTES = ANSWER_HEAD_BYTES + MAX_PAYLOAD_BYTES
 ENTRIES_PER_PAGE = MAX_PAYLOAD_BYTES // ENTRY.size
@@ -34,50 +33,36 @@ MAX_NAME_BYTES = 63
 NO_VALUES = (0,) * 8
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@/+-]{0,62}\Z")
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,54}\Z")
+_NO_NAME = bytes(64)
 
 
 class Op(IntEnum):
-    """Requests: ``args / names -> values / payload``. Unused arguments must be zero."""
+    """Requests: ``arguments / names -> values / payload``. Unused arguments must be zero."""
 
-    PING = 1
-    """-> nothing"""
-    LOOKUP = 2
-    """name -> selector, type, rights, object id, end"""
-    LIST = 3
-    """first selector -> count, next selector (0: no more) / ``ENTRY`` each"""
+    PING = 1  # -> nothing
+    LOOKUP = 2  # name -> selector, type, rights, object id, end
+    LIST = 3  # first selector -> count, next selector (0: no more) / ENTRY each
     CREATE_DOMAIN = 4
     """scheduling context, the six ``Limits`` (all zero: the kind's) / kind, name
     -> domain, its scheduling context"""
-    START = 5
-    """domain, up to 7 numbers that fill ``{0}``.. of the kind's argv -> process id on the host"""
-    DESTROY = 6
-    """selector, 1 to remove a domain's private state directory too"""
+    START = 5  # domain, up to 7 numbers for {0}.. of the kind's argv -> process id on the host
+    DESTROY = 6  # selector, 1 to remove a domain's private state directory too
     CREATE_CHANNEL = 7
     """domain a, domain b, socket type (SOCK_STREAM, SOCK_SEQPACKET) / name in a, name in b
     -> selector of the whole channel (CONTROL), selector in a, selector in b"""
-    CREATE_MEMORY = 8
-    """scheduling context, bytes / name -> selector"""
-    SEAL = 9
-    """memory -> / SHA-256"""
-    CREATE_SEMAPHORE = 10
-    """value / name -> selector"""
-    DELEGATE = 11
-    """selector, domain, rights / name -> selector in that domain's table"""
-    REVOKE = 12
-    """selector -> number of capabilities that are gone"""
-    TAKE = 13
-    """selector -> type, and one descriptor"""
-    SET_LIMITS = 14
-    """scheduling context, the six ``Limits``"""
+    CREATE_MEMORY = 8  # scheduling context, bytes / name -> selector
+    SEAL = 9  # memory -> / SHA-256
+    CREATE_SEMAPHORE = 10  # value / name -> selector
+    DELEGATE = 11  # selector, domain, rights / name -> selector in that domain's table
+    REVOKE = 12  # selector -> number of capabilities that are gone
+    TAKE = 13  # selector -> type, and one descriptor
+    SET_LIMITS = 14  # scheduling context, the six Limits
     USAGE = 15
     """scheduling context -> memory now (bytes), cpu (microseconds), pids now; booked: memory,
     pids, domains, disk (bytes)"""
-    LIMITS = 16
-    """scheduling context -> the six ``Limits``"""
-    CHARGE = 17
-    """scheduling context, disk bytes (signed) -> disk bytes booked now"""
-    STATE = 18
-    """domain -> state (:class:`DomainState`), starts so far, last wait status"""
+    LIMITS = 16  # scheduling context -> the six Limits
+    CHARGE = 17  # scheduling context, disk bytes (signed) -> disk bytes booked now
+    STATE = 18  # domain -> DomainState, starts so far, last wait status
 
 
 class Event(IntEnum):
@@ -88,17 +73,13 @@ class Event(IntEnum):
     DIED = 201
     """a domain that you made is gone: selector that it had, wait status, selector of its
     scheduling context / its name"""
-    ARRIVED = 202
-    """a capability is new in your table: selector, type / its name"""
-    REVOKED = 203
-    """a capability is gone from your table: selector that it had, type / its name"""
+    ARRIVED = 202  # a capability is new in your table: selector, type / its name
+    REVOKED = 203  # a capability is gone from it: selector that it had, type / its name
     RENEWED = 204
     """the far domain of a channel was started again: the old descriptor shows end-of-file,
     TAKE the new one: selector / its name"""
-    OVERFLOW = 205
-    """you did not read and events were dropped: LIST"""
-    STARTED = 206
-    """a domain that you made was started again: selector, starts so far / its name"""
+    OVERFLOW = 205  # you did not read and events were dropped: LIST
+    STARTED = 206  # a domain that you made was started again: selector, starts so far / its name
 
 
 class DomainState(IntEnum):
@@ -115,9 +96,8 @@ INTERNAL_STATUS = 99
 
 def status_of(error: BaseException) -> int:
     """The answer status of an error: 1.. for a user error, ``INTERNAL_STATUS`` for a bug."""
-    if isinstance(error, UserError) and error.code in _CODES:
-        return 1 + _CODES.index(error.code)
-    return INTERNAL_STATUS
+    known = isinstance(error, UserError) and error.code in _CODES
+    return 1 + _CODES.index(error.code) if known else INTERNAL_STATUS  # type: ignore[attr-defined]
 
 
 def error_of(status: int, payload: bytes) -> SupercloudError:
@@ -129,7 +109,7 @@ def error_of(status: int, payload: bytes) -> SupercloudError:
 
 
 class Request(NamedTuple):
-    """One request; ``args`` always has eight numbers."""
+    """One request; ``args`` has eight numbers when it comes from :func:`unpack_request`."""
 
     op: int
     sequence: int
@@ -142,8 +122,7 @@ class Request(NamedTuple):
         args = self.args + NO_VALUES[len(self.args) :]
         names = (self.first.encode(), self.second.encode())
         if any(len(name) > MAX_NAME_BYTES for name in names):
-            message = f"a name is longer than {MAX_NAME_BYTES} bytes"
-            raise Invalid(message)
+            raise Invalid(f"a name is longer than {MAX_NAME_BYTES} bytes")
         try:
             return _REQUEST.pack(VERSION, self.op, 0, self.sequence, *args, *names)
         except struct.error as error:
@@ -162,13 +141,10 @@ def unpack_request(untrusted: bytes) -> Request:
 
 def unpack_name(untrusted: bytes) -> str:
     """A zero-padded name: empty, or as ``NAME``; :class:`Invalid` otherwise."""
-    text, _, padding = untrusted.partition(b"\0")
-    if not text and not padding.strip(b"\0"):
+    if untrusted == _NO_NAME:
         return ""
-    try:
-        name = text.decode("ascii")
-    except UnicodeDecodeError:
-        name = ""
+    text, _, padding = untrusted.partition(b"\0")
+    name = text.decode("ascii", "replace")
     if padding.strip(b"\0") or not NAME.match(name):
         raise Invalid("a name with a character that is not allowed")
     return name

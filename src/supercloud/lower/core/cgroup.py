@@ -28,14 +28,12 @@ class Hierarchy:
 
 def hierarchies(mountinfo: str | None = None) -> list[Hierarchy]:
     """All trees worth using: where a controller of ours is, and v2 in any case (for kill)."""
-    if mountinfo is None:
-        with open("/proc/self/mountinfo", encoding="utf-8") as file:
-            mountinfo = file.read()
+    mountinfo = mountinfo or _read("/proc/self/mountinfo")
     found: dict[frozenset[str], Hierarchy] = {}
     for line in mountinfo.splitlines():
         before, _, after = line.partition(" - ")
         kind, _, options = after.split(" ", 2)
-        root = before.split(" ")[4].replace("\\040", " ")
+        root = before.split(" ")[4]
         if kind == "cgroup":
             controllers = _WANTED & set(options.split(","))
             if controllers:
@@ -50,17 +48,15 @@ class Groups:
     """The groups of one instance. Paths of groups are relative to the instance's."""
 
     def __init__(self, instance: str) -> None:
-        """Look for hierarchies and make the instance's top group in each."""
-        self.trees = hierarchies()
-        self._base = f"{TOP}/{instance}"
+        self.trees, self._base = hierarchies(), f"{TOP}/{instance}"
         self.make_top()
 
     def make_top(self) -> None:
-        """Make the instance's top group."""
+        """Make the instance's top group in every hierarchy."""
         for tree in self.trees:
-            _enable(tree, tree.root)
-            _make(tree, f"{tree.root}/{TOP}")
-            _make(tree, f"{tree.root}/{self._base}")
+            for directory in (tree.root, f"{tree.root}/{TOP}", self._directory(tree, "")):
+                os.makedirs(directory, exist_ok=True)
+                _enable(tree, directory)
 
     def create(self, path: str, limits: Limits, own: Limits | None) -> None:
         """Make a group; with ``own`` also its leaf, limited so, for processes."""
@@ -77,10 +73,8 @@ class Groups:
     def limit(self, path: str, limits: Limits) -> None:
         """Set the limits of a group; what is zero is not limited."""
         for tree in self.trees:
-            directory = self._directory(tree, path)
-            for name, value in _settings(tree, limits):
-                if tree.unified or os.path.exists(f"{directory}/{name}"):
-                    _write(f"{directory}/{name}", value)
+            for name, value in _settings(tree, limits).items():
+                _write(f"{self._directory(tree, path)}/{name}", str(value))
 
     def add(self, path: str, pid: int) -> None:
         """Move a process into a group."""
@@ -115,18 +109,15 @@ class Groups:
     def paths(self) -> set[str]:
         """Every group there is, as relative paths, without the leaves ``own``."""
         found = set()
-        for tree in self.trees:
-            base = self._directory(tree, "")
-            for directory, _, _ in os.walk(base):
-                if directory != base and os.path.basename(directory) != OWN:
-                    found.add(os.path.relpath(directory, base))
-        return found
+        for base in [self._directory(tree, "") for tree in self.trees]:
+            found |= {os.path.relpath(group, base) for group, _, _ in os.walk(base)}
+        return {path for path in found if path != "." and os.path.basename(path) != OWN}
 
     def sweep(self, timeout_s: float = 10.0) -> bool:
         """Kill all that is left of this instance and remove its groups; False when stuck."""
-        deadline = time.monotonic() + timeout_s
+        deadline_s = time.monotonic() + timeout_s
         while not self.remove(""):
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline_s:
                 return False
             self.kill()
             time.sleep(0.01)
@@ -138,29 +129,19 @@ class Groups:
         return f"{tree.root}/{self._base}/{path}".rstrip("/")
 
 
-def _settings(tree: Hierarchy, limits: Limits) -> list[tuple[str, str]]:
-    """(file, value) for each limit that this tree can set."""
+def _settings(tree: Hierarchy, limits: Limits) -> dict[str, str | int]:
+    """Values of files for each limit that this tree can set."""
     quota_us = limits.cpu_permille * _PERIOD_US // 1000
-    memory, pids = (str(n) if n else "" for n in (limits.memory_bytes, limits.pids))
-    wanted: list[tuple[str, str]] = []
-    if "cpu" in tree.controllers and tree.unified:
-        wanted += [("cpu.weight", str(limits.cpu_weight))]
-        wanted += [("cpu.max", f"{quota_us or 'max'} {_PERIOD_US}")]
-    elif "cpu" in tree.controllers:
-        wanted += [("cpu.shares", str(max(2, limits.cpu_weight * 1024 // 100)))]
-        wanted += [("cpu.cfs_quota_us", str(quota_us or -1))]
-    if "memory" in tree.controllers and tree.unified:
-        wanted += [("memory.max", memory or "max")]
-    elif "memory" in tree.controllers:
-        wanted += [("memory.limit_in_bytes", memory or "-1")]
-    if "pids" in tree.controllers:
-        wanted += [("pids.max", pids or "max")]
-    return wanted
-
-
-def _make(tree: Hierarchy, directory: str) -> None:
-    os.makedirs(directory, exist_ok=True)
-    _enable(tree, directory)
+    wanted: dict[str, str | int] = {"pids.max": limits.pids or "max"}
+    if tree.unified:
+        wanted["cpu.weight"] = limits.cpu_weight
+        wanted["cpu.max"] = f"{quota_us or 'max'} {_PERIOD_US}"
+        wanted["memory.max"] = limits.memory_bytes or "max"
+    else:
+        wanted["cpu.shares"] = max(2, limits.cpu_weight * 1024 // 100)
+        wanted["cpu.cfs_quota_us"] = quota_us or -1
+        wanted["memory.limit_in_bytes"] = limits.memory_bytes or -1
+    return {name: wanted[name] for name in wanted if name.split(".")[0] in tree.controllers}
 
 
 def _enable(tree: Hierarchy, directory: str) -> None:

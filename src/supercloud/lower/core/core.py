@@ -11,155 +11,132 @@ import signal
 import socket
 import time
 
-from supercloud.lower.core import sandbox, system
+from supercloud.lower.core import objects, sandbox, system
 from supercloud.lower.core.broker import Broker
 from supercloud.lower.core.cgroup import Groups
 from supercloud.lower.core.domain import Domains
 from supercloud.lower.core.image import mount_runtime
+from supercloud.lower.core.keeper import CONFIGURATION_STATUS, RESTART_STATUS, wake_on
 from supercloud.lower.core.loop import Loop
 from supercloud.lower.core.manifest import Sealed, parse
 from supercloud.lower.core.measure import (
-    Chain,
-    Measurements,
-    hash_tree,
-    read_chain,
-    read_sealed,
-    say,
-)
-from supercloud.lower.core.slots import Slots
+    Chain, Measurements, hash_tree, read_chain, read_sealed, say,
+)  # fmt: skip
 from supercloud.lower.core.state import Domain, Object, State
 from supercloud.lower.core.vault import Vault
 from supercloud.model.capability import ObjectType
 from supercloud.model.errors import NotFound, UserError
 from supercloud.wire.frames import DomainState, Event
 
-RESTART_STATUS, CONFIGURATION_STATUS = 75, 78
-_STOP_TIMEOUT_S = 15.0
-_SWEEP_TIMEOUT_S = 10.0
-_COPY = f"{sandbox.STAGE}/sealed"
-_READY = f"{sandbox.STAGE}/ready"
+_TIMEOUT_S = 15.0
+_COPY, _READY = f"{sandbox.STAGE}/sealed", f"{sandbox.STAGE}/ready"
 
 
 class Core:
     """Everything wired together, for one life of the core."""
 
     def __init__(self, arguments: argparse.Namespace, link: socket.socket) -> None:
-        self._arguments = arguments
-        self._fresh = not os.path.exists(_READY)
+        self._arguments, self._status = arguments, 0
+        self._fresh, directory = not os.path.exists(_READY), arguments.state
         self._loop, self._vault = Loop(), Vault(link)
         self._stored, self._ends = self._vault.load()
         if self._fresh:
             _cover_stage()
-        document = self._sealed_copy("manifest.json", Sealed(arguments.manifest, ""))
-        self._manifest = parse(document)
-        directory = arguments.state
+        self._manifest = parse(self._copied("manifest.json", Sealed(arguments.manifest, None)))
         os.makedirs(directory, mode=0o711, exist_ok=True)
         self._groups = Groups(self._manifest.instance)
-        self._measurements = Measurements(f"{directory}/measurements.log", fresh=self._fresh)
+        self._measured = Measurements(f"{directory}/measurements.log", fresh=self._fresh)
         self._grants = f"{directory}/grants.log"
         self._log = Chain(self._grants, fresh=self._fresh)
         self._domains = Domains(self._loop, self._vault, self._groups, self._manifest, directory)
         self._state = State(self._manifest)
-        slots = Slots(f"{directory}/uids.json", self._manifest.uid_count)
-        self._broker = Broker(
-            self._state, self._log, self._measurements, self._vault, self._domains, slots
-        )
-        self._status = 0
+        parts = self._log, self._measured, self._vault, self._domains
+        self._broker = Broker(self._state, *parts)
 
     def run(self) -> int:
         """Boot or take over, then serve until told to stop; the exit status."""
+        woken = wake_on(signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
         if self._fresh:
             self._boot()
         self._measure()
         if self._fresh:
             self._make_initial()
-            _touch(_READY)
-            _touch(f"{self._arguments.run}/ready")
+            for path in (_READY, f"{self._arguments.run}/ready"):
+                os.close(os.open(path, os.O_CREAT | os.O_CLOEXEC, 0o644))
         else:
             self._take_over()
-        self._watch_signals()
-        self._loop.watch(self._vault.fileno(), self._hear_keeper)
-        self._loop.later(1.0, self._tick)
+        self._loop.watch(woken.fileno(), lambda _: self._on_signals(woken.recv(4096)))
+        self._loop.watch(self._vault.fileno(), lambda _: self._hear_keeper())
+        self._tick()
         say("ready", fresh=self._fresh, domains=len(self._state.domains))
-        self._loop.run()
+        while self._loop.running:
+            self._loop.turn()
         return self._status
+
+    def _copied(self, name: str, source: Sealed) -> bytes:
+        """A file's content as it was at boot, checked against its hash then and now."""
+        path = f"{_COPY}/{name}"
+        content = read_sealed(source if self._fresh else Sealed(path, source.sha256))
+        if self._fresh:
+            with open(path, "wb") as file:
+                file.write(content)
+        return content
 
     # ---- boot
 
-    def _sealed_copy(self, name: str, source: Sealed) -> bytes:
-        """A file's content as it was at boot, checked against its hash then."""
-        path = f"{_COPY}/{name}"
-        if not self._fresh:
-            return read_sealed(Sealed(path, source.sha256))
-        content = read_sealed(source)
-        with open(path, "wb") as file:
-            file.write(content)
-        return content
-
     def _boot(self) -> None:
-        """Clear away what an instance of this name left, and begin a new log."""
-        if not self._groups.sweep(_SWEEP_TIMEOUT_S):
+        """Clear away what an instance of this name left, and begin anew."""
+        if not self._groups.sweep():
             raise NotFound("processes of an earlier run cannot be killed")
         self._groups.make_top()
-        for name in [name for name in self._stored if not name.startswith("i")]:
-            os.close(self._stored.pop(name))
-            self._vault.drop(name)
-        self._broker.commit({"op": "boot", "manifest": self._manifest.sha256})
+        self._clear_stored()
+        self._broker.commit("boot", manifest=self._manifest.sha256)
         digest = mount_runtime(self._manifest.runtime, sandbox.RUNTIME)
-        self._measurements.extend("runtime", digest, self._manifest.runtime.path)
-        self._measurements.extend("manifest", self._manifest.sha256, self._arguments.manifest)
+        self._measured.extend("runtime", digest, self._manifest.runtime.path)
+        self._measured.extend("manifest", self._manifest.sha256, self._arguments.manifest)
 
     def _measure(self) -> None:
         """The code of this core, and the filters that it will apply."""
-        code = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        self._measurements.extend("code", hash_tree(code), "supercloud")
-        for kind in self._manifest.kinds.values():
-            program = self._sealed_copy(f"{kind.name}.bpf", kind.filter)
-            self._domains.load_filter(kind.name, program)
+        code = os.path.normpath(os.path.join(os.path.abspath(__file__), *[".."] * 3))
+        self._measured.extend("code", hash_tree(code), "supercloud")
+        for name, kind in self._manifest.kinds.items():
+            self._domains.filters[name] = self._copied(f"{name}.bpf", kind.filter)
             if self._fresh:
-                self._measurements.extend("filter", kind.filter.sha256, kind.name)
+                self._measured.extend("filter", kind.filter.sha256 or "", name)
 
     def _make_initial(self) -> None:
-        manifest, broker, named = self._manifest, self._broker, self._state.domain_named
+        """The manifest's own domains, channels and grants."""
+        manifest, broker = self._manifest, self._broker
         for initial in manifest.domains:
             kind = manifest.kinds[initial.kind]
             limits = initial.limits or kind.limits
             broker.make_domain(kind, initial.name, limits, self._state.root)
-        for channel in manifest.channels:
-            a, b = named(channel.a), named(channel.b)
-            if a and b:
-                broker.make_channel(a, b, channel.type, (channel.name_a, channel.name_b))
+        made = {domain.name: domain for domain in self._state.domains.values()}
+        for c in manifest.channels:
+            type_ = objects.SOCKETS[c.type]
+            broker.make_channel(made[c.a], made[c.b], type_, (c.name_a, c.name_b))
         for grant in manifest.grants:
-            number, type_ = self._granted(*grant.object.split(":", 1))
-            to = named(grant.to)
-            record = {"op": "grant", "id": number, "type": type_, "rights": int(grant.rights)}
-            if to:
-                broker.commit({**record, "to": to.id, "name": grant.name})
-        for domain in list(self._state.domains.values()):
-            broker.start_initial(domain)
+            number, type_ = self._granted(made, *grant.object.split(":", 1))
+            to, rights, name = made[grant.to].id, int(grant.rights), grant.name
+            broker.commit("grant", id=number, type=type_, to=to, rights=rights, name=name)
+        for domain in made.values():
+            broker.resume(domain)
 
-    def _granted(self, sort: str, name: str) -> tuple[int, ObjectType]:
-        """The object that a grant of the manifest names."""
-        domain = self._state.domain_named(name)
-        if sort == "inherited":
-            return self._inherited(name).id, ObjectType.DEVICE
-        if domain is None:
-            raise NotFound(f"a grant names a domain {name!r} that is not there")
-        if sort == "domain":
-            return domain.id, ObjectType.DOMAIN
-        return domain.context.id, ObjectType.SCHEDULING_CONTEXT
-
-    def _inherited(self, name: str) -> Object:
-        for known in self._state.objects.values():
-            if known.type is ObjectType.DEVICE and known.name == name:
-                return known
-        if f"i{name}" not in self._stored:
-            raise NotFound(f"a grant names the inherited descriptor {name!r}: start with --fd")
-        number = self._state.next_id
-        self._broker.commit({"op": "device", "id": number, "name": name})
-        made = self._state.objects[number]
-        made.descriptors = [self._stored.pop(f"i{name}")]
-        return made
+    def _granted(self, made: dict[str, Domain], sort: str, name: str = "") -> tuple[int, int]:
+        """Id and type of the object that a grant of the manifest names."""
+        if sort == "inherited" and f"i{name}" in self._stored:
+            known = [o for o in self._state.objects.values() if o.name == name]
+            if not known:
+                number = self._state.next_id
+                self._broker.commit("device", id=number, name=name)
+                known = [self._state.objects[number]]
+                known[0].descriptors = [self._stored[f"i{name}"]]
+            return known[0].id, ObjectType.DEVICE
+        if sort == "domain" and name in made:
+            return made[name].id, ObjectType.DOMAIN
+        if sort == "sched" and name in made:
+            return made[name].context.id, ObjectType.SCHEDULING_CONTEXT
+        raise NotFound(f"a grant names {sort}:{name}, which is not there")
 
     # ---- taking over from a dead core
 
@@ -169,17 +146,17 @@ class Core:
         self._state.take_gone()
         for made in self._state.objects.values():
             self._reattach(made)
-        lost = [d for d in self._state.domains.values() if not self._readopt(d)]
+        lost = [d for d in self._state.domains.values() if not self._adopt(d)]
         self._clear_leftovers()
-        for domain in list(self._state.domains.values()):
+        for domain in self._state.domains.values():
             self._domains.prepare(domain)
-        for process in list(self._domains.running.values()):
+        for process in self._domains.running.values():
             process.link.event(Event.RESTARTED)
-        for pid, status in self._ends.items():
+        for pid, status in self._ends:
             self._domains.ended(pid, status)
         for domain in lost:
-            if domain.id in self._state.domains:
-                self._broker.resume(domain)
+            if domain.state is not DomainState.CREATED:
+                self._broker.resume(domain, logged=domain.state is DomainState.RUNNING)
 
     def _reattach(self, made: Object) -> None:
         ends = 2 if made.type is ObjectType.PORTAL else 1
@@ -189,50 +166,52 @@ class Core:
         if all(name in self._stored for name in names):
             made.descriptors = [self._stored.pop(name) for name in names]
         else:  # the core died before it had stored them, so that nobody has them
-            self._broker.remake(made)
+            self._broker.open(made)
 
-    def _readopt(self, domain: Domain) -> bool:
+    def _adopt(self, domain: Domain) -> bool:
+        """Take up the process that the dead core started for a domain, if it came to that."""
         end = f"s{domain.id}"
         process = next((n for n in self._stored if n.startswith(f"p{domain.id}.")), "")
         if domain.state is not DomainState.RUNNING or end not in self._stored or not process:
             return False
         started = sandbox.Started(int(process.split(".")[1]), self._stored.pop(process))
-        self._domains.adopt(domain, started, socket.socket(fileno=self._stored.pop(end)))
+        self._domains.watch(domain, started, socket.socket(fileno=self._stored.pop(end)))
         return True
 
     def _clear_leftovers(self) -> None:
         """What the dead core had begun to end, or to make without having logged it."""
         for root in os.listdir(sandbox.ROOTS):
             sandbox.unstage(f"{sandbox.ROOTS}/{root}")
-        for name, descriptor in self._stored.items():
-            if not name.startswith("i"):
-                self._vault.drop(name)
-            os.close(descriptor)
+        self._clear_stored()
         wanted = {domain.context.path for domain in self._state.domains.values()}
-        deadline_s = time.monotonic() + _SWEEP_TIMEOUT_S
+        deadline_s = time.monotonic() + _TIMEOUT_S
         for path in sorted(self._groups.paths() - wanted, reverse=True):
             while not self._groups.remove(path) and time.monotonic() < deadline_s:
                 self._groups.kill(path)
                 time.sleep(0.005)
 
-    # ---- life
+    def _clear_stored(self) -> None:
+        for name in [name for name in self._stored if not name.startswith("i")]:
+            self._vault.drop(name)
+            os.close(self._stored.pop(name))
 
-    def _watch_signals(self) -> None:
-        woken, wake = socket.socketpair()
-        for end in (woken, wake):
-            end.setblocking(False)
-        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)
-        self._signal_ends = woken, wake
-        self._loop.watch(woken.fileno(), lambda _: self._on_signals(woken.recv(4096)))
+    # ---- life
 
     def _on_signals(self, numbers: bytes) -> None:
         if signal.SIGTERM in numbers:
             self._stop()
         elif signal.SIGHUP in numbers:
-            self._status = RESTART_STATUS
-            self._loop.running = False
+            self._status, self._loop.running = RESTART_STATUS, False
+        self._reap()
+
+    def _reap(self) -> None:
+        pid = -1
+        while pid:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            self._domains.ended(pid, status)
 
     def _stop(self) -> None:
         """End all domains and leave nothing behind."""
@@ -240,22 +219,23 @@ class Core:
         for domain in list(self._state.domains.values()):
             if domain.id in self._state.domains:
                 self._broker.destroy(domain.id)
-        deadline_s = time.monotonic() + _STOP_TIMEOUT_S
+        deadline_s = time.monotonic() + _TIMEOUT_S
         while self._domains.dying and time.monotonic() < deadline_s:
             self._loop.turn(0.1)
             self._domains.tick()
-        if not self._groups.sweep(_SWEEP_TIMEOUT_S):
+        if not self._groups.sweep():
             say("stop.incomplete")
         self._log.sync()
         os.unlink(f"{self._arguments.run}/ready")
         self._loop.running = False
 
-    def _hear_keeper(self, _: int) -> None:
+    def _hear_keeper(self) -> None:
         if not self._vault.read_ends(self._domains.ended):
             self._loop.running = False
 
     def _tick(self) -> None:
         self._log.sync()
+        self._reap()
         self._domains.tick()
         self._loop.later(1.0, self._tick)
 
@@ -268,10 +248,6 @@ def _cover_stage() -> None:
     system.mount("supercloud", sandbox.STAGE, "tmpfs", flags, "mode=0711,size=64m")
     os.mkdir(_COPY, 0o700)
     os.mkdir(sandbox.ROOTS, 0o711)
-
-
-def _touch(path: str) -> None:
-    os.close(os.open(path, os.O_CREAT | os.O_CLOEXEC, 0o644))
 
 
 def main(words: list[str], link: socket.socket) -> int:

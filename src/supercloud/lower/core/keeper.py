@@ -20,48 +20,39 @@ import time
 
 RESTART_STATUS, CONFIGURATION_STATUS = 75, 78
 """The core's exit status for: replace me at once; it makes no sense to try again."""
-_STOP_GRACE_S = 30.0
+_STOP_GRACE_S, _STEADY_S = 30.0, 10.0
 _BACKOFF_S = (0.05, 5.0)
-_STEADY_S = 10.0
 _MAX_MESSAGE = 256
+
+
+def wake_on(*numbers: signal.Signals) -> socket.socket:
+    """A socket from which the numbers of these signals can be read when they have come."""
+    woken, wake = socket.socketpair()
+    for end in (woken, wake):
+        end.setblocking(False)
+    signal.set_wakeup_fd(wake.detach(), warn_on_full_buffer=False)
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
+    return woken
 
 
 class Keeper:
     """Descriptors by name, ends of children that the core has not heard of, and the core."""
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, arguments: list[str], inherited: dict[str, int]) -> None:
         self._arguments = arguments
-        self._kept: dict[str, int] = {}
+        self._kept = {f"i{name}": number for name, number in inherited.items()}
         self._ends: list[bytes] = []
         self._core_pid = self._status = 0
         self._backoff_s = _BACKOFF_S[0]
-        self._started_s = self._restart_at_s = 0.0
-        self._stop_by_s = 0.0
+        self._started_s = self._restart_at_s = self._stop_by_s = 0.0
         self._listening = False
-        self._link = self._core_end = socket.socket()
-        self._woken, wake = socket.socketpair()
-        for end in (self._woken, wake):
-            end.setblocking(False)
-        self._wake = wake
-        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, lambda *_: None)
-
-    def keep(self, name: str, descriptor: int) -> None:
-        """Store a descriptor; one of the same name is closed."""
-        self.drop(name)
-        self._kept[name] = descriptor
-
-    def drop(self, name: str) -> None:
-        """Close and forget, if it is there."""
-        if name in self._kept:
-            os.close(self._kept.pop(name))
+        self._link = socket.socket()
+        self._woken = wake_on(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
     def run(self) -> int:
         """Until stopped; the exit status."""
-        while True:
-            if not self._core_pid and self._stop_by_s:
-                return self._status
+        while self._core_pid or not self._stop_by_s:
             if not self._core_pid and time.monotonic() >= self._restart_at_s:
                 self._start_core()
             wanted = [self._woken] + ([self._link] if self._core_pid else [])
@@ -73,26 +64,25 @@ class Keeper:
             if self._link in writable:
                 self._send_ends()
             if self._woken in readable:
-                self._on_signals()
-            if self._stop_by_s and time.monotonic() > self._stop_by_s and self._core_pid:
+                self._on_signals(self._woken.recv(4096))
+            if self._core_pid and 0 < self._stop_by_s < time.monotonic():
                 os.kill(self._core_pid, signal.SIGKILL)
+        return self._status
 
     def _start_core(self) -> None:
         self._link, core_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listening = False
-        self._started_s = time.monotonic()
-        pid = os.fork()
-        if pid == 0:
+        self._listening, self._started_s = False, time.monotonic()
+        self._core_pid = os.fork()
+        if self._core_pid == 0:
             try:
                 self._become_core(core_end)
             finally:
                 os._exit(70)
         core_end.close()
-        self._core_pid = pid
 
     def _become_core(self, core_end: socket.socket) -> None:
-        signal.set_wakeup_fd(-1)
-        for opened in (self._link, self._woken, self._wake):
+        os.close(signal.set_wakeup_fd(-1))
+        for opened in (self._link, self._woken):
             opened.close()
         for descriptor in self._kept.values():
             os.close(descriptor)
@@ -111,10 +101,10 @@ class Keeper:
         except OSError:
             return False
         order, _, name = message.decode("ascii", "replace").partition(" ")
-        if order == "P" and len(descriptors) == 1:
-            self.keep(name, descriptors.pop())
-        elif order == "D":
-            self.drop(name)
+        if order in ("P", "D") and name in self._kept:
+            os.close(self._kept.pop(name))
+        if order == "P" and descriptors:
+            self._kept[name] = descriptors.pop()
         elif order == "L":
             self._send_all()
         for descriptor in descriptors:
@@ -141,78 +131,60 @@ class Keeper:
         except OSError:
             return  # full, or the core died: later
 
-    def _on_signals(self) -> None:
-        numbers = set(self._woken.recv(4096))
-        if numbers & {signal.SIGTERM, signal.SIGINT} and not self._stop_by_s:
+    def _on_signals(self, numbers: bytes) -> None:
+        if {signal.SIGTERM, signal.SIGINT} & set(numbers) and not self._stop_by_s:
             self._stop_by_s = time.monotonic() + _STOP_GRACE_S
             self._signal_core(signal.SIGTERM)
         if signal.SIGHUP in numbers:
             self._signal_core(signal.SIGHUP)
-        self._reap()
+        pid = -1
+        while pid:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid and pid == self._core_pid:
+                self._core_ended(status)
+            elif pid:
+                self._ends.append(f"X {pid} {status}".encode())
 
     def _signal_core(self, number: signal.Signals) -> None:
         if self._core_pid:
             os.kill(self._core_pid, number)
 
-    def _reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            if pid == self._core_pid:
-                self._core_ended(status)
-            else:
-                self._ends.append(f"X {pid} {status}".encode())
-
     def _core_ended(self, status: int) -> None:
         while self._serve():  # what it stored before it ended
             pass
         self._link.close()
-        self._core_pid = 0
-        lasted_s = time.monotonic() - self._started_s
-        code = os.waitstatus_to_exitcode(status)
+        self._core_pid, code = 0, os.waitstatus_to_exitcode(status)
         if code == RESTART_STATUS:
             return
         if code == CONFIGURATION_STATUS:
-            self._status, self._stop_by_s = code, self._stop_by_s or time.monotonic()
-        if lasted_s > _STEADY_S:
+            self._status, self._stop_by_s = code, time.monotonic()
+        if time.monotonic() - self._started_s > _STEADY_S:
             self._backoff_s = _BACKOFF_S[0]
         self._restart_at_s = time.monotonic() + self._backoff_s
         self._backoff_s = min(2 * self._backoff_s, _BACKOFF_S[1])
         print(f"keeper: core ended with wait status {status}", file=sys.stderr)
 
 
-def _arguments(arguments: list[str]) -> tuple[list[str], dict[str, int]]:
-    """Split ``--fd NAME=N`` from what is the core's."""
-    rest, inherited = [], {}
-    pending = iter(arguments)
-    for argument in pending:
-        if argument == "--fd":
-            name, _, number = next(pending).partition("=")
-            inherited[name] = int(number)
-        else:
-            rest.append(argument)
-    return rest, inherited
-
-
-def main(arguments: list[str]) -> int:
-    """Hold the core's hand until told to stop, then see that nothing is left of the host."""
+def main(words: list[str]) -> int:
+    """Hold the core's hand until told to stop; the exit status."""
     from supercloud.lower.core import system  # noqa: PLC0415  the path is set just above
 
     system.prctl(system.PR_SET_CHILD_SUBREAPER, 1)
     system.unshare(system.CLONE_NEWNS)
     system.mount("", "/", "", system.MS_REC | system.MS_PRIVATE)
-    rest, inherited = _arguments(arguments)
-    keeper = Keeper(rest)
-    for name, descriptor in inherited.items():
-        keeper.keep(f"i{name}", descriptor)
-    return keeper.run()
+    inherited, rest, pending = {}, [], iter(words)
+    for word in pending:
+        if word == "--fd":
+            name, _, number = next(pending).partition("=")
+            inherited[name] = int(number)
+        else:
+            rest.append(word)
+    return Keeper(rest, inherited).run()
 
 
 if __name__ == "__main__":
-    here = os.path.abspath(__file__)
-    sys.path.insert(0, os.path.normpath(os.path.join(here, *[".."] * 4)))
+    sys.path.insert(0, os.path.normpath(os.path.join(os.path.abspath(__file__), *[".."] * 4)))
     sys.exit(main(sys.argv[1:]))

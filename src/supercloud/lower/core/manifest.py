@@ -1,138 +1,141 @@
 """The grant manifest: all policy that the core knows, compiled outside, checked here.
 
-A JSON object; ``*`` marks what must be there::
-
-    version*        1
-    instance*       name of this host: cgroup prefix ``supercloud/<instance>``
-    uids*           {"first": 200000, "count": 1024}: domains get first.., the owners of their user
-                    namespaces first+count.. ; no other instance may overlap
-    runtime*        {"path": erofs file or directory, "sha256": hex, or null for a directory}
-    limits*         of the whole host: {cpu_weight, cpu_permille, memory_bytes, pids, domains,
-                    disk_bytes}; what is left out is as in ``Limits``
-    kinds*          {name: kind}, see ``Kind``; each of
-        argv*           [absolute path, ...]; {0}..{6} are the numbers given to START
-        numbers         [[least, most], ...] for those numbers
-        environment     {name: value}; the core adds SUPERCLOUD_DOMAIN and SUPERCLOUD_KIND
-        filter*         {"path": BPF file, "sha256": hex}
-        network         "own" (default: nothing but lo) | "host" | "parent" (its creator's)
-        tcp             true: TCP bind and connect are not refused by Landlock
-        restart         true: started again when it dies; else it is gone, with all its children
-        speaks          true (default): descriptor 3 is its socket to the core
-        descriptors     [entry names]: taken from its own table at START as descriptors 4, 5, ...
-        binds           [{"source": host path, "target": path below /run, "writable": bool}]
-        state           true: a private directory that stays, at /run/state
-        devices         [host device nodes], besides null, zero, full, random, urandom
-        proc            true: /proc of its own process namespace
-        nests           true: it makes mounts in a user namespace of its own (passt, bubblewrap),
-                        which Landlock's file rules would forbid: without those
-        tmp_bytes       size of /tmp (default 16 MiB); /run has the same
-        nofile          limit of descriptors (default 256)
-        limits          of its scheduling context unless the creator says otherwise
-        own             {memory_bytes, pids} of the domain's own processes, when it may create
-                        others; they are booked first, children get what is left
-        objects         how many channels, semaphores and memory objects it may make (default 64)
-        creates         [kinds it may make]
-        peers           {kind: {"descriptors": bool}}: who may be joined to it by a channel, and
-                        whether that channel may carry descriptors (then capabilities may be
-                        delegated to it as well); must be said on both sides, alike
-        creator_rights  on the domain, default [CONTROL, CONNECT, GRANT]
-    domains         [{kind*, name*, limits}]: made and started at boot, in this order, out of
-                    ``limits``; nobody's children
-    channels        [{a*, b*, name_a*, name_b*, type: "seqpacket" (default) | "stream"}] of those
-    grants          [{to*, name*, rights*, object*: "domain:NAME" | "sched:NAME" |
-                    "inherited:NAME"}] of those; inherited are the keeper's ``--fd NAME=N``
+A JSON object, read into the dataclasses below: a field without a default must be there, an
+unknown one is an error, and so is a value of another type or out of range. Rights are lists of
+their names. What the fields mean is said at them.
 """
 
+import hashlib
 import json
-import os
 import re
-import socket
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from supercloud.model.capability import Limits, Rights
 from supercloud.model.errors import Invalid
 from supercloud.wire.frames import DOMAIN_NAME, NAME
 
 MAX_MANIFEST_BYTES = 1 << 20
-MAX_INT = 1 << 62
+_MAX_INT = 1 << 62
+_PLAIN_PATH = re.compile(r"(/[^/\0]+)+\Z|/\Z")
 _KIND = re.compile(r"[a-z][a-z0-9_-]{0,31}\Z")
-_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
-_ENVIRONMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-_SOCKETS = {"seqpacket": socket.SOCK_SEQPACKET, "stream": socket.SOCK_STREAM}
-T = TypeVar("T")
+
+
+def _require(holds: object, message: str) -> None:
+    if not holds:
+        raise Invalid(message)
+
+
+def _require_path(path: str, below: str = "/") -> None:
+    plain = _PLAIN_PATH.match(path) and not {".", ".."} & set(path.split("/"))
+    _require(plain and path.startswith(below), f"{path!r} is not a plain path below {below}")
 
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """A file by path and SHA-256 (empty: not hashed, a directory)."""
+    """A file by path and SHA-256 in hex; None for a directory, as a runtime in tests."""
 
     path: str
-    sha256: str
+    sha256: str | None
+
+    def __post_init__(self) -> None:
+        _require_path(self.path)
+        _require(self.sha256 is None or re.fullmatch("[0-9a-f]{64}", self.sha256), "bad sha256")
 
 
 @dataclass(frozen=True, slots=True)
 class Bind:
-    """A host path shown inside a domain."""
+    """A host path shown inside a domain at ``target``, below /run."""
 
     source: str
     target: str
-    writable: bool
+    writable: bool = False
+
+    def __post_init__(self) -> None:
+        _require_path(self.source)
+        _require_path(self.target, "/run/")
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A kind that may be joined by a channel; with ``descriptors`` the channel may carry them and
+    capabilities may be delegated. Must be said on both sides, alike."""
+
+    descriptors: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What domains of one kind are; the fields are the manifest's."""
+    """What domains of one kind are."""
 
-    name: str
-    argv: tuple[str, ...]
-    filter: Sealed
-    numbers: tuple[tuple[int, int], ...]
-    environment: dict[str, str]
-    network: str
-    tcp: bool
-    restart: bool
-    speaks: bool
-    descriptors: tuple[str, ...]
-    binds: tuple[Bind, ...]
-    state: bool
-    devices: tuple[str, ...]
-    proc: bool
-    nests: bool
-    tmp_bytes: int
-    nofile: int
-    limits: Limits
-    own: Limits
-    objects: int
-    creates: frozenset[str]
-    peers: dict[str, bool]
-    creator_rights: Rights
+    argv: tuple[str, ...]  # absolute path first; {0}..{6} are the numbers given to START
+    filter: Sealed  # BPF program
+    name: str = ""  # not in the file: the key
+    numbers: tuple[tuple[int, int], ...] = ()  # [least, most] of those numbers
+    environment: dict[str, str] = field(default_factory=dict)
+    """The core adds SUPERCLOUD_DOMAIN and SUPERCLOUD_KIND."""
+    network: str = "own"  # nothing but lo; or "host", or "parent" (its creator's)
+    tcp: bool = False  # true: TCP bind and connect are not refused by Landlock
+    restart: bool = False  # true: started again when it dies; else it is gone, with its children
+    speaks: bool = True  # descriptor 3 is its socket to the core
+    descriptors: tuple[str, ...] = ()
+    """Names of entries of its own table: taken at START as descriptors 4, 5, ..."""
+    binds: tuple[Bind, ...] = ()
+    state: bool = False  # true: a private directory that stays, at /run/state
+    devices: tuple[str, ...] = ()  # host nodes besides null, zero, full, random, urandom
+    proc: bool = False  # /proc of its own process namespace
+    nests: bool = False
+    """It makes mounts in a user namespace of its own (passt), which Landlock's file rules would
+    forbid: without those."""
+    tmp_bytes: int = 16 << 20  # size of /tmp, and of /run
+    nofile: int = 256  # limit of descriptors
+    limits: Limits = Limits()  # noqa: RUF009  frozen
+    """Of its scheduling context, unless the creator says otherwise."""
+    own: Limits = Limits()  # noqa: RUF009
+    """Memory and pids of the domain's own processes, when it may create others: booked first."""
+    objects: int = 64  # how many channels, semaphores and memory objects it may make
+    creates: frozenset[str] = frozenset()  # kinds that it may make
+    peers: dict[str, Peer] = field(default_factory=dict)
+    creator_rights: Rights = Rights.CONTROL | Rights.CONNECT | Rights.GRANT
+
+    def __post_init__(self) -> None:
+        _require(self.argv, "argv is empty")
+        for path, below in [(self.argv[0], "/"), *((device, "/dev/") for device in self.devices)]:
+            _require_path(path, below)
+        _require(self.network in ("own", "host", "parent"), f"no network {self.network!r}")
+        _require(1 <= self.limits.cpu_weight <= 10000, "cpu_weight must be 1..10000")
+        _require(not self.creates or (self.own.memory_bytes and self.own.pids), "own is missing")
+        _require(all(NAME.match(name) for name in self.descriptors), "a descriptor has a bad name")
 
 
 @dataclass(frozen=True, slots=True)
 class Initial:
-    """A domain that is made at boot; ``limits`` None: the kind's."""
+    """A domain that is made and started at boot, in this order; nobody's child."""
 
     kind: str
     name: str
-    limits: Limits | None
+    limits: Limits | None = None
+
+    def __post_init__(self) -> None:
+        _require(DOMAIN_NAME.match(self.name), f"{self.name!r} is not a name for a domain")
 
 
 @dataclass(frozen=True, slots=True)
 class InitialChannel:
-    """A channel between two initial domains, by their names."""
+    """A channel between two of those, by their names; ``type`` "seqpacket" or "stream"."""
 
     a: str
     b: str
     name_a: str
     name_b: str
-    type: int
+    type: str = "seqpacket"
 
 
 @dataclass(frozen=True, slots=True)
 class InitialGrant:
-    """A capability that an initial domain gets at boot."""
+    """A capability that one of those gets: to "domain:NAME", "sched:NAME", or "inherited:NAME",
+    which is the keeper's ``--fd NAME=N``."""
 
     to: str
     object: str
@@ -141,275 +144,98 @@ class InitialGrant:
 
 
 @dataclass(frozen=True, slots=True)
+class Uids:
+    """Domains get ``first``.., the owners of their user namespaces ``first + count``.. ; no other
+    instance of a machine may overlap."""
+
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
-    """The whole, checked."""
+    """The whole. ``instance`` names the host: groups are below ``supercloud/<instance>``."""
 
+    version: int
     instance: str
-    first_uid: int
-    uid_count: int
+    uids: Uids
     runtime: Sealed
-    limits: Limits
+    limits: Limits  # of the whole host
     kinds: dict[str, Kind]
-    domains: tuple[Initial, ...]
-    channels: tuple[InitialChannel, ...]
-    grants: tuple[InitialGrant, ...]
-    sha256: str = field(default="", compare=False)
+    domains: tuple[Initial, ...] = ()
+    channels: tuple[InitialChannel, ...] = ()
+    grants: tuple[InitialGrant, ...] = ()
+    sha256: str = ""  # not in the file: of the file
 
-
-class _Fields:
-    """Takes typed fields out of an untrusted JSON object; what is left over is an error."""
-
-    def __init__(self, untrusted: object, where: str) -> None:
-        if not isinstance(untrusted, dict):
-            raise Invalid("must be an object", where=where)
-        self._rest = dict(untrusted)
-        self._where = where
-
-    def __enter__(self) -> "_Fields":
-        return self
-
-    def __exit__(self, error: object, *_: object) -> None:
-        if error is None and self._rest:
-            raise Invalid(f"unknown field {sorted(self._rest)[0]!r}", where=self._where)
-
-    def where(self, name: str) -> str:
-        return f"{self._where}.{name}"
-
-    def get(self, name: str, type_: type[T], default: T | None = None) -> T:
-        value = self._rest.pop(name, default)
-        if not isinstance(value, type_) or (type_ is int and isinstance(value, bool)):
-            raise Invalid(f"must be {type_.__name__}", where=self.where(name))
-        return value
-
-    def text(self, name: str, pattern: re.Pattern[str], default: str | None = None) -> str:
-        value = self.get(name, str, default)
-        if not pattern.match(value):
-            raise Invalid(f"{value!r} is not allowed", where=self.where(name))
-        return value
-
-    def number(self, name: str, least: int, most: int, default: int | None = None) -> int:
-        value = self.get(name, int, default)
-        if not least <= value <= most:
-            raise Invalid(f"must be {least}..{most}", where=self.where(name))
-        return value
-
-    def path(self, name: str) -> str:
-        return _path(self.get(name, str), self.where(name))
-
-    def each(self, name: str, convert: Callable[[Any, str], T]) -> tuple[T, ...]:
-        where = self.where(name)
-        return tuple(convert(v, f"{where}[{i}]") for i, v in enumerate(self.get(name, list, [])))
-
-
-def load(path: str) -> Manifest:
-    """Read and check a manifest; :class:`Invalid` says which field and why."""
-    with open(path, "rb") as file:
-        return parse(file.read(MAX_MANIFEST_BYTES + 1))
+    def __post_init__(self) -> None:
+        _require(self.version == 1, f"version {self.version} is not known")
+        _require(all(map(_KIND.match, [self.instance, *self.kinds])), "a bad instance or kind name")
+        _require(self.uids.first >= 1000, "uids below 1000 are not ours")
+        for name, kind in self.kinds.items():
+            object.__setattr__(kind, "name", name)
+            for other in {*kind.creates, *kind.peers}:
+                _require(other in self.kinds, f"kind {name} names {other!r}, which is none")
+            for other, peer in kind.peers.items():
+                _require(
+                    self.kinds[other].peers.get(name) == peer, f"{name}, {other}: peers differ"
+                )
+        names = [domain.name for domain in self.domains]
+        ends = [end for c in self.channels for end in (c.a, c.b)] + [g.to for g in self.grants]
+        _require(len(set(names)) == len(names), "two domains of one name")
+        _require({*ends} <= {*names}, f"no domains { ({*ends} - {*names}) }")
+        _require({d.kind for d in self.domains} <= set(self.kinds), "a domain of an unknown kind")
 
 
 def parse(untrusted: bytes) -> Manifest:
-    """Check a manifest's bytes; see :func:`load`."""
-    import hashlib  # noqa: PLC0415  the core's processes load it when they first need it
-
-    if len(untrusted) > MAX_MANIFEST_BYTES:
-        raise Invalid(f"larger than {MAX_MANIFEST_BYTES} bytes", where="manifest")
+    """Check a manifest's bytes; :class:`Invalid` says which field and why."""
+    _require(len(untrusted) <= MAX_MANIFEST_BYTES, "the manifest is too large")
     try:
         document = json.loads(untrusted)
     except (ValueError, RecursionError) as error:
         raise Invalid(f"not JSON: {error}", where="manifest") from error
-    manifest = _manifest(document, hashlib.sha256(untrusted).hexdigest())
-    _check_references(manifest)
+    manifest: Manifest = _build(Manifest, document, "manifest")
+    object.__setattr__(manifest, "sha256", hashlib.sha256(untrusted).hexdigest())
     return manifest
 
 
-def _manifest(untrusted: object, sha256: str) -> Manifest:
-    with _Fields(untrusted, "manifest") as f:
-        f.number("version", 1, 1)
-        with _Fields(f.get("uids", dict), "manifest.uids") as uids:
-            first = uids.number("first", 1000, 1 << 31)
-            count = uids.number("count", 8, 1 << 16)
-        kinds = {
-            name: _kind(name, kind, f"manifest.kinds.{name}")
-            for name, kind in f.get("kinds", dict).items()
-        }
-        return Manifest(
-            f.text("instance", _KIND),
-            first,
-            count,
-            _sealed(f.get("runtime", dict), f.where("runtime"), unhashed=True),
-            _limits(f.get("limits", dict), f.where("limits")),
-            kinds,
-            f.each("domains", _initial),
-            f.each("channels", _channel),
-            f.each("grants", _grant),
-            sha256,
-        )
+def _build(type_: Any, untrusted: Any, where: str) -> Any:
+    """A value of a type out of JSON; all refusals say where."""
+    try:
+        return _convert(type_, untrusted, where)
+    except Invalid as error:
+        raise error if error.where else Invalid(str(error), where=where) from error
 
 
-def _kind(name: str, untrusted: object, where: str) -> Kind:
-    if not _KIND.match(name):
-        raise Invalid(f"{name!r} is not a name for a kind", where=where)
-    with _Fields(untrusted, where) as f:
-        kind = Kind(
-            name=name,
-            argv=f.each("argv", _text),
-            filter=_sealed(f.get("filter", dict), f.where("filter")),
-            numbers=f.each("numbers", _range),
-            environment=_environment(f.get("environment", dict, {}), where),
-            network=f.text("network", re.compile(r"(own|host|parent)\Z"), "own"),
-            tcp=f.get("tcp", bool, False),
-            restart=f.get("restart", bool, False),
-            speaks=f.get("speaks", bool, True),
-            descriptors=f.each("descriptors", _name),
-            binds=f.each("binds", _bind),
-            state=f.get("state", bool, False),
-            devices=f.each("devices", _device),
-            proc=f.get("proc", bool, False),
-            nests=f.get("nests", bool, False),
-            tmp_bytes=f.number("tmp_bytes", 1 << 12, 1 << 40, 16 << 20),
-            nofile=f.number("nofile", 16, 1 << 16, 256),
-            limits=_limits(f.get("limits", dict, {}), f.where("limits")),
-            own=_limits(f.get("own", dict, {}), f.where("own")),
-            objects=f.number("objects", 0, 4096, 64),
-            creates=frozenset(f.each("creates", _text)),
-            peers=_peers(f.get("peers", dict, {}), f.where("peers")),
-            creator_rights=_rights(
-                f.get("creator_rights", list, ["CONTROL", "CONNECT", "GRANT"]), where
-            ),
-        )
-    _path(kind.argv[0] if kind.argv else "", f"{where}.argv")
-    return kind
-
-
-def _check_references(manifest: Manifest) -> None:
-    """Every kind and domain that is named must be there, and peers must agree."""
-    kinds = manifest.kinds
-    for kind in kinds.values():
-        for other in kind.creates | set(kind.peers):
-            if other not in kinds:
-                raise Invalid(f"no kind {other!r}", where=f"manifest.kinds.{kind.name}")
-        for other, descriptors in kind.peers.items():
-            if kinds[other].peers.get(kind.name) is not descriptors:
-                raise Invalid("peers differ", where=f"manifest.kinds.{kind.name}.peers.{other}")
-    names = {domain.name for domain in manifest.domains}
-    named = [c.a for c in manifest.channels] + [c.b for c in manifest.channels]
-    named += [grant.to for grant in manifest.grants]
-    missing = [name for name in named if name not in names]
-    missing += [domain.kind for domain in manifest.domains if domain.kind not in kinds]
-    if missing or len(names) < len(manifest.domains):
-        raise Invalid(f"unknown or double: {missing or 'a domain name'}", where="manifest.domains")
-
-
-def _limits(untrusted: dict[str, Any], where: str) -> Limits:
-    with _Fields(untrusted, where) as f:
-        return Limits(
-            f.number("cpu_weight", 1, 10000, 100),
-            *(
-                f.number(name, 0, MAX_INT, 0)
-                for name in ("cpu_permille", "memory_bytes", "pids", "domains", "disk_bytes")
-            ),
-        )
-
-
-def _sealed(untrusted: dict[str, Any], where: str, *, unhashed: bool = False) -> Sealed:
-    if unhashed and untrusted.get("sha256", "") is None:
-        untrusted = {**untrusted, "sha256": "0" * 64}
-        return Sealed(_sealed(untrusted, where).path, "")
-    with _Fields(untrusted, where) as f:
-        return Sealed(f.path("path"), f.text("sha256", _SHA256))
-
-
-def _path(value: str, where: str) -> str:
-    if not value.startswith("/") or os.path.normpath(value) != value or "\0" in value:
-        raise Invalid(f"{value!r} is not a plain absolute path", where=where)
-    return value
-
-
-def _text(untrusted: Any, where: str) -> str:
-    if not isinstance(untrusted, str) or "\0" in untrusted or len(untrusted) > 1 << 16:
-        raise Invalid("must be text", where=where)
+def _convert(type_: Any, untrusted: Any, where: str) -> Any:
+    origin, inner = get_origin(type_), get_args(type_)
+    if origin is UnionType:
+        return None if untrusted is None else _build(inner[0], untrusted, where)
+    if is_dataclass(type_):
+        return _build_object(type_, untrusted, where)
+    if type_ is Rights:
+        chosen = [Rights.__members__.get(str(name)) for name in untrusted or ()]
+        _require(isinstance(untrusted, list) and None not in chosen, "must be a list of rights")
+        return Rights(sum({int(right) for right in chosen if right}))
+    _require(type(untrusted) is {tuple: list, frozenset: list}.get(origin, origin or type_),
+             f"must be {type_}")  # fmt: skip
+    if origin is dict:
+        return {k: _build(inner[1], v, f"{where}.{k}") for k, v in untrusted.items() if k}
+    if origin in (tuple, frozenset):
+        pair = Ellipsis not in inner and origin is tuple
+        _require(not pair or len(untrusted) == len(inner), f"must have {len(inner)} values")
+        return origin(_build(inner[0], v, f"{where}[{n}]") for n, v in enumerate(untrusted))
+    _require(type_ is not int or 0 <= untrusted <= _MAX_INT, "is out of range")
+    _require(type_ is not str or "\0" not in untrusted, "must not hold a NUL")
     return untrusted
 
 
-def _name(untrusted: Any, where: str) -> str:
-    if not NAME.match(_text(untrusted, where)):
-        raise Invalid(f"{untrusted!r} is not a name", where=where)
-    return str(untrusted)
-
-
-def _range(untrusted: Any, where: str) -> tuple[int, int]:
-    match untrusted:
-        case [int(least), int(most)] if 0 <= least <= most <= MAX_INT:
-            return least, most
-    raise Invalid("must be [least, most]", where=where)
-
-
-def _environment(untrusted: dict[str, Any], where: str) -> dict[str, str]:
-    for name, value in untrusted.items():
-        if not _ENVIRONMENT.match(name):
-            raise Invalid(f"{name!r} is not a variable", where=f"{where}.environment")
-        _text(value, f"{where}.environment.{name}")
-    return untrusted
-
-
-def _bind(untrusted: Any, where: str) -> Bind:
-    with _Fields(untrusted, where) as f:
-        bind = Bind(f.path("source"), f.path("target"), f.get("writable", bool, False))
-    if not bind.target.startswith("/run/") or bind.target == "/run/state":
-        raise Invalid("target must be below /run", where=where)
-    return bind
-
-
-def _device(untrusted: Any, where: str) -> str:
-    path = _path(_text(untrusted, where), where)
-    if not path.startswith("/dev/"):
-        raise Invalid("must be below /dev", where=where)
-    return path
-
-
-def _peers(untrusted: dict[str, Any], where: str) -> dict[str, bool]:
-    peers = {}
-    for name, peer in untrusted.items():
-        with _Fields(peer, f"{where}.{name}") as f:
-            peers[name] = f.get("descriptors", bool)
-    return peers
-
-
-def _rights(untrusted: list[Any], where: str) -> Rights:
-    rights = Rights.NONE
+def _build_object(type_: Any, untrusted: Any, where: str) -> Any:
+    _require(isinstance(untrusted, dict), "must be an object")
+    known = {f.name: f for f in fields(type_)}
     for name in untrusted:
-        if not isinstance(name, str) or name not in Rights.__members__:
-            raise Invalid(f"{name!r} is not a right", where=where)
-        rights |= Rights[name]
-    return rights
-
-
-def _initial(untrusted: Any, where: str) -> Initial:
-    with _Fields(untrusted, where) as f:
-        limits = f.get("limits", dict, {})
-        return Initial(
-            f.get("kind", str),
-            f.text("name", DOMAIN_NAME),
-            _limits(limits, where) if limits else None,
-        )
-
-
-def _channel(untrusted: Any, where: str) -> InitialChannel:
-    with _Fields(untrusted, where) as f:
-        return InitialChannel(
-            f.get("a", str),
-            f.get("b", str),
-            f.text("name_a", NAME),
-            f.text("name_b", NAME),
-            _SOCKETS[f.text("type", re.compile(r"(seqpacket|stream)\Z"), "seqpacket")],
-        )
-
-
-def _grant(untrusted: Any, where: str) -> InitialGrant:
-    with _Fields(untrusted, where) as f:
-        return InitialGrant(
-            f.get("to", str),
-            f.text("object", re.compile(r"(domain|sched|inherited):.")),
-            _rights(f.get("rights", list), where),
-            f.text("name", NAME),
-        )
+        _require(name in known, f"unknown field {name!r}")
+    for name, f in known.items():
+        optional = f.default is not MISSING or f.default_factory is not MISSING
+        _require(name in untrusted or optional, f"field {name!r} is missing")
+    hints = get_type_hints(type_)
+    return type_(**{k: _build(hints[k], v, f"{where}.{k}") for k, v in untrusted.items()})

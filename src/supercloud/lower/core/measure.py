@@ -19,9 +19,8 @@ from typing import Any
 from supercloud.lower.core.manifest import Sealed
 from supercloud.model.errors import Invalid
 
-_CHUNK_BYTES = 1 << 20
-_MAX_SEALED_BYTES = 1 << 21
-_ZERO = "0" * 64
+_CHUNK_BYTES, _MAX_FILE_BYTES = 1 << 20, 1 << 21
+ZERO = "0" * 64
 
 
 class Chain:
@@ -29,26 +28,27 @@ class Chain:
 
     def __init__(self, path: str, *, fresh: bool) -> None:
         """Go on with a file, or with ``fresh`` put the old one aside and begin a new one."""
-        self._path = path
-        self._head = _ZERO
-        self._dirty = False
-        if os.path.exists(path):
-            self._head = _last_hash(path)
-        if fresh and os.path.exists(path):
-            os.replace(path, f"{path}.1")
+        self._path, self._head, self._dirty = path, ZERO, False
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._descriptor = os.open(path, flags, 0o600)
-        _cut_torn_line(self._descriptor)
+        with open(path, "rb") as file:
+            whole = [line for line in file if line.endswith(b"\n")]
+        if whole:
+            self._head = json.loads(whole[-1])["h"]
+        os.ftruncate(self._descriptor, sum(map(len, whole)))  # a last line that was torn
+        if fresh and whole:
+            os.close(self._descriptor)
+            os.replace(path, f"{path}.1")
+            self._descriptor = os.open(path, flags, 0o600)
 
-    def append(self, record: dict[str, Any]) -> str:
-        """Write one record; the hash that is now the head."""
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one record."""
         body = json.dumps(record, separators=(",", ":"))
         self._head = hashlib.sha256(f"{self._head}{body}".encode()).hexdigest()
         line = f'{{"h":"{self._head}","r":{body}}}\n'.encode()
         if os.write(self._descriptor, line) != len(line):
             raise OSError(f"short write to {self._path}")
         self._dirty = True
-        return self._head
 
     def sync(self) -> None:
         """Put what was appended on the disk."""
@@ -64,28 +64,14 @@ def read_chain(path: str) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, 1):
             try:
                 entry = json.loads(line)
-                record, said = entry["r"], entry["h"]
+                body = json.dumps(entry["r"], separators=(",", ":"))
+                expected = hashlib.sha256(f"{head}{body}".encode()).hexdigest()
+                if head not in (None, ZERO) and entry["h"] != expected:
+                    raise Invalid("the chain is broken", where=f"{path}:{number}")
             except (ValueError, KeyError, TypeError) as error:
                 raise Invalid("a damaged line", where=f"{path}:{number}") from error
-            body = json.dumps(record, separators=(",", ":"))
-            expected = hashlib.sha256(f"{head}{body}".encode()).hexdigest()
-            if head is not None and said != expected:
-                raise Invalid("the chain is broken", where=f"{path}:{number}")
-            head = said
-            yield record
-
-
-def _last_hash(path: str) -> str:
-    with open(path, "rb") as file:
-        whole = [line for line in file if line.endswith(b"\n")]
-    return str(json.loads(whole[-1])["h"]) if whole else _ZERO
-
-
-def _cut_torn_line(descriptor: int) -> None:
-    """Drop a last line that was not written to its end (the machine went down)."""
-    size = os.fstat(descriptor).st_size
-    tail = os.pread(descriptor, 1 << 16, max(0, size - (1 << 16)))
-    os.ftruncate(descriptor, size - (len(tail) - tail.rfind(b"\n") - 1))
+            head = entry["h"]
+            yield entry["r"]
 
 
 class Measurements:
@@ -93,25 +79,16 @@ class Measurements:
 
     def __init__(self, path: str, *, fresh: bool) -> None:
         """Go on with the log, or begin anew with the register at zero."""
-        known = [] if fresh or not os.path.exists(path) else list(read_chain(path))
-        self._register = known[-1]["register"] if known else _ZERO
+        known = [] if fresh else list(read_chain(path))
+        self._register = known[-1]["register"] if known else ZERO
         self._count = len(known)
         self._chain = Chain(path, fresh=fresh)
 
     def extend(self, event: str, digest: str, subject: str) -> None:
         """Note that ``subject`` of that SHA-256 is in use from now on."""
-        joined = bytes.fromhex(self._register + digest)
-        self._register = hashlib.sha256(joined).hexdigest()
-        self._chain.append(
-            {
-                "index": self._count,
-                "event": event,
-                "subject": subject,
-                "digest": digest,
-                "register": self._register,
-                "pcr": None,
-            }
-        )
+        self._register = hashlib.sha256(bytes.fromhex(self._register + digest)).hexdigest()
+        what = {"index": self._count, "event": event, "subject": subject, "digest": digest}
+        self._chain.append({**what, "register": self._register, "pcr": None})
         self._count += 1
         self._chain.sync()
 
@@ -128,7 +105,7 @@ def hash_descriptor(descriptor: int) -> str:
 def read_sealed(sealed: Sealed) -> bytes:
     """A file's content, if it has the hash that is expected of it."""
     with open(sealed.path, "rb") as file:
-        content = file.read(_MAX_SEALED_BYTES)
+        content = file.read(_MAX_FILE_BYTES)
     if sealed.sha256 and hashlib.sha256(content).hexdigest() != sealed.sha256:
         raise Invalid(f"{sealed.path} is not what the manifest says")
     return content

@@ -1,8 +1,8 @@
 """One process in namespaces of its own, under everything that Linux has to confine it.
 
-The core lays out the domain's root in its own private mount namespace (:func:`stage`), clones
+The core lays out the domain's root in its own private mount namespace (:func:`_stage`), clones
 with the owner uid in effect (a user namespace made by uid 0 could be read by any uid-0 process),
-maps one uid, and the child shuts itself in step by step (:func:`_confine`) and executes. The
+maps one uid, and the child shuts itself in step by step (:func:`_steps`) and executes. The
 program is process 1 of its process namespace: when it dies the kernel kills all the others.
 """
 
@@ -17,17 +17,15 @@ import struct
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from supercloud.lower.core import system
-from supercloud.lower.core.manifest import Bind
+from supercloud.lower.core.manifest import Bind, Kind
 from supercloud.model.errors import BadState
 
 STAGE = "/mnt"
-"""Covered by a tmpfs in the core's private mount namespace; roots are laid out below."""
-RUNTIME = f"{STAGE}/runtime"
-ROOTS = f"{STAGE}/roots"
-STATE_TARGET = "/run/state"
+"""Covered by a tmpfs in the keeper's private mount namespace; roots are laid out below."""
+RUNTIME, ROOTS, STATE_TARGET = f"{STAGE}/runtime", f"{STAGE}/roots", "/run/state"
 _PLAIN_DEVICES = ("null", "zero", "full", "random", "urandom")
 _SAFE = system.MS_NOSUID | system.MS_NODEV
 _START_TIMEOUT_S = 20.0
@@ -38,60 +36,55 @@ _GO = b"g"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that :func:`start` needs; ``descriptors`` become 3, 4, ... and ``output`` 1 and 2."""
+    """All that :func:`start` needs; ``descriptors`` become 3, 4, ... and ``output`` 1 and 2.
 
+    ``network`` is a descriptor of a process whose network namespace it joins, or -1.
+    """
+
+    kind: Kind
     argv: list[str]
     environment: dict[str, str]
     uid: int
     owner_uid: int
     filter: bytes
-    own_network: bool
-    join_network: int | None
-    tcp: bool
-    nests: bool
-    proc: bool
-    tmp_bytes: int
-    nofile: int
+    network: int
     binds: tuple[Bind, ...]
-    devices: tuple[str, ...]
     descriptors: list[int]
     output: int
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(NamedTuple):
     """A process in its sandbox."""
 
     pid: int
     pidfd: int
 
 
-def start(plan: Plan, before_go: Callable[[Started], None], *, stage_name: str) -> Started:
+def start(plan: Plan, admit: Callable[[Started], None], *, name: str) -> Started:
     """Run a program in a sandbox; returns when it has been executed.
 
-    ``before_go`` is called with the child held at the gate (put it into its groups, note its
+    ``admit`` is called with the child held at the gate (put it into its groups, note its
     descriptor); if the caller dies before it returns, the child ends. BadState says which step
     failed; the child is gone then.
     """
     with ExitStack() as cleanup:
-        root = stage(plan, stage_name)
+        root = f"{ROOTS}/{name}"
+        os.mkdir(root)
         cleanup.callback(unstage, root)
+        _stage(plan, root)
         go_read, go_write = os.pipe()
         error_read, error_write = os.pipe()
-        for descriptor in (go_read, error_read):
-            cleanup.callback(os.close, descriptor)
-        child_ends = ExitStack()
-        child_ends.callback(os.close, error_write)
-        opened = ExitStack()
-        opened.callback(os.close, go_write)
-        with opened, child_ends:
-            pid, pidfd = _clone(plan)
-            if pid == 0:
+        ours = ExitStack()
+        for ends, stack in (((go_read, error_read), cleanup), ((go_write, error_write), ours)):
+            for descriptor in ends:
+                stack.callback(os.close, descriptor)
+        with ours:
+            started = _clone(plan)
+            if started.pid == 0:
                 _child(plan, root, go_read, error_write)
-            started = Started(pid, pidfd)
             try:
-                _map_ids(pid, plan.uid)
-                before_go(started)
+                _map_ids(started.pid, plan.uid)
+                admit(started)
                 os.write(go_write, _GO)
             except BaseException:
                 _discard(started)
@@ -100,41 +93,35 @@ def start(plan: Plan, before_go: Callable[[Started], None], *, stage_name: str) 
         return started
 
 
-def stage(plan: Plan, name: str) -> str:
-    """Lay out a domain's root: the runtime image, read-only, and what is its own."""
-    root = f"{ROOTS}/{name}"
-    os.mkdir(root)
-    try:
-        system.bind(RUNTIME, root, system.MS_RDONLY | _SAFE)
-        private = f"size={plan.tmp_bytes},mode=0700,uid={plan.uid},gid={plan.uid}"
-        for target in ("/tmp", "/run"):  # noqa: S108  mount points inside the new root
-            system.mount("tmpfs", root + target, "tmpfs", _SAFE | system.MS_NOEXEC, private)
-        _stage_devices(plan, root + "/dev")
-        for bind in plan.binds:
-            _stage_bind(root, bind)
-    except BaseException:
-        unstage(root)
-        raise
-    return root
-
-
 def unstage(root: str) -> None:
-    """Take away what :func:`stage` laid out; the domain keeps its copy."""
+    """Take away what was laid out; the domain keeps its copy."""
     if os.path.ismount(root):
         system.umount(root)
     os.rmdir(root)
 
 
-def _stage_devices(plan: Plan, directory: str) -> None:
+def _stage(plan: Plan, root: str) -> None:
+    """Lay out a domain's root: the runtime image, read-only, and what is its own."""
+    system.bind(RUNTIME, root, system.MS_RDONLY | _SAFE)
+    private = f"size={plan.kind.tmp_bytes},mode=0700,uid={plan.uid},gid={plan.uid}"
+    for target in ("/tmp", "/run"):  # noqa: S108  mount points inside the new root
+        system.mount("tmpfs", root + target, "tmpfs", _SAFE | system.MS_NOEXEC, private)
     flags = system.MS_NOSUID | system.MS_NOEXEC
-    system.mount("tmpfs", directory, "tmpfs", flags, "size=64k,mode=0755")
+    system.mount("tmpfs", f"{root}/dev", "tmpfs", flags, "size=64k,mode=0755")
     for name in _PLAIN_DEVICES:
-        _make_node(f"/dev/{name}", f"{directory}/{name}", 0o666, 0)
-    for path in plan.devices:
-        target = directory + path.removeprefix("/dev")
+        _make_node(f"/dev/{name}", f"{root}/dev/{name}", 0o666, 0)
+    for path in plan.kind.devices:
+        os.makedirs(os.path.dirname(root + path), exist_ok=True)
+        _make_node(path, root + path, 0o600, plan.uid)
+    system.mount("", f"{root}/dev", "", system.MS_REMOUNT | flags | system.MS_RDONLY)
+    for bind in plan.binds:
+        target = root + bind.target
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        _make_node(path, target, 0o600, plan.uid)
-    system.mount("", directory, "", system.MS_REMOUNT | flags | system.MS_RDONLY)
+        if os.path.isdir(bind.source):
+            os.makedirs(target, exist_ok=True)
+        else:
+            os.close(os.open(target, os.O_CREAT | os.O_CLOEXEC, 0o644))
+        system.bind(bind.source, target, _SAFE | (0 if bind.writable else system.MS_RDONLY))
 
 
 def _make_node(source: str, target: str, mode: int, uid: int) -> None:
@@ -147,37 +134,29 @@ def _make_node(source: str, target: str, mode: int, uid: int) -> None:
     os.chown(target, uid, uid)
 
 
-def _stage_bind(root: str, bind: Bind) -> None:
-    target = root + bind.target
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    if os.path.isdir(bind.source):
-        os.makedirs(target, exist_ok=True)
-    else:
-        os.close(os.open(target, os.O_CREAT | os.O_CLOEXEC, 0o644))
-    system.bind(bind.source, target, _SAFE | (0 if bind.writable else system.MS_RDONLY))
-
-
-def _clone(plan: Plan) -> tuple[int, int]:
+def _clone(plan: Plan) -> Started:
     flags = system.NEW_EVERYTHING
-    if not plan.own_network:
+    if plan.kind.network != "own":
         flags &= ~system.CLONE_NEWNET
-    with ExitStack() as undo:
-        if plan.join_network is not None:
-            home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-            undo.callback(os.close, home)
-            system.setns(plan.join_network, system.CLONE_NEWNET)
-            undo.callback(system.setns, home, system.CLONE_NEWNET)
+    home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if plan.network >= 0:
+            system.setns(plan.network, system.CLONE_NEWNET)
         os.setresuid(-1, plan.owner_uid, -1)
-        try:
-            pid, pidfd = system.clone3(flags, signal.SIGCHLD)
-        except BaseException:
-            os.setresuid(-1, 0, -1)
-            raise
-        if pid == 0:
-            undo.pop_all()
-            return 0, -1
-        os.setresuid(-1, 0, -1)
-    return pid, pidfd
+        started = Started(*system.clone3(flags, signal.SIGCHLD))
+    except BaseException:
+        _come_home(plan, home)
+        raise
+    if started.pid:
+        _come_home(plan, home)
+    return started
+
+
+def _come_home(plan: Plan, home: int) -> None:
+    os.setresuid(-1, 0, -1)
+    if plan.network >= 0:
+        system.setns(home, system.CLONE_NEWNET)
+    os.close(home)
 
 
 def _map_ids(pid: int, uid: int) -> None:
@@ -194,7 +173,7 @@ def _await_execution(started: Started, error_read: int) -> None:
         if not said:
             return
     _discard(started)
-    raise BadState(f"could not start: {said.decode() or 'timed out'}")
+    raise BadState(said.decode() or "timed out")
 
 
 def _discard(started: Started) -> None:
@@ -205,11 +184,10 @@ def _discard(started: Started) -> None:
 
 def _child(plan: Plan, root: str, go_read: int, error_write: int) -> NoReturn:
     """The child's whole life up to execution; never returns into the core's code."""
-    step = "descriptors"
-    error = error_write
+    step, error = "descriptors", error_write
     try:
         error = _gather(plan, go_read, error_write)
-        for step, action in _confine(plan, root):  # noqa: B007  said when it fails
+        for step, action in _steps(plan, root):  # noqa: B007  said when it fails
             action()
         step = f"execute {plan.argv[0]}"
         os.execve(plan.argv[0], plan.argv, plan.environment)  # noqa: S606
@@ -221,10 +199,8 @@ def _child(plan: Plan, root: str, go_read: int, error_write: int) -> NoReturn:
 
 def _gather(plan: Plan, go_read: int, error_write: int) -> int:
     """Give descriptors their final numbers, close all others, wait for the word to go on."""
-    spare = [
-        fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _FIRST_SPARE)
-        for descriptor in (plan.output, go_read, error_write, *plan.descriptors)
-    ]
+    wanted = (plan.output, go_read, error_write, *plan.descriptors)
+    spare = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_SPARE) for fd in wanted]
     output, go, error, *rest = spare  # ascending
     null = os.open("/dev/null", os.O_RDWR)
     for number, descriptor in enumerate([null, output, output, *rest]):
@@ -237,15 +213,18 @@ def _gather(plan: Plan, go_read: int, error_write: int) -> int:
     return error
 
 
-def _confine(plan: Plan, root: str) -> list[tuple[str, Callable[[], None]]]:
+def _steps(plan: Plan, root: str) -> list[tuple[str, Callable[[], None]]]:
     """The steps in their order; each needs what the ones before it left."""
+    kind, read = plan.kind, system.READ_FILE | system.READ_DIR
+    own = [(path, system.ALL_BUT_EXECUTE) for path in ("/dev", "/tmp", "/run")]  # noqa: S108
+    files = None if kind.nests else [("/", system.EXECUTE | read), *own]
     return [
         ("identity", lambda: _become(plan.uid)),
-        ("root", lambda: _enter(root, proc=plan.proc)),
-        ("loopback", _loopback_up if plan.own_network else lambda: None),
-        ("limits", lambda: _limit(plan.nofile)),
+        ("root", lambda: _enter(root, proc=kind.proc)),
+        ("loopback", lambda: _loopback_up() if kind.network == "own" else None),
+        ("limits", lambda: _limit(kind.nofile)),
         ("capabilities", system.drop_capabilities),
-        ("landlock", lambda: system.landlock(_file_rules(plan), tcp=plan.tcp)),
+        ("landlock", lambda: system.landlock(files, tcp=kind.tcp)),
         ("filter", lambda: system.install_filter(plan.filter)),
     ]
 
@@ -279,13 +258,3 @@ def _loopback_up() -> None:
 def _limit(nofile: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (nofile, nofile))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _file_rules(plan: Plan) -> list[tuple[str, int]] | None:
-    """What Landlock lets it do with files; a program that nests mounts must do without."""
-    if plan.nests:
-        return None
-    read = system.READ_FILE | system.READ_DIR
-    rules = [("/", system.EXECUTE | read)]
-    rules += [(path, system.ALL_BUT_EXECUTE) for path in ("/dev", "/tmp", "/run")]  # noqa: S108
-    return rules

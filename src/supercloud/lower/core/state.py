@@ -10,24 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from supercloud.lower.core.manifest import Kind, Manifest
-from supercloud.model.capability import (
-    ALL_RIGHTS,
-    Capability,
-    CapabilityGraph,
-    Limits,
-    ObjectType,
-    Rights,
-)
+from supercloud.model.capability import Capability, CapabilityGraph, Limits, ObjectType, Rights
 from supercloud.model.errors import Invalid, NoResources
 from supercloud.wire.frames import DomainState
 
 Record = dict[str, Any]
 Values = tuple[int, ...]
 
-SELF_RIGHTS = Rights.CONNECT | Rights.GRANT
-OWN_CONTEXT_RIGHTS = Rights.READ | Rights.CHARGE | Rights.GRANT
-CHILD_CONTEXT_RIGHTS = OWN_CONTEXT_RIGHTS | Rights.CONTROL
-MAKER_RIGHTS = Rights.USE | Rights.READ | Rights.WRITE | Rights.GRANT | Rights.CONTROL
+SUMMED = ("memory_bytes", "pids", "domains", "disk_bytes")
+_SELF = Rights.CONNECT | Rights.GRANT
+_OWN_CONTEXT = Rights.READ | Rights.CHARGE | Rights.GRANT
+_MAKER = Rights.USE | Rights.READ | Rights.WRITE | Rights.GRANT | Rights.CONTROL
 
 
 @dataclass(slots=True, eq=False)
@@ -39,44 +32,45 @@ class Context:
     parent: "Context | None"
     limits: Limits
     path: str
-    booked: Limits = Limits(cpu_weight=0)  # noqa: RUF009  frozen
+    booked: Limits = Limits(0)  # noqa: RUF009  frozen
     charges: dict[int, int] = field(default_factory=dict)  # disk bytes, by who booked them
 
     def check(self, asked: Limits) -> None:
         """NoResources unless ``asked`` fits in what is left; the cpu quota in this one's."""
-        for what in ("memory_bytes", "pids", "domains", "disk_bytes"):
+        for what in SUMMED:
             left = getattr(self.limits, what) - getattr(self.booked, what)
             if getattr(asked, what) > left:
                 raise NoResources(f"{what}: {getattr(asked, what)} asked, {self.name} has {left}")
         if self.limits.cpu_permille and asked.cpu_permille > self.limits.cpu_permille:
             raise NoResources(f"cpu_permille: {self.name} has {self.limits.cpu_permille}")
 
-    def book(self, more: Limits, sign: int = 1) -> None:
-        """Add to (or take from) what is booked."""
-        pairs = zip(self.booked.values(), more.values(), strict=True)
-        _, _, *summed = (old + sign * new for old, new in pairs)
-        self.booked = Limits(0, 0, *summed)
+    def book(self, sign: int = 1, **more: int) -> None:
+        """Add to (or with ``sign`` -1 take from) what is booked."""
+        now = {what: getattr(self.booked, what) + sign * more.get(what, 0) for what in SUMMED}
+        self.booked = Limits(0, 0, **now)
 
 
 @dataclass(slots=True, eq=False)
 class Object:
-    """Anything but a domain; ``descriptors`` are the core's, two for the ends of a portal."""
+    """Anything but a domain; ``descriptors`` are the core's, two for the ends of a portal.
+
+    ``number`` is the socket type of a portal, the bytes of a memory, a semaphore's first value.
+    """
 
     id: int
     type: ObjectType
     name: str
     maker: "Domain | None"
+    number: int = 0
     context: Context | None = None
-    size_bytes: int = 0  # of a memory object; the first value of a semaphore
-    sha256: str = ""
-    socket_type: int = 0
     ends: tuple["Domain", ...] = ()
+    sha256: str = ""
     descriptors: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
 class Domain:
-    """A protection domain and its one execution context."""
+    """A protection domain and its one execution context; ``last`` is its last logged call."""
 
     id: int
     kind: Kind
@@ -85,33 +79,37 @@ class Domain:
     context: Context
     slot: int
     state: DomainState = DomainState.CREATED
-    numbers: tuple[int, ...] = ()
+    numbers: Values = ()
     starts: int = 0
     wait_status: int = 0
     made: int = 0
     last: tuple[int, Values, str] = (0, (), "")
 
-    @property
-    def books(self) -> Limits:
-        """What it takes of its parent context: its limits, and itself as one domain."""
-        limits = self.context.limits
-        return Limits(0, 0, limits.memory_bytes, limits.pids, limits.domains + 1, limits.disk_bytes)
-
 
 @dataclass(slots=True)
 class Gone:
-    """What the last record took out of the tables; a domain's last selector at its parent."""
+    """What the last record took out of the tables; a domain with its selectors at its parent."""
 
     domains: list[tuple[Domain, int, int]] = field(default_factory=list)
     objects: list[Object] = field(default_factory=list)
     capabilities: list[Capability] = field(default_factory=list)
 
 
+def booking(limits: Limits) -> dict[str, int]:
+    """What a domain of these limits takes of its parent context: them, and one domain more."""
+    return {what: getattr(limits, what) + (what == "domains") for what in SUMMED}
+
+
+def own_limits(kind: Kind, limits: Limits) -> Limits:
+    """What a domain's own processes may use of its context."""
+    own = Limits(memory_bytes=kind.own.memory_bytes, pids=kind.own.pids)
+    return own if kind.creates else limits
+
+
 class State:
     """Domains, scheduling contexts, objects and the capability graph of one host."""
 
     def __init__(self, manifest: Manifest) -> None:
-        """An empty host with the manifest's limits."""
         self.manifest = manifest
         self.root = Context(1, "host", None, manifest.limits, "")
         self.contexts = {1: self.root}
@@ -119,11 +117,11 @@ class State:
         self.objects: dict[int, Object] = {}
         self.graph = CapabilityGraph()
         self.next_id = 2
-        self.gone = Gone()
+        self._gone = Gone()
 
     def apply(self, record: Record) -> Values:
         """Run a record, which must have been checked; the values that answer it."""
-        values: Values = getattr(self, f"_do_{record['op']}")(record)
+        values: Values = getattr(self, f"_do_{record['op']}")(record) or ()
         caller = self.domains.get(record.get("by", 0))
         if caller is not None:
             caller.last = (record["seq"], values, record.get("sha256", ""))
@@ -131,198 +129,162 @@ class State:
 
     def take_gone(self) -> Gone:
         """What was taken out since the last call."""
-        gone, self.gone = self.gone, Gone()
+        gone, self._gone = self._gone, Gone()
         return gone
 
     def domain_named(self, name: str) -> Domain | None:
         """The domain of that name; names are unique on a host."""
         return next((d for d in self.domains.values() if d.name == name), None)
 
-    def own_limits(self, kind: Kind, limits: Limits) -> Limits:
-        """What a domain's own processes may use of its context."""
-        if not kind.creates:
-            return limits
-        return Limits(memory_bytes=kind.own.memory_bytes, pids=kind.own.pids)
+    def at_parent(self, domain: Domain, object_id: int) -> int:
+        """The selector that the domain's maker has for it or its context; 0 when it has none."""
+        holder = domain.parent.id if domain.parent else 0
+        found = [c for c in self.graph.of_object(object_id) if c.holder == holder and not c.parent]
+        return found[0].selector if found else 0
 
-    def _do_boot(self, record: Record) -> Values:
-        if record["manifest"] != self.manifest.sha256:
+    def _do_boot(self, r: Record) -> None:
+        if r["manifest"] != self.manifest.sha256:
             raise Invalid("the grant log is of another manifest")
-        return ()
 
     def _do_domain(self, r: Record) -> Values:
-        kind = self.manifest.kinds[r["kind"]]
-        parent = self.domains.get(r["parent"])
+        kind, parent = self.manifest.kinds[r["kind"]], self.domains.get(r["parent"])
         charged, limits = self.contexts[r["context"]], Limits(*r["limits"])
         path = f"{charged.path}/{r['name']}.{r['id']}".lstrip("/")
         context = Context(r["id"] + 1, r["name"], charged, limits, path)
         domain = Domain(r["id"], kind, r["name"], parent, context, r["slot"])
-        charged.book(domain.books)
+        charged.book(**booking(limits))
         if kind.creates:
-            context.book(self.own_limits(kind, limits))
-        self.domains[domain.id] = domain
-        self.contexts[context.id] = context
+            context.book(memory_bytes=kind.own.memory_bytes, pids=kind.own.pids)
+        self.domains[domain.id], self.contexts[context.id] = domain, context
         self.next_id = r["id"] + 2
-        return self._domain_entries(domain)
-
-    def _domain_entries(self, domain: Domain) -> Values:
-        """Selectors 0 and 1 of its own table, and the two at its parent."""
-        insert, name = self.graph.insert, domain.name
-        types = ObjectType.DOMAIN, ObjectType.SCHEDULING_CONTEXT
+        insert, types = self.graph.insert, (ObjectType.DOMAIN, ObjectType.SCHEDULING_CONTEXT)
         self.graph.open_table(domain.id)
-        insert(domain.id, domain.id, types[0], SELF_RIGHTS, "self")
-        insert(domain.id, domain.context.id, types[1], OWN_CONTEXT_RIGHTS, "sched")
-        if domain.parent is None:
+        insert(domain.id, domain.id, types[0], _SELF, "self")
+        insert(domain.id, context.id, types[1], _OWN_CONTEXT, "sched")
+        if parent is None:
             return ()
-        at, rights = domain.parent.id, domain.kind.creator_rights
-        made = insert(at, domain.id, types[0], rights, name)
-        context = insert(at, domain.context.id, types[1], CHILD_CONTEXT_RIGHTS, f"sched:{name}")
-        return made.selector, context.selector
+        rights, at = _OWN_CONTEXT | Rights.CONTROL, f"sched:{domain.name}"
+        made = insert(parent.id, domain.id, types[0], kind.creator_rights, domain.name)
+        return made.selector, insert(parent.id, context.id, types[1], rights, at).selector
 
-    def _do_start(self, r: Record) -> Values:
+    def _do_start(self, r: Record) -> None:
         domain = self.domains[r["id"]]
-        domain.state = DomainState.RUNNING
-        domain.numbers = tuple(r["numbers"])
-        domain.starts += 1
-        domain.last = (0, (), "")
-        return ()
+        domain.state, domain.numbers = DomainState.RUNNING, tuple(r["numbers"])
+        domain.starts, domain.last = domain.starts + 1, (0, (), "")
 
-    def _do_stopped(self, r: Record) -> Values:
-        """It ended, or could not start; its descriptors are gone with it."""
+    def _do_stopped(self, r: Record) -> None:
         domain = self.domains[r["id"]]
-        domain.state = DomainState(r["state"])
-        domain.wait_status = r["status"]
+        domain.state, domain.wait_status = DomainState(r["state"]), r["status"]
         for capability in self.graph.entries(domain.id):
-            capability.taken = False
-        return ()
+            capability.taken = False  # its descriptors are gone with its process
 
     def _do_channel(self, r: Record) -> Values:
-        a, b = self.domains[r["a"]], self.domains[r["b"]]
-        portal = self._object(r, ObjectType.PORTAL, socket_type=r["type"], ends=(a, b))
-        insert, whole = self.graph.insert, None
-        if portal.maker is not None:
+        ends = self.domains[r["a"]], self.domains[r["b"]]
+        made = self._object(r, ObjectType.PORTAL, number=r["type"], ends=ends)
+        insert, whole, selectors = self.graph.insert, None, [0]
+        if made.maker is not None:
             rights = Rights.CONTROL | Rights.USE
-            whole = insert(portal.maker.id, portal.id, portal.type, rights, "")
-        ends = [
-            insert(end.id, portal.id, portal.type, Rights.USE, r[name], whole, number)
-            for number, (end, name) in enumerate(((a, "name_a"), (b, "name_b")))
-        ]
-        return (whole.selector if whole else 0, ends[0].selector, ends[1].selector)
+            whole = insert(made.maker.id, made.id, made.type, rights, "")
+            selectors = [whole.selector]
+        for number, (end, name) in enumerate(zip(ends, (r["name_a"], r["name_b"]), strict=True)):
+            entry = insert(end.id, made.id, made.type, Rights.USE, name, whole, number)
+            selectors.append(entry.selector)
+        return tuple(selectors)
 
     def _do_memory(self, r: Record) -> Values:
         context = self.contexts[r["context"]]
-        context.book(Limits(0, 0, memory_bytes=r["bytes"]))
-        memory = self._object(r, ObjectType.MEMORY, context=context, size_bytes=r["bytes"])
-        return self._to_maker(memory, r["name"])
+        context.book(memory_bytes=r["bytes"])
+        return self._for_maker(
+            self._object(r, ObjectType.MEMORY, number=r["bytes"], context=context)
+        )
 
-    def _do_seal(self, r: Record) -> Values:
+    def _do_seal(self, r: Record) -> None:
         self.objects[r["id"]].sha256 = r["sha256"]
-        return ()
 
     def _do_semaphore(self, r: Record) -> Values:
-        made = self._object(r, ObjectType.SEMAPHORE, size_bytes=r["value"])
-        return self._to_maker(made, r["name"])
+        return self._for_maker(self._object(r, ObjectType.SEMAPHORE, number=r["value"]))
 
-    def _do_device(self, r: Record) -> Values:
+    def _do_device(self, r: Record) -> None:
         self._object(r, ObjectType.DEVICE)
-        return ()
 
     def _object(self, r: Record, type_: ObjectType, **more: Any) -> Object:
-        maker = self.domains.get(r["by"]) if "by" in r else None
+        maker = self.domains.get(r.get("by", 0))
         made = Object(r["id"], type_, r.get("name", ""), maker, **more)
-        self.objects[made.id] = made
-        self.next_id = made.id + 1
+        self.objects[made.id], self.next_id = made, made.id + 1
         if maker is not None:
             maker.made += 1
         return made
 
-    def _to_maker(self, made: Object, name: str) -> Values:
-        assert made.maker is not None  # noqa: S101  the broker makes these for domains only
-        entry = self.graph.insert(made.maker.id, made.id, made.type, MAKER_RIGHTS, name)
-        return (entry.selector,)
+    def _for_maker(self, made: Object) -> Values:
+        holder = made.maker.id if made.maker else 0
+        return (self.graph.insert(holder, made.id, made.type, _MAKER, made.name).selector,)
 
-    def _do_grant(self, r: Record) -> Values:
+    def _do_grant(self, r: Record) -> None:
         """A capability out of the manifest, derived from nobody's."""
-        kind = ObjectType(r["type"])
-        rights = Rights(r["rights"]) & ALL_RIGHTS
-        return (self.graph.insert(r["to"], r["id"], kind, rights, r["name"]).selector,)
+        self.graph.insert(r["to"], r["id"], ObjectType(r["type"]), Rights(r["rights"]), r["name"])
 
     def _do_delegate(self, r: Record) -> Values:
         source = self.graph.get(r["holder"], r["selector"])
-        made = self.graph.derive(source, r["to"], Rights(r["rights"]), r["name"])
-        return (made.selector,)
+        return (self.graph.derive(source, r["to"], Rights(r["rights"]), r["name"]).selector,)
 
-    def _do_taken(self, r: Record) -> Values:
+    def _do_taken(self, r: Record) -> None:
         self.graph.get(r["holder"], r["selector"]).taken = True
-        return ()
 
     def _do_revoke(self, r: Record) -> Values:
         gone = self.graph.revoke(self.graph.get(r["holder"], r["selector"]))
-        return (self._lose(gone),)
+        self._lose(gone)
+        return (len(gone),)
 
-    def _do_limits(self, r: Record) -> Values:
+    def _do_limits(self, r: Record) -> None:
         context, limits = self.contexts[r["id"]], Limits(*r["limits"])
         if context.parent is not None:
-            context.parent.book(context.limits, -1)
-            context.parent.book(limits)
+            context.parent.book(-1, **booking(context.limits))
+            context.parent.book(**booking(limits))
         context.limits = limits
-        return ()
 
     def _do_charge(self, r: Record) -> Values:
         context = self.contexts[r["id"]]
         context.charges[r["by"]] = context.charges.get(r["by"], 0) + r["bytes"]
-        context.book(Limits(0, 0, disk_bytes=r["bytes"]))
+        context.book(disk_bytes=r["bytes"])
         return (context.booked.disk_bytes,)
 
-    def _do_destroy(self, r: Record) -> Values:
+    def _do_destroy(self, r: Record) -> None:
         if r["id"] in self.domains:
             self._end_domain(self.domains[r["id"]])
-        elif r["id"] in self.objects:
+        else:
             self._end_object(self.objects[r["id"]])
-        return ()
 
     def _end_domain(self, domain: Domain) -> None:
-        """Children first; then what it made, what is charged to it, and its table."""
+        """Children first; then what it made, what is booked on it, and its table."""
+        context = domain.context
         for other in list(self.domains.values()):
-            if other.id in self.domains and (
-                other.parent is domain or other.context.parent is domain.context
-            ):
+            its = other.parent is domain or other.context.parent is context
+            if its and other.id in self.domains:
                 self._end_domain(other)
         for made in list(self.objects.values()):
-            its = domain in (made.maker, *made.ends) or made.context is domain.context
+            its = domain in (made.maker, *made.ends) or made.context is context
             if its and made.id in self.objects:
                 self._end_object(made)
-        selectors = self._selectors_at_parent(domain)
-        self._lose(self.graph.drop_object(domain.id))
-        self._lose(self.graph.drop_object(domain.context.id))
+        selectors = self.at_parent(domain, domain.id), self.at_parent(domain, context.id)
+        self._lose(self.graph.drop_object(domain.id) + self.graph.drop_object(context.id))
         self._lose(self.graph.close_table(domain.id))
-        if domain.context.parent is not None:
-            domain.context.parent.book(domain.books, -1)
-        del self.contexts[domain.context.id], self.domains[domain.id]
-        self.gone.domains.append((domain, *selectors))
-
-    def _selectors_at_parent(self, domain: Domain) -> tuple[int, int]:
-        if domain.parent is None or domain.parent.id not in self.domains:
-            return 0, 0
-        found = [0, 0]
-        for number, id_ in enumerate((domain.id, domain.context.id)):
-            for capability in self.graph.of_object(id_):
-                if capability.holder == domain.parent.id and capability.parent is None:
-                    found[number] = capability.selector
-        return found[0], found[1]
+        if context.parent is not None:
+            context.parent.book(-1, **booking(context.limits))
+        del self.contexts[context.id], self.domains[domain.id]
+        self._gone.domains.append((domain, *selectors))
 
     def _end_object(self, ended: Object) -> None:
         del self.objects[ended.id]
         self._lose(self.graph.drop_object(ended.id))
         if ended.context is not None:
-            ended.context.book(Limits(0, 0, memory_bytes=ended.size_bytes), -1)
+            ended.context.book(-1, memory_bytes=ended.number)
         if ended.maker is not None:
             ended.maker.made -= 1
-        self.gone.objects.append(ended)
+        self._gone.objects.append(ended)
 
-    def _lose(self, capabilities: list[Capability]) -> int:
+    def _lose(self, capabilities: list[Capability]) -> None:
         """Note lost capabilities; a portal that lost one end is over for both."""
-        self.gone.capabilities += capabilities
+        self._gone.capabilities += capabilities
         for capability in capabilities:
             if capability.type is ObjectType.PORTAL and capability.object_id in self.objects:
                 self._end_object(self.objects[capability.object_id])
-        return len(capabilities)

@@ -10,43 +10,22 @@ import errno
 import os
 import struct
 
-CLONE_NEWNS = 0x00020000
-CLONE_NEWCGROUP = 0x02000000
-CLONE_NEWUTS = 0x04000000
-CLONE_NEWIPC = 0x08000000
-CLONE_NEWUSER = 0x10000000
-CLONE_NEWPID = 0x20000000
-CLONE_NEWNET = 0x40000000
-CLONE_PIDFD = 0x1000
-NEW_EVERYTHING = (
-    CLONE_NEWNS
-    | CLONE_NEWCGROUP
-    | CLONE_NEWUTS
-    | CLONE_NEWIPC
-    | CLONE_NEWUSER
-    | CLONE_NEWPID
-    | CLONE_NEWNET
-)
+CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 1 << 17, 1 << 25, 1 << 26, 1 << 27
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_PIDFD = 1 << 28, 1 << 29, 1 << 30, 1 << 12
+NEW_EVERYTHING = CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC
+NEW_EVERYTHING |= CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
-MNT_DETACH = 2
+_MNT_DETACH = 2
 
-PR_SET_PDEATHSIG = 1
-PR_SET_DUMPABLE = 4
-PR_CAPBSET_DROP = 24
-PR_SET_SECUREBITS = 28
-PR_SET_CHILD_SUBREAPER = 36
-PR_SET_NO_NEW_PRIVS = 38
-PR_CAP_AMBIENT = 47
-PR_CAP_AMBIENT_CLEAR_ALL = 4
-SECUREBITS_ALL_LOCKED = 0x2F  # noroot, no_setuid_fixup and their locks, keep_caps locked off
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+_PR_CAPBSET_DROP, _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 24, 28, 38
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+_SECUREBITS_LOCKED = 0x2F  # noroot, no_setuid_fixup and their locks; keep_caps locked off
 _LAST_CAPABILITY = 63
 
-_SYS_CAPSET = 126
-_SYS_PIVOT_ROOT = 155
-_SYS_SECCOMP = 317
-_SYS_CLONE3 = 435
+_SYS_CAPSET, _SYS_PIVOT_ROOT, _SYS_SECCOMP, _SYS_CLONE3 = 126, 155, 317, 435
 _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
 
 _libc = ctypes.PyDLL(None, use_errno=True)
@@ -87,7 +66,7 @@ def bind(source: str, target: str, flags: int) -> None:
 
 def umount(target: str) -> None:
     """Take a mount and all below it away, now or when the last user is gone."""
-    _check(_libc.umount2(target.encode(), MNT_DETACH), f"umount {target}")
+    _check(_libc.umount2(target.encode(), _MNT_DETACH), f"umount {target}")
 
 
 def pivot_to_here() -> None:
@@ -107,39 +86,28 @@ def setns(descriptor: int, kind: int) -> None:
     _check(_libc.setns(descriptor, kind), "setns")
 
 
-class _CloneArguments(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_uint64)
-        for name in (
-            "flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid "
-            "set_tid_size cgroup"
-        ).split()
-    ]
-
-
 def clone3(flags: int, exit_signal: int) -> tuple[int, int]:
     """Fork into new namespaces: (process id, descriptor of the process), or (0, -1) in the child.
 
     The child must not return into the caller's code: it may only set itself up and execute.
     """
     pidfd = ctypes.c_int(-1)
-    arguments = _CloneArguments(
-        flags=flags | CLONE_PIDFD, pidfd=ctypes.addressof(pidfd), exit_signal=exit_signal
-    )
-    size = ctypes.sizeof(arguments)
-    pid = _check(_call(_SYS_CLONE3, ctypes.byref(arguments), size), "clone3")
+    # struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack and so on
+    words = (flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, exit_signal, *[0] * 6)
+    arguments = struct.pack("11Q", *words)
+    pid = _check(_call(_SYS_CLONE3, arguments, len(arguments)), "clone3")
     return pid, pidfd.value if pid else -1
 
 
 def drop_capabilities() -> None:
     """No capability in any set, none to be had again, no privilege by execve."""
     for number in range(_LAST_CAPABILITY + 1):
-        if _libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(number), 0, 0, 0) < 0:
+        if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(number), 0, 0, 0) < 0:
             break  # one past the last that this kernel knows
-    prctl(PR_SET_SECUREBITS, SECUREBITS_ALL_LOCKED)
-    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    prctl(_PR_SET_SECUREBITS, _SECUREBITS_LOCKED)
+    prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     _check(_call(_SYS_CAPSET, struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
-    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
 def install_filter(program: bytes) -> None:
@@ -149,12 +117,11 @@ def install_filter(program: bytes) -> None:
     _check(_call(_SYS_SECCOMP, 1, 0, descriptor), "seccomp")
 
 
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
+EXECUTE, READ_FILE, READ_DIR = 1, 4, 8
 ALL_BUT_EXECUTE = (1 << 16) - 2
-_LANDLOCK_FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # by ABI; later ones have 16
-_TCP_BIND_CONNECT = 3
-_SCOPE_ABSTRACT_UNIX_AND_SIGNALS = 3
-_NET_SINCE_ABI, _SCOPE_SINCE_ABI = 4, 6
+_LANDLOCK_FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # how many, by ABI; later ones have 16
+_TCP_BIND_CONNECT, _NET_SINCE_ABI = 3, 4
+_SCOPE_ABSTRACT_UNIX_AND_SIGNALS, _SCOPE_SINCE_ABI = 3, 6
 
 
 def landlock(paths: list[tuple[str, int]] | None, *, tcp: bool) -> None:
@@ -163,17 +130,16 @@ def landlock(paths: list[tuple[str, int]] | None, *, tcp: bool) -> None:
     What an older kernel does not know is left out; without Landlock nothing is done.
     """
     abi = _call(_SYS_LANDLOCK_CREATE, 0, 0, 1)
-    if abi < 0:
-        if ctypes.get_errno() in (errno.ENOSYS, errno.EOPNOTSUPP):
-            return
-        _check(abi, "landlock")
+    if abi < 0 and ctypes.get_errno() in (errno.ENOSYS, errno.EOPNOTSUPP):
+        return
+    _check(abi, "landlock")
     handled = 0 if paths is None else (1 << _LANDLOCK_FILE_RIGHTS.get(abi, 16)) - 1
     net = _TCP_BIND_CONNECT if abi >= _NET_SINCE_ABI and not tcp else 0
     scope = _SCOPE_ABSTRACT_UNIX_AND_SIGNALS if abi >= _SCOPE_SINCE_ABI else 0
     if not handled | net | scope:
         return
-    attributes = struct.pack("QQQ", handled, net, scope)
     size = 24 if abi >= _SCOPE_SINCE_ABI else 16 if abi >= _NET_SINCE_ABI else 8
+    attributes = struct.pack("QQQ", handled, net, scope)
     ruleset = _check(_call(_SYS_LANDLOCK_CREATE, attributes, size, 0), "landlock")
     for path, rights in paths or ():
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)

@@ -11,7 +11,6 @@ class Vault:
     """Descriptors by name at the keeper; see its docstring for the messages."""
 
     def __init__(self, link: socket.socket) -> None:
-        """Take over the socket to the keeper."""
         self._link = link
 
     def fileno(self) -> int:
@@ -26,20 +25,19 @@ class Vault:
         """Forget a descriptor."""
         self._link.send(f"D {name}".encode())
 
-    def load(self) -> tuple[dict[str, int], dict[int, int]]:
-        """All that is stored, and the wait statuses of children that ended, by process id."""
+    def load(self) -> tuple[dict[str, int], list[tuple[int, int]]]:
+        """All that is stored, and (process id, wait status) of children that ended."""
         stored: dict[str, int] = {}
-        ends: dict[int, int] = {}
+        ends: list[tuple[int, int]] = []
         self._link.send(b"L")
+        flags = socket.MSG_CMSG_CLOEXEC
         while True:
-            message, descriptors, _, _ = socket.recv_fds(
-                self._link, _MAX_MESSAGE, 1, socket.MSG_CMSG_CLOEXEC
-            )
+            message, descriptors, _, _ = socket.recv_fds(self._link, _MAX_MESSAGE, 1, flags)
             kind, *words = message.decode().split(" ")
             if kind == "F":
                 stored[words[0]] = descriptors[0]
             elif kind == "X":
-                ends[int(words[0])] = int(words[1])
+                ends.append((int(words[0]), int(words[1])))
             elif kind == ".":
                 return stored, ends
             else:

@@ -36,7 +36,8 @@ async def _untold(_key: str, _error: BaseException, _bug: str) -> None:
 
 @dataclass(slots=True)
 class _Object:
-    running: bool = False
+    queued: bool = False  # it will be looked at
+    running: bool = False  # it is being looked at
     again: bool = False
     failures: int = 0
     timer: asyncio.TimerHandle | None = None
@@ -53,6 +54,7 @@ class WorkQueue:
         self._objects: dict[str, _Object] = {}
         self._slots = asyncio.Semaphore(workers)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._busy = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopped = False
@@ -66,7 +68,7 @@ class WorkQueue:
             self._later(key, item, delay_s)
         elif item.running:
             item.again = True
-        else:
+        elif not item.queued:
             self._start(key, item)
 
     async def idle(self) -> None:
@@ -96,23 +98,32 @@ class WorkQueue:
         self.add(key)
 
     def _start(self, key: str, item: _Object) -> None:
-        item.running = True
+        item.queued = True
+        self._busy += 1
         self._idle.clear()
         task = asyncio.get_running_loop().create_task(self._work(key, item), name=key)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        self._busy -= 1
+        if not self._busy:
+            self._idle.set()
 
     async def _work(self, key: str, item: _Object) -> None:
-        try:
-            async with self._slots:
-                if item.timer is not None:
-                    item.timer.cancel()
-                    item.timer = None
+        async with self._slots:
+            item.queued, item.running = False, True
+            if item.timer is not None:
+                item.timer.cancel()
+                item.timer = None
+            try:
                 delay_s = await self._try(key, item)
-        finally:
-            item.running = False
-            if len(self._tasks) <= 1:
-                self._idle.set()
+            finally:
+                item.running = False
+        self._next(key, item, delay_s)
+
+    def _next(self, key: str, item: _Object, delay_s: float | None) -> None:
         if item.again:
             item.again = False
             # What failed has told of it, which is a change too: that must not make it spin.

@@ -159,11 +159,18 @@ def _quota(
 ) -> dict[str, int]:
     given = {
         "cpu_permille": None if cpus is None else round(cpus * 1000),
-        "memory_bytes": None if memory is None else parse_size(memory),
-        "disk_bytes": None if disk is None else parse_size(disk),
+        "memory_bytes": None if memory is None else _size(memory, "--memory"),
+        "disk_bytes": None if disk is None else _size(disk, "--disk"),
         "vms": vms,
     }
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _size(text: str, where: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise Invalid(f"{text!r:.40} is not {error}", where=where) from error
 
 
 # -- showing

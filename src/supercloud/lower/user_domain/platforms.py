@@ -148,6 +148,7 @@ class Platforms:
             self._records.put(record)
             self._say(record, "deleting")
             await self._assembly.dismantle(name)
+            self.rendezvous.drop(name)
             record.go("gone")
             self._records.remove(name)
             self._say(record, "gone")

@@ -7,6 +7,7 @@ lengths and times. Each direction waits for the other side to take what it sent.
 import asyncio
 import contextlib
 import logging
+import select
 import socket
 from collections import deque
 from dataclasses import dataclass
@@ -82,6 +83,12 @@ class Rendezvous:
             with contextlib.suppress(ValueError):
                 self._parked.remove(future)
 
+    def drop(self, platform: str) -> None:
+        """The platform is gone: nobody is to be joined to an agent of it."""
+        for agent in [agent for agent in self._agents if agent.platform == platform]:
+            self._agents.remove(agent)
+            agent.sock.close()
+
     def _give_up(self, agent: _Agent) -> None:
         if agent in self._agents:
             self._agents.remove(agent)
@@ -90,13 +97,11 @@ class Rendezvous:
 
 
 def _is_open(sock: socket.socket) -> bool:
-    """Whether the agent has not hung up while it waited."""
-    try:
-        return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    """Whether the agent has not hung up while it waited, be there bytes to read or not."""
+    ends = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+    poll = select.poll()
+    poll.register(sock, ends)
+    return not any(event & ends for _, event in poll.poll(0))
 
 
 async def relay(

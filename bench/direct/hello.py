@@ -91,6 +91,7 @@ class Direct:
         ]
         mapping = [{"containerID": 0, "hostID": 100_000, "size": 65_536}]
         config["linux"] |= {"uidMappings": mapping, "gidMappings": mapping}
+        del config["linux"]["sysctl"]  # the network namespace made by "ip netns" is not its own
         config["mounts"] = [mount for mount in config["mounts"] if mount["type"] != "bind"]
         return json.dumps(config).encode()
 

@@ -344,8 +344,8 @@ class Broker:
     def _create_channel(self, call: Call) -> Reply:
         a, b = (self._need_domain(call, n, Rights.CONNECT) for n in (0, 1))
         names = (call.first, call.second)
-        self._check_budget(call)
-        for holder, name in [(a, names[0]), (b, names[1]), (call.caller, "")]:
+        self._check_budget(call, "")
+        for holder, name in zip((a, b), names, strict=True):
             self.state.graph.check_room(holder.id, name)
         values = self.make_channel(a, b, call.args[2], names, call)
         for end, name, selector in zip((a, b), names, values[1:], strict=True):
@@ -372,17 +372,17 @@ class Broker:
         if not 0 < size <= _MAX_INT or size % objects.PAGE_BYTES:
             raise Invalid(f"the size must be a multiple of {objects.PAGE_BYTES}")
         context.check(Limits(0, 0, memory_bytes=size))
-        self._check_budget(call)
+        self._check_budget(call, call.first)
         return Reply(self._make("memory", call, name=call.first, context=context.id, bytes=size))
 
     def _create_semaphore(self, call: Call) -> Reply:
         if not 0 <= call.args[0] < 1 << 31:
             raise Invalid("the value must be 0..2^31-1")
-        self._check_budget(call)
+        self._check_budget(call, call.first)
         return Reply(self._make("semaphore", call, name=call.first, value=call.args[0]))
 
-    def _check_budget(self, call: Call) -> None:
-        self.state.graph.check_room(call.caller.id, call.first)
+    def _check_budget(self, call: Call, name: str) -> None:
+        self.state.graph.check_room(call.caller.id, name)
         if call.caller.made >= call.caller.kind.objects:
             raise NoResources(f"{call.caller.name} has made as many objects as it may")
 

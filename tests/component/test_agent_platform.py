@@ -103,7 +103,11 @@ async def test_exec_gives_a_real_terminal(platform: Platform) -> None:
         await stream.write(b"busybox stty size\n")
         await read_until(stream, b"44 111")
         await stream.write(b"sleep 100\n")
-        await read_until(stream, b"sleep 100")
+
+        async def sleeps() -> bool:
+            return b"sleep 100" in (await platform.execute("web", "ps"))[1]
+
+        await eventually(sleeps)
         await stream.write(b"\x03")  # interrupts the sleep, not the shell
         await stream.write(b"exit 5\n")
         async for _ in stream.chunks():
@@ -172,7 +176,7 @@ async def test_console_is_the_serial_port_both_ways(platform: Platform) -> None:
 async def test_agent_crash_kills_no_ee_and_the_next_agent_adopts_them(platform: Platform) -> None:
     before = {name: (await platform.status(name)).pid for name in ("web", "machine")}
     old = platform.link.hub.sessions[platform.name]
-    await platform.shell("kill -9 $(pgrep -P 1 python3)")
+    await platform.shell("kill -9 $(pidof python3.13 | cut -d' ' -f1)")
     await new_session(platform, old)
     for name, pid in before.items():
         status = await platform.until(name, "serving")
@@ -188,13 +192,13 @@ async def test_exit_while_the_agent_is_away_is_not_lost(platform: Platform) -> N
     await platform.apply(script(platform, "trap 'exit 9' TERM; sleep 1000 & wait", restart="never"))
     running = await platform.until("job", "running")
     await asyncio.sleep(0.5)
-    agent = await platform.shell("pgrep -P 1 python3")
+    agent = await platform.shell("pidof python3.13 | cut -d' ' -f1")
     await platform.shell(f"kill -9 {agent}; kill -TERM {running.pid}")
     ended = await platform.until("job", "exited")
     assert (ended.exit_status, ended.restarts) == (9, 0)
     # and it stays so over the next agent's life, for the policy is never
     old = await platform.session()
-    await platform.shell("kill -9 $(pgrep -P 1 python3)")
+    await platform.shell("kill -9 $(pidof python3.13 | cut -d' ' -f1)")
     await new_session(platform, old)
     await asyncio.sleep(0.5)
     again = await platform.status("job")
@@ -360,7 +364,7 @@ async def test_published_port_moves_without_a_restart(platform: Platform) -> Non
 
 async def test_agent_is_small(platform: Platform) -> None:
     out = await platform.shell(
-        "for p in 1 $(pgrep -P 1 python3); do grep ^Pss: /proc/$p/smaps_rollup; done"
+        "for p in 1 $(pidof python3.13 | cut -d' ' -f1); do grep ^Pss: /proc/$p/smaps_rollup; done"
     )
     pss_kib = sum(int(line.split()[1]) for line in out.splitlines())
     assert pss_kib <= 40 << 10, (
@@ -375,7 +379,13 @@ async def test_an_empty_set_leaves_nothing_behind(platform: Platform) -> None:
         return not (await (await platform.session()).list()).environments
 
     await eventually(is_empty)
+    assert "/run/supercloud" in await platform.shell("ls -d /run/supercloud"), "the shell works"
     left = "ls /run/supercloud/ee /run/supercloud/crun /var/lib/supercloud/ee; ls -d /sys/fs/cgroup/ee/*/"
+
+    async def is_quiet() -> bool:
+        return "dnsmasq" not in await platform.shell("ps")
+
+    await eventually(is_quiet)
     out = await platform.shell(
         f"{left}; grep -c -e nsfs -e rootfs -e crun /proc/mounts; ip -o link; ps; ip netns"
     )

@@ -35,6 +35,7 @@ from supercloud.wire.messages import (
     PortMap,
     Process,
 )
+from supercloud.wire.peer import ConnectionLost
 from support.guest import BUILD, IMAGES, MACHINE, cpio
 from support.link import Link
 
@@ -43,7 +44,7 @@ PORTS = 4
 _LINK_NETWORK = "net=169.254.77.0/24,host=169.254.77.1,dns=169.254.77.3,dhcpstart=169.254.77.4"
 _SHELL = """#!/bin/sh
 export PATH=/usr/sbin:/usr/bin HOME=/root PS1=
-setsid sh -c "stty raw -echo; exec sh" < /dev/ttyS1 > /dev/ttyS1 2>&1 &
+setsid sh -c "stty -echo -onlcr; cat | sh" < /dev/ttyS1 > /dev/ttyS1 2>&1 &
 exec /usr/sbin/l1init
 """
 
@@ -68,6 +69,7 @@ class Platform:
     generation: int = 0
     examples: Path = BUILD / "examples"
     shell_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    shell_streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     # -- the machine
 
@@ -139,6 +141,8 @@ class Platform:
             yield self
         finally:
             log.close()
+            if self.shell_streams is not None:
+                self.shell_streams[1].close()
             if self.process.returncode is None:
                 self.process.kill()
             await self.process.wait()
@@ -160,10 +164,15 @@ class Platform:
         """What a command prints in the platform, run as its root."""
         mark = secrets.token_hex(8)
         async with self.shell_lock, asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_unix_connection(f"{self.directory}/shell")
+            if self.shell_streams is None:
+                path = f"{self.directory}/shell"
+                self.shell_streams = await asyncio.open_unix_connection(path, limit=1 << 20)
+            reader, writer = self.shell_streams
             writer.write(f"({command}) 2>&1; echo; echo {mark}\n".encode())
-            out = (await reader.readuntil(mark.encode())).decode(errors="replace")
-            writer.close()
+            reading = asyncio.ensure_future(reader.readuntil(mark.encode()))
+            while not (await asyncio.wait({reading}, timeout=0.1))[0]:
+                writer.write(b"\n")  # the emulated port sometimes keeps what came last to itself
+            out = reading.result().decode(errors="replace")
         return out.rpartition(mark)[0].replace("\r", "").strip("\n")
 
     # -- what it runs
@@ -177,7 +186,12 @@ class Platform:
         )
 
     async def status(self, name: str) -> EnvironmentStatus | None:
-        report = await (await self.session()).list()
+        while True:
+            try:
+                report = await (await self.session()).list()
+                break
+            except ConnectionLost:
+                await asyncio.sleep(0.05)
         return next((e for e in report.environments if e.name == name), None)
 
     async def until(
@@ -250,7 +264,9 @@ def nic(number: int, network: str = "default", third: int = 0) -> Nic:
 
 def web(platform: Platform, **changes: object) -> EnvironmentSpec:
     """The example container."""
-    made = convert(f"oci:{platform.examples}/web", cache=platform.directory.parent / "erofs", tools=ToolTree())
+    made = convert(
+        f"oci:{platform.examples}/web", cache=platform.directory.parent / "erofs", tools=ToolTree()
+    )
     config = made.config
     process = Process(
         argv=[*config.entrypoint, *config.cmd],

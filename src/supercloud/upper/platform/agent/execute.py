@@ -26,6 +26,7 @@ READ_BYTES = 1 << 16
 START_TIMEOUT_S = 20.0
 PID_POLL_S = 0.01
 DRAIN_S = 2.0
+HANG_UP_S = 2.0
 SIGNALS = {
     name: getattr(signal, f"SIG{name}")
     for name in ("HUP", "INT", "QUIT", "TERM", "KILL", "USR1", "USR2", "TSTP", "CONT", "WINCH")
@@ -122,7 +123,10 @@ class Execution:
         try:
             await asyncio.wait({incoming, ended}, return_when=asyncio.FIRST_COMPLETED)
             if not ended.done():
-                incoming.result()  # the other side has gone without a word: raises
+                incoming.result()  # raises when the connection is lost
+                self._kill(signal.SIGHUP)  # they have hung up
+                await asyncio.wait({ended}, timeout=HANG_UP_S)
+                self._kill(signal.SIGKILL)
             status = await ended
             await asyncio.wait({outgoing}, timeout=DRAIN_S)
             return shell_status(status)
@@ -137,7 +141,6 @@ class Execution:
                 await self._write(item)
             else:
                 await self._signalled(item)
-        await self._end_of_input()
 
     async def _signalled(self, untrusted: dict[str, Any]) -> None:
         if "resize" in untrusted:

@@ -141,6 +141,7 @@ class Machine:
                 await self._connect()
             except BaseException as error:
                 watched.send(signal.SIGKILL)
+                await watched.ended_within(5.0)
                 watched.close()
                 if isinstance(error, SupercloudError):
                     raise Permanent(self._complaint() or str(error)) from error

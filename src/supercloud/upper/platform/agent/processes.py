@@ -130,7 +130,9 @@ class Watched:
         return None
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Give the descriptor back; a child of ours that has ended is reaped."""
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, os.WNOHANG)
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

@@ -113,6 +113,14 @@ def test_ps_names_the_ucloud_when_there_are_several(line):
     line.run("down", "second")
 
 
+def test_ls_lists_uclouds_and_their_names_alone_for_scripts(line):
+    header, *rows = line.run("ls").stdout.splitlines()
+    assert header.split() == ["NAME", "STATE", "PLATFORMS", "ENVIRONMENTS", "SERVING"]
+    assert any(re.fullmatch(r"hello +ready +[12] +3 +3", row) for row in rows)
+    assert "hello" in line.run("ls", "--quiet").stdout.split()
+    assert "hello" in {view["name"] for view in line.json("ls")}
+
+
 def test_inspect_shows_an_environment_and_a_ucloud(line):
     shown = line.run("inspect", "hello/web").stdout
     assert "state: serving" in shown

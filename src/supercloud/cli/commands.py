@@ -91,6 +91,11 @@ COMMANDS = {
     "ps": Command(
         "List environments: what runs where, and how it is reached.", "listing:ps", UCLOUD_OPTION
     ),
+    "ls": Command(
+        "List U-Clouds.",
+        "listing:ls",
+        Argument("-q", "--quiet", action="store_true", help="only their names"),
+    ),
     "inspect": Command(
         "Show everything about an environment or a U-Cloud.",
         "listing:inspect",

@@ -1,4 +1,4 @@
-"""``ps``, ``inspect``, ``version`` and ``ca``: what is, printed."""
+"""``ps``, ``ls``, ``inspect``, ``version`` and ``ca``: what is, printed."""
 
 import argparse
 import json
@@ -12,6 +12,8 @@ from supercloud.cli.table import age, table, tree
 from supercloud.model.errors import NotFound
 
 PS = ("NAME", "KIND", "STATE", "PROVIDER/HOST", "ADDRESS", "URL", "RESTARTS", "AGE")
+
+LS = ("NAME", "STATE", "PLATFORMS", "ENVIRONMENTS", "SERVING")
 
 
 def ps(arguments: argparse.Namespace) -> None:
@@ -38,6 +40,24 @@ def row(item: dict[str, Any], now_s: float, *, several: bool) -> tuple[str, ...]
         str(item.get("restarts", 0)),
         age(item.get("started_s") or item.get("created_s", 0), now_s),
     )
+
+
+def ls(arguments: argparse.Namespace) -> None:
+    """Print a table of U-Clouds, or their names alone."""
+    views = client.get(client.path("uclouds"))
+    if arguments.json:
+        print(json.dumps(views, indent=2))
+    elif arguments.quiet:
+        print("".join(f"{view['name']}\n" for view in views), end="")
+    else:
+        print(table(LS, map(_ucloud_row, views)))
+
+
+def _ucloud_row(view: dict[str, Any]) -> tuple[str, ...]:
+    environments = view["environments"]
+    serving = sum(item["state"] == "serving" for item in environments)
+    counts = (len(view["platforms"]), len(environments), serving)
+    return (view["name"], view["state"], *map(str, counts))
 
 
 def inspect(arguments: argparse.Namespace) -> None:

@@ -122,10 +122,15 @@ def running_host(directory: Path, instance: str, *more: str) -> Iterator[Running
     try:
         host.start(*more)
         yield host
+    except BaseException:
+        print(host.logs())
+        raise
     finally:
         if host.process is not None and host.process.poll() is None:
             host.stop()
         shutil.rmtree(f"{admin.RUN}/{instance}", ignore_errors=True)
+        shutil.rmtree(host.state / "images", ignore_errors=True)
+    shutil.rmtree(host.state)
 
 
 class ControlPlane:

@@ -20,7 +20,8 @@ UIDS_EACH: Final = 1024
 _FIRST_UID: Final = 2_000_000
 _FIRST_PORT: Final = 20_000
 _PORTS_EACH: Final = 1024
-MAX_INSTANCES: Final = 12
+MAX_INSTANCES: Final = 256
+_PORT_RANGES: Final = 12  # below the ports that kernels hand out themselves (32768..)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,11 @@ class Share:
 
     @property
     def ports(self) -> tuple[int, int]:
-        """First and last port to publish on, unless it is told others."""
-        first = _FIRST_PORT + _PORTS_EACH * self.number
+        """First and last port to publish on, unless it is told others.
+
+        Many instances share ranges: a port is only handed out when it is free.
+        """
+        first = _FIRST_PORT + _PORTS_EACH * (self.number % _PORT_RANGES)
         return first, first + _PORTS_EACH - 1
 
 

@@ -1,0 +1,283 @@
+"""Platforms on a really running host: the L1 image under QEMU, from create to delete."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supercloud.control import bootdata
+from supercloud.lower.user_domain.assembly import mac
+from supercloud.model.errors import Exists, NoResources
+from supercloud.providers.lower_layer.rendezvous import Rendezvous
+from support.link import Link
+from support.lower import ControlPlane, RunningHost, images, pids_of_session, running_host
+
+pytestmark = [pytest.mark.root, pytest.mark.vm]
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHost]:
+    with running_host(tmp_path_factory.mktemp("host"), "t-vm") as host:
+        yield host
+
+
+@pytest.fixture
+def user(host: RunningHost, tmp_path: Path, vm_lock: None) -> Iterator[ControlPlane]:
+    plane = ControlPlane(tmp_path, host, "demo")
+    plane.enrol(cpu_permille=2000, memory_bytes=GIB, disk_bytes=2 * GIB, vms=1)
+    yield plane
+    host.admin("user.remove", user="demo")
+
+
+@pytest.fixture
+async def booted(user: ControlPlane) -> AsyncIterator[ControlPlane]:
+    await user.create("p1")
+    assert b"l1init: up" in await console_until(user, b"l1init: up")
+    yield user
+
+
+async def console_until(plane: ControlPlane, wanted: bytes, timeout_s: float = 60) -> bytes:
+    """What a newly opened console says up to ``wanted``."""
+    said = b""
+    async with plane.connected() as connection:
+        stream = connection.peer.open("platform.console", {"name": "p1"})
+        async with asyncio.timeout(timeout_s), stream as console:
+            async for data in console.chunks():
+                said += data
+                if wanted in said:
+                    return said
+    return said
+
+
+def qemu_of(host: RunningHost) -> int:
+    monitor = host.pid_of("vmm:demo:p1")
+    found = [
+        pid
+        for pid in pids_of_session(monitor)
+        if Path(f"/proc/{pid}/comm").read_text().startswith("qemu")
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+def booked(host: RunningHost) -> dict[str, Any]:
+    """What is held for the user."""
+    used = host.admin("user.list")[0]["used"]
+    drivers = host.admin("drivers")
+    return {
+        **{name: used[name] for name in ("memory_bytes", "disk_bytes", "vms")},
+        "disks": drivers[0]["disks"],
+        "ranges": drivers[1]["ranges"],
+        "processes": len(pids_of_session(host.pid)),
+        "domains": host.admin("status")["usage"]["booked_domains"],
+        "inside": host.admin("host.domains")[0]["domains_inside"],
+        "groups": sum("t-vm" in d for d, _, _ in os.walk("/sys/fs/cgroup")),
+        "files": sorted(str(p) for p in host.state.glob("domains/disk/*/*")),
+    }
+
+
+async def test_a_platform_is_made_shows_its_console_and_is_given_back(
+    host: RunningHost, user: ControlPlane
+) -> None:
+    await user.image()
+    before = booked(host)
+    made = await user.create("p1", tag="whose")
+    assert made["state"] in ("starting", "running")
+    assert (made["ports"], made["address"], made["tag"]) == (4, "127.0.0.1", "whose")
+    await console_until(user, b"l1init: up")
+    await user.wait_for("p1", "running")
+    held = booked(host)
+    assert (held["memory_bytes"], held["disk_bytes"], held["vms"]) == (512 << 20, GIB, 1)
+    assert held["ranges"][0]["holder"] == "demo/p1"
+    again = await user.create("p1", tag="whose")  # the same once more is the same platform
+    assert again["created_s"] == made["created_s"]
+    assert again["first_port"] == made["first_port"]
+    with pytest.raises(Exists):
+        await user.create("p1", tag="whose", memory_bytes=256 << 20)
+    with pytest.raises(NoResources):
+        await user.create("p2", memory_bytes=256 << 20)  # one VM is the quota
+    await user.call("platform.delete", {"name": "p1"})
+    assert await user.state("p1") == "absent"
+    assert booked(host) == before
+
+
+async def test_a_machine_is_confined_and_has_nothing_but_descriptors(
+    host: RunningHost, booted: ControlPlane
+) -> None:
+    qemu = qemu_of(host)
+    status = Path(f"/proc/{qemu}/status").read_text()
+    for line in ("CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"):
+        assert line in status
+    assert os.stat(f"/proc/{qemu}").st_uid not in (0, os.stat(f"/proc/{host.pid}").st_uid)
+    interfaces = Path(f"/proc/{qemu}/net/dev").read_text().splitlines()[2:]
+    assert [line.split(":")[0].strip() for line in interfaces] == ["lo"]
+    listening = Path(f"/proc/{qemu}/net/tcp").read_text().splitlines()[1:]
+    assert listening == []
+    open_files = {os.readlink(f"/proc/{qemu}/fd/{n}") for n in os.listdir(f"/proc/{qemu}/fd")}
+    files = {name for name in open_files if name.startswith("/") and "memfd" not in name}
+    root = json.loads((images() / "manifest.json").read_text())["files"]["root.erofs"]["sha256"]
+    assert {Path(name).name.split(".")[0] for name in files} - {"null", "urandom"} == {
+        "p1",  # the scratch disk
+        root,
+        "vmm:demo:p1",  # the domain's log
+    }
+    environment = Path(f"/proc/{qemu}/environ").read_bytes()
+    assert b"SECRET" not in environment
+    command = Path(f"/proc/{qemu}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    assert mac("02:5c:00", "demo", "p1") in command
+    assert mac("02:5c:77", "demo", "p1") in command
+
+
+async def test_a_killed_user_domain_comes_back_and_adopts_the_running_machine(
+    host: RunningHost, booted: ControlPlane
+) -> None:
+    qemu, domain = qemu_of(host), host.pid_of("user:demo")
+    before = booked(host)
+    os.kill(domain, signal.SIGKILL)
+    await booted.wait_for("p1", "running")
+    assert host.pid_of("user:demo") != domain
+    assert qemu_of(host) == qemu
+    assert b"l1init: up" in await console_until(booted, b"l1init: up")  # the ring is the monitor's
+    assert booked(host) == before
+    events = await first_events(booted)
+    assert "host.platform.adopted" in events
+    await booted.call("platform.delete", {"name": "p1"})
+    assert booked(host)["vms"] == 0
+
+
+async def first_events(plane: ControlPlane) -> str:
+    """What ``events.watch`` has kept."""
+    said = b""
+    async with plane.connected() as connection:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1), connection.peer.open("events.watch", {}) as stream:
+                async for data in stream.chunks():
+                    said += data
+    return said.decode()
+
+
+async def test_a_killed_core_leaves_machines_running(
+    host: RunningHost, booted: ControlPlane
+) -> None:
+    qemu, before = qemu_of(host), booked(host)
+    core = next(
+        int(pid)
+        for pid in Path(f"/proc/{host.pid}/task/{host.pid}/children").read_text().split()
+        if os.stat(f"/proc/{pid}").st_uid == 0
+    )
+    os.kill(core, signal.SIGKILL)
+    await booted.wait_for("p1", "running")
+    assert qemu_of(host) == qemu
+    assert booked(host) == before
+    await booted.call("platform.delete", {"name": "p1"})
+    assert booked(host)["processes"] < before["processes"]
+
+
+@pytest.mark.parametrize("victim", ["monitor", "qemu"])
+async def test_a_machine_that_dies_is_failed_and_can_be_created_anew(
+    host: RunningHost, booted: ControlPlane, victim: str
+) -> None:
+    pid = host.pid_of("vmm:demo:p1") if victim == "monitor" else qemu_of(host)
+    os.kill(pid, signal.SIGKILL)
+    await booted.wait_for("p1", "failed")
+    listed = (await booted.call("platform.list"))["platforms"][0]
+    assert ("VMM died" if victim == "monitor" else "SIGKILL") in listed["reason"]
+    made = await booted.create("p1")
+    assert made["state"] in ("starting", "running")
+    await console_until(booted, b"l1init: up")
+    assert booked(host)["vms"] == 1
+
+
+async def test_drivers_may_die_while_a_machine_runs(
+    host: RunningHost, booted: ControlPlane
+) -> None:
+    qemu = qemu_of(host)
+    for driver in ("disk", "uplink", "multiplexing", "front_door"):
+        os.kill(host.pid_of(driver), signal.SIGKILL)
+    await booted.wait_for("p1", "running")
+    assert qemu_of(host) == qemu
+    host.pid_of("uplink-net:demo:p1")
+    await booted.call("platform.delete", {"name": "p1"})
+    held = booked(host)
+    assert (held["disk_bytes"], held["disks"], held["ranges"]) == (0, [], [])
+
+
+@pytest.mark.long
+async def test_a_wedged_machine_is_noticed_and_may_recover(
+    host: RunningHost, booted: ControlPlane
+) -> None:
+    qemu = qemu_of(host)
+    os.kill(qemu, signal.SIGSTOP)
+    await booted.wait_for("p1", "wedged", timeout_s=60)
+    os.kill(qemu, signal.SIGCONT)
+    await booted.wait_for("p1", "running", timeout_s=30)
+    os.kill(qemu, signal.SIGSTOP)
+    await booted.call("platform.delete", {"name": "p1"})  # a stopped QEMU does not hold it up
+    assert not os.path.exists(f"/proc/{qemu}")
+
+
+async def test_a_user_that_is_removed_takes_its_machines_along(
+    host: RunningHost, booted: ControlPlane
+) -> None:
+    qemu = qemu_of(host)
+    host.admin("user.remove", user="demo")
+    assert not os.path.exists(f"/proc/{qemu}")
+    deadline = time.monotonic() + 5
+    while host.admin("drivers")[1]["ranges"] and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
+    disk, uplink = host.admin("drivers")
+    assert (disk["disks"], uplink["ranges"]) == ([], [])
+    assert not list(host.state.glob("domains/disk/*-demo"))
+    booted.enrol()
+
+
+async def test_the_real_agent_reaches_the_control_plane_through_the_rendezvous(
+    host: RunningHost, user: ControlPlane
+) -> None:
+    link = Link(user.directory, "demo")
+    token = link.owner.expect("p1")
+    data = bootdata.user_data("demo", "p1", token, user.ca_pem, ["169.254.77.1:7444"])
+    parking = asyncio.ensure_future(Rendezvous(user.dialer, link.hub.serve_relayed).run())
+    try:
+        await user.create("p1", config=bootdata.config_iso("demo", "p1", data))
+        async with asyncio.timeout(90):
+            while (seen := await link.owner.seen.get())[0] != "connected":
+                pass
+        assert seen[1] == "p1"
+        # the user domain may die under it: the agent dials again, over the same link domain
+        os.kill(host.pid_of("user:demo"), signal.SIGKILL)
+        async with asyncio.timeout(90):
+            while (seen := await link.owner.seen.get())[0] != "connected":
+                pass
+    finally:
+        parking.cancel()
+        await asyncio.gather(parking, return_exceptions=True)
+        await link.hub.close()
+
+
+async def test_after_a_restart_of_the_host_platforms_are_failed_and_hold_nothing(
+    tmp_path: Path, vm_lock: None
+) -> None:
+    with running_host(tmp_path, "t-anew") as host:
+        plane = ControlPlane(tmp_path, host, "demo")
+        plane.enrol(vms=1)
+        await plane.create("p1")
+        await plane.wait_for("p1", "running")
+        host.stop()
+        host.start()
+        assert await plane.state("p1") == "failed"
+        listed = (await plane.call("platform.list"))["platforms"][0]
+        assert listed["reason"] == "the host was started anew"
+        used = host.admin("user.list")[0]["used"]
+        assert (used["disk_bytes"], used["memory_bytes"], used["vms"]) == (0, 0, 0)
+        made = await plane.create("p1")
+        assert made["state"] in ("starting", "running")

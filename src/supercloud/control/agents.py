@@ -12,7 +12,7 @@ from supercloud.control.events import EventLog
 from supercloud.control.images import Images
 from supercloud.control.state import State
 from supercloud.model.errors import Denied, NotFound
-from supercloud.model.events import Event
+from supercloud.model.events import Event, event_id
 from supercloud.trust.authority import Authority
 from supercloud.upper.platform.link.hub import LinkHub
 from supercloud.upper.platform.link.owner import check_token
@@ -166,9 +166,10 @@ class UCloudOwner:
         self._agents.take(self._ucloud, session.platform, report)
 
     async def event(self, session: AgentSession, event: Event) -> None:
-        """See ``Owner``: the platform speaks for itself only."""
+        """See ``Owner``: the platform speaks for itself only, and the id is by our clock."""
         actor = f"platform/{session.platform}"
-        self._agents.events.add(replace(event, ucloud=self._ucloud, actor=actor))
+        told = replace(event, ucloud=self._ucloud, actor=actor, id=event_id())
+        self._agents.events.add(told)
 
     async def _platform(self, name: str) -> PlatformDocument:
         platform = await self._agents.state.platform(self._ucloud, name)

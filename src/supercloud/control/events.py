@@ -1,6 +1,6 @@
 """The control plane's events: a bounded ring in memory, kept as rows ``event/ID``, and followed.
 
-An event's id sorts by time, so that the rows of the store are in order.
+Ids are the control plane's own and grow from event to event, so that "since" means something.
 """
 
 import asyncio
@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 import msgspec
 
@@ -19,7 +20,18 @@ KEPT_EVENTS = 4096
 MAX_BEHIND = 8192
 _PREFIX = "event/"
 
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+
 log = logging.getLogger("supercloud.control.events")
+
+
+def _shown(event: Event) -> dict[str, str]:
+    return {"ucloud": event.ucloud, "subject": event.subject, "text": event.message}
 
 
 class EventLog:
@@ -45,7 +57,10 @@ class EventLog:
 
     def add(self, event: Event) -> None:
         """Keep the event, and show it to whoever follows."""
-        log.info("%s %s %s %s", event.code, event.ucloud, event.subject, event.message)
+        last = self._ring[-1].id if self._ring else ""
+        if event.id <= last:
+            event = replace(event, id=f"{int(last, 16) + 1:020x}")
+        log.log(_LEVELS[event.severity], "%s", event.code, extra=_shown(event))
         self._ring.append(event)
         self._new.append(event)
         self._wake.set()

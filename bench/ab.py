@@ -68,8 +68,10 @@ class Report:
         for side in self.sides:
             limit = f"{side.at_most:.2f}" if side.at_most else ""
             lines += [
-                f"{side.name:44} {side.median:10.3f} {side.spread:8.0%} "
-                f"{self.ratios[side.name]:7.2f} {limit:>8}"
+                (
+                    f"{side.name:44} {side.median:10.3f} {side.spread:8.0%} "
+                    f"{self.ratios[side.name]:7.2f} {limit:>8}"
+                )
             ]
         verdict = "REJECTED: the baseline drifted" if self.rejected else "baseline drift"
         return "\n".join([*lines, f"{verdict} {self.drift:.2f}x"])

@@ -13,6 +13,7 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import ab
+
 from core_host import host
 
 CALLS = 2000
@@ -29,8 +30,8 @@ def ping():
     for _ in range({CALLS}): core.ping()
     return (time.perf_counter() - started) / {CALLS} * 1e6
 def bare():
-    from supercloud.wire.frames import Op, Request
-    frame, s = Request(Op.PING, 1, ()).pack(), core._socket
+    from supercloud.lower.client import Op, pack_request
+    frame, s = pack_request(Op.PING, 1, ()), core._socket
     started = time.perf_counter()
     for _ in range({CALLS}):
         s.send(frame); s.recv(5000)

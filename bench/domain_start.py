@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import ab
-from core_host import MIB, driver, host, kind
 
+from core_host import MIB, driver, host, kind
 from supercloud.isolation import seccomp
 
 CODE = bytes.fromhex("b83c00000031ff0f05")  # mov eax, 60; xor edi, edi; syscall: exit(0)

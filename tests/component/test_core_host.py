@@ -5,8 +5,8 @@ import socket
 import time
 
 import pytest
-from core_host import MIB, Console, Host, RemoteError, driver, host, kind, status, wait_for
 
+from core_host import MIB, Console, Host, RemoteError, driver, host, kind, status, wait_for
 from supercloud.model.errors import (
     BadState,
     Busy,
@@ -285,6 +285,27 @@ def test_kinds_that_are_no_peers_get_no_channel(one):
         one(
             "core.create_channel(core.lookup('left').selector, core.lookup('right').selector, 'x', 'y')"
         )
+
+
+def test_names_of_a_channel_are_checked_in_the_tables_that_get_them(one):
+    for name in ("left", "right"):
+        one.child("child", name)
+    one("core.create_semaphore('wire')")  # in its maker's table only
+    code = "core.create_channel(SELF, core.lookup({!r}).selector, {!r}, {!r})"
+    one(code.format("left", "to-left", "wire"))
+    with pytest.raises(Exists):
+        one(code.format("left", "again", "wire"))
+    with pytest.raises(Exists):
+        one(code.format("right", "to-left", "other"))
+
+
+def test_a_channel_finds_room_for_both_its_entries_or_is_refused(one):
+    one.child("child", "kid")
+    one("s = core.create_semaphore('s')\nn = 4095 - len(core.entries())")
+    one("for i in range(n): core.delegate(s, SELF, Rights.USE, f'n{i}')")
+    with pytest.raises(NoResources):
+        one("core.create_channel(SELF, core.lookup('kid').selector, 'x', 'y')")
+    assert one("core.revoke(s); result = len(core.entries())") < 20
 
 
 def test_numbers_fill_the_argv_within_their_ranges(shared, one):

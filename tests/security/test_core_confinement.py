@@ -10,6 +10,7 @@ import socket
 import subprocess
 
 import pytest
+
 from core_host import children, driver, host, kind, real_uid, status
 
 pytestmark = pytest.mark.root
@@ -173,7 +174,7 @@ def arena():
 
 @pytest.mark.parametrize("attack", SYSCALLS)
 def test_system_calls_out_of_the_box_are_refused(arena, attack):
-    made, attacker = arena
+    _made, attacker = arena
     assert attacker(f"result = attempt(lambda: {SYSCALLS[attack]})").startswith("held")
 
 
@@ -214,7 +215,7 @@ def test_it_sees_only_its_own_processes_network_and_files(arena):
 
 
 def test_a_fork_bomb_stays_within_its_limit(arena):
-    made, attacker = arena
+    _made, attacker = arena
     code = (
         "kids = []\n"
         "try:\n"

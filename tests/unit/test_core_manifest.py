@@ -1,0 +1,129 @@
+"""The grant manifest is refused, with the place, unless all of it makes sense."""
+
+import copy
+import json
+
+import pytest
+
+from supercloud.lower.core.manifest import MAX_MANIFEST_BYTES, parse
+from supercloud.model.capability import Limits, Rights
+from supercloud.model.errors import Invalid
+
+GOOD = {
+    "version": 1,
+    "instance": "one",
+    "uids": {"first": 200000, "count": 100},
+    "runtime": {"path": "/images/runtime.erofs", "sha256": "ab" * 32},
+    "limits": {"memory_bytes": 1 << 30, "pids": 100},
+    "kinds": {
+        "user": {
+            "argv": ["/usr/bin/python3", "-c", "x"],
+            "filter": {"path": "/base.bpf", "sha256": "cd" * 32},
+            "numbers": [[1, 65535]],
+            "binds": [{"source": "/srv", "target": "/run/srv"}],
+            "creates": ["vmm"],
+            "own": {"memory_bytes": 1 << 20, "pids": 2},
+            "peers": {"vmm": {"descriptors": True}},
+            "creator_rights": ["CONTROL", "CONNECT"],
+        },
+        "vmm": {
+            "argv": ["/usr/bin/qemu"],
+            "filter": {"path": "/vmm.bpf", "sha256": "cd" * 32},
+            "devices": ["/dev/kvm"],
+            "peers": {"user": {"descriptors": True}},
+        },
+    },
+    "domains": [{"kind": "user", "name": "a"}, {"kind": "vmm", "name": "b", "limits": {"pids": 1}}],
+    "channels": [{"a": "a", "b": "b", "name_a": "x", "name_b": "y"}],
+    "grants": [{"to": "a", "object": "domain:b", "rights": ["CONNECT"], "name": "b"}],
+}
+
+
+def test_a_good_manifest_is_read():
+    manifest = parse(json.dumps(GOOD).encode())
+    user, vmm = manifest.kinds["user"], manifest.kinds["vmm"]
+    assert (user.name, user.numbers, user.restart) == ("user", ((1, 65535),), False)
+    assert user.creator_rights == Rights.CONTROL | Rights.CONNECT
+    assert vmm.creator_rights == Rights.CONTROL | Rights.CONNECT | Rights.GRANT
+    assert manifest.domains[1].limits == Limits(pids=1)
+    assert manifest.domains[0].limits is None
+    assert user.peers["vmm"].descriptors is True
+    assert len(manifest.sha256) == 64
+
+
+BAD = {
+    "version": (["version"], 2),
+    "uids": (["uids", "first"], 0),
+    "uids.first": (["uids", "first"], -1),
+    "uids.count": (["uids", "count"], True),
+    "limits.pids": (["limits", "pids"], 1.5),
+    "limits.memory_bytes": (["limits", "memory_bytes"], "1G"),
+    "limits.disk_bytes": (["limits", "disk_bytes"], 1 << 70),
+    "runtime": (["runtime"], "/images"),
+    "kinds.user.argv": (["kinds", "user", "argv"], "/usr/bin/python3"),
+    "kinds.user.argv[1]": (["kinds", "user", "argv", 1], 7),
+    "kinds.user": (["kinds", "user", "argv", 0], "python3"),
+    "kinds.user.numbers[0]": (["kinds", "user", "numbers", 0], [1]),
+    "kinds.user.creator_rights": (["kinds", "user", "creator_rights"], ["ALL"]),
+    "kinds.vmm": (["kinds", "vmm", "devices", 0], "/dev/../etc/shadow"),
+    "kinds.vmm.restart": (["kinds", "vmm", "restart"], "yes"),
+    "domains[0]": (["domains", 0, "colour"], "red"),
+    "channels[0].a": (["channels", 0, "a"], None),
+}
+
+
+@pytest.mark.parametrize("where", BAD)
+def test_the_place_of_a_fault_is_said(where):
+    bad = copy.deepcopy(GOOD)
+    path, value = BAD[where]
+    target = bad
+    for step in path[:-1]:
+        target = target[step]
+    target[path[-1]] = value
+    with pytest.raises(Invalid) as caught:
+        parse(json.dumps(bad).encode())
+    assert caught.value.where.startswith("manifest")
+    assert caught.value.where == f"manifest.{where}" or where in ("version", "uids")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["kinds", "user", "creates"], ["ghost"]),
+        (["kinds", "user", "own"], {}),
+        (["kinds", "user", "peers"], {"vmm": {"descriptors": False}}),
+        (["kinds", "user", "network"], "bridge"),
+        (["kinds", "user", "binds", 0, "target"], "/etc"),
+        (["kinds", "user", "binds", 0, "target"], "/run/../etc"),
+        (["kinds", "user", "descriptors"], ["sp ace"]),
+        (["domains", 0, "kind"], "ghost"),
+        (["domains", 0, "name"], "b"),
+        (["domains", 0, "name"], "../b"),
+        (["channels", 0, "b"], "ghost"),
+        (["grants", 0, "to"], "ghost"),
+        (["instance"], "a/b"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(path, value):
+    bad = copy.deepcopy(GOOD)
+    target = bad
+    for step in path[:-1]:
+        target = target[step]
+    target[path[-1]] = value
+    with pytest.raises(Invalid):
+        parse(json.dumps(bad).encode())
+
+
+@pytest.mark.parametrize("field", ["version", "instance", "uids", "runtime", "limits", "kinds"])
+def test_a_missing_field_is_named(field):
+    bad = {key: value for key, value in GOOD.items() if key != field}
+    with pytest.raises(Invalid, match=field):
+        parse(json.dumps(bad).encode())
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[]", b"[" * 100_000, b" " * (MAX_MANIFEST_BYTES + 1), b"\xff"]
+)
+def test_what_is_no_manifest_at_all_is_refused(raw):
+    with pytest.raises(Invalid):
+        parse(raw)

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import dataclasses
+import os
+import secrets
 
 import pytest
 
@@ -20,7 +22,9 @@ from supercloud.wire.messages import (
     Logs,
 )
 from support.host import LoopbackHost, provider_of
-from support.link import Link, at_rendezvous, request
+from support.link import Link, at_rendezvous
+from support.link import request as request_for
+from support.lower import running_host
 
 
 @pytest.fixture
@@ -29,14 +33,14 @@ def link(tmp_path):
 
 
 @contextlib.asynccontextmanager
-async def _fake(tmp_path, _link):
+async def _fake(_request, tmp_path, _link):
     provider = FakeProvider(FakeCloud("fake", Options(), str(tmp_path / "fake")))
     yield provider
     await provider.close()
 
 
 @contextlib.asynccontextmanager
-async def _wire(tmp_path, link):
+async def _wire(_request, tmp_path, link):
     """The lower layer's provider over its wire to a user domain whose machines are pretended."""
     async with LoopbackHost(tmp_path / "host", link.authority.root_pem).running() as host:
         provider = provider_of(link, host)
@@ -44,22 +48,50 @@ async def _wire(tmp_path, link):
         await provider.close()
 
 
-KINDS = {"fake": _fake, "lower_layer over the wire": _wire}
+@contextlib.asynccontextmanager
+async def _real(request, _tmp_path, link):
+    """A host that really runs; every test is a user of its own there."""
+    host = request.getfixturevalue("real_host")
+    user = f"u{secrets.token_hex(3)}"
+    host.admin("user.add", user=user, ca_pem=link.authority.root_pem, quota={})
+    provider = provider_of(link, host, user=user)
+    yield provider
+    for platform in await provider.platforms():
+        await provider.delete_platform(platform.name)
+    await provider.close()
+    host.admin("user.remove", user=user)
 
 
-@pytest.fixture(params=sorted(KINDS))
+@pytest.fixture(scope="module")
+def real_host(tmp_path_factory):
+    """One host for all the tests here: a second to start, and nothing is left of it."""
+    directory = tmp_path_factory.mktemp("host")
+    with running_host(directory, f"contract{os.getpid()}") as host:
+        yield host
+
+
+KINDS = {"fake": _fake, "lower_layer over the wire": _wire, "lower_layer": _real}
+PRETENDED = ["fake", "lower_layer over the wire"]
+REAL = pytest.param(
+    "lower_layer", marks=[pytest.mark.vm, pytest.mark.root, pytest.mark.timeout(900)]
+)
+
+
+@pytest.fixture(params=[*PRETENDED, REAL])
 async def provider(request, tmp_path, link):
-    async with KINDS[request.param](tmp_path, link) as made:
+    async with KINDS[request.param](request, tmp_path, link) as made:
         yield made
 
 
 @pytest.fixture
-async def ask(provider, link):
+async def ask(request, provider, link):
     """Makes requests that fit the first host."""
+    if request.node.get_closest_marker("vm"):
+        request.getfixturevalue("vm_lock")
     host = (await provider.hosts())[0]
 
     def make(name="p1", **changes):
-        return request(link, host.name, name, **{"image": host.images[0], **changes})
+        return request_for(link, host.name, name, **{"image": host.images[0], **changes})
 
     return make
 
@@ -140,6 +172,7 @@ async def test_what_does_not_fit_is_refused_before_any_effect(provider, ask):
     assert (await provider.hosts())[0] == host
 
 
+@pytest.mark.parametrize("provider", PRETENDED, indirect=True)
 async def test_ports_of_two_platforms_do_not_overlap(provider, ask):
     ranges = []
     for name in ("p1", "p2"):
@@ -179,6 +212,7 @@ async def serving(link):
             return report
 
 
+@pytest.mark.parametrize("provider", PRETENDED, indirect=True)
 async def test_the_agent_comes_over_the_rendezvous_and_does_as_it_is_told(provider, ask, link):
     async with at_rendezvous(provider, link.hub):
         await provider.ensure_platform(ask())
@@ -200,6 +234,7 @@ async def test_the_agent_comes_over_the_rendezvous_and_does_as_it_is_told(provid
                 pass
 
 
+@pytest.mark.parametrize("provider", PRETENDED, indirect=True)
 async def test_environments_go_on_while_the_control_plane_is_away(provider, ask, link):
     async with at_rendezvous(provider, link.hub):
         await provider.ensure_platform(ask())

@@ -12,15 +12,19 @@ A closed socket means that this host is going down: :class:`CoreGone`.
 import os
 import select
 import socket
+import struct
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from supercloud.model.capability import SCHEDULING, SELF, Limits, ObjectType, Rights
-from supercloud.model.errors import Permanent
+from supercloud.model.errors import BY_CODE, Invalid, Permanent, SupercloudError
 from supercloud.wire import frames
-from supercloud.wire.frames import Answer, DomainState, Event, Op, Request
+from supercloud.wire.frames import DomainState, Event, Op
+
+_MAX_ANSWER_BYTES = frames.ANSWER.size + frames.MAX_PAYLOAD_BYTES
+_MAX_NAME_BYTES = 63
 
 __all__ = [
     "SCHEDULING",
@@ -35,6 +39,21 @@ __all__ = [
     "Status",
     "Usage",
 ]
+
+
+class Answer(NamedTuple):
+    """One answer or event; ``values`` always has eight numbers."""
+
+    op: int
+    status: int
+    sequence: int
+    values: tuple[int, ...]
+    payload: bytes
+
+    @property
+    def name(self) -> str:
+        """The payload as text (events)."""
+        return self.payload.decode("utf-8", "replace")
 
 
 class CoreGone(Permanent):
@@ -94,8 +113,8 @@ class Core:
     def __init__(self, descriptor: int = frames.CORE_DESCRIPTOR) -> None:
         """Take over the socket at ``descriptor``."""
         self._socket = socket.socket(fileno=descriptor)
-        self._socket.setblocking(True)
-        self._socket.set_inheritable(False)
+        self._socket.settimeout(None)
+        os.set_inheritable(self._socket.fileno(), False)  # noqa: FBT003  positional only
         self._sequence = 0
         self._events: deque[Answer] = deque()
 
@@ -215,7 +234,7 @@ class Core:
         A memory object that is not sealed yet is given to holders of WRITE only.
         """
         taken: list[int] = []
-        self._exchange(Request(Op.TAKE, self._next(), (selector,)).pack(), taken)
+        self._exchange(pack_request(Op.TAKE, self._next(), (selector,)), taken)
         if len(taken) != 1:
             message = f"TAKE brought {len(taken)} descriptors"
             raise Permanent(message)
@@ -242,7 +261,7 @@ class Core:
         return self._call(Op.CHARGE, scheduling, disk_bytes).values[0]
 
     def _call(self, op: Op, *args: int, first: str = "", second: str = "") -> Answer:
-        return self._exchange(Request(op, self._next(), args, first, second).pack(), None)
+        return self._exchange(pack_request(op, self._next(), args, first, second), None)
 
     def _next(self) -> int:
         self._sequence = self._sequence % 0xFFFFFFFF + 1
@@ -258,7 +277,7 @@ class Core:
             if answer.op == Event.RESTARTED:
                 self._send(frame)
         if answer.status:
-            raise frames.error_of(answer.status, answer.payload)
+            raise error_of(answer.status, answer.payload)
         return answer
 
     def _keep_event(self, answer: Answer) -> None:
@@ -273,7 +292,7 @@ class Core:
 
     def _receive(self, taken: list[int] | None = None) -> Answer:
         """One frame; without ``taken`` the kernel drops a descriptor that comes with it."""
-        size = frames.MAX_ANSWER_BYTES + 1
+        size = _MAX_ANSWER_BYTES + 1
         try:
             if taken is None:
                 data = self._socket.recv(size)
@@ -285,7 +304,38 @@ class Core:
             data = b""
         if not data:
             raise CoreGone("the core has closed the socket")
-        return frames.unpack_answer(data)
+        return unpack_answer(data)
+
+
+def pack_request(
+    op: int, sequence: int, args: tuple[int, ...], first: str = "", second: str = ""
+) -> bytes:
+    """A frame for the core; :class:`Invalid` when something does not fit."""
+    names = (first.encode(), second.encode())
+    if any(len(name) > _MAX_NAME_BYTES for name in names):
+        raise Invalid(f"a name is longer than {_MAX_NAME_BYTES} bytes")
+    args += frames.NO_VALUES[len(args) :]
+    try:
+        return frames.REQUEST.pack(frames.VERSION, op, 0, sequence, *args, *names)
+    except struct.error as error:
+        raise Invalid(f"bad argument: {error}") from error
+
+
+def unpack_answer(untrusted: bytes) -> Answer:
+    """Check and take apart an answer; :class:`Permanent` when it is not one."""
+    head = frames.ANSWER.size
+    if not head <= len(untrusted) <= _MAX_ANSWER_BYTES or untrusted[0] != frames.VERSION:
+        raise Permanent("the core answered in another version")
+    _, op, status, sequence, *values = frames.ANSWER.unpack_from(untrusted)
+    return Answer(op, status, sequence, tuple(values), untrusted[head:])
+
+
+def error_of(status: int, payload: bytes) -> SupercloudError:
+    """The error that an answer of a non-zero status carries."""
+    message = payload.decode("utf-8", "replace")
+    if 1 <= status <= len(frames.CODES):
+        return BY_CODE[frames.CODES[status - 1]](message)
+    return Permanent(f"the core failed: {message}")
 
 
 def _entry(

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable, Mapping
 
 from supercloud.lower import portal
-from supercloud.lower.client import Core, CoreGone, Entry
+from supercloud.lower.client import Answer, Core, CoreGone, Entry
 from supercloud.lower.portal import Handler
 from supercloud.lower.reactor import Reactor
 from supercloud.model.capability import ObjectType
 from supercloud.model.errors import Invalid, NotFound, SupercloudError
-from supercloud.wire.frames import Answer, Event
+from supercloud.wire.frames import Event
 
 log = logging.getLogger("supercloud.lower.component")
 

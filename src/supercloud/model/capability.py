@@ -10,14 +10,13 @@ The terms are those of NOVA (Steinberg and Kauer, EuroSys 2010).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import astuple, dataclass, field
 from enum import IntEnum, IntFlag
 
 from supercloud.model.errors import Denied, Exists, NoResources, NotFound
 
 MAX_TABLE_ENTRIES = 4096
-SELF, SCHEDULING = 0, 1
-"""Selectors of the domain itself and of its scheduling context in its own table."""
+SELF, SCHEDULING = 0, 1  # selectors of the domain and of its scheduling context in its own table
 
 
 class Rights(IntFlag):
@@ -44,9 +43,9 @@ class ObjectType(IntEnum):
     DEVICE = 6
 
 
+# A mapping or an open file of these cannot be undone: revoking one that was taken kills its
+# holder. A portal is shut down; the others have no descriptor.
 KILLS = frozenset({ObjectType.SEMAPHORE, ObjectType.MEMORY, ObjectType.DEVICE})
-"""Objects that a holder keeps by a mapping or an open file, which nobody can undo: revoking one
-that was taken kills its holder. A portal is shut down; the others have no descriptor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ class Limits:
 
     def values(self) -> tuple[int, ...]:
         """The six figures in the order of the fields."""
-        return tuple(getattr(self, item.name) for item in fields(self))
+        return astuple(self)
 
 
 @dataclass(slots=True, eq=False)
@@ -91,50 +90,42 @@ class Capability:
             yield from child.subtree()
 
 
-@dataclass(slots=True)
-class _Table:
-    entries: dict[int, Capability] = field(default_factory=dict)
-    names: dict[str, Capability] = field(default_factory=dict)
-    next_selector: int = 0
-
-
 class CapabilityGraph:
     """Every table of a host. Object and holder ids are the caller's, unique and never reused."""
 
     def __init__(self) -> None:
-        self._tables: dict[int, _Table] = {}
-        self._objects: dict[int, set[Capability]] = {}
+        self._tables: dict[int, dict[int, Capability]] = {}
+        self._names: dict[tuple[int, str], Capability] = {}
+        self._objects: dict[int, dict[Capability, None]] = {}
+        self._next: dict[int, int] = {}
 
     def open_table(self, holder: int) -> None:
         """Give ``holder`` an empty table."""
-        self._tables[holder] = _Table()
+        self._tables[holder], self._next[holder] = {}, 0
 
     def close_table(self, holder: int) -> list[Capability]:
         """Remove ``holder``'s table; what it held, and all derived from that, in one list."""
         gone: list[Capability] = []
-        table = self._tables[holder].entries
-        while table:
+        while table := self._tables[holder]:
             gone += self.revoke(next(iter(table.values())), keep=False)
-        del self._tables[holder]
+        del self._tables[holder], self._next[holder]
         return gone
 
     def get(self, holder: int, selector: int) -> Capability:
         """The entry, or :class:`NotFound`."""
-        capability = self._tables[holder].entries.get(selector)
-        if capability is None:
+        if selector not in self._tables[holder]:
             raise NotFound(f"no capability at selector {selector}")
-        return capability
+        return self._tables[holder][selector]
 
     def find(self, holder: int, name: str) -> Capability:
         """The entry of that name, or :class:`NotFound`."""
-        capability = self._tables[holder].names.get(name)
-        if capability is None:
+        if (holder, name) not in self._names:
             raise NotFound(f"no capability named {name!r}")
-        return capability
+        return self._names[holder, name]
 
     def entries(self, holder: int) -> list[Capability]:
         """All entries of a table, by selector."""
-        return list(self._tables[holder].entries.values())
+        return list(self._tables[holder].values())
 
     def of_object(self, object_id: int) -> list[Capability]:
         """All capabilities to an object."""
@@ -142,11 +133,10 @@ class CapabilityGraph:
 
     def check_room(self, holder: int, *names: str) -> None:
         """Raise unless ``holder`` can take entries of these names."""
-        table = self._tables[holder]
-        if len(table.entries) + len(names) > MAX_TABLE_ENTRIES:
+        if len(self._tables[holder]) + len(names) > MAX_TABLE_ENTRIES:
             raise NoResources(f"the table is full ({MAX_TABLE_ENTRIES} entries)")
         for name in filter(None, names):
-            if name in table.names or names.count(name) > 1:
+            if (holder, name) in self._names or names.count(name) > 1:
                 raise Exists(f"a capability named {name!r} is in the table already")
 
     def insert(
@@ -155,25 +145,23 @@ class CapabilityGraph:
     ) -> Capability:  # fmt: skip
         """Add an entry; checks room, and that a ``parent`` is not narrower, but not GRANT."""
         self.check_room(holder, name)
-        if parent is not None and (rights & ~parent.rights or parent.object_id != object_id):
-            raise Denied(f"rights {rights!r} are wider than {parent.rights!r}")
-        table = self._tables[holder]
-        entry = Capability(holder, table.next_selector, object_id, type_, rights, name, parent, end)
-        table.next_selector += 1
-        table.entries[entry.selector] = entry
+        if parent is not None and rights & ~parent.rights:
+            raise Denied(f"a derived right is never wider: {rights & ~parent.rights!r} is not held")
+        selector = self._next[holder]
+        entry = Capability(holder, selector, object_id, type_, rights, name, parent, end)
+        self._next[holder] += 1
+        self._tables[holder][selector] = entry
         if name:
-            table.names[name] = entry
-        self._objects.setdefault(object_id, set()).add(entry)
+            self._names[holder, name] = entry
+        self._objects.setdefault(object_id, {})[entry] = None
         if parent is not None:
             parent.children.append(entry)
         return entry
 
     def check_derive(self, source: Capability, holder: int, rights: Rights, name: str) -> None:
         """Raise unless ``source`` may be delegated to ``holder`` with these rights."""
-        if not source.rights & Rights.GRANT:
-            raise Denied(f"capability {source.name!r} does not carry GRANT")
-        if rights & ~source.rights:
-            raise Denied(f"delegation never widens: {rights & ~source.rights!r} is not held")
+        if not source.rights & Rights.GRANT or rights & ~source.rights:
+            raise Denied(f"{rights | Rights.GRANT!r} must be held, {source.rights!r} is")
         self.check_room(holder, name)
 
     def derive(self, source: Capability, holder: int, rights: Rights, name: str) -> Capability:
@@ -183,9 +171,7 @@ class CapabilityGraph:
 
     def revoke(self, capability: Capability, *, keep: bool = True) -> list[Capability]:
         """Remove all that was derived from ``capability``, and itself unless ``keep``."""
-        gone = list(capability.subtree())[int(keep) :]
-        for entry in gone:
-            self._forget(entry)
+        gone = self._forget(list(capability.subtree())[int(keep) :])
         if keep:
             capability.children.clear()
         elif capability.parent is not None:
@@ -194,16 +180,13 @@ class CapabilityGraph:
 
     def drop_object(self, object_id: int) -> list[Capability]:
         """Remove every capability to an object."""
-        gone = self.of_object(object_id)
-        for entry in gone:
-            self._forget(entry)
-        return gone
+        return self._forget(self.of_object(object_id))
 
-    def _forget(self, entry: Capability) -> None:
-        table = self._tables[entry.holder]
-        del table.entries[entry.selector]
-        if entry.name:
-            del table.names[entry.name]
-        self._objects[entry.object_id].discard(entry)
-        if not self._objects[entry.object_id]:
-            del self._objects[entry.object_id]
+    def _forget(self, gone: list[Capability]) -> list[Capability]:
+        for entry in gone:
+            del self._tables[entry.holder][entry.selector]
+            self._names.pop((entry.holder, entry.name), None)
+            del self._objects[entry.object_id][entry]
+            if not self._objects[entry.object_id]:
+                del self._objects[entry.object_id]
+        return gone

@@ -4,25 +4,20 @@ One method per :class:`Op`. A call that changes anything makes one record (:meth
 everything that may be refused is refused before that.
 """
 
-import os
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from supercloud.lower.core import objects
+from supercloud.lower.core import descriptors
 from supercloud.lower.core.domain import Domains
 from supercloud.lower.core.loop import Link
 from supercloud.lower.core.manifest import Kind
 from supercloud.lower.core.measure import Chain, Measurements, hash_descriptor, say
-from supercloud.lower.core.state import (
-    SUMMED, Context, Domain, Gone, Object, State, Values, booking, own_limits,
-)  # fmt: skip
-from supercloud.lower.core.vault import Vault, close_all
+from supercloud.lower.core.state import Context, Domain, Gone, Object, State, Values, checked_limits
+from supercloud.lower.core.vault import Vault
+from supercloud.model import errors
 from supercloud.model.capability import KILLS, Capability, Limits, ObjectType, Rights
-from supercloud.model.errors import (
-    BadState, Busy, Denied, Exists, Invalid, NoResources, Unsupported, UserError,
-)  # fmt: skip
 from supercloud.wire import frames
 from supercloud.wire.frames import DomainState, Event, Op, pack_answer
 
@@ -30,6 +25,7 @@ MAX_DEPTH = 8
 MAX_SEALED_BYTES = 512 << 20
 _START_FAILED = 127 << 8  # as a wait status
 _MAX_INT = 1 << 62
+_ANY = Rights.NONE
 
 
 class Call(NamedTuple):
@@ -53,21 +49,18 @@ class Reply(NamedTuple):
     later: bool = False
 
 
-NOTHING, LATER = Reply(), Reply(later=True)
-
-
 class Broker:
     """Checks and carries out the calls of all domains."""
 
     def __init__(
         self, state: State, log: Chain, measured: Measurements, vault: Vault, domains: Domains
     ) -> None:
-        self.state, self._log, self._measured = state, log, measured
+        self.state, self._graph, self._log, self._measured = state, state.graph, log, measured
         self._vault, self._domains = vault, domains
         domains.on_request, domains.on_exit = self.answer, self.exited
         # op -> what carries it out, how many arguments and names it takes
         self._calls: dict[int, tuple[Callable[[Call], Reply], int, int]] = {
-            Op.PING: (lambda _: NOTHING, 0, 0),
+            Op.PING: (lambda _: _NOTHING, 0, 0),
             Op.LOOKUP: (self._lookup, 0, 1),
             Op.LIST: (self._list, 1, 0),
             Op.CREATE_DOMAIN: (self._create_domain, 7, 2),
@@ -82,7 +75,7 @@ class Broker:
             Op.TAKE: (self._take, 1, 0),
             Op.SET_LIMITS: (self._set_limits, 7, 0),
             Op.USAGE: (self._usage, 1, 0),
-            Op.LIMITS: (self._limits, 1, 0),
+            Op.LIMITS: (lambda c: Reply(self._need_context(c, Rights.READ).limits.values()), 1, 0),
             Op.CHARGE: (self._charge, 2, 0),
             Op.STATE: (self._state, 1, 0),
         }
@@ -97,21 +90,21 @@ class Broker:
             if not reply.later:
                 frame = pack_answer(op, 0, sequence, reply.values, reply.payload)
                 link.send(frame, reply.descriptor)
-        except UserError as error:
-            if isinstance(error, Invalid):
+        except errors.UserError as error:
+            if isinstance(error, errors.Invalid):
                 link.offend(str(error))
-            status = frames.status_of(error)
-            link.send(pack_answer(op, status, sequence, (), str(error).encode()))
+            status, text = frames.status_of(error), str(error).encode()
+            link.send(pack_answer(op, status, sequence, (), text))
         except Exception:  # noqa: BLE001  one domain's call must not take the host down
             say("bug", op=op, domain=caller.name, error=traceback.format_exc())
-            link.send(pack_answer(op, frames.INTERNAL_STATUS, sequence, (), b"see the core's log"))
+            link.send(pack_answer(op, frames.BUG_STATUS, sequence, (), b"see the core's log"))
 
     def _carry(self, call: Call) -> Reply:
         method, arguments, names = self._calls.get(call.op, (None, 0, 0))
         if method is None:
-            raise Invalid(f"no call {call.op}")
+            raise errors.Invalid(f"no call {call.op}")
         if any(call.args[arguments:]) or bool(call.first) + bool(call.second) != names:
-            raise Invalid("an argument too many, or a name that is missing")
+            raise errors.Invalid("an argument too many, or a name that is missing")
         if call.sequence == call.caller.last[0]:
             return self._again(call)
         return method(call)
@@ -122,7 +115,7 @@ class Broker:
         if call.op == Op.START:
             process = self._domains.running.get(self._need(call, 0).object_id)
             if process is None:
-                raise BadState("it did not start, or has ended")
+                raise errors.BadState("it did not start, or has ended")
             values = (process.pid,)
         return Reply(values, bytes.fromhex(sha256))
 
@@ -134,15 +127,16 @@ class Broker:
         return self.state.apply(record)
 
     def _need(
-        self, call: Call, index: int, right: Rights = Rights.NONE, type_: ObjectType | None = None
+        self, call: Call, index: int, right: Rights = _ANY, type_: ObjectType | None = None
     ) -> Capability:
         """The caller's capability at the selector that an argument gives, with that right."""
-        selector = call.args[index]
-        capability = self.state.graph.get(call.caller.id, selector)
+        capability = self._graph.get(call.caller.id, call.args[index])
         if type_ is not None and capability.type is not type_:
-            raise Invalid(f"selector {selector} is a {capability.type.name}, not a {type_.name}")
+            raise errors.Invalid(
+                f"{capability.name!r} is a {capability.type.name}, not a {type_.name}"
+            )
         if right & ~capability.rights:
-            raise Denied(f"selector {selector} does not carry {right.name}")
+            raise errors.Denied(f"{capability.name!r} does not carry {right.name}")
         return capability
 
     def _need_domain(self, call: Call, index: int, right: Rights) -> Domain:
@@ -155,26 +149,24 @@ class Broker:
     # ---- calls that only look
 
     def _lookup(self, call: Call) -> Reply:
-        found = self.state.graph.find(call.caller.id, call.first)
+        found = self._graph.find(call.caller.id, call.first)
         return Reply((found.selector, found.type, found.rights, found.object_id, found.end))
 
     def _list(self, call: Call) -> Reply:
-        entries = [
-            e for e in self.state.graph.entries(call.caller.id) if e.selector >= call.args[0]
-        ]
+        entries = [e for e in self._graph.entries(call.caller.id) if e.selector >= call.args[0]]
         page, rest = entries[: frames.ENTRIES_PER_PAGE], entries[frames.ENTRIES_PER_PAGE :]
-        packed = b"".join(map(_packed, page))
+        packed = b""
+        for e in page:
+            what = e.selector, e.object_id, e.type, e.rights, e.end, 0, e.name.encode()
+            packed += frames.ENTRY.pack(*what)
         return Reply((len(page), rest[0].selector if rest else 0), packed)
-
-    def _limits(self, call: Call) -> Reply:
-        return Reply(self._need_context(call, Rights.READ).limits.values())
 
     def _usage(self, call: Call) -> Reply:
         context = self._need_context(call, Rights.READ)
-        return Reply(self._domains.groups.usage(context.path) + context.booked.values()[2:])
+        return Reply((*self._domains.groups.usage(context.path), *context.booked.values()))
 
     def _state(self, call: Call) -> Reply:
-        domain = self._need_domain(call, 0, Rights.NONE)
+        domain = self._need_domain(call, 0, _ANY)
         return Reply((domain.state, domain.starts, domain.wait_status))
 
     # ---- domains
@@ -182,8 +174,8 @@ class Broker:
     def _create_domain(self, call: Call) -> Reply:
         context, name = self._need_context(call, Rights.CHARGE), call.second
         if call.first not in call.caller.kind.creates:
-            raise Denied(f"a {call.caller.kind.name} may not make a {call.first}")
-        self.state.graph.check_room(call.caller.id, name, f"sched:{name}")
+            raise errors.Denied(f"a {call.caller.kind.name} may not make a {call.first}")
+        self._graph.check_room(call.caller.id, name, f"sched:{name}")
         kind, figures = self.state.manifest.kinds[call.first], call.args[1:7]
         limits = checked_limits(figures) if any(figures) else kind.limits
         return Reply(self.make_domain(kind, name, limits, context, call))
@@ -192,46 +184,43 @@ class Broker:
         self, kind: Kind, name: str, limits: Limits, context: Context, call: Call | None = None
     ) -> Values:
         """Check and make a domain (not started); also for the manifest's own."""
-        self._check_domain(kind, name, limits, context)
-        taken = {domain.slot for domain in self.state.domains.values()}
-        number, slot = self.state.next_id, self._domains.choose_slot(name, taken, keep=kind.state)
-        parent = call.caller.id if call else 0
+        others = self.state.domains.values()
+        if not frames.DOMAIN_NAME.match(name) or not limits.memory_bytes or not limits.pids:
+            raise errors.Invalid(f"memory and pids must be limited, {name!r} must be a name")
+        if any(other.name == name for other in others):
+            raise errors.Exists(f"a domain {name!r} is there")
+        owner = self.state.domains.get(context.id - 1)
+        if owner is not None and not owner.kind.creates:
+            raise errors.Denied(f"{context.name} is of a kind that has no children")
+        if context.path.count("/") >= MAX_DEPTH:
+            raise errors.NoResources("scheduling contexts nest too deep")
+        context.check_domain(limits)
+        own = kind.own if kind.creates else limits
+        if own.memory_bytes > limits.memory_bytes or own.pids > limits.pids:
+            raise errors.NoResources(
+                f"a {kind.name} needs {own.memory_bytes} bytes, {own.pids} pids"
+            )
+        slot = self._domains.choose_slot(name, {d.slot for d in others}, keep=kind.state)
+        number = self.state.next_id
         values = self.commit(
-            "domain", call, id=number, kind=kind.name, name=name, parent=parent,
-            context=context.id, slot=slot, limits=limits.values(),
+            "domain", call, id=number, kind=kind.name, name=name, context=context.id, slot=slot,
+            parent=call.caller.id if call else 0, limits=limits.values(),
         )  # fmt: skip
         try:
             self._domains.prepare(self.state.domains[number])
         except OSError as error:
             self.destroy(number)
-            raise NoResources(f"could not make {name}: {error}") from error
+            raise errors.NoResources(f"could not make {name}: {error}") from error
         return values
-
-    def _check_domain(self, kind: Kind, name: str, limits: Limits, context: Context) -> None:
-        if not frames.DOMAIN_NAME.match(name):
-            raise Invalid(f"{name!r} is not a name for a domain")
-        if self.state.domain_named(name):
-            raise Exists(f"a domain {name!r} is there")
-        if not limits.memory_bytes or not limits.pids:
-            raise Invalid("memory and pids must be limited")
-        owner = self.state.domains.get(context.id - 1)
-        if owner is not None and not owner.kind.creates:
-            raise Denied(f"{context.name} is of a kind that has no children")
-        if context.path.count("/") >= MAX_DEPTH:
-            raise NoResources("scheduling contexts nest too deep")
-        context.check(Limits(limits.cpu_weight, limits.cpu_permille, **booking(limits)))
-        own = own_limits(kind, limits)
-        if own.memory_bytes > limits.memory_bytes or own.pids > limits.pids:
-            raise NoResources(f"a {kind.name} needs {own.memory_bytes} bytes, {own.pids} pids")
 
     def _start(self, call: Call) -> Reply:
         domain, numbers = self._need_domain(call, 0, Rights.CONTROL), call.args[1:]
         if domain.state is not DomainState.CREATED:
-            raise BadState(f"{domain.name} is {domain.state.name.lower()}")
+            raise errors.BadState(f"{domain.name} is {domain.state.name.lower()}")
         ranges = domain.kind.numbers
         fits = all(a <= n <= b for n, (a, b) in zip(numbers, ranges, strict=False))
         if any(numbers[len(ranges) :]) or not fits:
-            raise Invalid(f"numbers must be in {list(ranges)}")
+            raise errors.Invalid(f"numbers must be in {list(ranges)}")
         return Reply((self.start(domain, numbers[: len(ranges)], call),))
 
     def start(self, domain: Domain, numbers: Values = (), call: Call | None = None) -> int:
@@ -243,15 +232,15 @@ class Broker:
     def _run(self, domain: Domain) -> int:
         try:
             return self._domains.start(domain, self._wired(domain)).pid
-        except (OSError, UserError) as error:
+        except (OSError, errors.UserError) as error:
             say("domain.start_failed", domain=domain.name, error=str(error))
             created = DomainState.CREATED
             self.commit("stopped", id=domain.id, state=created, status=_START_FAILED)
-            raise BadState(f"could not start: {error}") from error
+            raise errors.BadState(f"could not start: {error}") from error
 
     def _wired(self, domain: Domain) -> list[int]:
         """The descriptors that its kind wants at the start."""
-        entries = [self.state.graph.find(domain.id, name) for name in domain.kind.descriptors]
+        entries = [self._graph.find(domain.id, name) for name in domain.kind.descriptors]
         return [self._descriptor(domain, entry) for entry in entries]
 
     def resume(self, domain: Domain, *, logged: bool = False) -> None:
@@ -260,12 +249,11 @@ class Broker:
             return
         try:
             self._run(domain) if logged else self.start(domain, domain.numbers)
-        except UserError:
+        except errors.UserError:
             self.exited(domain, _START_FAILED, 0.0)
             return
-        if domain.parent is not None and domain.starts > 1:
-            values = (self.state.at_parent(domain, domain.id), domain.starts)
-            self._tell(domain.parent.id, Event.STARTED, values, domain.name)
+        if domain.starts > 1:
+            self._tell_maker(domain, Event.STARTED, domain.starts)
 
     def exited(self, domain: Domain, status: int, lasted_s: float) -> None:
         """A domain's program ended by itself or by us."""
@@ -284,10 +272,15 @@ class Broker:
         if process is not None:
             process.link.event(event, values, name)
 
+    def _tell_maker(self, domain: Domain, event: Event, value: int) -> None:
+        if domain.parent is not None:
+            values = (self.state.at_parent(domain, domain.id), value)
+            self._tell(domain.parent.id, event, values, domain.name)
+
     def _destroy(self, call: Call) -> Reply:
         capability, purge = self._need(call, 0, Rights.CONTROL), call.args[1]
         if capability.type is ObjectType.SCHEDULING_CONTEXT or purge not in (0, 1):
-            raise Invalid("a scheduling context ends with its domain")
+            raise errors.Invalid("a scheduling context ends with its domain")
         domain = self.state.domains.get(capability.object_id)
         self.commit("destroy", call, id=capability.object_id)
         return self._carry_out(call, domain if purge else None)
@@ -319,7 +312,7 @@ class Broker:
 
         for domain, _, _ in gone.domains:
             self._domains.end(domain, one_is_dead)
-        return LATER if gone.domains else NOTHING
+        return Reply(later=True) if gone.domains else _NOTHING
 
     def _tell_revoked(self, gone: Gone, caller: Domain | None) -> None:
         ended = {n: d for d, _, _ in gone.domains for n in (d.id, d.context.id)}
@@ -334,19 +327,19 @@ class Broker:
 
     def _close_object(self, ended: Object) -> None:
         if ended.type is ObjectType.PORTAL:
-            objects.shut_down(ended.descriptors)
+            descriptors.shut_down(ended.descriptors)
         for number in range(len(ended.descriptors)):
             self._vault.drop(f"o{ended.id}.{number}")
-        close_all(ended.descriptors)
+        descriptors.close_all(ended.descriptors)
 
     # ---- portals, memory, semaphores
 
     def _create_channel(self, call: Call) -> Reply:
         a, b = (self._need_domain(call, n, Rights.CONNECT) for n in (0, 1))
-        names = (call.first, call.second)
-        self._check_budget(call, "")
-        for holder, name in zip((a, b), names, strict=True):
-            self.state.graph.check_room(holder.id, name)
+        names, entries = (call.first, call.second), {call.caller.id: [""]}  # the whole has no name
+        for end, name in zip((a, b), names, strict=True):
+            entries.setdefault(end.id, []).append(name)
+        self._check_budget(call, entries)
         values = self.make_channel(a, b, call.args[2], names, call)
         for end, name, selector in zip((a, b), names, values[1:], strict=True):
             if end is not call.caller:
@@ -359,32 +352,32 @@ class Broker:
         """Check and make a channel; also for the manifest's own."""
         peer = a.kind.peers.get(b.kind.name)
         if a is b or peer is None:
-            raise Denied(f"a {a.kind.name} and a {b.kind.name} are no peers")
-        if type_ not in objects.SOCKETS.values():
-            raise Invalid("a channel is a stream or seqpacket")
-        return self._make(
-            "channel", call, a=a.id, b=b.id, type=type_, name_a=names[0], name_b=names[1],
-            descriptors=peer.descriptors,
-        )  # fmt: skip
+            raise errors.Denied(f"a {a.kind.name} and a {b.kind.name} are no peers")
+        if type_ not in descriptors.SOCKETS.values():
+            raise errors.Invalid("a channel is a stream or seqpacket")
+        ends = {"a": a.id, "b": b.id, "name_a": names[0], "name_b": names[1]}
+        return self._make("channel", call, **ends, type=type_, descriptors=peer.descriptors)
 
     def _create_memory(self, call: Call) -> Reply:
         context, size = self._need_context(call, Rights.CHARGE), call.args[1]
-        if not 0 < size <= _MAX_INT or size % objects.PAGE_BYTES:
-            raise Invalid(f"the size must be a multiple of {objects.PAGE_BYTES}")
-        context.check(Limits(0, 0, memory_bytes=size))
-        self._check_budget(call, call.first)
+        if not 0 < size <= _MAX_INT or size % descriptors.PAGE_BYTES:
+            raise errors.Invalid(f"the size must be a multiple of {descriptors.PAGE_BYTES}")
+        context.check(memory_bytes=size)
+        self._check_budget(call, {call.caller.id: [call.first]})
         return Reply(self._make("memory", call, name=call.first, context=context.id, bytes=size))
 
     def _create_semaphore(self, call: Call) -> Reply:
         if not 0 <= call.args[0] < 1 << 31:
-            raise Invalid("the value must be 0..2^31-1")
-        self._check_budget(call, call.first)
+            raise errors.Invalid("the value must be 0..2^31-1")
+        self._check_budget(call, {call.caller.id: [call.first]})
         return Reply(self._make("semaphore", call, name=call.first, value=call.args[0]))
 
-    def _check_budget(self, call: Call, name: str) -> None:
-        self.state.graph.check_room(call.caller.id, name)
+    def _check_budget(self, call: Call, entries: dict[int, list[str]]) -> None:
+        """May the caller make one more object, with these entries in these tables?"""
+        for holder, names in entries.items():
+            self._graph.check_room(holder, *names)
         if call.caller.made >= call.caller.kind.objects:
-            raise NoResources(f"{call.caller.name} has made as many objects as it may")
+            raise errors.NoResources(f"{call.caller.name} has made as many objects as it may")
 
     def _make(self, op: str, call: Call | None, **what: Any) -> Values:
         number = self.state.next_id
@@ -393,36 +386,35 @@ class Broker:
             self.open(self.state.objects[number])
         except OSError as error:
             self.destroy(number)
-            raise NoResources(f"no descriptor for it: {error}") from error
+            raise errors.NoResources(f"no descriptor for it: {error}") from error
         return values
 
     def open(self, made: Object) -> None:
         """Give an object descriptors (new ones for a channel), kept by the keeper as well."""
-        made.descriptors = objects.OPEN[made.type](made.number)
+        made.descriptors = descriptors.OPEN[made.type](made.number)
         for number, descriptor in enumerate(made.descriptors):
             self._vault.put(f"o{made.id}.{number}", descriptor)
 
     def _renew_channels(self, domain: Domain) -> None:
         """A dead domain's channels: end-of-file on the old ends, new ones for who takes them."""
         for portal in [o for o in self.state.objects.values() if domain in o.ends]:
-            objects.shut_down(portal.descriptors)
-            close_all(portal.descriptors)
+            descriptors.shut_down(portal.descriptors)
+            descriptors.close_all(portal.descriptors)
             self.open(portal)
-            for capability in self.state.graph.of_object(portal.id):
-                if capability.end >= 0 and capability.holder != domain.id:
-                    values = (capability.selector,)
-                    self._tell(capability.holder, Event.RENEWED, values, capability.name)
+            for end in self._graph.of_object(portal.id):
+                if end.end >= 0 and end.holder != domain.id:
+                    self._tell(end.holder, Event.RENEWED, (end.selector,), end.name)
 
     def _seal(self, call: Call) -> Reply:
         capability = self._need(call, 0, Rights.WRITE, ObjectType.MEMORY)
         memory = self.state.objects[capability.object_id]
         if not memory.sha256:
             if memory.number > MAX_SEALED_BYTES:
-                raise Unsupported(f"only up to {MAX_SEALED_BYTES} bytes can be sealed")
+                raise errors.Invalid(f"only up to {MAX_SEALED_BYTES} bytes can be sealed")
             try:
-                objects.seal(memory.descriptors[0])
+                descriptors.seal(memory.descriptors[0])
             except OSError as error:
-                raise Busy("it is mapped for writing somewhere") from error
+                raise errors.Busy("it is mapped for writing somewhere") from error
             digest = hash_descriptor(memory.descriptors[0])
             self._measured.extend("memory", digest, f"{call.caller.name}/{memory.name}")
             self.commit("seal", call, id=memory.id, sha256=digest)
@@ -431,21 +423,22 @@ class Broker:
     # ---- capabilities
 
     def _delegate(self, call: Call) -> Reply:
-        capability, rights = self._need(call, 0), call.args[2]
+        capability, rights, caller = self._need(call, 0), call.args[2], call.caller
         target = self._need_domain(call, 1, Rights.CONNECT)
-        peer = call.caller.kind.peers.get(target.kind.name)
+        peer = caller.kind.peers.get(target.kind.name)
         if not 0 < rights < 128:
-            raise Invalid("no such rights")
-        if target is not call.caller and not (peer and peer.descriptors):
-            raise Denied(f"nothing may pass from {call.caller.kind.name} to {target.kind.name}")
-        self.state.graph.check_derive(capability, target.id, Rights(rights), call.first)
+            raise errors.Invalid("no such rights")
+        if target is not caller and not (peer and peer.descriptors):
+            raise errors.Denied(
+                f"nothing may pass from a {caller.kind.name} to a {target.kind.name}"
+            )
+        self._graph.check_derive(capability, target.id, Rights(rights), call.first)
+        source = {"holder": caller.id, "selector": capability.selector}
         values = self.commit(
-            "delegate", call, holder=call.caller.id, selector=capability.selector,
-            to=target.id, rights=rights, name=call.first,
-        )  # fmt: skip
-        if target is not call.caller:
-            arrived = (values[0], capability.type)
-            self._tell(target.id, Event.ARRIVED, arrived, call.first)
+            "delegate", call, **source, to=target.id, rights=rights, name=call.first
+        )
+        if target is not caller:
+            self._tell(target.id, Event.ARRIVED, (values[0], capability.type), call.first)
         return Reply(values)
 
     def _revoke(self, call: Call) -> Reply:
@@ -462,12 +455,12 @@ class Broker:
         """The descriptor behind a capability, noting that it is out; refusals as ``TAKE``."""
         taken = self.state.objects.get(capability.object_id)
         if taken is None:
-            raise Invalid(f"a {capability.type.name} has no descriptor")
+            raise errors.Invalid(f"a {capability.type.name} has no descriptor")
         needed = Rights.USE
         if capability.type is ObjectType.MEMORY:  # who has it unsealed can write to it
             needed = Rights.READ if taken.sha256 else Rights.WRITE
         if not capability.rights & needed:
-            raise Denied(f"{capability.name!r} does not carry {needed.name}")
+            raise errors.Denied(f"{capability.name!r} does not carry {needed.name}")
         if not capability.taken and capability.type in KILLS:
             self.commit("taken", holder=domain.id, selector=capability.selector)
         return taken.descriptors[max(capability.end, 0)]
@@ -476,40 +469,28 @@ class Broker:
 
     def _set_limits(self, call: Call) -> Reply:
         context, new = self._need_context(call, Rights.CONTROL), checked_limits(call.args[1:7])
-        old, more = context.limits, {}
-        for what in SUMMED:
-            more[what] = getattr(new, what) - getattr(old, what)
-            if getattr(new, what) < getattr(context.booked, what):
-                raise Busy(f"{what}: {getattr(context.booked, what)} is in use")
+        old, groups = context.limits, self._domains.groups
+        for what in context.booked:
+            if getattr(new, what) < context.booked[what]:
+                raise errors.Busy(f"{what}: {context.booked[what]} is in use")
         if context.parent is not None:
-            context.parent.check(Limits(0, new.cpu_permille, **more))
+            more = {what: getattr(new, what) - getattr(old, what) for what in context.booked}
+            context.parent.check(new.cpu_permille, **more)
         self.commit("limits", call, id=context.id, limits=new.values())
         try:
-            self._domains.groups.limit(context.path, new)
+            groups.limit(context.path, new)
         except OSError as error:
             self.commit("limits", id=context.id, limits=old.values())
-            self._domains.groups.limit(context.path, old)
-            raise Busy(f"more than that is in use: {error}") from error
-        return NOTHING
+            groups.limit(context.path, old)
+            raise errors.Busy(f"more than that is in use: {error}") from error
+        return _NOTHING
 
     def _charge(self, call: Call) -> Reply:
         context, more = self._need_context(call, Rights.CHARGE), call.args[1]
         if context.charges.get(call.caller.id, 0) + more < 0:
-            raise Invalid("more released than this domain has booked")
-        context.check(Limits(0, 0, disk_bytes=max(more, 0)))
+            raise errors.Invalid("more released than this domain has booked")
+        context.check(disk_bytes=max(more, 0))
         return Reply(self.commit("charge", call, id=context.id, bytes=more))
 
 
-def _packed(e: Capability) -> bytes:
-    name = e.name.encode()
-    return frames.ENTRY.pack(e.selector, e.object_id, e.type, e.rights, e.end, 0, name)
-
-
-def checked_limits(figures: Values) -> Limits:
-    """The limits that a call asks for; Invalid when they make no sense."""
-    weight, permille, *rest = figures
-    if not 1 <= weight <= 10000 or (permille and not 10 <= permille <= 1 << 20):
-        raise Invalid("cpu_weight must be 1..10000, cpu_permille 0 or 10..2^20")
-    if any(not 0 <= figure <= _MAX_INT for figure in rest):
-        raise Invalid("a limit is out of range")
-    return Limits(*figures)
+_NOTHING = Reply()

@@ -11,16 +11,20 @@ import signal
 import socket
 import time
 
-from supercloud.lower.core import objects, sandbox, system
+from supercloud.lower.core import descriptors, sandbox, system
 from supercloud.lower.core.broker import Broker
 from supercloud.lower.core.cgroup import Groups
 from supercloud.lower.core.domain import Domains
-from supercloud.lower.core.image import mount_runtime
 from supercloud.lower.core.keeper import CONFIGURATION_STATUS, RESTART_STATUS, wake_on
 from supercloud.lower.core.loop import Loop
 from supercloud.lower.core.manifest import Sealed, parse
 from supercloud.lower.core.measure import (
-    Chain, Measurements, hash_tree, read_chain, read_sealed, say,
+    Chain,
+    Measurements,
+    hash_tree,
+    read_chain,
+    read_sealed,
+    say,
 )  # fmt: skip
 from supercloud.lower.core.state import Domain, Object, State
 from supercloud.lower.core.vault import Vault
@@ -91,7 +95,7 @@ class Core:
         self._groups.make_top()
         self._clear_stored()
         self._broker.commit("boot", manifest=self._manifest.sha256)
-        digest = mount_runtime(self._manifest.runtime, sandbox.RUNTIME)
+        digest = descriptors.mount_runtime(self._manifest.runtime, sandbox.RUNTIME)
         self._measured.extend("runtime", digest, self._manifest.runtime.path)
         self._measured.extend("manifest", self._manifest.sha256, self._arguments.manifest)
 
@@ -113,7 +117,7 @@ class Core:
             broker.make_domain(kind, initial.name, limits, self._state.root)
         made = {domain.name: domain for domain in self._state.domains.values()}
         for c in manifest.channels:
-            type_ = objects.SOCKETS[c.type]
+            type_ = descriptors.SOCKETS[c.type]
             broker.make_channel(made[c.a], made[c.b], type_, (c.name_a, c.name_b))
         for grant in manifest.grants:
             number, type_ = self._granted(made, *grant.object.split(":", 1))

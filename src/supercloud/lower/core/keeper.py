@@ -29,7 +29,7 @@ def wake_on(*numbers: signal.Signals) -> socket.socket:
     """A socket from which the numbers of these signals can be read when they have come."""
     woken, wake = socket.socketpair()
     for end in (woken, wake):
-        end.setblocking(False)
+        end.settimeout(0)
     signal.set_wakeup_fd(wake.detach(), warn_on_full_buffer=False)
     for number in numbers:
         signal.signal(number, lambda *_: None)
@@ -165,7 +165,8 @@ class Keeper:
             self._backoff_s = _BACKOFF_S[0]
         self._restart_at_s = time.monotonic() + self._backoff_s
         self._backoff_s = min(2 * self._backoff_s, _BACKOFF_S[1])
-        print(f"keeper: core ended with wait status {status}", file=sys.stderr)
+        if code:
+            print(f"keeper: core ended with {code}", file=sys.stderr)
 
 
 def main(words: list[str]) -> int:

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from supercloud.wire.frames import REQUEST_BYTES, Event, pack_answer
+from supercloud.wire.frames import REQUEST, Event, pack_answer
 
 MAX_OFFENCES = 16
 MAX_QUEUED = 64
@@ -71,7 +71,7 @@ class Link:
         on_request: Callable[["Link", bytes], None],
         on_abuse: Callable[[str], None],
     ) -> None:
-        end.setblocking(False)
+        end.settimeout(0)
         self._loop, self._end = loop, end
         self._on_request, self._on_abuse = on_request, on_abuse
         self._queue: deque[tuple[bytes, int]] = deque()
@@ -112,7 +112,7 @@ class Link:
             return
         try:
             # without room for descriptors the kernel drops them: they never become ours
-            data, _, flags, _ = self._end.recvmsg(REQUEST_BYTES + 1)
+            data, _, flags, _ = self._end.recvmsg(REQUEST.size + 1)
         except BlockingIOError:
             return
         except OSError:

@@ -17,6 +17,7 @@ from supercloud.wire.frames import DomainState
 Record = dict[str, Any]
 Values = tuple[int, ...]
 
+MAX_INT = 1 << 62
 SUMMED = ("memory_bytes", "pids", "domains", "disk_bytes")
 _SELF = Rights.CONNECT | Rights.GRANT
 _OWN_CONTEXT = Rights.READ | Rights.CHARGE | Rights.GRANT
@@ -32,22 +33,26 @@ class Context:
     parent: "Context | None"
     limits: Limits
     path: str
-    booked: Limits = Limits(0)  # noqa: RUF009  frozen
+    booked: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SUMMED, 0))
     charges: dict[int, int] = field(default_factory=dict)  # disk bytes, by who booked them
 
-    def check(self, asked: Limits) -> None:
-        """NoResources unless ``asked`` fits in what is left; the cpu quota in this one's."""
-        for what in SUMMED:
-            left = getattr(self.limits, what) - getattr(self.booked, what)
-            if getattr(asked, what) > left:
-                raise NoResources(f"{what}: {getattr(asked, what)} asked, {self.name} has {left}")
-        if self.limits.cpu_permille and asked.cpu_permille > self.limits.cpu_permille:
+    def check(self, cpu_permille: int = 0, **asked: int) -> None:
+        """NoResources unless it fits in what is left; the cpu quota in this one's."""
+        for what, amount in asked.items():
+            left = getattr(self.limits, what) - self.booked[what]
+            if amount > left:
+                raise NoResources(f"{what}: {amount} asked, {self.name} has {left}")
+        if self.limits.cpu_permille and cpu_permille > self.limits.cpu_permille:
             raise NoResources(f"cpu_permille: {self.name} has {self.limits.cpu_permille}")
+
+    def check_domain(self, limits: Limits) -> None:
+        """NoResources unless a domain of these limits fits."""
+        self.check(limits.cpu_permille, **booking(limits))
 
     def book(self, sign: int = 1, **more: int) -> None:
         """Add to (or with ``sign`` -1 take from) what is booked."""
-        now = {what: getattr(self.booked, what) + sign * more.get(what, 0) for what in SUMMED}
-        self.booked = Limits(0, 0, **now)
+        for what, amount in more.items():
+            self.booked[what] += sign * amount
 
 
 @dataclass(slots=True, eq=False)
@@ -100,23 +105,24 @@ def booking(limits: Limits) -> dict[str, int]:
     return {what: getattr(limits, what) + (what == "domains") for what in SUMMED}
 
 
-def own_limits(kind: Kind, limits: Limits) -> Limits:
-    """What a domain's own processes may use of its context."""
-    own = Limits(memory_bytes=kind.own.memory_bytes, pids=kind.own.pids)
-    return own if kind.creates else limits
+def checked_limits(figures: Values) -> Limits:
+    """The limits that a call asks for; Invalid when they make no sense."""
+    weight, permille, *rest = figures
+    sound = 1 <= weight <= 10000 and (not permille or 10 <= permille <= 1 << 20)
+    if not sound or any(not 0 <= figure <= MAX_INT for figure in rest):
+        raise Invalid("cpu_weight must be 1..10000, cpu_permille 0 or 10..2^20, the others 0..2^62")
+    return Limits(*figures)
 
 
 class State:
     """Domains, scheduling contexts, objects and the capability graph of one host."""
 
     def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
+        self.manifest, self.graph, self.next_id = manifest, CapabilityGraph(), 2
         self.root = Context(1, "host", None, manifest.limits, "")
         self.contexts = {1: self.root}
         self.domains: dict[int, Domain] = {}
         self.objects: dict[int, Object] = {}
-        self.graph = CapabilityGraph()
-        self.next_id = 2
         self._gone = Gone()
 
     def apply(self, record: Record) -> Values:
@@ -132,10 +138,6 @@ class State:
         gone, self._gone = self._gone, Gone()
         return gone
 
-    def domain_named(self, name: str) -> Domain | None:
-        """The domain of that name; names are unique on a host."""
-        return next((d for d in self.domains.values() if d.name == name), None)
-
     def at_parent(self, domain: Domain, object_id: int) -> int:
         """The selector that the domain's maker has for it or its context; 0 when it has none."""
         holder = domain.parent.id if domain.parent else 0
@@ -148,24 +150,25 @@ class State:
 
     def _do_domain(self, r: Record) -> Values:
         kind, parent = self.manifest.kinds[r["kind"]], self.domains.get(r["parent"])
-        charged, limits = self.contexts[r["context"]], Limits(*r["limits"])
-        path = f"{charged.path}/{r['name']}.{r['id']}".lstrip("/")
-        context = Context(r["id"] + 1, r["name"], charged, limits, path)
-        domain = Domain(r["id"], kind, r["name"], parent, context, r["slot"])
+        charged, limits, name = self.contexts[r["context"]], Limits(*r["limits"]), r["name"]
+        path = f"{charged.path}/{name}.{r['id']}".lstrip("/")
+        context = Context(r["id"] + 1, name, charged, limits, path)
+        domain = Domain(r["id"], kind, name, parent, context, r["slot"])
         charged.book(**booking(limits))
         if kind.creates:
             context.book(memory_bytes=kind.own.memory_bytes, pids=kind.own.pids)
         self.domains[domain.id], self.contexts[context.id] = domain, context
         self.next_id = r["id"] + 2
-        insert, types = self.graph.insert, (ObjectType.DOMAIN, ObjectType.SCHEDULING_CONTEXT)
+        insert, of_domain, of_context = self.graph.insert, ObjectType(1), ObjectType(2)
         self.graph.open_table(domain.id)
-        insert(domain.id, domain.id, types[0], _SELF, "self")
-        insert(domain.id, context.id, types[1], _OWN_CONTEXT, "sched")
+        insert(domain.id, domain.id, of_domain, _SELF, "self")
+        insert(domain.id, context.id, of_context, _OWN_CONTEXT, "sched")
         if parent is None:
             return ()
-        rights, at = _OWN_CONTEXT | Rights.CONTROL, f"sched:{domain.name}"
-        made = insert(parent.id, domain.id, types[0], kind.creator_rights, domain.name)
-        return made.selector, insert(parent.id, context.id, types[1], rights, at).selector
+        made = insert(parent.id, domain.id, of_domain, kind.creator_rights, name)
+        rights = _OWN_CONTEXT | Rights.CONTROL
+        at_parent = insert(parent.id, context.id, of_context, rights, f"sched:{name}")
+        return made.selector, at_parent.selector
 
     def _do_start(self, r: Record) -> None:
         domain = self.domains[r["id"]]
@@ -181,22 +184,20 @@ class State:
     def _do_channel(self, r: Record) -> Values:
         ends = self.domains[r["a"]], self.domains[r["b"]]
         made = self._object(r, ObjectType.PORTAL, number=r["type"], ends=ends)
-        insert, whole, selectors = self.graph.insert, None, [0]
+        insert, whole = self.graph.insert, None
         if made.maker is not None:
             rights = Rights.CONTROL | Rights.USE
             whole = insert(made.maker.id, made.id, made.type, rights, "")
-            selectors = [whole.selector]
-        for number, (end, name) in enumerate(zip(ends, (r["name_a"], r["name_b"]), strict=True)):
-            entry = insert(end.id, made.id, made.type, Rights.USE, name, whole, number)
+        selectors = [whole.selector if whole else 0]
+        for number, name in enumerate((r["name_a"], r["name_b"])):
+            entry = insert(ends[number].id, made.id, made.type, Rights.USE, name, whole, number)
             selectors.append(entry.selector)
         return tuple(selectors)
 
     def _do_memory(self, r: Record) -> Values:
-        context = self.contexts[r["context"]]
-        context.book(memory_bytes=r["bytes"])
-        return self._for_maker(
-            self._object(r, ObjectType.MEMORY, number=r["bytes"], context=context)
-        )
+        context, size = self.contexts[r["context"]], r["bytes"]
+        context.book(memory_bytes=size)
+        return self._for_maker(self._object(r, ObjectType.MEMORY, number=size, context=context))
 
     def _do_seal(self, r: Record) -> None:
         self.objects[r["id"]].sha256 = r["sha256"]
@@ -219,8 +220,7 @@ class State:
         holder = made.maker.id if made.maker else 0
         return (self.graph.insert(holder, made.id, made.type, _MAKER, made.name).selector,)
 
-    def _do_grant(self, r: Record) -> None:
-        """A capability out of the manifest, derived from nobody's."""
+    def _do_grant(self, r: Record) -> None:  # of the manifest, derived from nobody's
         self.graph.insert(r["to"], r["id"], ObjectType(r["type"]), Rights(r["rights"]), r["name"])
 
     def _do_delegate(self, r: Record) -> Values:
@@ -243,10 +243,10 @@ class State:
         context.limits = limits
 
     def _do_charge(self, r: Record) -> Values:
-        context = self.contexts[r["id"]]
-        context.charges[r["by"]] = context.charges.get(r["by"], 0) + r["bytes"]
+        context, by = self.contexts[r["id"]], r["by"]
+        context.charges[by] = context.charges.get(by, 0) + r["bytes"]
         context.book(disk_bytes=r["bytes"])
-        return (context.booked.disk_bytes,)
+        return (context.booked["disk_bytes"],)
 
     def _do_destroy(self, r: Record) -> None:
         if r["id"] in self.domains:

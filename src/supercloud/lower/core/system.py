@@ -44,14 +44,14 @@ def _call(number: int, *args: object) -> int:
 
 
 def prctl(option: int, *args: int) -> int:
-    """See prctl(2); missing arguments are zero."""
+    """As in the manual; missing arguments are zero."""
     padded = (*args, 0, 0, 0, 0)[:4]
     result = _libc.prctl(option, *(ctypes.c_ulong(arg) for arg in padded))
     return _check(result, f"prctl {option}")
 
 
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
-    """See mount(2); empty strings are NULL."""
+    """As in the manual; empty strings are NULL."""
     texts = [text.encode() or None for text in (source, target, kind)]
     data = options.encode() or None
     result = _libc.mount(*texts, ctypes.c_ulong(flags), data)
@@ -77,12 +77,12 @@ def pivot_to_here() -> None:
 
 
 def unshare(flags: int) -> None:
-    """See unshare(2)."""
+    """Leave namespaces for new ones."""
     _check(_libc.unshare(flags), "unshare")
 
 
 def setns(descriptor: int, kind: int) -> None:
-    """See setns(2)."""
+    """Join the namespace of that kind that a descriptor stands for."""
     _check(_libc.setns(descriptor, kind), "setns")
 
 

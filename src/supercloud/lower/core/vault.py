@@ -1,6 +1,5 @@
 """The core's end of the keeper: descriptors that outlive the core, and ends of adopted children."""
 
-import os
 import socket
 from collections.abc import Callable
 
@@ -54,9 +53,3 @@ class Vault:
                 return False
             _, pid, status = message.decode().split(" ")
             ended(int(pid), int(status))
-
-
-def close_all(descriptors: list[int]) -> None:
-    """Close descriptors and empty the list."""
-    while descriptors:
-        os.close(descriptors.pop())

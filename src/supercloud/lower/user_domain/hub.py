@@ -5,10 +5,10 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from supercloud.lower.client import Core, CoreGone
+from supercloud.lower.client import Answer, Core, CoreGone
 from supercloud.lower.user_domain.channel import Channel, Told
 from supercloud.model.errors import NotFound
-from supercloud.wire.frames import Answer, Event
+from supercloud.wire.frames import Event
 
 log = logging.getLogger("supercloud.lower.user_domain.hub")
 

@@ -92,6 +92,10 @@ class EventLog:
             await asyncio.gather(self._writing, return_exceptions=True)
             with contextlib.suppress(SupercloudError):  # a store that fails is told elsewhere
                 await self._flush()
+        self.end_followers()
+
+    def end_followers(self) -> None:
+        """Tell all followers that there is no more."""
         for queue in list(self._followers):
             queue.put_nowait(None)
 

@@ -85,6 +85,9 @@ def main(arguments: list[str]) -> int:
         print(f"supercloud control plane: {error}", file=sys.stderr)
         code = error.code if isinstance(error, UserError) else "internal"
         return STATUS[code][1]
+    except OSError as error:  # a directory or file of ours that cannot be used
+        print(f"supercloud control plane: {error}", file=sys.stderr)
+        return STATUS["internal"][1]
     return 0
 
 

@@ -37,7 +37,7 @@ from supercloud.upper.platform.link.hub import ALPN
 HTTP_ALPN = "http/1.1"
 CONTEXT_LIFETIME_S = 3600.0
 READ_LIMIT_BYTES = 1 << 20
-SHUTDOWN_S = 2.0
+SHUTDOWN_S = 0.5
 
 log = logging.getLogger("supercloud.control.api")
 
@@ -74,6 +74,7 @@ class Server:
 
     async def stop(self) -> None:
         """Stop listening, end what is being served."""
+        self._plane.plane.events.end_followers()
         if self._tcp is not None:
             self._tcp.close()
         for task in self._agents:
@@ -132,9 +133,12 @@ class Server:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         tls.by_server_name(context, self._context)
         loop = asyncio.get_running_loop()
-        self._tcp = await loop.create_server(
-            lambda: _Switch(self), host, port, ssl=context, ssl_handshake_timeout=20.0
-        )
+        try:
+            self._tcp = await loop.create_server(
+                lambda: _Switch(self), host, port, ssl=context, ssl_handshake_timeout=20.0
+            )
+        except OSError as error:
+            raise Invalid(f"cannot listen on {host}:{port}: {error}", where="--listen") from error
 
     def _context(self, server_name: str) -> ssl.SSLContext | None:
         """TLS of the U-Cloud whose control plane is asked for; None: there is no such."""
@@ -203,20 +207,29 @@ class _Switch(asyncio.Protocol):
 
 def unix_socket(path: Path, group: str) -> socket.socket:
     """A bound unix socket: mode 0600, or 0660 for ``group``. Takes a dead one's place."""
-    path.parent.mkdir(mode=0o700 if not group else 0o750, parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()  # the state's lock says that its owner is gone
+    try:
+        path.parent.mkdir(mode=0o750 if group else 0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()  # the state's lock says that its owner is gone
+        sock = _bound(path)
+    except OSError as error:
+        raise Invalid(f"cannot listen on {path}: {error.strerror}", where="--socket") from error
+    if group:
+        shutil.chown(path, group=group)
+        path.chmod(0o660)
+    return sock
+
+
+def _bound(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)
     try:
         sock.bind(str(path))
-    except OSError as error:
-        raise Invalid(f"cannot listen on {path}: {error.strerror}", where="--socket") from error
+    except OSError:
+        sock.close()
+        raise
     finally:
         os.umask(before)
-    if group:
-        shutil.chown(path, group=group)
-        path.chmod(0o660)
     return sock
 
 

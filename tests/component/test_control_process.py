@@ -1,0 +1,161 @@
+"""The control plane as a process: one at a time, killed at any moment, stopped in peace, small."""
+
+import json
+import os
+import random
+import stat
+import statistics
+import subprocess
+import time
+from collections import Counter
+
+import pytest
+
+from support.control import environment
+from support.control_process import Process
+
+TWO = [environment("web", replicas=2), environment("db", kind="vm", image="vm", ports=[])]
+SEED = int(os.environ.get("SUPERCLOUD_SEED", "7"))
+ROUNDS = 25 if os.environ.get("SUPERCLOUD_LONG") else 4
+SLOW = {"hosts": "3", "latency_ms": "15", "boot_ms": "60", "start_ms": "60"}
+
+
+@pytest.fixture
+def process(tmp_path):
+    made = Process(tmp_path)
+    yield made
+    made.stop()
+
+
+def platforms_of(process):
+    return sorted(path.stem for path in process.state.glob("providers/*/*/*.json"))
+
+
+def creations_of(process):
+    names = []
+    for path in process.state.glob("providers/*/*/creations.jsonl"):
+        names += [json.loads(line)["name"] for line in path.read_text().splitlines()]
+    return Counter(names)
+
+
+async def test_a_second_one_on_the_same_state_is_refused(process):
+    process.start()
+    second = subprocess.run(process.argv(), capture_output=True, text=True, timeout=20)
+    assert second.returncode == 5
+    assert str(process.process.pid) in second.stderr
+    async with process.client() as client:
+        assert (await client.get("/v1/version"))["pid"] == process.process.pid
+
+
+async def test_sigterm_ends_it_cleanly_and_a_new_one_goes_on(process):
+    process.start()
+    async with process.client() as client:
+        await client.up(TWO)
+        await client.until("ready")
+        rows = await client.get("/v1/environments")
+        following = await client.http.get("http://x/v1/events?follow=1")
+        begin = time.monotonic()
+        assert process.stop() == 0
+        assert time.monotonic() - begin < 5
+        following.close()
+    assert not process.socket.exists()
+    process.start()
+    async with process.client() as client:
+        await client.until("ready")
+        assert await client.get("/v1/environments") == rows
+    assert set(creations_of(process).values()) == {1}
+    assert not [line for line in process.log() if line["level"] in ("error", "critical")]
+
+
+async def test_sigkill_at_any_moment_of_up_and_down_and_it_converges(process):
+    """The real thing: a process killed by the kernel, over the pretended provider's files."""
+    chance = random.Random(SEED)
+    for _ in range(ROUNDS):
+        process.start()
+        async with process.client() as client:
+            await client.up(TWO, options=SLOW)
+            time.sleep(chance.uniform(0, 0.35))
+            process.kill()
+        process.start()
+        async with process.client() as client:
+            if not await client.get("/v1/uclouds"):
+                await client.up(TWO, options=SLOW)
+            await client.until("ready")
+            assert len(platforms_of(process)) == 1
+            await client.ask("POST", "/v1/uclouds/test/down")
+            time.sleep(chance.uniform(0, 0.1))
+            process.kill()
+        process.start()
+        async with process.client() as client:
+            await client.until(None)
+            assert platforms_of(process) == []
+        assert process.stop() == 0
+        assert max(creations_of(process).values()) <= _ + 1
+
+
+async def test_a_dead_ones_socket_and_lock_do_not_stand_in_the_way(process):
+    process.start()
+    process.kill()
+    assert process.socket.exists()
+    process.start()
+    async with process.client() as client:
+        assert (await client.get("/v1/version"))["protocol"] == 1
+
+
+def test_what_is_wrong_at_the_start_is_said_in_one_line(tmp_path):
+    for wrong, status in ((["--listen", "nowhere"], 2), (["--socket", "/proc/no/api.sock"], 2)):
+        process = Process(tmp_path)
+        done = subprocess.run([*process.argv(), *wrong], capture_output=True, text=True, timeout=20)
+        assert done.returncode == status, done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+async def test_logs_are_json_lines_private_and_without_secrets(process):
+    process.start()
+    async with process.client() as client:
+        await client.up([environment("web", env={"PASSWORD": "swordfish"})])
+        await client.until("ready")
+    assert stat.S_IMODE((process.state / "control.log").stat().st_mode) == 0o600
+    text = (process.state / "control.log").read_text()
+    assert "swordfish" not in text
+    assert {"event", "level", "logger", "timestamp"} <= json.loads(text.splitlines()[0]).keys()
+    tokens = [
+        json.loads(path.read_text())["boot"]["token"]
+        for path in process.state.glob("providers/*/*/*.json")
+    ]
+    assert tokens
+    assert all(token not in text for token in tokens)
+    assert all(token.encode() not in (process.state / "state.db").read_bytes() for token in tokens)
+
+
+async def test_ps_of_500_environments_is_encoded_once_and_answered_at_once(process):
+    process.start()
+    many = [
+        environment(f"e{n}", kind="vm", image="vm", replicas=50, memory="16MiB") for n in range(10)
+    ]
+    options = {"hosts": "20", "memory_gib": "64", "cpus": "64"}
+    size = {"memory": "8GiB", "ports": 64}
+    async with process.client() as client:
+        await client.up(many, options=options, platform=size)
+        await client.until("ready", timeout_s=60)
+        took_ms = []
+        for _ in range(20):
+            begin = time.perf_counter()
+            async with client.http.get("http://x/v1/environments") as answer:
+                body = await answer.read()
+            took_ms.append((time.perf_counter() - begin) * 1000)
+        assert len(json.loads(body)) == 500
+    assert statistics.median(took_ms) < 15, took_ms
+    process.stop()
+
+
+async def test_it_is_small_when_it_idles(process):
+    """At most 80 MB PSS with a U-Cloud up, one container image converted, a client connected."""
+    process.listen = "127.0.0.1:0"
+    process.start()
+    async with process.client() as client:
+        await client.up(TWO)
+        await client.until("ready")
+        await client.get("/v1/environments")
+        await client.get("/v1/doctor")
+        assert process.pss_bytes() < 80e6

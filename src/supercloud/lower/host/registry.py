@@ -37,6 +37,16 @@ class Share:
         return _FIRST_UID + 2 * UIDS_EACH * self.number
 
     @property
+    def last_uid(self) -> int:
+        """For the probe, before there are domains."""
+        return self.first_uid + UIDS_EACH - 1
+
+    @property
+    def last_owner(self) -> int:
+        """The owner of the probe's user namespace."""
+        return self.last_uid + UIDS_EACH
+
+    @property
     def ports(self) -> tuple[int, int]:
         """First and last port to publish on, unless it is told others.
 

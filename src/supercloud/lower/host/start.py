@@ -68,7 +68,9 @@ def start(options: Options) -> NoReturn:
         "initrd": images.sealed(adopted.initrd, "initrd"),
         "root": os.open(adopted.root, os.O_RDONLY | os.O_CLOEXEC),
     }
-    accelerator = probe(adopted.runtime, inherited["kernel"], share.first_uid)
+    accelerator = probe(
+        adopted.runtime, adopted.runtime_sha256, inherited["kernel"], share.last_uid, share.last_owner
+    )
     site = _site(options, share, adopted, accelerator)
     manifest = grants.compile_manifest(options.instance, share, adopted, site, options.state)
     path = f"{options.state}/grant-manifest.json"

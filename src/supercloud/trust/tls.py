@@ -79,7 +79,11 @@ def _hardened(context: ssl.SSLContext) -> ssl.SSLContext:
 def by_server_name(
     default: ssl.SSLContext, find: Callable[[str], ssl.SSLContext | None]
 ) -> ssl.SSLContext:
-    """Make ``default`` hand a connection over to the context that ``find`` has for its SNI."""
+    """Make ``default`` hand a connection over to the context that ``find`` has for its SNI.
+
+    Whether and how strictly a client is verified stays ``default``'s: OpenSSL takes over the
+    other's certificate, trust and ALPN only.
+    """
 
     def choose(connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, _: object) -> None:
         found = find(name) if name else None

@@ -129,9 +129,7 @@ class Server:
     # -- TCP
 
     async def _listen(self, host: str, port: int) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        tls.by_server_name(context, self._context)
+        context = tls.by_server_name(self._first_context(), self._context)
         loop = asyncio.get_running_loop()
         try:
             self._tcp = await loop.create_server(
@@ -139,6 +137,19 @@ class Server:
             )
         except OSError as error:
             raise Invalid(f"cannot listen on {host}:{port}: {error}", where="--listen") from error
+
+    def _first_context(self) -> ssl.SSLContext:
+        """What a connection has until its SNI is known: no certificate.
+
+        How a client is verified is this context's for good: OpenSSL's change of context takes
+        over certificate and trust, but neither mode nor flags.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.verify_mode = ssl.CERT_OPTIONAL
+        context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_STRICT
+        context.load_verify_locations(cadata=self._plane.service.ca_pem())
+        return context
 
     def _context(self, server_name: str) -> ssl.SSLContext | None:
         """TLS of the U-Cloud whose control plane is asked for; None: there is no such."""

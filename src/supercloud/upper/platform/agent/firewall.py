@@ -8,6 +8,7 @@ The uids that VM engines run as may open no socket to anywhere.
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from supercloud.upper.platform.agent.networks import Network
 from supercloud.upper.platform.agent.processes import run
 
 TABLE = "supercloud"
@@ -29,16 +30,16 @@ def _map(name: str, entries: list[str]) -> str:
     return f"map {name} {{ type inet_service : ipv4_addr . inet_service; {elements} }}"
 
 
-def ruleset(
-    uplink: str, bridges: Iterable[str], ranges: Iterable[str], published: Iterable[Publication]
-) -> str:
+def ruleset(uplink: str, networks: Iterable[Network], published: Iterable[Publication]) -> str:
     """The text for ``nft -f``. All values must have been validated: they are pasted in."""
     maps: dict[str, list[str]] = {"tcp": [], "udp": []}
     for one in sorted(published):
         maps[one.protocol].append(f"{one.host_port} : {one.address} . {one.port}")
-    same = "\n    ".join(f'iifname "{b}" oifname "{b}" accept' for b in sorted(bridges))
-    nets = ", ".join(sorted(ranges))
-    masquerade = f'ip saddr {{ {nets} }} oifname "{uplink}" masquerade' if nets else ""
+    ordered = sorted(networks, key=lambda network: network.bridge)
+    ranges = ", ".join(str(network.gateway.network) for network in ordered)
+    masquerade = f'ip saddr {{ {ranges} }} oifname "{uplink}" masquerade' if ranges else ""
+    same = "\n    ".join(f'iifname "{n.bridge}" oifname "{n.bridge}" accept' for n in ordered)
+    own = "\n    ".join(_at_gateway(network) for network in ordered)
     return f"""destroy table inet {TABLE}
 table inet {TABLE} {{
   {_map("to_tcp", maps["tcp"])}
@@ -63,9 +64,9 @@ table inet {TABLE} {{
     type filter hook input priority filter; policy drop;
     iifname "lo" accept
     ct state established,related accept
-    icmp type echo-request accept
-    iifname "ee*" udp dport {{ 53, 67 }} accept
-    iifname "ee*" tcp dport 53 accept
+    iifname "{uplink}" icmp type echo-request accept
+    {own}
+    iifname "ee*" udp sport 68 udp dport 67 accept
   }}
   chain output {{
     type filter hook output priority filter; policy accept;
@@ -73,6 +74,13 @@ table inet {TABLE} {{
   }}
 }}
 """
+
+
+def _at_gateway(network: Network) -> str:
+    """What EEs of a network may ask of the platform, at their own gateway's address only."""
+    place = f'iifname "{network.bridge}" ip daddr {network.gateway.ip}'
+    dns = f"{place} meta l4proto {{ tcp, udp }} th dport 53 accept"
+    return f"{dns}\n    {place} icmp type echo-request accept"
 
 
 class Firewall:

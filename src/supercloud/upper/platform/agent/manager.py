@@ -14,7 +14,7 @@ from supercloud.upper.platform.agent.firewall import Firewall, Publication, rule
 from supercloud.upper.platform.agent.machine import Machine
 from supercloud.upper.platform.agent.names import Names
 from supercloud.upper.platform.agent.namespaces import IDS_PER_ENVIRONMENT
-from supercloud.upper.platform.agent.networks import check_nic, sweep_devices
+from supercloud.upper.platform.agent.networks import check_nic, gateways, sweep_devices
 from supercloud.upper.platform.agent.state import read_json, write_json
 from supercloud.upper.platform.agent.worker import Worker
 from supercloud.wire.codec import decode, encode
@@ -193,10 +193,9 @@ class Manager:
         specs = desired.environments
         networks = self._services.networks
         networks.ensure(self._all_specs(specs))
-        found = networks.by_name.values()
-        text = ruleset(self._uplink, [n.bridge for n in found],
-                       {str(n.gateway.network) for n in found}, publications(specs))  # fmt: skip
-        names = self._names.apply(list(found), specs, desired.names)
+        found = list(networks.by_name.values())
+        text = ruleset(self._uplink, found, publications(specs))
+        names = self._names.apply(found, specs, desired.names)
         await asyncio.gather(self._firewall.apply(text), names)
 
     def _collect(self) -> None:
@@ -226,6 +225,7 @@ def _check(desired: Apply) -> None:
         values = [getattr(spec, what) for spec in specs]
         if len(set(values)) != len(values):
             raise Invalid(f"two environments with the same {what}")
+    gateways(specs)
     addresses = [check_nic(nic).ip for spec in specs for nic in spec.nics]
     if len(set(addresses)) != len(addresses):
         raise Invalid("two environments with the same address")

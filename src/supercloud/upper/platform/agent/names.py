@@ -87,7 +87,7 @@ class Names:
             write_private(_LEASES, lease_lines, 0o644)
         alive = self._process is not None and self._process.returncode is None
         if conf != self._conf or not alive:
-            await self._restart(conf, wanted="interface=" in conf)
+            await self._restart(conf, wanted="\ninterface=" in conf)
         elif host_lines + lease_lines != self._files and self._process:
             self._process.send_signal(signal.SIGHUP)
         self._files, self._conf = host_lines + lease_lines, conf

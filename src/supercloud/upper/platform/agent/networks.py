@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import ipaddress
+import itertools
 import os
 import re
 import struct
@@ -49,6 +50,22 @@ def check_nic(nic: Nic) -> ipaddress.IPv4Interface:
     return interface
 
 
+def gateways(specs: Iterable[EnvironmentSpec]) -> dict[str, ipaddress.IPv4Interface]:
+    """The networks that EEs are in, with the address of each bridge; Invalid if they overlap."""
+    found: dict[str, ipaddress.IPv4Interface] = {}
+    for nic in (nic for spec in specs for nic in spec.nics):
+        gateway = ipaddress.IPv4Interface(f"{nic.gateway}/{check_nic(nic).network.prefixlen}")
+        if found.setdefault(nic.network, gateway) != gateway:
+            raise Invalid(f"network {nic.network} has two gateways")
+    if len(found) > MAX_NETWORKS:
+        raise Invalid(f"{len(found)} networks, at most {MAX_NETWORKS}")
+    ordered = sorted((gateway.network, name) for name, gateway in found.items())
+    for (one, name), (other, second) in itertools.pairwise(ordered):
+        if one.overlaps(other):
+            raise Invalid(f"the networks {name} and {second} overlap")
+    return found
+
+
 def device_name(kind: str, uid: str, index: int) -> str:
     """A name of at most 15 characters for an EE's device in the platform."""
     return f"{kind}{hashlib.sha256(f'{uid}/{index}'.encode()).hexdigest()[:10]}"
@@ -64,12 +81,7 @@ class Networks:
 
     def ensure(self, specs: Iterable[EnvironmentSpec]) -> None:
         """Make the bridges that the EEs need, and remove the others. Idempotent."""
-        wanted: dict[str, ipaddress.IPv4Interface] = {}
-        for nic in (nic for spec in specs for nic in spec.nics):
-            prefix = check_nic(nic).network.prefixlen
-            wanted[nic.network] = ipaddress.IPv4Interface(f"{nic.gateway}/{prefix}")
-        if len(wanted) > MAX_NETWORKS:
-            raise Invalid(f"{len(wanted)} networks, at most {MAX_NETWORKS}")
+        wanted = gateways(specs)
         numbers = {name: n for name, n in self._numbers.items() if name in wanted}
         for name in sorted(wanted.keys() - numbers.keys()):
             numbers[name] = min(set(range(MAX_NETWORKS)) - set(numbers.values()))

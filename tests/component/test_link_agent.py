@@ -2,17 +2,18 @@
 
 import asyncio
 import contextlib
+import datetime as dt
 
 import pytest
-from support.link import Link
 
-from supercloud.trust import tls
-from supercloud.trust.names import control_of
+from supercloud.trust import keys, tls
+from supercloud.trust.names import Identity, control_of
 from supercloud.upper.platform.agent import link as agent_link
 from supercloud.upper.platform.agent import paths
 from supercloud.upper.platform.agent.bootdata import BootData
 from supercloud.wire.codec import encode
 from supercloud.wire.messages import PlatformReport
+from support.link import Link
 
 
 @pytest.fixture
@@ -101,6 +102,18 @@ async def test_it_does_not_talk_to_another_control_plane(link, tmp_path, caplog)
                     await asyncio.sleep(0.05)
         assert stranger.owner.seen.empty()
         assert stranger.owner.pins == {}
+
+
+async def test_it_enrols_again_over_its_key_when_its_certificate_has_ended(link, tmp_path):
+    token = link.owner.expect("p1")
+    async with agent(boot_data(link, token)):
+        first = await link.owner.until("connected")
+    name = Identity("demo", "platform", "p1")
+    csr = keys.make_request(str(tmp_path / "agent" / "key"), name.uri, name.dns)
+    ended = link.authority.issue(csr, name, dt.timedelta(seconds=-1))
+    (tmp_path / "agent" / "certificate").write_text(ended.cert_pem + ended.chain_pem)
+    async with agent(boot_data(link, token)):
+        assert (await link.owner.until("connected")).pin == first.pin
 
 
 async def test_its_certificate_is_renewed_at_half_of_its_life(link, tmp_path, monkeypatch):

@@ -64,18 +64,24 @@ class Link:
         return keys.make_request(paths.KEY, identity.uri, identity.dns)
 
     async def run(self) -> None:
-        """Keep connected; never returns."""
-        delay_s = BACK_OFF_S[0]
+        """Keep connected; never returns.
+
+        A platform whose certificate ended while nobody was there to renew it enrols again: its
+        token goes on being good for its own key.
+        """
+        delay_s, failed = BACK_OFF_S[0], False
         while True:
             began_s = time.monotonic()
             try:
-                if not os.path.exists(paths.CERTIFICATE):
+                if not os.path.exists(paths.CERTIFICATE) or (failed and await has_ended()):
                     await self._enroll()
                 await self._serve()
+                failed = False
             except (SupercloudError, OSError, ssl.SSLError, TimeoutError, EOFError) as error:
                 message = error.message if isinstance(error, UserError) else str(error)
                 log.warning("link: %s: %s", type(error).__name__, message)
                 self._turn += 1
+                failed = True
             self._peer = None
             steady = time.monotonic() - began_s > BACK_OFF_S[1]
             delay_s = BACK_OFF_S[0] if steady else min(delay_s * 1.7, BACK_OFF_S[1])
@@ -152,10 +158,20 @@ class Link:
 
 async def half_life_s(path: str) -> float:
     """When half of the life of the first certificate in ``path`` is over, since the epoch."""
+    start, end = await _life_s(path)
+    return (start + end) / 2
+
+
+async def has_ended() -> bool:
+    """Whether our certificate's life is over."""
+    return (await _life_s(paths.CERTIFICATE))[1] <= time.time()
+
+
+async def _life_s(path: str) -> tuple[float, float]:
     out = await run("openssl", "x509", "-noout", "-dates", "-in", path)
     dates = dict(line.partition("=")[::2] for line in out.decode().splitlines())
     start, end = (ssl.cert_time_to_seconds(dates[name]) for name in ("notBefore", "notAfter"))
-    return (start + end) / 2
+    return float(start), float(end)
 
 
 def _set_clock(welcome: Welcome) -> None:

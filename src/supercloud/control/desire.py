@@ -170,7 +170,9 @@ def _wishes(
             number = allot.index(name, before, numbers, limit)
             numbers.add(number)
             new = _wish(spec, offer, host, name, number)
-            wishes[key] = replace(new, image=before[name].image) if name in before else new
+            # a platform keeps the image that it runs, until its host does not hold that any more
+            old = before[name].image if name in before else ""
+            wishes[key] = replace(new, image=old) if old in host.images else new
     return wishes
 
 

@@ -27,7 +27,15 @@ KEPT_CHANGES = 8192
 MAX_BATCH = 1024
 LOCKED_S = 0.5
 """How long to wait for another process to let the file go."""
-_PRAGMAS = ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "cache_size=-2048")
+IDLE_S = 0.5
+"""After so long without a change the log is written back: its flushes then delay nobody."""
+_PRAGMAS = (
+    "locking_mode=EXCLUSIVE",
+    "journal_mode=WAL",
+    "synchronous=FULL",
+    "cache_size=-2048",
+    "wal_autocheckpoint=8192",  # pages: under load, seldom enough not to be seen in a p99
+)
 _CHUNKS = (64, 8, 1)  # rows to a statement: few, long statements give up the GIL seldom
 
 
@@ -53,7 +61,14 @@ class _Writer:
             connection.execute(f"PRAGMA {pragma}")
         migrate(connection, migrations)
         self.versions: dict[str, int] = dict(connection.execute("SELECT key, version FROM rows"))
+        self.unwritten = True
         self.revision: int = connection.execute("SELECT revision FROM counter").fetchone()[0]
+
+    def write_back(self) -> None:
+        """Bring the log into the database file; its file stays, for writing over it is cheaper."""
+        self.unwritten = False
+        with contextlib.suppress(sqlite3.Error):  # what is in the log is durable all the same
+            self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def rows(self) -> list[Row]:
         found = self.connection.execute("SELECT key, value, version FROM rows ORDER BY key")
@@ -102,7 +117,7 @@ class _Writer:
             with contextlib.suppress(sqlite3.Error):  # the first error is the one to tell
                 connection.execute("ROLLBACK")
             raise
-        self.revision = revision
+        self.revision, self.unwritten = revision, True
         self.versions.update((row.key, row.version) for row in puts)
         for key in gone:
             self.versions.pop(key, None)
@@ -275,7 +290,7 @@ class SqliteStore:
     # -- the writer thread
 
     def _work(self) -> None:
-        while (batch := self._inbox.get()) is not None:
+        while (batch := self._next_batch()) is not None:
             stop = self._fill(batch)
             try:
                 changes = self._writer.commit(batch)
@@ -286,6 +301,13 @@ class SqliteStore:
             self._tell(batch, changes)
             if stop:
                 return
+
+    def _next_batch(self) -> _Batch | None:
+        try:
+            return self._inbox.get(timeout=IDLE_S if self._writer.unwritten else None)
+        except queue.Empty:
+            self._writer.write_back()
+            return self._inbox.get()
 
     def _fill(self, batch: _Batch) -> bool:
         while len(batch) < MAX_BATCH:

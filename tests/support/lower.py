@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from supercloud.lower.host import __path__ as host_path
 from supercloud.providers.base import MemoryPins
@@ -37,6 +37,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+Host = TypeVar("Host", bound="RunningHost")
+
+
 class RunningHost:
     """``supercloud-host run`` of an instance with a state directory of its own."""
 
@@ -44,6 +47,7 @@ class RunningHost:
         self.directory, self.instance = directory, instance
         self.state = directory / "state"
         self.port = free_port()
+        self.program = str(START)
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *more: str) -> None:
@@ -51,7 +55,7 @@ class RunningHost:
         with open(self.directory / "host.log", "ab") as log:
             self.process = subprocess.Popen(
                 [
-                    sys.executable, "-I", "-S", "-B", str(START),
+                    sys.executable, "-I", "-S", "-B", self.program,
                     "--instance", self.instance, "--state", str(self.state),
                     "--listen", f"127.0.0.1:{self.port}", "--images", str(images()),
                     "--ready-fd", str(writing), *more,
@@ -118,7 +122,13 @@ def pids_of_session(pid: int) -> list[int]:
 
 @contextlib.contextmanager
 def running_host(directory: Path, instance: str, *more: str) -> Iterator[RunningHost]:
-    host = RunningHost(directory, instance)
+    with running(RunningHost(directory, instance), *more) as host:
+        yield host
+
+
+@contextlib.contextmanager
+def running(host: Host, *more: str) -> Iterator[Host]:
+    """Start, and stop whatever comes; state and images are removed."""
     try:
         host.start(*more)
         yield host
@@ -128,7 +138,7 @@ def running_host(directory: Path, instance: str, *more: str) -> Iterator[Running
     finally:
         if host.process is not None and host.process.poll() is None:
             host.stop()
-        shutil.rmtree(f"{admin.RUN}/{instance}", ignore_errors=True)
+        shutil.rmtree(f"{admin.RUN}/{host.instance}", ignore_errors=True)
         shutil.rmtree(host.state / "images", ignore_errors=True)
     shutil.rmtree(host.state)
 

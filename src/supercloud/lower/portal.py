@@ -119,6 +119,8 @@ def receive(sock: socket.socket) -> Message | None:
     except ConnectionResetError:
         return None
     if not data and not descriptors:
+        if not _hung_up(sock):
+            raise Invalid("an empty message")  # which looks like the end, but is not
         return None
     message = Message({}, list(descriptors))
     try:
@@ -135,6 +137,12 @@ def receive(sock: socket.socket) -> Message | None:
         raise
     message.untrusted = untrusted
     return message
+
+
+def _hung_up(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def answer(sock: socket.socket, peer: str, message: Message, handlers: Mapping[str, Handler]) -> None:

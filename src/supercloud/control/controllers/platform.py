@@ -98,7 +98,7 @@ class PlatformController:
         return PlatformRequest(
             name=platform.name,
             host=wish.host,
-            image=wish.image,
+            image=await self._image(platform),
             cpus=wish.size.cpus,
             memory_bytes=wish.size.memory_bytes,
             scratch_bytes=wish.size.scratch_bytes,
@@ -106,6 +106,14 @@ class PlatformController:
             config_iso=iso,
             tag=tag_of(ucloud),
         )
+
+    async def _image(self, platform: PlatformDocument) -> str:
+        """The L1 image of the wish, or the host's own when it does not hold that one any more."""
+        wish = platform.wish
+        for host in await self._provider(platform).hosts():
+            if host.name == wish.host and host.images and wish.image not in host.images:
+                return host.images[0]
+        return wish.image
 
     async def _ensure(
         self, platform: PlatformDocument, request: PlatformRequest

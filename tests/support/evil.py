@@ -13,16 +13,13 @@ from typing import Any
 from supercloud.wire import admin
 from support.lower import RunningHost
 
-ATTACKER = r"""
+_TOOLS = r"""
 import sys; sys.path.insert(0, "/opt/supercloud/lib")
-import json, os, socket, struct, errno, ctypes, select
+import json, os, socket, struct, errno, ctypes, select, time
 from supercloud.lower.client import *
 from supercloud.model.capability import Limits, ObjectType, Rights
 from supercloud.model.errors import UserError
 core = Core()
-ready = core.take(core.lookup("ready").selector)
-os.write(ready, b"evil\n")
-listener = socket.socket(fileno=core.take(core.lookup("listener").selector))
 libc = ctypes.CDLL(None, use_errno=True)
 
 def syscall(number, *args):
@@ -56,6 +53,12 @@ def attempt(code):
     status = os.waitpid(pid, 0)[1]
     return json.loads(said) if said else {"killed": os.WTERMSIG(status)}
 
+"""
+
+ATTACKER = _TOOLS + r"""
+ready = core.take(core.lookup("ready").selector)
+os.write(ready, b"evil\n")
+listener = socket.socket(fileno=core.take(core.lookup("listener").selector))
 while True:
     connection, _ = listener.accept()
     with connection:
@@ -63,6 +66,29 @@ while True:
         while more := connection.recv(65536):
             code += more
         connection.sendall(json.dumps(attempt(code.decode())).encode())
+"""
+
+# A machine's monitor that executes what is on its config disk, and logs how each line went.
+ESCAPED_GUEST = _TOOLS + r"""
+from supercloud.lower import portal
+
+def take_when_there(name):
+    while True:
+        try:
+            return core.take(core.lookup(name).selector)
+        except UserError:
+            time.sleep(0.01)
+
+config = take_when_there("config")
+attacks = json.loads(os.pread(config, os.fstat(config).st_size, 0).rstrip(b"\0"))
+control = socket.socket(fileno=take_when_there("control"))
+message = portal.receive(control)
+portal.send(control, {"i": message.untrusted["i"], "r": {"state": "running"}})
+for attack in attacks:
+    print("ATTACK " + json.dumps([attack, attempt(attack)]), flush=True)
+print("ATTACKS OVER", flush=True)
+while True:
+    time.sleep(60)
 """
 
 _LAUNCHER = """
@@ -81,13 +107,15 @@ sys.exit(start.main(sys.argv[1:]))
 
 
 class BrokenIntoHost(RunningHost):
-    """``kind`` is the component that runs the attacker."""
+    """``kind`` is the component that runs ``attacker``."""
 
-    def __init__(self, directory: Path, instance: str, kind: str = "admin") -> None:
+    def __init__(
+        self, directory: Path, instance: str, kind: str = "admin", attacker: str = ATTACKER
+    ) -> None:
         super().__init__(directory, instance)
         src = str(Path(__file__).parents[2] / "src")
         launcher = directory / "launch.py"
-        launcher.write_text(_LAUNCHER.format(src=src, kind=kind, attacker=ATTACKER))
+        launcher.write_text(_LAUNCHER.format(src=src, kind=kind, attacker=attacker))
         self.program = str(launcher)
 
     def attempt(self, code: str) -> dict[str, Any]:

@@ -95,14 +95,15 @@ def _grouped(instance: str) -> set[int]:
 
 
 def _processes(instance: str, uids: range) -> list[str]:
-    """Processes by one of the instance's uids, or in one of its groups."""
-    found, grouped = [], _grouped(instance)
+    """Processes by one of the instance's uids, or in one of its groups: names, counted."""
+    found: list[str] = []
+    grouped = _grouped(instance)
     for name in os.listdir("/proc"):
         with contextlib.suppress(OSError, ValueError):
             fields = status(int(name))
             if int(name) in grouped or any(int(uid) in uids for uid in fields["Uid"].split()):
-                found.append(f"{name} {fields['Name']} {fields['State']}")
-    return found
+                found.append(fields["Name"])
+    return [f"{name} {found[:place].count(name)}" for place, name in enumerate(found)]
 
 
 def _lines(path: str, separator: str, column: int) -> list[str]:

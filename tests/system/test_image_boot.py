@@ -38,10 +38,11 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 WHAT_AN_AGENT_NEEDS = """
-check() { "$@" > /tmp/said 2>&1 || { echo "FAILED: $*"; cat /tmp/said; status=1; }; }
+check() { "$@" < /dev/null > /tmp/said 2>&1 || { echo "FAILED: $*"; cat /tmp/said; status=1; }; }
 status=0
 echo "KERNEL $(uname -r)"
 for module in $(cat /guest/modules); do check modprobe $module; done
+modprobe -a $(cat /guest/foreign)  # they load only where their hardware is
 check test -c /dev/kvm
 check test -c /dev/net/tun
 check ip link add ee0 type bridge
@@ -51,15 +52,16 @@ check ip link add vx0 type vxlan id 7 dev lo dstport 4789
 check nft add table inet t
 check nft 'add chain inet t c { type nat hook postrouting priority 100; }'
 check nft 'add rule inet t c masquerade'
+check nft delete table inet t
 check iptables-restore --version
 check truncate -s 64M /tmp/disk
 check losetup /dev/loop0 /tmp/disk
 head -c 32 /dev/urandom > /tmp/key
 check cryptsetup open --type plain --cipher aes-xts-plain64 --key-size 256 --key-file /tmp/key \
     /dev/loop0 scratch
-check mke2fs -q -t ext4 /dev/mapper/scratch
+check /usr/sbin/mke2fs -q -t ext4 /dev/mapper/scratch
 check mount /dev/mapper/scratch /mnt
-check resize2fs /dev/mapper/scratch
+check /usr/sbin/resize2fs /dev/mapper/scratch
 for program in crun runc criu qemu-system-x86_64 qemu-img qemu-storage-daemon dnsmasq tar; do
     check $program --version
 done
@@ -85,6 +87,15 @@ cat /sys/fs/cgroup/web/memory.max
 exit $status
 """
 
+FOREIGN = (
+    "kvm_intel",
+    "ptp_kvm",
+    "hv_netvsc",
+    "hv_storvsc",
+    "xen_blkfront",
+    "xen_netfront",
+)
+
 EDIT_SPEC = b"""
 import json
 spec = json.load(open("/tmp/bundle/config.json"))
@@ -104,7 +115,12 @@ def test_the_l1_image_boots_with_all_that_an_agent_needs_and_runs_the_example_co
     images: Path, examples: Path, tmp_path: Path, vm_lock: None
 ) -> None:
     web = convert(f"oci:{examples}/web", cache=tmp_path / "cache", tools=TOOLS)
-    files = {"modules": " ".join(recipe.l1_modules()).encode(), "edit": EDIT_SPEC}
+    modules = [name for name in recipe.l1_modules() if name not in FOREIGN]
+    files = {
+        "modules": " ".join(modules).encode(),
+        "foreign": " ".join(FOREIGN).encode(),
+        "edit": EDIT_SPEC,
+    }
     status, printed = guest.run(
         Guest(
             script=WHAT_AN_AGENT_NEEDS,
@@ -120,6 +136,34 @@ def test_the_l1_image_boots_with_all_that_an_agent_needs_and_runs_the_example_co
     assert f"KERNEL {kernel}" in printed
     assert "hello from container in-a-container" in printed
     assert "67108864" in printed
+
+
+@pytest.mark.vm
+@pytest.mark.parametrize(
+    ("machine", "device"), [("q35", "virtio-blk-pci,drive=d"), ("pc", "ide-hd,drive=d,bus=ide.0")]
+)
+def test_the_disk_boots_by_bios_to_the_agent(
+    images: Path, tmp_path: Path, vm_lock: None, machine: str, device: str
+) -> None:
+    log, overlay = tmp_path / "serial", tmp_path / "disk.qcow2"
+    backing = images / "l1.qcow2"
+    TOOLS.run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", backing, overlay)
+    blockdev = f"driver=qcow2,node-name=d,file.driver=file,file.filename={overlay}"
+    command = [
+        *TOOLS.argv("qemu-system-x86_64"),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+        *("-accel", "tcg,thread=multi,tb-size=128", "-cpu", "max", "-m", "1024M", "-M", machine),
+        *("-serial", f"file:{log}", "-blockdev", blockdev, "-device", device),
+    ]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
+        try:
+            end_s = time.monotonic() + 90
+            while not log.exists() or "l1init: up after" not in log.read_text(errors="replace"):
+                assert process.poll() is None, log.read_text(errors="replace")
+                assert time.monotonic() < end_s, log.read_text(errors="replace")
+                time.sleep(0.2)
+        finally:
+            process.kill()
 
 
 def free_port() -> int:

@@ -424,13 +424,17 @@ def test_instances_share_a_machine_without_sharing_anything_else(
         assert drivers[0] != drivers[1]
         import json
 
-        manifests = [json.loads((h.state / "grant-manifest.json").read_text()) for h in (host, second)]
-        ranges = [json.loads(m["kinds"]["uplink"]["environment"]["SUPERCLOUD_UPLINK"]) for m in manifests]
+        manifests = [
+            json.loads((h.state / "grant-manifest.json").read_text()) for h in (host, second)
+        ]
+        ranges = [
+            json.loads(m["kinds"]["uplink"]["environment"]["SUPERCLOUD_UPLINK"]) for m in manifests
+        ]
         ends = sorted((r["first_port"], r["last_port"]) for r in ranges)
         assert ends[0][1] < ends[1][0]
 
 
 def test_a_second_host_on_the_same_state_is_refused(host: RunningHost) -> None:
     other = RunningHost(host.directory, "t-lower")
-    with pytest.raises(AssertionError, match="runs on .* already"):
+    with pytest.raises(AssertionError, match=r"runs on .* already"):
         other.start()

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,10 @@ def user(host: RunningHost, tmp_path: Path, vm_lock: None) -> Iterator[ControlPl
 
 
 @pytest.fixture
-async def booted(user: ControlPlane) -> AsyncIterator[ControlPlane]:
+async def booted(user: ControlPlane) -> ControlPlane:
     await user.create("p1")
     assert b"l1init: up" in await console_until(user, b"l1init: up")
-    yield user
+    return user
 
 
 async def console_until(plane: ControlPlane, wanted: bytes, timeout_s: float = 60) -> bytes:

@@ -238,7 +238,12 @@ print(json.dumps(reached))
     assert json.loads(done.stdout) == []
     for path in (host.state / "domains").iterdir():
         shown = subprocess.run(
-            ["ls", str(path)], user=uid, group=uid, extra_groups=[], capture_output=True, check=False
+            ["ls", str(path)],
+            user=uid,
+            group=uid,
+            extra_groups=[],
+            capture_output=True,
+            check=False,
         )
         assert shown.returncode != 0 or path.name == "admin"
 

@@ -147,7 +147,9 @@ def network(loopback_port: int) -> list[tuple[str, Any]]:
         return f"{FRAMES}\nresult = dial({net!r}, {GUEST[net]!r}, {target!r}, {port})"
 
     def ask(net: str, target: str) -> str:
-        return f"{FRAMES}\nresult = exchange({net!r}, arp({GUEST[net]!r}, {target!r}), answered_arp)"
+        return (
+            f"{FRAMES}\nresult = exchange({net!r}, arp({GUEST[net]!r}, {target!r}), answered_arp)"
+        )
 
     silent = ("None", "'refused'")
     return [
@@ -160,7 +162,7 @@ def network(loopback_port: int) -> list[tuple[str, Any]]:
         (dial("uplink", "10.0.2.2", loopback_port), silent),
         (dial("uplink", "127.0.0.1", loopback_port), silent),
         (dial("uplink", "127.0.0.2", loopback_port), silent),
-        (dial("uplink", "0.0.0.0", loopback_port), silent),  # noqa: S104 - an attack
+        (dial("uplink", "0.0.0.0", loopback_port), silent),
         (dial("uplink", "10.0.2.15", loopback_port), silent),
         (dial("uplink", "10.0.2.3", loopback_port), silent),
     ]

@@ -55,7 +55,9 @@ def attempt(code):
 
 """
 
-ATTACKER = _TOOLS + r"""
+ATTACKER = (
+    _TOOLS
+    + r"""
 ready = core.take(core.lookup("ready").selector)
 os.write(ready, b"evil\n")
 listener = socket.socket(fileno=core.take(core.lookup("listener").selector))
@@ -67,9 +69,12 @@ while True:
             code += more
         connection.sendall(json.dumps(attempt(code.decode())).encode())
 """
+)
 
 # A machine's monitor that executes what is on its config disk, and logs how each line went.
-ESCAPED_GUEST = _TOOLS + r"""
+ESCAPED_GUEST = (
+    _TOOLS
+    + r"""
 from supercloud.lower import portal
 
 def take_when_there(name):
@@ -90,6 +95,7 @@ print("ATTACKS OVER", flush=True)
 while True:
     time.sleep(60)
 """
+)
 
 _LAUNCHER = """
 import sys

@@ -30,7 +30,9 @@ def mine() -> list[str]:
     return [
         pid
         for pid in os.listdir("/proc")
-        if pid.isdecimal() and Path(f"/proc/{pid}").exists() and os.stat(f"/proc/{pid}").st_uid == UID
+        if pid.isdecimal()
+        and Path(f"/proc/{pid}").exists()
+        and os.stat(f"/proc/{pid}").st_uid == UID
     ]
 
 
@@ -42,9 +44,7 @@ def test_kvm_is_used_only_where_a_guest_comes_up(kernel: int) -> None:
     assert mine() == []
 
 
-def test_a_guest_that_comes_up_is_recognized(
-    kernel: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_guest_that_comes_up_is_recognized(kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "ACCELERATION", ("-accel", "tcg", "-cpu", "max"))
     monkeypatch.setattr(probes, "PATIENCE_S", 60.0)
     assert probe(kernel) == probes.Accelerator("kvm", "")

@@ -1,4 +1,4 @@
-"""What components without asyncio do alike: the core's events, channels by name, requests on them."""
+"""What components without asyncio do alike: the core's events, and requests on channels."""
 
 import logging
 import socket
@@ -122,4 +122,3 @@ class Component:
             portal.answer(channel, name, message, handlers)
         except (SupercloudError, OSError) as error:  # it does not read its answers
             log.warning("%s: %s", name, error)
-

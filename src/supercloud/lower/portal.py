@@ -96,7 +96,9 @@ class Reply:
 Handler = Callable[[Request], Any]
 
 
-def send(sock: socket.socket, message: dict[str, Any], descriptors: list[int] | None = None) -> None:
+def send(
+    sock: socket.socket, message: dict[str, Any], descriptors: list[int] | None = None
+) -> None:
     """Send one message; Invalid when it is too large, Closed when nobody is there."""
     data = json.dumps(message, separators=(",", ":")).encode()
     if len(data) > MAX_MESSAGE_BYTES or len(descriptors or ()) > MAX_DESCRIPTORS:
@@ -145,7 +147,9 @@ def _hung_up(sock: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-def answer(sock: socket.socket, peer: str, message: Message, handlers: Mapping[str, Handler]) -> None:
+def answer(
+    sock: socket.socket, peer: str, message: Message, handlers: Mapping[str, Handler]
+) -> None:
     """Serve one request: call its handler, send its answer. Errors go to the caller."""
     untrusted_id = message.untrusted.get("i")
     call_id = untrusted_id if isinstance(untrusted_id, int) else None

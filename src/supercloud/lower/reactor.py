@@ -45,9 +45,7 @@ class Reactor:
         self._always = always
         self._stopped = False
 
-    def watch(
-        self, source: HasFileno, callback: Callable[[], None], events: int = READ
-    ) -> None:
+    def watch(self, source: HasFileno, callback: Callable[[], None], events: int = READ) -> None:
         """Call ``callback`` whenever ``source`` is ready; replaces what was registered."""
         if source.fileno() in self._selector.get_map():
             self._selector.modify(source, events, callback)

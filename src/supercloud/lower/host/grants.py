@@ -1,4 +1,4 @@
-"""The grant manifest of a host: kinds from ``isolation``, filters compiled, first domains, grants."""
+"""A host's grant manifest: kinds from ``isolation``, filters compiled, first domains, grants."""
 
 import json
 import os
@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from supercloud.isolation import seccomp
-from supercloud.isolation.kinds import COMPONENT_LIMITS, MIB, UPLINK_NET_LIMITS, Site, filters, kinds
+from supercloud.isolation.kinds import (
+    COMPONENT_LIMITS,
+    MIB,
+    UPLINK_NET_LIMITS,
+    Site,
+    filters,
+    kinds,
+)
 from supercloud.lower.host.images import Images
 from supercloud.lower.host.registry import UIDS_EACH, Share
 from supercloud.model.errors import Permanent
@@ -84,7 +91,8 @@ def _write_filter(name: str, directory: str) -> dict[str, str]:
 def _domains(size: Capacity) -> list[dict[str, Any]]:
     """Drivers before those that use them; the console, which says ready, last."""
     each = COMPONENT_LIMITS["memory_bytes"]
-    uplinks = max(MIN_UPLINKS, size.memory_bytes // UPLINKS_PART // UPLINK_NET_LIMITS["memory_bytes"])
+    affordable = size.memory_bytes // UPLINKS_PART // UPLINK_NET_LIMITS["memory_bytes"]
+    uplinks = max(MIN_UPLINKS, affordable)
     uplink = {
         "memory_bytes": each + uplinks * UPLINK_NET_LIMITS["memory_bytes"],
         "pids": COMPONENT_LIMITS["pids"] + uplinks * UPLINK_NET_LIMITS["pids"],
@@ -118,9 +126,10 @@ def _grants() -> list[dict[str, Any]]:
     for component in ("front_door", "disk", "uplink"):
         name = f"domain:{component}"
         grants.append(_grant("multiplexing", name, ["CONNECT"], name))
-    for part in ("kernel", "initrd", "root"):
-        grants.append(_grant("multiplexing", f"image.0.{part}", _USE, f"inherited:{part}"))
-    return grants
+    return grants + [
+        _grant("multiplexing", f"image.0.{part}", _USE, f"inherited:{part}")
+        for part in ("kernel", "initrd", "root")
+    ]
 
 
 def _grant(to: str, name: str, rights: list[str], what: str) -> dict[str, Any]:

@@ -68,9 +68,8 @@ def start(options: Options) -> NoReturn:
         "initrd": images.sealed(adopted.initrd, "initrd"),
         "root": os.open(adopted.root, os.O_RDONLY | os.O_CLOEXEC),
     }
-    accelerator = probe(
-        adopted.runtime, adopted.runtime_sha256, inherited["kernel"], share.last_uid, share.last_owner
-    )
+    runtime = adopted.runtime, adopted.runtime_sha256
+    accelerator = probe(*runtime, inherited["kernel"], share.last_uid, share.last_owner)
     site = _site(options, share, adopted, accelerator)
     manifest = grants.compile_manifest(options.instance, share, adopted, site, options.state)
     path = f"{options.state}/grant-manifest.json"
@@ -222,6 +221,6 @@ def _become_keeper(
     argv += ["--run", run, "--state", state]
     for name, descriptor in inherited.items():
         argv += ["--fd", f"{name}={descriptor}"]
-        os.set_inheritable(descriptor, True)  # noqa: FBT003  positional only
-    os.set_inheritable(lock, True)  # noqa: FBT003  likewise
+        os.set_inheritable(descriptor, True)
+    os.set_inheritable(lock, True)
     os.execv(sys.executable, argv)  # noqa: S606

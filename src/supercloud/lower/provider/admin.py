@@ -11,8 +11,8 @@ import socket
 from typing import Any
 
 from supercloud.lower.client import Core
-from supercloud.lower.portal import Portal
 from supercloud.lower.component import Component
+from supercloud.lower.portal import Portal
 from supercloud.lower.reactor import READ, WRITE
 from supercloud.model.errors import Invalid, NotFound, SupercloudError, to_wire
 from supercloud.wire import admin as wire

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from supercloud.lower.client import Core
-from supercloud.lower.portal import Reply, Request
 from supercloud.lower.component import Component
+from supercloud.lower.portal import Reply, Request
 from supercloud.model.errors import Exists, Invalid
 
 STATE = "/run/state"
@@ -53,7 +53,7 @@ class DiskDriver(Component):
         super().__init__(core)
         self.serve(
             USER_PREFIX,
-            {"disk.create": self.create, "disk.delete": self.delete, "disk.list": self.list},
+            {"disk.create": self.create, "disk.delete": self.delete, "disk.list": self.names},
         )
         self.serve("admin", {"driver.status": self.status})
         self.lost = self._user_lost
@@ -62,7 +62,9 @@ class DiskDriver(Component):
 
     def create(self, request: Request) -> Reply:
         """``{name, size_bytes}`` -> a descriptor (O_RDWR). The same again gives the same disk."""
-        disk = Disk(_user(request), request.name("name"), request.number("size_bytes", 1, MAX_DISK_BYTES))
+        disk = Disk(
+            _user(request), request.name("name"), request.number("size_bytes", 1, MAX_DISK_BYTES)
+        )
         if disk.size_bytes % _BLOCK:
             raise Invalid(f"a disk is a multiple of {_BLOCK} bytes", where="size_bytes")
         self._reconcile(disk.user)
@@ -84,7 +86,7 @@ class DiskDriver(Component):
             log.info("disk %s of %s deleted", name, user)
         return {}
 
-    def list(self, request: Request) -> list[str]:
+    def names(self, request: Request) -> list[str]:
         """Names of the user's disks."""
         return [disk.name for disk in _disks(_user(request))]
 

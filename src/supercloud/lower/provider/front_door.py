@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from supercloud.lower import portal
 from supercloud.lower.client import Core
-from supercloud.lower.provider.client_hello import MAX_HELLO_BYTES, Short, server_name
 from supercloud.lower.component import Component
+from supercloud.lower.provider.client_hello import MAX_HELLO_BYTES, Short, server_name
 from supercloud.lower.reactor import Timer
 from supercloud.model.errors import Invalid, SupercloudError
 

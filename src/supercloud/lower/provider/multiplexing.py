@@ -13,8 +13,8 @@ from typing import Any
 
 from supercloud.lower import quota as quotas
 from supercloud.lower.client import Core, Domain
-from supercloud.lower.portal import Request
 from supercloud.lower.component import Component
+from supercloud.lower.portal import Request
 from supercloud.lower.provider.users import User, UserStore, check_ca, check_user_name
 from supercloud.model.capability import ObjectType, Rights
 from supercloud.model.errors import Exists, NoResources, NotFound, UserError

@@ -30,9 +30,7 @@ def is_free(address: str, port: int) -> bool:
 class PortRanges:
     """Ranges out of ``first..last``, by the name of their holder; saved at each change."""
 
-    def __init__(
-        self, path: str, first: int, last: int, usable: Callable[[int], bool]
-    ) -> None:
+    def __init__(self, path: str, first: int, last: int, usable: Callable[[int], bool]) -> None:
         self._path, self._first, self._last, self._usable = path, first, last, usable
         self.held: dict[str, Range] = {}
         with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii") as file:

@@ -11,9 +11,9 @@ import os
 from typing import Any
 
 from supercloud.lower.client import Core
+from supercloud.lower.component import Component
 from supercloud.lower.names import domain_name
 from supercloud.lower.portal import Request
-from supercloud.lower.component import Component
 from supercloud.lower.provider.ports import PortRanges, Range, is_free
 from supercloud.model.capability import Rights
 from supercloud.model.errors import NotFound
@@ -45,7 +45,7 @@ class UplinkDriver(Component):
                 "uplink.create": self.create,
                 "uplink.start": self.start,
                 "uplink.delete": self.delete,
-                "uplink.list": self.list,
+                "uplink.list": self.names,
             },
         )
         self.serve("admin", {"driver.status": self.status})
@@ -82,7 +82,7 @@ class UplinkDriver(Component):
         self._delete(_user(request), request.name("platform"))
         return {}
 
-    def list(self, request: Request) -> list[str]:
+    def names(self, request: Request) -> list[str]:
         """Platforms of the user that have an uplink."""
         prefix = _user(request) + "/"
         return [h.removeprefix(prefix) for h in self._ranges.held if h.startswith(prefix)]

@@ -33,7 +33,8 @@ class User:
 def check_user_name(untrusted: str) -> str:
     """A name is part of a server name and of the core's names; Invalid."""
     if not _LABEL.fullmatch(untrusted):
-        raise Invalid(f"{untrusted!r:.80} is no user's name (a-z, 0-9, -; at most 48)", where="user")
+        message = f"{untrusted!r:.80} is no user's name (a-z, 0-9, -; at most 48)"
+        raise Invalid(message, where="user")
     return untrusted
 
 

@@ -53,7 +53,7 @@ class Channel:
         *,
         timeout_s: float = portal.CALL_TIMEOUT_S,
     ) -> Reply:
-        """The answer; its descriptors are the caller's. The other side's error, Closed, Temporary."""
+        """The answer, its descriptors the caller's; the other side's error, Closed, Temporary."""
         if self._socket is None:
             raise Closed(f"{self.name} is not there")
         self._last_id += 1

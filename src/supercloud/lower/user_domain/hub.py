@@ -17,7 +17,7 @@ DRAIN_S = 0.5
 
 
 class Hub:
-    """Channels by their name in this domain's table; ``ended`` gets names of domains and entries."""
+    """Channels by their name in this domain's table; ``ended`` gets names of what is gone."""
 
     def __init__(self, core: Core) -> None:
         self.core = core

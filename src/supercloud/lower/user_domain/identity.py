@@ -4,7 +4,6 @@ The first control plane with a certificate of the user's root binds the domain t
 those of other U-Clouds of the same root are refused from then on.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -76,7 +75,7 @@ class IdentityStore:
         return keys.make_request(self._key, own.uri, own.dns)
 
     def install(self, given: Certificate) -> None:
-        """Present this certificate from now on; Invalid unless it is of our root, key and U-Cloud."""
+        """Present this from now on; Invalid unless it is of our root, key and U-Cloud."""
         part = f"{self._signed}.part"
         _write(part, given.cert_pem + given.chain_pem)
         try:
@@ -112,10 +111,11 @@ class IdentityStore:
         return keys.make_self_signed(self._key, own.uri, own.dns, SELF_SIGNED_DAYS)
 
     def _read_ucloud(self) -> str:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             with open(f"{self._directory}/ucloud", encoding="ascii") as file:
                 return file.read()
-        return ""
+        except FileNotFoundError:
+            return ""
 
 
 def _openssl(*arguments: str) -> str:

@@ -65,9 +65,7 @@ class Platforms:
         """What is allowed, and what of that is used."""
         core = self._hub.core
         allowed, usage = quotas.from_limits(core.limits()), core.usage()
-        used = quotas.used(
-            usage.booked_memory_bytes, usage.booked_domains, usage.booked_disk_bytes
-        )
+        used = quotas.used(usage.booked_memory_bytes, usage.booked_domains, usage.booked_disk_bytes)
         cpu = sum(1000 * r.spec.cpus for r in self._records.by_name.values() if r.state not in DEAD)
         return allowed, Quota(cpu_permille=max(10, min(cpu, allowed.cpu_permille)), **used)
 

@@ -64,9 +64,7 @@ class Service:
 
     # -- connections
 
-    def connection(
-        self, method: str, _untrusted: dict[str, Any], descriptors: list[int]
-    ) -> None:
+    def connection(self, method: str, _untrusted: dict[str, Any], descriptors: list[int]) -> None:
         """The front door passed a socket."""
         if method != "connection" or len(descriptors) != 1:
             for descriptor in descriptors:

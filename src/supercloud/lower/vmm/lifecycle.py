@@ -40,7 +40,12 @@ class Watchdog:
     """Asks QEMU how it is; silence means wedged, more silence the end."""
 
     def __init__(
-        self, reactor: Reactor, qmp: Qmp, life: Lifecycle, kill: Callable[[], None], limits: Patience
+        self,
+        reactor: Reactor,
+        qmp: Qmp,
+        life: Lifecycle,
+        kill: Callable[[], None],
+        limits: Patience,
     ) -> None:
         self._reactor, self._qmp, self._life = reactor, qmp, life
         self._kill, self._limits = kill, limits

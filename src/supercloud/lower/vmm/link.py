@@ -26,12 +26,12 @@ log = logging.getLogger("supercloud.lower.vmm.link")
 
 
 def passt_command(descriptor: int) -> list[str]:
-    """passt over the stream ``descriptor``; the rendezvous' address is this network's loopback."""
+    """Command line of passt; the rendezvous' address is the loopback of this network."""
     return [
         *(PASST, "--foreground", "--quiet", "--ipv4-only", "--fd", str(descriptor)),
         *("--address", GUEST_ADDRESS, "--netmask", "30", "--gateway", RENDEZVOUS_ADDRESS),
         *("--map-host-loopback", RENDEZVOUS_ADDRESS),
-        *"--no-dhcp --no-ra --no-ndp --no-dhcpv6 --no-icmp --no-udp".split(),
+        *("--no-dhcp", "--no-ra", "--no-ndp", "--no-dhcpv6", "--no-icmp", "--no-udp"),
         *("--tcp-ports", "none", "--dns", "none", "--search", "none"),
     ]
 

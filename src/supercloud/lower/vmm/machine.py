@@ -57,7 +57,7 @@ def command_line(machine: Machine, given: Descriptors) -> list[str]:
     """The whole argv."""
     return [
         QEMU,
-        *"-nodefaults -no-user-config -display none -no-reboot".split(),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-L", FIRMWARE[0], "-L", FIRMWARE[1]),
         *_platform(machine, given),
         *_disk("l1root", given.root, 1, read_only=True),

@@ -125,7 +125,10 @@ async def new_session(platform: Platform, old: object) -> None:
     async def is_new() -> bool:
         return platform.link.hub.sessions.get(platform.name) not in (None, old)
 
-    await eventually(is_new)
+    try:
+        await eventually(is_new)
+    except TimeoutError:
+        pytest.fail(f"the agent did not come back:\n{platform.console[-2500:]}")
 
 
 async def read_until(stream: object, what: bytes) -> bytes:

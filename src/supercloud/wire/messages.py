@@ -142,7 +142,7 @@ class Hello:
     version: str
     boot_id: str
     engines: dict[str, str]
-    accelerator: str  # of nested VMs: kvm | tcg
+    accelerator: str  # of nested VMs: kvm | tcg, empty while it is being probed
     memory_bytes: int
     cpus: int
 

@@ -13,6 +13,7 @@ import signal
 import struct
 import time
 
+from supercloud.model.errors import SupercloudError
 from supercloud.upper.platform.agent.processes import run
 
 TIMEOUT_S = 5.0
@@ -31,10 +32,10 @@ _PML4, _PDPT, _PD, _ENTRY = 0x1000, 0x2000, 0x3000, 0x8000
 
 
 class Accelerator:
-    """``name`` is kvm or tcg, once ``probe`` is done; ``reason`` says why not kvm."""
+    """``name`` is kvm or tcg once ``probe`` is done, empty before; ``reason`` says why not kvm."""
 
     def __init__(self) -> None:
-        self.name, self.reason = TCG, "not probed yet"
+        self.name, self.reason = "", "not probed yet"
         self._task: asyncio.Task[None] | None = None
 
     async def probe(self) -> str:
@@ -45,17 +46,22 @@ class Accelerator:
         return self.name
 
     async def _probe(self) -> None:
-        if not os.path.exists("/dev/kvm"):
-            module = _module()
-            if not module:
-                self.reason = "the platform's processor has neither SVM nor VMX"
-                return
-            await run("modprobe", "-q", "-a", module, timeout_s=30)
-        self.reason = await run_guest()
+        try:
+            self.reason = await self._why_not()
+        except (SupercloudError, OSError) as error:
+            self.reason = str(error)
         self.name = TCG if self.reason else KVM
         if self.name == KVM:
             os.chown("/dev/kvm", 0, KVM_GROUP)
             os.chmod("/dev/kvm", 0o660)
+
+    async def _why_not(self) -> str:
+        if not os.path.exists("/dev/kvm"):
+            module = _module()
+            if not module:
+                return "the platform's processor has neither SVM nor VMX"
+            await run("modprobe", "-q", "-a", module, timeout_s=30)
+        return await run_guest()
 
 
 def _module() -> str:

@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import os
+import shutil
 import socket
 import sys
 from typing import Any
 
 from supercloud.model.errors import SupercloudError
 from supercloud.model.events import Event, Severity
-from supercloud.upper.platform.agent import cgroups, networks, paths, uplink
+from supercloud.upper.platform.agent import cgroups, networks, paths, prefetch, uplink
 from supercloud.upper.platform.agent.accelerator import Accelerator
 from supercloud.upper.platform.agent.blobs import Blobs
 from supercloud.upper.platform.agent.bootdata import BootData, load
@@ -51,6 +52,7 @@ def run() -> int:
 
 
 async def _load_modules() -> None:
+    """One modprobe for all: the kernel would run one for each."""
     await run_program("modprobe", "-q", "-a", *MODULES)
 
 
@@ -66,6 +68,7 @@ class Agent:
         self._boot, self._uplink = boot, way_out
         self._accelerator, self._scratch = Accelerator(), Scratch()
         self._link: Link | None = None
+        self._leasing: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Start everything at once; ends only when something that must not end does."""
@@ -80,22 +83,30 @@ class Agent:
         link.handlers = handlers(CONTROL_TO_AGENT, methods.table())
         link.make_key()
         self._manager.start()
-        tasks = [asyncio.ensure_future(link.run()), asyncio.ensure_future(self._warm_up())]
-        if self._uplink and self._boot.uplink == "dhcp":
-            tasks.append(asyncio.ensure_future(self._uplink.keep()))
+        tasks = [asyncio.ensure_future(link.run()), asyncio.ensure_future(self._warm_up(link))]
         await asyncio.gather(*tasks)
 
-    async def _warm_up(self) -> None:
-        """What the first EE would otherwise wait for. One modprobe: the kernel would run ten."""
+    async def _warm_up(self, link: Link) -> None:
+        """What the first EE would otherwise wait for; not before the control plane waits for us."""
+        await link.requested.wait()
+        prefetch.prefetch(*prefetch.CONTAINERS)
+        if self._uplink and self._boot.uplink == "dhcp":
+            self._leasing = asyncio.ensure_future(self._uplink.keep())
         for step in (_load_modules, self._scratch.ready, self._accelerator.probe):
             try:
                 await step()
             except (SupercloudError, OSError) as error:
                 log.warning("%s: %s", step.__qualname__, error)
-        log.info("nested VMs: %s %s", self._accelerator.name, self._accelerator.reason)
+        await asyncio.to_thread(lambda: prefetch.prefetch(*prefetch.machine_files()))
+        found = f"{self._accelerator.name} {self._accelerator.reason}".strip()
+        log.info("nested VMs: %s", found)
+        self._event("platform", "agent.accelerator.probed", found, "info", {})
 
     def _hello(self) -> Any:
-        engines = {"crun": "1", "qemu": "1"}
+        engines = {
+            name: "" if shutil.which(program) else "not in this image"
+            for name, program in (("crun", "crun"), ("qemu", "qemu-system-x86_64"))
+        }
         return hello(self._boot, engines, self._accelerator.name, cgroups.total_memory_bytes())
 
     def _connected(self) -> None:

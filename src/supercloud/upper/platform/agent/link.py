@@ -22,6 +22,7 @@ from supercloud.wire.peer import Handler, Peer
 
 ALPN = "supercloud-agent/1"
 CONNECT_TIMEOUT_S = 10.0
+READ_BYTES = 1 << 20
 BACK_OFF_S = (0.1, 15.0)
 CLOCK_TOLERANCE_S = 2.0
 RENEW_RETRY_S = (60.0, 600.0)
@@ -40,6 +41,7 @@ class Link:
         self._peer: Peer | None = None
         self._request: asyncio.Task[str] | None = None
         self._turn = 0
+        self.requested = asyncio.Event()  # our key is made: the rest may have the processor
 
     def peer(self) -> Peer:
         """The present connection; Temporary when there is none."""
@@ -54,8 +56,11 @@ class Link:
 
     def make_key(self) -> None:
         """Begin making key and request: it takes a while, and needs no connection."""
-        if not os.path.exists(paths.CERTIFICATE):
+        if os.path.exists(paths.CERTIFICATE):
+            self.requested.set()
+        else:
             self._request = asyncio.ensure_future(asyncio.to_thread(self._make_request))
+            self._request.add_done_callback(lambda _: self.requested.set())
 
     def _make_request(self) -> str:
         os.makedirs(os.path.dirname(paths.KEY), mode=0o700, exist_ok=True)
@@ -92,8 +97,9 @@ class Link:
         host, _, port = endpoint.rpartition(":")
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(
-                host.strip("[]"), int(port), ssl=context, server_hostname=self._boot.server_name
-            )
+                host.strip("[]"), int(port), ssl=context, limit=READ_BYTES,
+                server_hostname=self._boot.server_name,
+            )  # fmt: skip
         return Peer(reader, writer, handlers, accepted=False, name=f"control plane at {endpoint}")
 
     async def _enroll(self) -> None:

@@ -17,8 +17,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from supercloud.upper.environments.layers import merge
 from supercloud.upper.environments.limits import LIMITS, Limits
 from supercloud.upper.environments.references import Reference, parse_reference
 from supercloud.upper.environments.sources import Source
+from supercloud.upper.platform.image.scratch import scratch
 from supercloud.upper.platform.image.tools import ToolTree
 
 _FORMAT = "1"  # of the conversion: part of the cache's key
@@ -55,14 +54,11 @@ def convert(ref: str, *, cache: Path, tools: ToolTree, limits: Limits = LIMITS) 
     """
     reference = parse_reference(ref)
     cache.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".convert-", dir=cache))
-    try:
-        key, opened = _open(reference, scratch, tools, limits)
+    with scratch(cache, ".convert-") as place:
+        key, opened = _open(reference, place, tools, limits)
         with _one_at_a_time(cache, key):
             found = _cached(cache, key, ref)
-            return found or _convert(cache, opened(), scratch, tools)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            return found or _convert(cache, opened(), place, tools)
 
 
 async def convert_async(ref: str, *, cache: Path, tools: ToolTree) -> ConvertedImage:
@@ -71,27 +67,28 @@ async def convert_async(ref: str, *, cache: Path, tools: ToolTree) -> ConvertedI
 
 
 def _open(
-    reference: Reference, scratch: Path, tools: ToolTree, limits: Limits
+    reference: Reference, place: Path, tools: ToolTree, limits: Limits
 ) -> tuple[str, Callable[[], Source]]:
     """The key of what a reference names, and how to get at it."""
     if reference.transport == "docker":
-        digest = pull.resolve(reference, tools, scratch, limits)
-        return digest, lambda: pull.pull(reference, digest, tools, scratch, limits)
+        digest = pull.resolve(reference, tools, place, limits)
+        return digest, lambda: pull.pull(reference, digest, tools, place, limits)
     if reference.transport == "docker-archive":
-        source = archives.open_archive(reference, scratch, tools, limits)
+        source = archives.open_archive(reference, place, tools, limits)
     else:
-        place = Path(reference.place)
-        source = layouts.open_layout(place, reference.tag, limits, where=reference.text)
+        root = Path(reference.place)
+        source = layouts.open_layout(root, reference.tag, limits, where=reference.text)
     return source.key, lambda: source
 
 
-def _convert(cache: Path, source: Source, scratch: Path, tools: ToolTree) -> ConvertedImage:
-    layers = source.layers(scratch, tools)
-    made = scratch / "root.erofs"
+def _convert(cache: Path, source: Source, place: Path, tools: ToolTree) -> ConvertedImage:
+    layers = source.layers(place, tools)
+    made = place / "root.erofs"
     with merge(layers, source.limits, where=source.where) as tree:
         write_erofs(tree, made, source.key, tools)
     with made.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file)  # before a note says that it is there
     path = cache / "erofs" / sha256
     path.parent.mkdir(exist_ok=True)
     made.replace(path)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from supercloud.model.errors import NotFound, Permanent, Temporary
 from supercloud.upper.platform.image.lock import Lock, Package
+from supercloud.upper.platform.image.scratch import used
 
 RELEASE = "trixie"
 ARCHITECTURE = "amd64"
@@ -80,7 +81,7 @@ class Archive:
     def _fetch(self, package: Package) -> Path:
         path = self.cache / "debs" / f"{package.sha256}.deb"
         if path.exists() and _matches(path, package):
-            return path
+            return used(path)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
             self._download(package, partial)

@@ -1,9 +1,6 @@
 """The Debian layer of both images, cached: it changes with the lock or the recipe only."""
 
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ from supercloud.upper.platform.image import tree as trees
 from supercloud.upper.platform.image.closure import close, matching
 from supercloud.upper.platform.image.lock import Lock
 from supercloud.upper.platform.image.progress import Progress
+from supercloud.upper.platform.image.scratch import scratch
 from supercloud.upper.platform.image.tools import ToolTree
 
 RUNTIME, L1, VMLINUX, VMLINUZ, INITRD, KERNEL_VERSION = [
@@ -73,16 +71,13 @@ def make(cache: Path, lock: Lock, debs: Mapping[str, Path], progress: Progress) 
     with progress.step("tool tree"):
         tool_tree = ToolTree(cache, root=tools.unpack(cache, lock, tree))
     final = place(cache, lock)
-    scratch = Path(tempfile.mkdtemp(prefix="base-", dir=cache))
-    try:
+    with scratch(cache, ".base-") as place_now:
+        made = place_now / "base"
+        made.mkdir()
         for name, data in _files(tree, tool_tree, progress).items():
-            (scratch / name).write_bytes(data)
-        scratch.chmod(0o755)
-        if final.exists():  # another build was faster
-            return Base(final)
-        os.rename(scratch, final)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            (made / name).write_bytes(data)
+        if not final.exists():  # else another build was faster
+            made.rename(final)
     return Base(final)
 
 

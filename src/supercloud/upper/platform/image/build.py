@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from supercloud.upper.platform.image.base import Base
 from supercloud.upper.platform.image.lock import Lock, Package
 from supercloud.upper.platform.image.locking import Locking, for_build
 from supercloud.upper.platform.image.progress import Progress
+from supercloud.upper.platform.image.scratch import expire, scratch, used
 from supercloud.upper.platform.image.tools import ToolTree
 
 MANIFEST = "manifest.json"
@@ -86,10 +86,12 @@ def build(
     locking = Locking(Archive(cache), progress, locked)
     if update_lock:
         locking.update()
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as scratch:
+    with scratch(out, ".build-") as place:
         lock, base = _base(cache, locking, progress)
-        tool_tree = ToolTree(cache, root=tools.place(cache, lock))
-        job = _Job(out, Path(scratch), lock, base, tool_tree, progress)
+        tool_tree = ToolTree(cache, root=used(tools.place(cache, lock)))
+        used(base.place)
+        expire([*cache.glob("base-*"), *cache.glob("tools-*"), *cache.glob("debs/*.deb")])
+        job = _Job(out, place, lock, base, tool_tree, progress)
         made = {name: _make(job, name) for name in wanted}
         return _publish(job, made)
 

@@ -6,9 +6,7 @@ A Debian 12 host's libraries are too old for them, so each is started as
 
 import hashlib
 import os
-import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from supercloud.model.errors import NotFound, Permanent
@@ -19,6 +17,7 @@ from supercloud.upper.platform.image.closure import close, matching
 from supercloud.upper.platform.image.lock import Lock
 from supercloud.upper.platform.image.locking import Locking, for_build
 from supercloud.upper.platform.image.progress import Progress
+from supercloud.upper.platform.image.scratch import scratch, used
 
 _FORMAT = "1"
 _LOADER = "usr/lib64/ld-linux-x86-64.so.2"
@@ -44,7 +43,7 @@ class ToolTree:
     def root(self) -> Path:
         """The directory that the tools are in; makes it when it is missing."""
         if self._root is None:
-            self._root = self._prepare()
+            self._root = used(self._prepare())
         return self._root
 
     def path(self, tool: str) -> Path:
@@ -106,13 +105,10 @@ def unpack(cache: Path, lock: Lock, tree: trees.Tree) -> Path:
         return final
     kept = close(tree, matching(tree, recipe.TOOL_ROOTS))
     kept |= {path: trees.link(target) for path, target in recipe.TOOL_LINKS.items()}
-    scratch = Path(tempfile.mkdtemp(prefix="tools-", dir=cache))
-    try:
-        scratch.chmod(0o755)
-        trees.unpack(kept, scratch)
-        scratch.rename(final)
-    except OSError:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with scratch(cache, ".tools-") as place_now:
+        made = place_now / "tools"
+        made.mkdir()
+        trees.unpack(kept, made)
         if not final.exists():  # else another build was faster
-            raise
+            made.rename(final)
     return final

@@ -7,8 +7,8 @@ seconds from nothing to both environments answering HTTP.
 import contextlib
 import json
 import os
-import signal
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,13 +19,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from tests.support import guest
+
 from supercloud.upper.environments.config import ImageConfig
 from supercloud.upper.environments.oci import convert
 from supercloud.upper.platform.agent import oci
 from supercloud.upper.platform.agent.users import User
 from supercloud.upper.platform.image.tools import ToolTree
 from supercloud.wire.messages import EnvironmentSpec, ImageRef, Process
-from tests.support import guest
 
 HERE = Path(__file__).parent
 EXAMPLES = guest.BUILD / "examples"
@@ -68,7 +69,11 @@ class Direct:
             (tree / name).write_bytes((EXAMPLES / "vm" / name).read_bytes())
         self.images = self.work / "images.erofs"
         self.tools.run("mkfs.erofs", "--quiet", self.images, tree)
-        script = guest.PRELUDE + f"PORT_WEB={PORTS[0]} PORT_VM={PORTS[1]}\n" + (HERE / "hello.sh").read_text()
+        script = (
+            guest.PRELUDE
+            + f"PORT_WEB={PORTS[0]} PORT_VM={PORTS[1]}\n"
+            + (HERE / "hello.sh").read_text()
+        )
         files = {name: (HERE / name).read_bytes() for name in ("udhcpc.sh", "dnsmasq.conf")}
         files["config.json"] = self._bundle(image.config)
         self.initrd = self.work / "initrd"
@@ -128,7 +133,13 @@ class Direct:
         """A program of the runtime image, by the image's own loader."""
         libraries = f"{self.root}/usr/lib/x86_64-linux-gnu"
         loader = f"{self.root}/usr/lib64/ld-linux-x86-64.so.2"
-        return [loader, "--inhibit-cache", "--library-path", libraries, f"{self.root}/usr/bin/{name}"]
+        return [
+            loader,
+            "--inhibit-cache",
+            "--library-path",
+            libraries,
+            f"{self.root}/usr/bin/{name}",
+        ]
 
     def _qemu(self, netdev: int, scratch: Path) -> list[str]:
         command = [*self._program("qemu-system-x86_64"), *guest.MACHINE, "-m", "1024M", "-smp", "1",
@@ -144,7 +155,12 @@ class Direct:
         ):  # fmt: skip
             read_only = "off" if writable else "on"
             drive = f"driver=raw,node-name={serial},read-only={read_only},file.driver=file,file.filename={path}"
-            command += ["-blockdev", drive, "-device", f"virtio-blk-pci,drive={serial},serial={serial}"]
+            command += [
+                "-blockdev",
+                drive,
+                "-device",
+                f"virtio-blk-pci,drive={serial},serial={serial}",
+            ]
         return command
 
 

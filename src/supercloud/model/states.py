@@ -68,7 +68,7 @@ UCLOUD = _table(
 
 
 def step(table: Transitions, state: str, to: str) -> str:
-    """``to``, if the table allows going there from ``state`` (staying is always allowed).
+    """``to``, if the table allows going there from ``state``; staying is always allowed.
 
     Raises BadState when it does not.
     """

@@ -25,7 +25,7 @@ MAX_TEXT = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """Bounds of a value: numbers by ``ge``/``le``, texts and lists by length, texts by ``pattern``."""
+    """Bounds: numbers by ``ge`` and ``le``, texts and lists by length, texts by ``pattern``."""
 
     ge: float | None = None
     le: float | None = None
@@ -45,7 +45,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def decode(cls: type[T], untrusted: object, where: str = "", *, ignore_unknown: bool = False) -> T:
-    """``untrusted`` as an instance of the dataclass ``cls``; Invalid with the field's path if not."""
+    """``untrusted`` as an instance of ``cls``; Invalid with the field's path if it is none."""
     return typing.cast("T", _dataclass(cls, untrusted, where, ignore_unknown))
 
 

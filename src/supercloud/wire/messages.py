@@ -27,7 +27,7 @@ class Empty:
     """No parameters, or nothing to say."""
 
 
-# ---------------------------------------------------------------- host wire (control plane -> user domain)
+# ---------------------------------------------- host wire: control plane -> user domain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +254,7 @@ class EnvironmentStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlatformReport:
-    """The agent's view of everything, sent as notification on every change and answered to ee.list."""
+    """The agent's view of everything: notified on every change, and the answer to ee.list."""
 
     generation: int
     environments: list[EnvironmentStatus]

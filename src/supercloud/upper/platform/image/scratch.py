@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _SETTLED_S = 60  # between making a directory and locking it nobody else may take it for stale
@@ -45,8 +45,9 @@ def _remove_if_stale(place: Path) -> None:
 
 
 def used(path: Path) -> Path:
-    """Note that a cached thing was used now."""
-    os.utime(path)
+    """Note that a cached thing was used now; what is another user's is for that one to keep."""
+    with suppress(PermissionError):
+        os.utime(path)
     return path
 
 

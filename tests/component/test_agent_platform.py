@@ -115,9 +115,16 @@ async def test_exec_gives_a_real_terminal(platform: Platform) -> None:
     assert stream.trailer == {"exit_status": 5}
 
 
+async def agent_pid(platform: Platform) -> int:
+    """The child of process 1 that is no orphan of somebody else."""
+    loop = "for p in $(cat /proc/1/task/1/children); do echo $p $(cat /proc/$p/comm); done"
+    found = [line.split() for line in (await platform.shell(loop)).splitlines()]
+    return next(int(pid) for pid, name in found if name == "python3.13")
+
+
 async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = 40) -> None:
     async with asyncio.timeout(timeout_s):
-        while not await condition():  # noqa: ASYNC110 -- what is awaited is in another machine
+        while not await condition():
             await asyncio.sleep(0.1)
 
 
@@ -179,7 +186,7 @@ async def test_console_is_the_serial_port_both_ways(platform: Platform) -> None:
 async def test_agent_crash_kills_no_ee_and_the_next_agent_adopts_them(platform: Platform) -> None:
     before = {name: (await platform.status(name)).pid for name in ("web", "machine")}
     old = platform.link.hub.sessions[platform.name]
-    await platform.shell("kill -9 $(pidof python3.13 | cut -d' ' -f1)")
+    await platform.shell(f"kill -9 {await agent_pid(platform)}")
     await new_session(platform, old)
     for name, pid in before.items():
         status = await platform.until(name, "serving")
@@ -195,13 +202,13 @@ async def test_exit_while_the_agent_is_away_is_not_lost(platform: Platform) -> N
     await platform.apply(script(platform, "trap 'exit 9' TERM; sleep 1000 & wait", restart="never"))
     running = await platform.until("job", "running")
     await asyncio.sleep(0.5)
-    agent = await platform.shell("pidof python3.13 | cut -d' ' -f1")
+    agent = await agent_pid(platform)
     await platform.shell(f"kill -9 {agent}; kill -TERM {running.pid}")
     ended = await platform.until("job", "exited")
     assert (ended.exit_status, ended.restarts) == (9, 0)
     # and it stays so over the next agent's life, for the policy is never
     old = await platform.session()
-    await platform.shell("kill -9 $(pidof python3.13 | cut -d' ' -f1)")
+    await platform.shell(f"kill -9 {await agent_pid(platform)}")
     await new_session(platform, old)
     await asyncio.sleep(0.5)
     again = await platform.status("job")
@@ -366,9 +373,8 @@ async def test_published_port_moves_without_a_restart(platform: Platform) -> Non
 
 
 async def test_agent_is_small(platform: Platform) -> None:
-    out = await platform.shell(
-        "for p in 1 $(pidof python3.13 | cut -d' ' -f1); do grep ^Pss: /proc/$p/smaps_rollup; done"
-    )
+    agent = await agent_pid(platform)
+    out = await platform.shell(f"grep -h ^Pss: /proc/1/smaps_rollup /proc/{agent}/smaps_rollup")
     pss_kib = sum(int(line.split()[1]) for line in out.splitlines())
     assert pss_kib <= 40 << 10, (
         f"{pss_kib} KiB: process 1 and the agent, which has run all the above"

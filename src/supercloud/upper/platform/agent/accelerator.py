@@ -14,7 +14,9 @@ import struct
 import time
 
 from supercloud.model.errors import SupercloudError
+from supercloud.upper.platform.agent import paths
 from supercloud.upper.platform.agent.processes import run
+from supercloud.upper.platform.agent.state import read_json, write_json
 
 TIMEOUT_S = 5.0
 KVM, TCG = "kvm", "tcg"
@@ -47,7 +49,9 @@ class Accelerator:
 
     async def _probe(self) -> None:
         try:
-            self.reason = await self._why_not()
+            saved = read_json(paths.ACCELERATOR, None)
+            self.reason = await self._why_not() if saved is None else saved
+            write_json(paths.ACCELERATOR, self.reason)
         except (SupercloudError, OSError) as error:
             self.reason = str(error)
         self.name = TCG if self.reason else KVM

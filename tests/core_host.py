@@ -28,6 +28,11 @@ PYTHON = "/usr/bin/python3"
 MIB = 1 << 20
 _instances = itertools.count()
 
+# A prefix for a command: it is told to stop (SIGTERM) when pytest dies
+STOP_WITH_PARENT = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
 CONSOLE = r"""
 import sys; sys.path.insert(0, "/run/src")
 import json, os, socket, time
@@ -97,6 +102,18 @@ class Console:
             code, message = answer["error"]
             raise BY_CODE[code](message) if code in BY_CODE else RemoteError(f"{code}: {message}")
         return answer["result"], received
+
+    def hear(self, *wanted: str) -> list[tuple[str, str, int]]:
+        """Events (what, name, second value), read until those that are ``wanted`` have come."""
+        return [
+            tuple(event)
+            for event in self(
+                f"wanted, heard, end_s = {set(wanted)!r}, [], time.monotonic() + 30\n"
+                "while not wanted <= {e[0] for e in heard} and time.monotonic() < end_s:\n"
+                "    heard += [(Event(e.op).name, e.name, e.values[1]) for e in core.events(1)]\n"
+                "result = heard"
+            )
+        ]
 
     def child(self, kind: str, name: str, **limits: int) -> "Console":
         """Make and start a domain out of this one, with a console."""
@@ -180,7 +197,18 @@ class Host:
         (self.directory / "manifest.json").write_text(json.dumps(self.manifest))
         (self.directory / "run").mkdir(exist_ok=True)
         theirs = []
-        command = ["setpriv", "--pdeathsig", "TERM", PYTHON, "-I", "-S", "-B", str(KEEPER)]
+        command = [
+            PYTHON,
+            "-I",
+            "-S",
+            "-c",
+            STOP_WITH_PARENT,
+            PYTHON,
+            "-I",
+            "-S",
+            "-B",
+            str(KEEPER),
+        ]
         for option in ("run", "state"):
             command += [f"--{option}", str(self.directory / option)]
         command += ["--manifest", str(self.directory / "manifest.json")]

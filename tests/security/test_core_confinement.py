@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 
-from core_host import children, driver, host, kind, real_uid, status
+from core_host import PYTHON, SRC, children, driver, host, kind, real_uid, status
 
 pytestmark = pytest.mark.root
 
@@ -271,19 +271,12 @@ def test_a_deprivileged_root_process_cannot_read_a_domain(arena):
     """Host uid 0 without capabilities (an admin console gone wrong) gets nothing either."""
     made, _ = arena
     pid = next(iter(made.processes()))
-    command = f"cat /proc/{pid}/environ"
-    done = subprocess.run(
-        [
-            "setpriv",
-            "--bounding-set=-all",
-            "--inh-caps=-all",
-            "--no-new-privs",
-            "sh",
-            "-c",
-            command,
-        ],
-        capture_output=True,
-        check=False,
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from supercloud.lower.core import system\n"
+        "system.drop_capabilities()\nopen(f'/proc/{sys.argv[2]}/environ').read()"
     )
+    command = [PYTHON, "-I", "-S", "-B", "-c", code, str(SRC), str(pid)]
+    done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode != 0
-    assert b"ermission" in done.stderr
+    assert b"PermissionError" in done.stderr

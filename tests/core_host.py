@@ -193,7 +193,7 @@ class Host:
             ],
         }
 
-    def start(self, *, timeout_s: float = 20.0) -> None:
+    def start(self, *, timeout_s: float = 30.0, wait: bool = True) -> None:
         (self.directory / "manifest.json").write_text(json.dumps(self.manifest))
         (self.directory / "run").mkdir(exist_ok=True)
         theirs = []
@@ -223,6 +223,8 @@ class Host:
             )
         for end in theirs:
             end.close()
+        if not wait:
+            return
         wait_for(
             lambda: (self.directory / "run/ready").exists() or self.keeper.poll() is not None,
             timeout_s,

@@ -237,3 +237,42 @@ def test_a_core_that_cannot_boot_gives_up_with_the_reason(tmp_path):
     )
     assert done.returncode == 78
     assert b"manifest: field" in done.stderr
+
+
+def test_a_core_killed_while_it_stops_is_replaced_by_one_that_stops():
+    with host(kinds()) as made:
+        one = made.consoles["one"]
+        for number in range(3):
+            one.child("child", f"kid{number}")
+        processes, core = made.processes(), made.core_pid
+        os.kill(core, signal.SIGSTOP)
+        made.keeper.terminate()
+        time.sleep(0.2)
+        os.kill(core, signal.SIGKILL)
+        assert made.keeper.wait(60) == 0
+        assert not made.groups()
+        assert not [pid for pid in processes if os.path.exists(f"/proc/{pid}")]
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3])
+def test_a_host_told_to_stop_while_it_boots_stops(delay_s):
+    with host(kinds()) as made:
+        made.stop()
+        made.start(wait=False)
+        time.sleep(delay_s)
+        assert made.stop() in (0, -signal.SIGTERM)  # before the keeper minds signals, it just ends
+        assert not made.groups()
+        assert not made.processes()
+
+
+def test_more_descriptors_than_select_could_bear():
+    table = kinds()
+    table["driver"]["objects"] = 4096
+    with host(table) as made:
+        one = made.consoles["one"]
+        one("for i in range(1200): core.create_semaphore(f's{i}')")
+        one.child("child", "kid")
+        kill_core(made)
+        child = one.child("child", "late")
+        assert child("result = core.entries()[0].name") == "self"
+        assert one("result = len(core.entries())") > 1200

@@ -18,6 +18,7 @@ import py
 import pygments
 import pytest
 import pytest_timeout
+
 from support import guest
 from support.guest import Guest
 

@@ -373,7 +373,7 @@ class Broker:
         return Reply(self._make("semaphore", call, name=call.first, value=call.args[0]))
 
     def _check_budget(self, call: Call, entries: dict[int, list[str]]) -> None:
-        """May the caller make one more object, with these entries in these tables?"""
+        """Refuse one more object of the caller, or these entries in these tables."""
         for holder, names in entries.items():
             self._graph.check_room(holder, *names)
         if call.caller.made >= call.caller.kind.objects:

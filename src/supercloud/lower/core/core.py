@@ -5,7 +5,6 @@ at boot onto a tmpfs in the keeper's private mount namespace, where the runtime 
 too; both outlive the core.
 """
 
-import argparse
 import os
 import signal
 import socket
@@ -15,7 +14,7 @@ from supercloud.lower.core import descriptors, sandbox, system
 from supercloud.lower.core.broker import Broker
 from supercloud.lower.core.cgroup import Groups
 from supercloud.lower.core.domain import Domains
-from supercloud.lower.core.keeper import CONFIGURATION_STATUS, RESTART_STATUS, wake_on
+from supercloud.lower.core.keeper import CONFIGURATION_STATUS, RESTART_STATUS, wake_on_signals
 from supercloud.lower.core.loop import Loop
 from supercloud.lower.core.manifest import Sealed, parse
 from supercloud.lower.core.measure import (
@@ -39,14 +38,15 @@ _COPY, _READY = f"{sandbox.STAGE}/sealed", f"{sandbox.STAGE}/ready"
 class Core:
     """Everything wired together, for one life of the core."""
 
-    def __init__(self, arguments: argparse.Namespace, link: socket.socket) -> None:
-        self._arguments, self._status = arguments, 0
-        self._fresh, directory = not os.path.exists(_READY), arguments.state
+    def __init__(self, options: dict[str, str], link: socket.socket) -> None:
+        self._source, directory = options["--manifest"], options["--state"]
+        self._ready, self._status = f"{options['--run']}/ready", 0
+        self._fresh, self._woken = not os.path.exists(_READY), wake_on_signals()
         self._loop, self._vault = Loop(), Vault(link)
         self._stored, self._ends = self._vault.load()
         if self._fresh:
             _cover_stage()
-        self._manifest = parse(self._copied("manifest.json", Sealed(arguments.manifest, None)))
+        self._manifest = parse(self._copied("manifest.json", Sealed(self._source, None)))
         os.makedirs(directory, mode=0o711, exist_ok=True)
         self._groups = Groups(self._manifest.instance)
         self._measured = Measurements(f"{directory}/measurements.log", fresh=self._fresh)
@@ -59,17 +59,16 @@ class Core:
 
     def run(self) -> int:
         """Boot or take over, then serve until told to stop; the exit status."""
-        woken = wake_on(signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
         if self._fresh:
             self._boot()
         self._measure()
         if self._fresh:
             self._make_initial()
-            for path in (_READY, f"{self._arguments.run}/ready"):
+            for path in (_READY, self._ready):
                 os.close(os.open(path, os.O_CREAT | os.O_CLOEXEC, 0o644))
         else:
             self._take_over()
-        self._loop.watch(woken.fileno(), lambda _: self._on_signals(woken.recv(4096)))
+        self._loop.watch(self._woken.fileno(), lambda _: self._on_signals(self._woken.recv(4096)))
         self._loop.watch(self._vault.fileno(), lambda _: self._hear_keeper())
         self._tick()
         say("ready", fresh=self._fresh, domains=len(self._state.domains))
@@ -97,7 +96,7 @@ class Core:
         self._broker.commit("boot", manifest=self._manifest.sha256)
         digest = descriptors.mount_runtime(self._manifest.runtime, sandbox.RUNTIME)
         self._measured.extend("runtime", digest, self._manifest.runtime.path)
-        self._measured.extend("manifest", self._manifest.sha256, self._arguments.manifest)
+        self._measured.extend("manifest", self._manifest.sha256, self._source)
 
     def _measure(self) -> None:
         """The code of this core, and the filters that it will apply."""
@@ -230,7 +229,7 @@ class Core:
         if not self._groups.sweep():
             say("stop.incomplete")
         self._log.sync()
-        os.unlink(f"{self._arguments.run}/ready")
+        os.unlink(self._ready)
         self._loop.running = False
 
     def _hear_keeper(self) -> None:
@@ -254,14 +253,11 @@ def _cover_stage() -> None:
     os.mkdir(sandbox.ROOTS, 0o711)
 
 
-def main(words: list[str], link: socket.socket) -> int:
+def main(options: dict[str, str], link: socket.socket) -> int:
     """Run as the core; the exit status tells the keeper what to do next."""
     system.prctl(system.PR_SET_PDEATHSIG, signal.SIGKILL)
-    parser = argparse.ArgumentParser(prog="keeper")
-    for name in ("--manifest", "--run", "--state"):
-        parser.add_argument(name, required=True)
     try:
-        return Core(parser.parse_args(words), link).run()
+        return Core(options, link).run()
     except UserError as error:
         say("failed", error=str(error), hint=error.hint)
         return CONFIGURATION_STATUS

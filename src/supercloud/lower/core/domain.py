@@ -1,7 +1,6 @@
 """Domains as processes: start, adopt, restart, end, and what of them must be cleaned up."""
 
 import os
-import shutil
 import signal
 import socket
 import time
@@ -77,6 +76,8 @@ class Domains:
 
     def purge(self, domain: Domain) -> None:
         """Remove a domain's private directory, and with it the claim to its uid."""
+        import shutil  # noqa: PLC0415  costs memory, seldom needed
+
         if domain.kind.state:
             shutil.rmtree(self._private(domain.name))
 

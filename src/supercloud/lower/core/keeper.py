@@ -12,6 +12,7 @@ that there is little that could break; the core's code is loaded anew in each fo
 """
 
 import os
+import resource
 import select
 import signal
 import socket
@@ -20,50 +21,55 @@ import time
 
 RESTART_STATUS, CONFIGURATION_STATUS = 75, 78
 """The core's exit status for: replace me at once; it makes no sense to try again."""
-_STOP_GRACE_S, _STEADY_S = 30.0, 10.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+_STOP_GRACE_S, _STOP_ATTEMPTS, _STEADY_S = 30.0, 3, 10.0
 _BACKOFF_S = (0.05, 5.0)
 _MAX_MESSAGE = 256
 
 
-def wake_on(*numbers: signal.Signals) -> socket.socket:
-    """A socket from which the numbers of these signals can be read when they have come."""
+def wake_on_signals() -> socket.socket:
+    """A socket from which the numbers of ``SIGNALS`` can be read when they have come."""
     woken, wake = socket.socketpair()
     for end in (woken, wake):
         end.settimeout(0)
     signal.set_wakeup_fd(wake.detach(), warn_on_full_buffer=False)
-    for number in numbers:
+    for number in SIGNALS:
         signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     return woken
 
 
 class Keeper:
     """Descriptors by name, ends of children that the core has not heard of, and the core."""
 
-    def __init__(self, arguments: list[str], inherited: dict[str, int]) -> None:
-        self._arguments = arguments
+    def __init__(self, options: dict[str, str], inherited: dict[str, int]) -> None:
+        self._options = options
         self._kept = {f"i{name}": number for name, number in inherited.items()}
         self._ends: list[bytes] = []
         self._core_pid = self._status = 0
         self._backoff_s = _BACKOFF_S[0]
         self._started_s = self._restart_at_s = self._stop_by_s = 0.0
-        self._listening = False
+        self._stop_attempts, self._listening = 0, False
         self._link = socket.socket()
-        self._woken = wake_on(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+        self._woken = wake_on_signals()
 
     def run(self) -> int:
         """Until stopped; the exit status."""
         while self._core_pid or not self._stop_by_s:
             if not self._core_pid and time.monotonic() >= self._restart_at_s:
                 self._start_core()
-            wanted = [self._woken] + ([self._link] if self._core_pid else [])
-            sending = [self._link] if self._core_pid and self._listening and self._ends else []
+            waiting = select.poll()
+            waiting.register(self._woken, select.POLLIN)
+            if self._core_pid:
+                sending = select.POLLOUT if self._listening and self._ends else 0
+                waiting.register(self._link, select.POLLIN | sending)
             delay_s = 1.0 if self._core_pid else self._restart_at_s - time.monotonic()
-            readable, writable, _ = select.select(wanted, sending, [], min(max(delay_s, 0.0), 1.0))
-            if self._link in readable:
+            ready = dict(waiting.poll(min(max(delay_s, 0.0), 1.0) * 1000))
+            if ready.get(self._link.fileno(), 0) & select.POLLIN:
                 self._serve()
-            if self._link in writable:
+            if ready.get(self._link.fileno(), 0) & select.POLLOUT:
                 self._send_ends()
-            if self._woken in readable:
+            if self._woken.fileno() in ready:
                 self._on_signals(self._woken.recv(4096))
             if self._core_pid and 0 < self._stop_by_s < time.monotonic():
                 os.kill(self._core_pid, signal.SIGKILL)
@@ -72,12 +78,14 @@ class Keeper:
     def _start_core(self) -> None:
         self._link, core_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listening, self._started_s = False, time.monotonic()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # none is lost while the core starts
         self._core_pid = os.fork()
         if self._core_pid == 0:
             try:
                 self._become_core(core_end)
             finally:
                 os._exit(70)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         core_end.close()
 
     def _become_core(self, core_end: socket.socket) -> None:
@@ -90,7 +98,7 @@ class Keeper:
             del sys.modules[name]  # a planned replacement brings new code
         from supercloud.lower.core import core  # noqa: PLC0415  only here, anew in each core
 
-        os._exit(core.main(self._arguments, core_end))
+        os._exit(core.main(self._options, core_end))
 
     def _serve(self) -> bool:
         """Take one message of the core; False when there is none."""
@@ -133,10 +141,9 @@ class Keeper:
 
     def _on_signals(self, numbers: bytes) -> None:
         if {signal.SIGTERM, signal.SIGINT} & set(numbers) and not self._stop_by_s:
-            self._stop_by_s = time.monotonic() + _STOP_GRACE_S
-            self._signal_core(signal.SIGTERM)
-        if signal.SIGHUP in numbers:
-            self._signal_core(signal.SIGHUP)
+            self._stop_core()
+        if signal.SIGHUP in numbers and self._core_pid:
+            os.kill(self._core_pid, signal.SIGHUP)
         pid = -1
         while pid:
             try:
@@ -148,15 +155,23 @@ class Keeper:
             elif pid:
                 self._ends.append(f"X {pid} {status}".encode())
 
-    def _signal_core(self, number: signal.Signals) -> None:
-        if self._core_pid:
-            os.kill(self._core_pid, number)
+    def _stop_core(self) -> None:
+        """Have the core end all domains; a new core if need be."""
+        self._stop_by_s = time.monotonic() + _STOP_GRACE_S
+        self._stop_attempts += 1
+        if not self._core_pid:
+            self._start_core()
+        os.kill(self._core_pid, signal.SIGTERM)
 
     def _core_ended(self, status: int) -> None:
         while self._serve():  # what it stored before it ended
             pass
         self._link.close()
         self._core_pid, code = 0, os.waitstatus_to_exitcode(status)
+        if self._stop_by_s:
+            if code and code != CONFIGURATION_STATUS and self._stop_attempts < _STOP_ATTEMPTS:
+                self._stop_core()
+            return
         if code == RESTART_STATUS:
             return
         if code == CONFIGURATION_STATUS:
@@ -176,14 +191,11 @@ def main(words: list[str]) -> int:
     system.prctl(system.PR_SET_CHILD_SUBREAPER, 1)
     system.unshare(system.CLONE_NEWNS)
     system.mount("", "/", "", system.MS_REC | system.MS_PRIVATE)
-    inherited, rest, pending = {}, [], iter(words)
-    for word in pending:
-        if word == "--fd":
-            name, _, number = next(pending).partition("=")
-            inherited[name] = int(number)
-        else:
-            rest.append(word)
-    return Keeper(rest, inherited).run()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    pairs = list(zip(words[::2], words[1::2], strict=True))
+    inherited = [value.partition("=") for option, value in pairs if option == "--fd"]
+    return Keeper(dict(pairs), {name: int(number) for name, _, number in inherited}).run()
 
 
 if __name__ == "__main__":

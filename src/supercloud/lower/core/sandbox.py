@@ -29,7 +29,6 @@ RUNTIME, ROOTS, STATE_TARGET = f"{STAGE}/runtime", f"{STAGE}/roots", "/run/state
 _PLAIN_DEVICES = ("null", "zero", "full", "random", "urandom")
 _SAFE = system.MS_NOSUID | system.MS_NODEV
 _START_TIMEOUT_S = 20.0
-_FIRST_SPARE = 512  # descriptors are gathered above this before they get their final numbers
 _NO_DESCRIPTOR = 1 << 30
 _GO = b"g"
 
@@ -167,8 +166,9 @@ def _map_ids(pid: int, uid: int) -> None:
 
 def _await_execution(started: Started, error_read: int) -> None:
     """Wait until the error pipe closes by execution; what it says is why it failed."""
-    said = b""
-    if select.select([error_read], [], [], _START_TIMEOUT_S)[0]:
+    said, waiting = b"", select.poll()
+    waiting.register(error_read, select.POLLIN)
+    if waiting.poll(_START_TIMEOUT_S * 1000):
         said = os.read(error_read, 4096)
         if not said:
             return
@@ -200,7 +200,8 @@ def _child(plan: Plan, root: str, go_read: int, error_write: int) -> NoReturn:
 def _gather(plan: Plan, go_read: int, error_write: int) -> int:
     """Give descriptors their final numbers, close all others, wait for the word to go on."""
     wanted = (plan.output, go_read, error_write, *plan.descriptors)
-    spare = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_SPARE) for fd in wanted]
+    free = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(wanted)  # above all others
+    spare = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, free) for fd in wanted]
     output, go, error, *rest = spare  # ascending
     null = os.open("/dev/null", os.O_RDWR)
     for number, descriptor in enumerate([null, output, output, *rest]):

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.support import guest
+from support import guest
 
 from supercloud.upper.environments.config import ImageConfig
 from supercloud.upper.environments.oci import convert

@@ -14,6 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
 from ab import Side, arguments, run
 from direct.hello import prepared, wait_until_served
+
 from support.slots import vm_slots
 from support.stack import Stack, stack
 

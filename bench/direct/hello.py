@@ -19,14 +19,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from support import guest
-
 from supercloud.upper.environments.config import ImageConfig
 from supercloud.upper.environments.oci import convert
 from supercloud.upper.platform.agent import oci
 from supercloud.upper.platform.agent.users import User
 from supercloud.upper.platform.image.tools import ToolTree
 from supercloud.wire.messages import EnvironmentSpec, ImageRef, Process
+from support import guest
 
 HERE = Path(__file__).parent
 EXAMPLES = guest.BUILD / "examples"

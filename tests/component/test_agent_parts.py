@@ -1,7 +1,5 @@
 """Parts of the agent on this machine: blobs over a real hub, netlink and namespaces, process 1."""
 
-# ruff: noqa: ASYNC240 -- small files, and nobody else is waiting for this loop
-
 import asyncio
 import contextlib
 import hashlib
@@ -103,7 +101,7 @@ async def test_a_lost_connection_is_temporary_and_keeps_the_part(
         pulling = asyncio.ensure_future(blobs.Blobs(lambda: peer).get(blob))
         part = store / (blob.digest.removeprefix("sha256:") + ".part")
         async with asyncio.timeout(10):
-            while not part.exists() or not part.stat().st_size:  # noqa: ASYNC110
+            while not part.exists() or not part.stat().st_size:
                 await asyncio.sleep(0.001)
         await link.hub.close()
         with pytest.raises(Temporary):
@@ -251,12 +249,12 @@ async def test_a_program_that_hangs_is_killed() -> None:
     with pytest.raises(Temporary, match="did not end"):
         await processes.run("sleep", "4711", timeout_s=0.2)
     await asyncio.sleep(0.1)
-    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)  # noqa: ASYNC221
+    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     assert "sleep 4711" not in listing.stdout
 
 
 async def test_a_watched_child_tells_its_exit_to_all_who_wait() -> None:
-    process = subprocess.Popen(["sh", "-c", "sleep 0.2; exit 5"])  # noqa: ASYNC220
+    process = subprocess.Popen(["sh", "-c", "sleep 0.2; exit 5"])
     process.returncode = 0
     watched = processes.Watched(process.pid, time.monotonic())
     assert not await watched.ended_within(0.01)
@@ -266,7 +264,7 @@ async def test_a_watched_child_tells_its_exit_to_all_who_wait() -> None:
 
 
 async def test_a_signal_ends_a_watched_process_as_a_shell_says_it() -> None:
-    process = subprocess.Popen(["sleep", "60"])  # noqa: ASYNC220
+    process = subprocess.Popen(["sleep", "60"])
     process.returncode = 0
     watched = processes.Watched(process.pid, time.monotonic())
     watched.send(signal.SIGTERM)

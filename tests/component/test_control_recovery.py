@@ -9,6 +9,7 @@ import pytest
 from supercloud.control.documents import PlatformDocument
 from supercloud.model.errors import Denied, NotFound, Temporary
 from supercloud.providers.base import PlatformRequest
+from support import oci
 from support.control import World, environment, manifest_of
 
 TWO = [environment("web"), environment("db", kind="vm", image="vm", ports=[])]
@@ -262,9 +263,28 @@ async def test_the_same_image_for_many_environments_is_converted_once(world):
 
     world.app.plane.images._convert = counted
     await up(world, [environment("web", replicas=10)])
-    assert sum(calls.values()) <= 10
-    done = await rows(world)
-    assert len({row.image for row in done.values()}) == 1
+    assert list(calls.values()) == [1]
+
+
+async def test_a_local_image_that_changed_is_run_anew_by_the_next_up(world):
+    await up(world)
+    before = await world.app.service.environment("test", "web")
+    db = await world.app.service.environment("test", "db")
+    layer = oci.layer(oci.file("serve", b"something else"))
+    oci.Layout(world.directory / "web", [layer]).write()
+    plan = await world.app.service.plan(manifest_of(world.directory, TWO))
+    assert [(c.action, c.subject) for c in plan.changes] == [("change", "environment/web")]
+    assert "content of image" in plan.changes[0].details[0]
+    await up(world)
+
+    async def anew():
+        return (await world.app.service.environment("test", "web"))["uid"] != before["uid"]
+
+    await world.until(anew, "the changed image runs")
+    await world.ready()
+    assert (await world.app.service.environment("test", "db"))["uid"] == db["uid"]
+    again = await world.app.service.up(manifest_of(world.directory, TWO))
+    assert again.plan.changes == []
 
 
 async def test_a_purged_cache_is_filled_again(world):

@@ -155,7 +155,7 @@ async def test_a_certificate_is_renewed_over_the_same_key_only(link, agent):
         await peer.call("agent.hello", link.hello("p2"))
         renewed = await peer.call("agent.renew", {"csr_pem": csr})
         assert tls.pin_of_pem(renewed["cert_pem"]) == link.owner.pins["p2"]
-        assert renewed["cert_pem"] not in Path(files[0]).read_text()  # noqa: ASYNC240 - small
+        assert renewed["cert_pem"] not in Path(files[0]).read_text()
         other = keys.make_request(str(link.directory / "other.key"), name.uri, name.dns)
         with pytest.raises(Denied, match="another key"):
             await peer.call("agent.renew", {"csr_pem": other})
@@ -226,7 +226,7 @@ async def test_a_blob_that_nobody_takes_on_leaves_nothing_open(link, agent, blob
                 assert await stream.read()
         await link.owner.until("lost")
     async with asyncio.timeout(10):
-        while len(os.listdir("/proc/self/fd")) > before + 1:  # noqa: ASYNC110 - the kernel tells nobody
+        while len(os.listdir("/proc/self/fd")) > before + 1:
             await asyncio.sleep(0.02)
 
 

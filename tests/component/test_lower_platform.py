@@ -211,6 +211,31 @@ async def test_drivers_may_die_while_a_machine_runs(
     assert (held["disk_bytes"], held["disks"], held["ranges"]) == (0, [], [])
 
 
+async def test_a_network_that_dies_is_told_and_the_machine_goes_on(
+    host: RunningHost, booted: ControlPlane
+) -> None:
+    qemu = qemu_of(host)
+    os.kill(host.pid_of("uplink-net:demo:p1"), signal.SIGKILL)
+    async with asyncio.timeout(10):
+        while not (found := (await booted.call("platform.list"))["platforms"][0])["reason"]:
+            await asyncio.sleep(0.1)
+    assert (found["state"], found["reason"]) == ("running", "its uplink died")
+    assert "host.platform.uplink_lost" in await first_events(booted)
+    assert qemu_of(host) == qemu
+
+
+async def test_as_many_ports_as_asked_for_are_published(
+    host: RunningHost, user: ControlPlane
+) -> None:
+    made = await user.create("p1", ports=300)
+    first = made["first_port"]
+    tcp = Path(f"/proc/{host.pid}/net/tcp").read_text()
+    udp = Path(f"/proc/{host.pid}/net/udp").read_text()
+    for port in (first, first + 150, first + 299):
+        assert f"0100007F:{port:04X}" in tcp
+        assert f"0100007F:{port:04X}" in udp
+
+
 @pytest.mark.long
 async def test_a_wedged_machine_is_noticed_and_may_recover(
     host: RunningHost, booted: ControlPlane

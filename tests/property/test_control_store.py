@@ -119,9 +119,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
     @rule(prefix=st.sampled_from(["", "a", "a/", "b", "zz"]))
     def list_prefix(self, prefix):
         rows, revision = self.run(self.store.list(prefix))
-        wanted = sorted(
-            (key, *item) for key, item in self.model.items() if key.startswith(prefix)
-        )
+        wanted = sorted((key, *item) for key, item in self.model.items() if key.startswith(prefix))
         assert [(row.key, row.value, row.version) for row in rows] == wanted
         assert revision == self.revision
 

@@ -190,7 +190,8 @@ def attempt(name, what):
     try: what(); said[name] = "done"
     except OSError as error: said[name] = type(error).__name__
 for path in ("/run/supercloud/desired.json", "/run/supercloud/identity/key.pem", "/dev/dm-0",
-             "/var/lib/supercloud/blobs", "/run/supercloud/ee/web-1/state.json", "/dev/vda"):
+             "/var/lib/supercloud/blobs", "/run/supercloud/ee/web-1/state.json", "/dev/vda",
+             "/var/lib/supercloud/ee/web-1/log/output", "/run/supercloud/ee/web-1/rootfs/etc/passwd"):
     attempt(path, lambda: os.listdir(path) if path.endswith("blobs") else open(path).read(1))
 for to in (("169.254.77.1", {platform.link.port}), ("10.64.0.10", 8080), ("10.64.0.1", 53)):
     attempt(to[0], lambda: socket.create_connection(to, 2).close())
@@ -199,7 +200,7 @@ print(json.dumps(said))
     lines = "\n".join(program.strip().splitlines())
     out = await platform.shell(f"python3.13 -I -S - <<'END'\n{lines}\nEND\n")
     said = json.loads(out.splitlines()[-1])
-    assert len(said) == 9
+    assert len(said) == 11
     assert "done" not in said.values(), said
 
 

@@ -11,14 +11,14 @@ import sys
 import aiohttp
 import pytest
 
-from support.control import environment, manifest_of
-from support.control_process import Client, Process, free_port
 from supercloud.control.bootdata import Tokens, user_data
 from supercloud.providers.fake.agent import FakeAgent
 from supercloud.providers.fake.cloud import FakeCloud, Platform
 from supercloud.trust import tls
 from supercloud.trust.authority import Authority
 from supercloud.trust.names import CONTROL, HOST, PLATFORM, Identity, control_of
+from support.control import environment, manifest_of
+from support.control_process import Client, Process, free_port
 
 ONE = [environment("web")]
 

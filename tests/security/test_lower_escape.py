@@ -89,9 +89,10 @@ def outcomes(
     with running(host):
         plane = ControlPlane(directory, host, "demo")
         plane.enrol(vms=2)
-        attacks = [*SYSTEM, *CORE, *(code for code, _ in network(loopback.getsockname()[1]))]
+        attacks = [GROW, *SYSTEM, *CORE, *(code for code, _ in network(loopback.getsockname()[1]))]
         asyncio.run(plane.create("p1", config=json.dumps(attacks).encode()))
-        yield read_log(host.state / "log" / "vmm:demo:p1.log")
+        found = read_log(host.state / "log" / "vmm:demo:p1.log")
+        yield {**found, "disk": next(host.state.glob("domains/disk/*-demo/p1.*"))}
 
 
 def read_log(path: Path) -> dict[str, Any]:
@@ -102,6 +103,8 @@ def read_log(path: Path) -> dict[str, Any]:
     lines = [line.removeprefix("ATTACK ") for line in text.splitlines() if "ATTACK [" in line]
     return dict(json.loads(line) for line in lines)
 
+
+GROW = "result = os.ftruncate(message.descriptors[0], 1 << 40) or os.fstat(4).st_mode"
 
 SYSTEM = [
     "result = os.listdir('/run/state')",
@@ -179,6 +182,17 @@ def test_its_capabilities_cannot_be_widened(outcomes: dict[str, Any], attack: st
     outcome = outcomes[attack]
     allowed = {"denied", "not_found", "no_resources", "busy", "invalid", "EPERM", "EBADF"}
     assert outcome.get("refused") in allowed, outcome
+
+
+def test_a_disk_that_is_made_longer_than_it_was_paid_for_is_cut_back(
+    outcomes: dict[str, Any],
+) -> None:
+    assert "done" in outcomes[GROW]  # its holder may do that ...
+    path: Path = outcomes["disk"]
+    deadline = time.monotonic() + 15
+    while path.stat().st_size != 1 << 30:
+        assert time.monotonic() < deadline  # ... but not for long
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("number", range(12))

@@ -243,7 +243,7 @@ async def test_two_connections_are_parked_and_one_that_is_taken_is_replaced(link
 
     async def parked(count):
         async with asyncio.timeout(5):
-            while len(host.rendezvous._parked) != count:  # noqa: ASYNC110 - it has no event for it
+            while len(host.rendezvous._parked) != count:
                 await asyncio.sleep(0.01)
 
     await parked(2)

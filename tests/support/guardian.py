@@ -1,12 +1,13 @@
 """Cleans up after a test, also when the test was killed: a process of its own that outlives it.
 
 It reads lines from its input: ``process PID START`` (to be ended), ``directory PATH`` (to be
-removed). When the input ends, because whoever wrote it closed it or is no more, it does so, in
+removed), ``command ARGUMENT...`` (to be run). When the input ends, because whoever wrote it closed it or is no more, it does so, in
 reverse order.
 """
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,11 @@ class Guardian:
 
     def directory(self, path: str | Path) -> None:
         """To be removed with all that is in it."""
-        self._say(f"directory {path}")
+        self._say(f"directory {shlex.quote(str(path))}")
+
+    def command(self, argv: list[str]) -> None:
+        """To be run."""
+        self._say("command " + " ".join(shlex.quote(word) for word in argv))
 
     def close(self) -> None:
         """Have everything cleaned up now; raises when something stayed."""
@@ -74,11 +79,16 @@ def _end(pid: int, start: str) -> bool:
 
 def main() -> int:
     """Read until the end, then clean up; the exit status says whether all went."""
-    lines = [line.split() for line in sys.stdin]
+    lines = [shlex.split(line) for line in sys.stdin]
     stayed = []
     for what, *words in reversed(lines):
         if what == "process" and not _end(int(words[0]), words[1]):
             stayed.append(f"process {words[0]}")
+        if (
+            what == "command"
+            and subprocess.run(words, check=False, stdin=subprocess.DEVNULL).returncode
+        ):
+            stayed.append(f"{words} failed")
         if what == "directory":
             shutil.rmtree(words[0], ignore_errors=True)
             if os.path.lexists(words[0]):

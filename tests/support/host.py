@@ -102,7 +102,7 @@ class LoopbackHost:
             self._peers.add(peer)
             await peer.run()
             self._peers.discard(peer)
-            while not streams[1].is_closing():  # noqa: ASYNC110 - a transport has no event for it
+            while not streams[1].is_closing():
                 await asyncio.sleep(0.05)  # a relay holds it; ``writer`` must outlive that
 
     # -- methods
@@ -177,7 +177,7 @@ class LoopbackHost:
         agent = FakeAgent(self.cloud, self.cloud.find(name))
         while True:
             ours, theirs = socket.socketpair()
-            ours.setblocking(False)  # noqa: FBT003 - its only form
+            ours.setblocking(False)
             self.rendezvous.agent(name, ours)
             await dial(agent, theirs)
             await asyncio.sleep(0.02)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class Inventory:
         return {name: sorted(found) for name, found in more.items() if found}
 
 
-def inventory(instance: str, uids: range, ports: range) -> Inventory:
+def inventory(instance: str, uids: Container[int], ports: range) -> Inventory:
     """What an instance with these uids and ports has; what tells no owner, whoever has it."""
     return Inventory(
         processes=frozenset(_processes(instance, uids)),
@@ -94,7 +95,7 @@ def _grouped(instance: str) -> set[int]:
     return found
 
 
-def _processes(instance: str, uids: range) -> list[str]:
+def _processes(instance: str, uids: Container[int]) -> list[str]:
     """Processes by one of the instance's uids, or in one of its groups: names, counted."""
     found: list[str] = []
     grouped = _grouped(instance)

@@ -208,7 +208,7 @@ class Platform:
                         getattr(found, key) == value for key, value in fields.items()
                     ):
                         return found
-                    await asyncio.sleep(0.03)
+                    await asyncio.sleep(0.2)  # each look costs the emulated processor a few ms
         except TimeoutError:
             raise AssertionError(
                 f"{name} is {found}, not {states}\n{self.console[-3000:]}"

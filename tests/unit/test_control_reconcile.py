@@ -1,6 +1,7 @@
 """The work queue, in virtual time: serial per object, parallel across, back-off by the error."""
 
 import asyncio
+from itertools import pairwise
 
 import pytest
 
@@ -104,7 +105,7 @@ async def test_a_bug_is_tried_again_after_delays_that_double_up_to_a_minute(reco
     queue.add("a")
     await asyncio.sleep(1000)
     times = recorder.times("a")
-    gaps = [round(b - a, 2) for a, b in zip(times, times[1:], strict=False)]
+    gaps = [round(b - a, 2) for a, b in pairwise(times)]
     assert gaps[:4] == [FIRST_DELAY_S * 2**n for n in range(4)]
     assert max(gaps) == LONGEST_DELAY_S
     await queue.stop()

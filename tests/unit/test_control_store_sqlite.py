@@ -129,7 +129,9 @@ async def test_a_commit_that_fails_fails_its_callers_and_the_store_goes_on(tmp_p
     store = await SqliteStore.open(tmp_path / "s.db")
     await store.put_if_version("a", b"1", 0)
     connection = store._writer.connection
-    connection.execute("CREATE TRIGGER full BEFORE INSERT ON rows BEGIN SELECT RAISE(FAIL, 'disk full'); END")
+    connection.execute(
+        "CREATE TRIGGER full BEFORE INSERT ON rows BEGIN SELECT RAISE(FAIL, 'disk full'); END"
+    )
     results = await asyncio.gather(
         *(store.put_if_version(f"k{n}", b"", 0) for n in range(5)), return_exceptions=True
     )

@@ -114,7 +114,7 @@ class Core:
         """Take over the socket at ``descriptor``."""
         self._socket = socket.socket(fileno=descriptor)
         self._socket.settimeout(None)
-        os.set_inheritable(self._socket.fileno(), False)  # noqa: FBT003  positional only
+        os.set_inheritable(self._socket.fileno(), False)
         self._sequence = 0
         self._events: deque[Answer] = deque()
 

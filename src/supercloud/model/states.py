@@ -68,9 +68,9 @@ UCLOUD = _table(
 
 
 def step(table: Transitions, state: str, to: str) -> str:
-    """``to``, if the table allows going there from ``state``; staying is always allowed.
+    """Go from ``state`` to ``to``: returns it. Staying is always allowed.
 
-    Raises BadState when it does not.
+    Raises BadState when the table does not allow it.
     """
     if to != state and to not in table[state]:
         raise BadState(f"cannot go from {state} to {to}", details={"state": state, "to": to})

@@ -82,6 +82,7 @@ class Blobs:
         for name in os.listdir(paths.BLOBS):
             path = f"{paths.BLOBS}/{name}"
             if name.removesuffix(".part") in keep | pulled:
+                os.utime(path)
                 continue
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - os.stat(path).st_mtime > KEEP_UNUSED_S:

@@ -46,7 +46,7 @@ class Container:
             raise Invalid(f"a container cannot run from a {self.spec.image.format} image")
         await self._services.scratch.ready()
         await self._services.blobs.get(image)
-        self.places.make()
+        self.places.make(self._base_id)
         namespaces.create(self._base_id, f"{place}/ns")
         rootfs.mount_root(image.digest, place, self.places.layer, self._base_id)
         self._services.networks.attach(self.spec.uid, self.spec.nics, f"{place}/ns")

@@ -82,10 +82,12 @@ class Places:
         """Its output; in a directory of its own that its root is not in."""
         return f"{self.layer}/log/output"
 
-    def make(self) -> None:
-        """The directories; others may pass through (container roots have shifted ids)."""
+    def make(self, group: int = 0) -> None:
+        """The directories. ``group`` may pass through the one in memory: a container's root."""
         for path in (self.run, self.layer):
-            os.makedirs(path, mode=0o711, exist_ok=True)
+            os.makedirs(path, mode=0o700, exist_ok=True)
+        os.chown(self.run, 0, group)
+        os.chmod(self.run, 0o710)
 
 
 def digests(spec: EnvironmentSpec) -> list[str]:

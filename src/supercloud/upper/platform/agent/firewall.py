@@ -2,7 +2,8 @@
 
 EEs reach the world by the uplink and each other inside their network. They reach of the platform
 only DNS, DHCP and echo at their gateway; never the link, the metadata range or another network.
-The uids that VM engines run as may open no socket to anywhere.
+The uids that VM engines run as may open no socket to anywhere. A port that is not published says so
+at once, instead of letting its caller wait.
 """
 
 from collections.abc import Iterable
@@ -67,6 +68,8 @@ table inet {TABLE} {{
     iifname "{uplink}" icmp type echo-request accept
     {own}
     iifname "ee*" udp sport 68 udp dport 67 accept
+    iifname "{uplink}" meta l4proto tcp reject with tcp reset
+    iifname "{uplink}" meta l4proto udp reject
   }}
   chain output {{
     type filter hook output priority filter; policy accept;

@@ -23,6 +23,7 @@ from supercloud.wire.messages import Apply, EnvironmentSpec, PlatformReport
 MAX_ENVIRONMENTS = 1000
 REPORT_DELAY_S = 0.005
 NETWORK_RETRY_S = 2.0
+TIDY_S = 60.0
 
 log = logging.getLogger("supercloud.agent.manager")
 
@@ -39,7 +40,7 @@ class Manager:
         self._firewall = Firewall()
         self._workers: dict[str, Worker] = {}  # by uid
         self._desired: Apply | None = None
-        self._network_task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._sweeping: list[asyncio.Task[None]] = []
         self._network_changed = asyncio.Event()
         names.died = self._network_changed.set
@@ -88,7 +89,9 @@ class Manager:
             os.makedirs(path, exist_ok=True)
             os.chmod(path, 0o711)
         cgroups.prepare()
-        self._network_task = asyncio.ensure_future(self._keep_network())
+        self._tasks = [
+            asyncio.ensure_future(task) for task in (self._keep_network(), self._keep_tidy())
+        ]
         saved = read_json(paths.DESIRED, None)
         if saved is not None:
             self._take_up(decode(Apply, saved, "desired set", ignore_unknown=True))
@@ -185,8 +188,16 @@ class Manager:
                 continue
             if not self._network_changed.is_set():
                 self._services.networks.settled.set()
+
+    async def _keep_tidy(self) -> None:
+        """Images and blobs that nobody uses go after a while."""
+        while True:
+            await asyncio.sleep(TIDY_S)
             if self._services.scratch.is_ready:
-                self._collect()
+                try:
+                    self._collect()
+                except OSError as error:
+                    log.warning("cannot tidy up: %s", error)
 
     async def _apply_network(self) -> None:
         desired = self._desired or Apply(generation=0, environments=[])

@@ -183,9 +183,10 @@ def _quick_neighbours(device: str) -> None:
 
 
 def prepare_kernel() -> None:
-    """Forwarding on; no IPv6 on what is made from now on (EEs have none, it would only chatter)."""
+    """Forwarding on; no IPv6 (EEs have none, it would only chatter)."""
     for name, value in (
         ("net/ipv4/ip_forward", "1"),
+        ("net/ipv6/conf/all/disable_ipv6", "1"),
         ("net/ipv6/conf/default/disable_ipv6", "1"),
         ("net/ipv4/conf/default/rp_filter", "1"),
     ):

@@ -47,11 +47,10 @@ async def _set_up() -> None:
             await _mount_encrypted(device)
         else:
             os.makedirs(paths.DATA, exist_ok=True)
-            syscalls.mount("tmpfs", paths.DATA, "tmpfs", syscalls.MS_NOSUID, "mode=0711,size=50%")
-    for path in (paths.DATA, paths.LAYERS):
-        os.makedirs(path, exist_ok=True)
-        os.chmod(path, 0o711)
-    os.makedirs(paths.BLOBS, mode=0o700, exist_ok=True)
+            syscalls.mount("tmpfs", paths.DATA, "tmpfs", syscalls.MS_NOSUID, "mode=0700,size=50%")
+    os.chmod(paths.DATA, 0o700)
+    for path in (paths.LAYERS, paths.BLOBS):
+        os.makedirs(path, mode=0o700, exist_ok=True)
 
 
 async def _mount_encrypted(device: str) -> None:

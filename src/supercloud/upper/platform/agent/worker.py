@@ -17,6 +17,7 @@ from supercloud.wire.messages import EnvironmentSpec, EnvironmentStatus
 
 BACK_OFF_S = (0.1, 30.0)
 STEADY_S = 10.0
+CLEAN_RETRY_S = 1.0
 GRACE_S = {"container": 10.0, "vm": 8.0}
 
 log = logging.getLogger("supercloud.agent.worker")
@@ -110,7 +111,10 @@ class Worker:
     async def _live(self, after: asyncio.Event | None) -> None:
         if after:
             await after.wait()
-        await self._adopt()
+        try:
+            await self._adopt()
+        except (SupercloudError, OSError) as error:
+            await self._failed(error)  # which ends whatever of it still runs
         while True:
             try:
                 if self._process is None:
@@ -217,10 +221,17 @@ class Worker:
         return policy == "always" or (policy == "on-failure" and status != 0)
 
     async def _clean(self) -> None:
+        """Nothing of it runs any more when this returns."""
+        while True:
+            try:
+                await self.engine.ended()
+                break
+            except (SupercloudError, OSError) as error:
+                log.warning("%s: %s", self.spec.name, error)
+                await asyncio.sleep(CLEAN_RETRY_S)
         if self._process:
             self._process.close()
             self._process = None
-        await self.engine.ended()
 
     async def _failed(self, error: Exception) -> None:
         message = error.message if isinstance(error, UserError) else str(error)
@@ -264,7 +275,7 @@ class Worker:
 
     def _save(self) -> None:
         process, places = self._process, Places(self.spec.uid)
-        os.makedirs(places.run, mode=0o711, exist_ok=True)
+        os.makedirs(places.run, mode=0o710, exist_ok=True)
         write_json(places.state, {
             "spec": encode(self.spec), "base_id": self.base_id, "restarts": self.restarts,
             "started_s": self.started_s, "pid": process.pid if process else 0,

@@ -22,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import ab  # noqa: E402 - found by the path above
-from tests.support.commandline import CommandLine, control_plane, dying_with_us, wait_for  # noqa: E402
+import ab
+from tests.support.commandline import CommandLine, control_plane, dying_with_us, wait_for
 
 COUNT = 500
 DOCKER = "/usr/bin/docker"

@@ -157,8 +157,11 @@ class World:
 
         async def true() -> bool:
             assert self.app is not None
-            views = {view.name: view for view in await self.app.service.uclouds()}
-            return name in views and views[name].state == "ready"
+            view = {view.name: view for view in await self.app.service.uclouds()}.get(name)
+            if view is None or view.state != "ready":
+                return False
+            platforms = {item.state for item in view.platforms}
+            return platforms <= {"ready"} and {i.state for i in view.environments} <= {"serving"}
 
         await self.until(true, f"{name} is ready")
 

@@ -78,8 +78,10 @@ def step(table: Transitions, state: str, to: str) -> str:
 
 
 def observed(table: Transitions, state: str, to: str) -> str:
-    """``to``, if the table has a way there from ``state``: what is observed was sampled, and the
-    states in between went by unseen. Raises BadState when there is none.
+    """``to``, if the table has a way there from ``state``, be it over others.
+
+    What is observed was sampled: the states in between went by unseen. Raises BadState when there
+    is no way.
     """
     known, border = {state}, {state}
     while border and to not in known:

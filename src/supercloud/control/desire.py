@@ -35,6 +35,7 @@ class Decision:
     networks: dict[str, str]
     platforms: dict[str, PlatformWish]
     assignments: dict[str, Assignment]
+    marks: dict[str, str]  # of images, by reference
 
 
 def provider_key(provider: Provider) -> str:
@@ -49,9 +50,15 @@ def platform_name(provider: Provider, host: str, size: PlatformSize) -> str:
 
 
 def decide(
-    spec: UCloud, offers: Sequence[Offer], before: UCloudDocument | None, taken: Iterable[str]
+    spec: UCloud,
+    offers: Sequence[Offer],
+    before: UCloudDocument | None,
+    taken: Iterable[str],
+    marks: dict[str, str],
 ) -> Decision:
     """The decision for ``spec``; ``taken`` are network ranges of other U-Clouds.
+
+    ``marks`` are those of the images as they are now.
 
     Raises NoResources, saying of each host why not.
     """
@@ -70,6 +77,7 @@ def decide(
             item.name: addresses.assign(item.name, item.environment, wishes[placed[item.name]])
             for item in instances_of(spec.environments)
         },
+        marks=marks,
     )
 
 

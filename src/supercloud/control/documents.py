@@ -80,6 +80,7 @@ class UCloudDocument:
     networks: dict[str, str] = field(default_factory=dict)  # name -> range
     platforms: dict[str, PlatformWish] = field(default_factory=dict)
     assignments: dict[str, Assignment] = field(default_factory=dict)  # by EE
+    marks: dict[str, str] = field(default_factory=dict)  # of images, by reference: their content
     providers: dict[str, Provider] = field(default_factory=dict)  # that may have platforms, by key
     applied_s: float = field(default_factory=time.time)
 
@@ -118,6 +119,7 @@ class EnvironmentDocument:
     name: str
     spec: Environment
     assignment: Assignment
+    mark: str = ""  # of the image's content
     state: str = "pending"
     since_s: float = field(default_factory=time.time)
     reason: str = ""
@@ -127,7 +129,7 @@ class EnvironmentDocument:
     ready_on: str = ""  # the platform that is told
     current: bool = False  # whether ``ready`` is of ``spec`` and ``assignment``
     image: ImageRef | None = None
-    image_of: str = ""  # the reference that ``image`` was made from
+    image_of: str = ""  # reference and mark of what ``image`` was made from
     engine: str = ""
     restarts: int = 0
     exit_status: int | None = None

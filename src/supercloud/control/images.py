@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ Progress = Callable[[float], None]
 """Told the part done, 0 to 1; from any thread."""
 
 CHUNK_BYTES = 4 << 20
+REGISTRY_FRESH_S = 10.0
+"""For so long a registry's answer holds for the other EEs that ask."""
 MAX_APPEND_CHARS = 4096
 QCOW2_MAGIC = b"QFI\xfb"
 
@@ -45,7 +48,7 @@ Convert = Callable[[str], Converted]
 
 
 class Images:
-    """Prepares images; the same reference is never prepared twice at once."""
+    """Prepares images; the same image is prepared once, however many EEs run from it."""
 
     def __init__(self, cache: Path, convert: Convert) -> None:
         """``cache`` is made if missing."""
@@ -55,6 +58,7 @@ class Images:
         self._known: dict[str, str] = _load(self._known_path)
         self._convert = convert
         self._locks: dict[str, asyncio.Lock] = {}
+        self._prepared: dict[str, tuple[float, ImageRef]] = {}
 
     def blob(self, digest: str) -> Path:
         """The file of ``digest``. NotFound."""
@@ -68,13 +72,25 @@ class Images:
         hexes = [blob.digest.removeprefix("sha256:") for blob in image.blobs.values()]
         return all((self._blobs / name).is_file() for name in hexes)
 
-    async def prepare(self, environment: Environment, progress: Progress) -> ImageRef:
-        """The image of ``environment`` as blobs. Raises Invalid, NotFound, Temporary."""
-        lock = self._locks.setdefault(environment.image, asyncio.Lock())
-        async with lock:
+    async def prepare(self, environment: Environment, mark: str, progress: Progress) -> ImageRef:
+        """The image of ``environment`` as blobs. Raises Invalid, NotFound, Temporary.
+
+        ``mark`` (see :func:`mark_of`) tells apart what the same reference meant at other times.
+        """
+        name = f"{environment.image} {mark}"
+        async with self._locks.setdefault(name, asyncio.Lock()):
+            if known := self._known_as(name, forever=bool(mark)):
+                return known
             transport, _, _ = split_image(environment.image)
             work = self._container if transport else self._machine
-            return await asyncio.to_thread(work, environment.image, progress)
+            image = await asyncio.to_thread(work, environment.image, progress)
+            self._prepared[name] = (time.monotonic(), image)
+            return image
+
+    def _known_as(self, name: str, *, forever: bool) -> ImageRef | None:
+        prepared_s, image = self._prepared.get(name, (0.0, None))
+        fresh = forever or time.monotonic() - prepared_s < REGISTRY_FRESH_S
+        return image if image is not None and fresh and self.complete(image) else None
 
     # -- in a worker thread
 
@@ -124,6 +140,29 @@ class Images:
                 progress(min(1.0, done / max(1, size_bytes)))
         part.replace(self._blobs / hasher.hexdigest())
         return f"sha256:{hasher.hexdigest()}"
+
+
+def mark_of(reference: str) -> str:
+    """What changes when the image that a local reference names does; "" for a registry's.
+
+    Cheap: sizes and times of the files that say what is in it. Blocking. Raises NotFound.
+    """
+    transport, place, _ = split_image(reference)
+    if transport == "docker":
+        return ""
+    path = Path(place)
+    files = [path / "index.json"] if transport == "oci" else [path]
+    try:
+        if not transport and path.is_dir():
+            names = kernel_files(path)
+            files = [path / names["kernel"], path / names["initrd"], path / "image.json"]
+        seen = [file.stat() for file in files if file.exists()]
+    except OSError as error:
+        raise NotFound(f"the image {reference} cannot be read: {error.strerror}") from error
+    if not seen:
+        raise NotFound(f"there is no image {reference}")
+    about = [(item.st_size, item.st_mtime_ns, item.st_ino) for item in seen]
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
 
 def kernel_files(directory: Path) -> dict[str, str]:

@@ -53,6 +53,8 @@ def _environments(decision: Decision, old: UCloudDocument | None) -> list[Change
             changes.append(Change(action="create", subject=subject, details=details))
             continue
         details = _differences(old_specs[name], spec)
+        if old and old.marks.get(spec.image, "") != decision.marks.get(spec.image, ""):
+            details += [] if details else [f"content of image {spec.image}"]
         was = old.assignments[name].platform if old and name in old.assignments else ""
         if was != place:
             details.append(f"platform {was} -> {place}")

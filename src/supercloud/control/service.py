@@ -10,6 +10,7 @@ from supercloud.control.controllers.plane import Plane
 from supercloud.control.desire import Decision, Offer, decide, provider_key
 from supercloud.control.documents import UCloudDocument, ucloud_key
 from supercloud.control.fits import at_its_place, check_sizes
+from supercloud.control.images import mark_of
 from supercloud.control.manifest import parse
 from supercloud.control.plan import plan
 from supercloud.control.store import Conflict
@@ -54,24 +55,24 @@ class Service:
         """What ``up`` would do. ``may`` raises Denied for a U-Cloud that is not the caller's."""
         spec = await self._parsed(asked)
         may(spec.name)
-        offers = await self._offers(spec)
+        offers, marks = await self._offers(spec), await self._marks(spec)
         before = await self._plane.state.ucloud(spec.name)
         taken = await self._taken(spec.name)
-        return plan(_decided(asked, spec, offers, before, taken), before, offers)
+        return plan(_decided(asked, spec, offers, before, taken, marks), before, offers)
 
     async def up(self, asked: Manifest, may: May = anything) -> api.Applied:
         """Store the wish and the decision for it; the reconcilers do the rest."""
         spec = await self._parsed(asked)
         may(spec.name)
-        offers = await self._offers(spec)
+        offers, marks = await self._offers(spec), await self._marks(spec)
         async with self._deciding:
             for _ in range(TRIES):
                 before = await self._plane.state.ucloud(spec.name)
                 taken = await self._taken(spec.name)
-                decision = _decided(asked, spec, offers, before, taken)
+                decision = _decided(asked, spec, offers, before, taken, marks)
                 try:
                     document = await self._store(decision, before, asked)
-                except Conflict:
+                except (Conflict, NotFound):  # it was changed, or went away, meanwhile
                     continue
                 self._look(ucloud_key(spec.name), 0.0)
                 done = plan(decision, before, offers)
@@ -117,6 +118,10 @@ class Service:
             _decide(fresh, decision, asked)
 
         return await self._plane.state.change(before, decided)
+
+    async def _marks(self, spec: UCloud) -> dict[str, str]:
+        references = sorted({item.image for item in spec.environments})
+        return await asyncio.to_thread(lambda: {item: mark_of(item) for item in references})
 
     async def _offers(self, spec: UCloud) -> list[Offer]:
         return list(await asyncio.gather(*(self._offer(spec, item) for item in spec.providers)))
@@ -209,11 +214,12 @@ def _decided(
     offers: list[Offer],
     before: UCloudDocument | None,
     taken: list[str],
+    marks: dict[str, str],
 ) -> Decision:
     """The decision; what refuses it is told with its place in the manifest."""
     with at_its_place(asked.manifest, asked.file):
         check_sizes(spec, offers)
-        return decide(spec, offers, before, taken)
+        return decide(spec, offers, before, taken, marks)
 
 
 def _decide(document: UCloudDocument, decision: Decision, asked: Manifest) -> None:
@@ -225,6 +231,7 @@ def _decide(document: UCloudDocument, decision: Decision, asked: Manifest) -> No
     )
     document.spec, document.networks = decision.spec, decision.networks
     document.platforms, document.assignments = decision.platforms, decision.assignments
+    document.marks = decision.marks
     document.providers |= {provider_key(item): item for item in decision.spec.providers}
 
 
@@ -235,4 +242,5 @@ def _same(document: UCloudDocument, decision: Decision) -> bool:
         and document.platforms == decision.platforms
         and document.assignments == decision.assignments
         and document.networks == decision.networks
+        and document.marks == decision.marks
     )

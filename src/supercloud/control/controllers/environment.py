@@ -53,9 +53,9 @@ class EnvironmentController:
         old, old_platform = (document.ready, document.ready_on), document.ready_on
 
         def placed(fresh: EnvironmentDocument) -> None:
-            if fresh.spec != document.spec or fresh.assignment != document.assignment:
+            if _wish(fresh) != _wish(document):
                 return  # the wish changed meanwhile: there will be another look
-            fresh.image, fresh.image_of, fresh.error = image, fresh.spec.image, None
+            fresh.image, fresh.image_of, fresh.error = image, _source(fresh), None
             fresh.ready, fresh.ready_on, fresh.current = spec, platform, True
             step_end(fresh.steps, IMAGE)
             if old != (spec, platform):
@@ -70,7 +70,7 @@ class EnvironmentController:
 
     async def _image(self, document: EnvironmentDocument) -> ImageRef:
         image = document.image
-        same = document.image_of == document.spec.image
+        same = document.image_of == _source(document)
         if image is not None and same and self._plane.images.complete(image):
             return image
 
@@ -87,7 +87,8 @@ class EnvironmentController:
 
         try:
             return await self._plane.seam(
-                "images.prepare", lambda: self._plane.images.prepare(document.spec, progress)
+                "images.prepare",
+                lambda: self._plane.images.prepare(document.spec, document.mark, progress),
             )
         finally:
             self._plane.fractions.pop(key, None)
@@ -142,6 +143,14 @@ class EnvironmentController:
         self, document: EnvironmentDocument, mutate: Callable[[EnvironmentDocument], None]
     ) -> EnvironmentDocument:
         return await self._plane.state.change(document, mutate)
+
+
+def _wish(document: EnvironmentDocument) -> object:
+    return document.spec, document.assignment, document.mark
+
+
+def _source(document: EnvironmentDocument) -> str:
+    return f"{document.spec.image} {document.mark}"
 
 
 def _seen(

@@ -67,6 +67,7 @@ class UCloudController:
                     name=name,
                     spec=spec,
                     assignment=document.assignments[name],
+                    mark=document.marks.get(spec.image, ""),
                 )
                 step_begin(new.steps, "image")
                 await self._plane.state.add(new)
@@ -79,13 +80,14 @@ class UCloudController:
     async def _have_environment(
         self, document: UCloudDocument, item: EnvironmentDocument, spec: Environment
     ) -> None:
-        assignment = document.assignments[item.name]
-        if item.deleting or (item.spec == spec and item.assignment == assignment):
+        assignment, mark = document.assignments[item.name], document.marks.get(spec.image, "")
+        same = (item.spec, item.assignment, item.mark) == (spec, assignment, mark)
+        if item.deleting or same:
             return  # one that is going goes first, then it is made anew
 
         def changed(fresh: EnvironmentDocument) -> None:
-            fresh.spec, fresh.assignment, fresh.error = spec, assignment, None
-            fresh.current = False
+            fresh.spec, fresh.assignment, fresh.mark = spec, assignment, mark
+            fresh.error, fresh.current = None, False
 
         await self._plane.state.change(item, changed)
 

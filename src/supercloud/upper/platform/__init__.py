@@ -1,0 +1,1 @@
+"""The L1 platform: its image, its agent, the link to it."""

@@ -159,3 +159,56 @@ async def test_it_is_small_when_it_idles(process):
         await client.get("/v1/environments")
         await client.get("/v1/doctor")
         assert process.pss_bytes() < 80e6
+
+
+async def test_a_state_is_exported_adopted_elsewhere_and_carried_on(process, tmp_path):
+    """The platforms stay where they are, and answer to the new control plane."""
+    process.start()
+    async with process.client() as client:
+        await client.up(TWO)
+        await client.until("ready")
+        rows = await client.get("/v1/environments")
+        ca = await client.get("/v1/ca")
+    process.stop()
+    file, other = tmp_path / "export.tar", Process(process.directory)
+    done = subprocess.run([*process.argv(), "--export", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    again = subprocess.run([*process.argv(), "--export", str(file)], capture_output=True, text=True)
+    assert (again.returncode, "there already" in again.stderr) == (4, True)
+    moved = process.state.rename(tmp_path / "old")
+    adopt = [*other.argv(), "--adopt", str(file)]
+    done = subprocess.run(adopt, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (moved / "providers").rename(other.state / "providers")  # the pretended world itself
+    other.start()
+    try:
+        async with other.client() as client:
+            await client.until("ready")
+            assert await client.get("/v1/environments") == rows
+            assert await client.get("/v1/ca") == ca
+    finally:
+        other.stop()
+    assert set(creations_of(other).values()) == {1}
+    done = subprocess.run(adopt, capture_output=True, text=True)
+    assert (done.returncode, "there is a state" in done.stderr) == (4, True)
+
+
+@pytest.mark.parametrize("name", ["../evil", "trust/../../evil", "/etc/passwd", "trust/a/b/c/d"])
+def test_a_hostile_export_is_refused(tmp_path, name):
+    import io
+    import tarfile
+
+    file = tmp_path / "evil.tar"
+    with tarfile.open(file, "w") as tar:
+        for member in ("rows.jsonl", "tokens.key", name):
+            info = tarfile.TarInfo(member)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"x"))
+    process = Process(tmp_path)
+    done = subprocess.run(
+        [*process.argv(), "--adopt", str(file)], capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == 2, done.stderr
+    assert not list(tmp_path.rglob("evil"))
+    assert not (process.state / "state.db").exists()

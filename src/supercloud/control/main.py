@@ -65,6 +65,17 @@ async def serve(given: Settings) -> None:
         await store.close()
 
 
+async def _move(given: Settings) -> int:
+    from supercloud.control import moving  # noqa: PLC0415 - seldom
+
+    if given.export:
+        rows = await moving.export(given.state, given.export)
+        print(f"{rows} rows and the keys are in {given.export}: keep it like a key")
+    elif given.adopt:
+        print(f"{await moving.adopt(given.state, given.adopt)} rows were adopted")
+    return 0
+
+
 def _routable(given: Settings) -> str:
     """Our own endpoint for agents, when one outside this machine could reach it."""
     address = given.address
@@ -79,6 +90,8 @@ def main(arguments: list[str]) -> int:
     try:
         given = settings.parse(arguments, os.environ)
         with only_one(given.state):
+            if given.export or given.adopt:
+                return asyncio.run(_move(given))
             logs.configure(given.log)
             asyncio.run(serve(given))
     except SupercloudError as error:

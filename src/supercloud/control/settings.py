@@ -22,6 +22,8 @@ class Settings:
     log: Path | None = None
     socket_group: str = ""
     allowed_uids: frozenset[int] = frozenset()
+    export: Path | None = None
+    adopt: Path | None = None
 
     @property
     def address(self) -> tuple[str, int] | None:
@@ -45,6 +47,9 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     parser.add_argument("--listen", help=f"ADDRESS:PORT for agents and API ({DEFAULT_LISTEN})")
     parser.add_argument("--log", type=Path, help="log file; - is standard error")
     parser.add_argument("--socket-group", default="", help="group that may use the socket, too")
+    moving = parser.add_mutually_exclusive_group()
+    moving.add_argument("--export", type=Path, help="write the state, keys and all, to a new file")
+    moving.add_argument("--adopt", type=Path, help="fill an empty state directory from an export")
     given = parser.parse_args(list(arguments))
     state = given.state or _xdg(environment, "XDG_STATE_HOME", ".local/state") / "supercloud"
     log = given.log or state / "control.log"
@@ -58,6 +63,8 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
         log=None if str(log) == "-" else log.absolute(),
         socket_group=given.socket_group,
         allowed_uids=frozenset({0, os.getuid()}),
+        export=given.export,
+        adopt=given.adopt,
     )
 
 

@@ -20,10 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
 
 import ab
-from tests.support.commandline import CommandLine, control_plane, dying_with_us, wait_for
+
+from support.commandline import CommandLine, control_plane, dying_with_us, wait_for
 
 COUNT = 500
 DOCKER = "/usr/bin/docker"

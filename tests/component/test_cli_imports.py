@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from tests.support.commandline import CommandLine, control_plane
+
+from support.commandline import CommandLine, control_plane
 
 OURS = {
     "supercloud",

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.support.commandline import CommandLine, control_plane, dying_with_us, wait_for
+
+from support.commandline import CommandLine, control_plane, dying_with_us, wait_for
 
 SERVER = Path(__file__).parents[1] / "support" / "terminal_server.py"
 

@@ -3,7 +3,8 @@
 
 ``--out DIR`` gets ``web/``, an OCI layout of an HTTP server on port 8080, and ``vm/``, a kernel
 and an initramfs that takes its address by DHCP and serves HTTP on port 8080 too. Nothing but the
-image builder's own lock and cache is used, and equal input gives equal files.
+image builder's own lock and cache is used, and equal input gives equal files. What is current is
+kept.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from supercloud.upper.platform.image import __file__ as builder
 from supercloud.upper.platform.image import modules, recipe
 from supercloud.upper.platform.image import tree as trees
 from supercloud.upper.platform.image.archive import Archive
@@ -80,9 +82,16 @@ VM_MODULES = ("virtio_net", "button", "evdev")
 _CREATED = "2025-01-01T00:00:00Z"
 
 
-def packages(archive: Archive, progress: Progress, *names: str) -> trees.Tree:
+def inputs(locking: Locking) -> str:
+    """What the images are made of, as one hash: the lock, these files and the builder."""
+    sources = [*HERE.iterdir(), *Path(builder).parent.glob("*.py")]
+    hashes = [sha256(path.read_bytes()) for path in sorted(sources) if path.is_file()]
+    return sha256("\n".join([locking.current().digest, *hashes]).encode())
+
+
+def packages(locking: Locking, *names: str) -> trees.Tree:
     """The files of the locked packages whose names begin so."""
-    _, debs = Locking(archive, progress).obtain(
+    _, debs = locking.obtain(
         lambda lock: [package for package in lock.packages if package.name.startswith(names)]
     )
     return trees.from_debs(debs.values(), recipe.SKIP)
@@ -178,27 +187,37 @@ def replace(new: Path, final: Path) -> None:
 
 
 def main() -> int:
-    """Build both; the exit status."""
+    """Build both unless they are current; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/examples"))
     parser.add_argument("--cache", type=Path, default=default_cache())
     given = parser.parse_args()
-    out, progress = given.out.absolute(), Progress()
-    out.mkdir(parents=True, exist_ok=True)
-    given.cache.mkdir(parents=True, exist_ok=True)
-    archive, tools = Archive(given.cache.absolute()), ToolTree(given.cache.absolute())
+    out, cache, progress = given.out.absolute(), given.cache.absolute(), Progress()
+    for directory in (out, cache):
+        directory.mkdir(parents=True, exist_ok=True)
+    locking, made_of = Locking(Archive(cache), progress), out / "inputs"
+    if made_of.exists() and made_of.read_text() == inputs(locking):
+        progress.note("the examples are current")
+        return 0
+    made_of.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as scratch:
-        debian = packages(archive, progress, "busybox-static", "linux-image-")
-        busybox = debian["usr/bin/busybox"]
-        for name in ("web", "vm"):
-            (Path(scratch) / name).mkdir()
-        with progress.step("web: OCI layout"):
-            web(busybox, Path(scratch) / "web")
-        with progress.step("vm: kernel and initramfs"):
-            vm(busybox, debian, tools, Path(scratch) / "vm")
+        build(locking, progress, ToolTree(cache), Path(scratch))
         for name in ("web", "vm"):
             replace(Path(scratch) / name, out / name)
+    made_of.write_text(inputs(locking))
     return 0
+
+
+def build(locking: Locking, progress: Progress, tools: ToolTree, out: Path) -> None:
+    """Both, below ``out``."""
+    debian = packages(locking, "busybox-static", "linux-image-")
+    busybox = debian["usr/bin/busybox"]
+    for name in ("web", "vm"):
+        (out / name).mkdir()
+    with progress.step("web: OCI layout"):
+        web(busybox, out / "web")
+    with progress.step("vm: kernel and initramfs"):
+        vm(busybox, debian, tools, out / "vm")
 
 
 if __name__ == "__main__":

@@ -96,12 +96,17 @@ def _grouped(instance: str) -> set[int]:
 
 
 def _processes(instance: str, uids: Container[int]) -> list[str]:
-    """Processes by one of the instance's uids, or in one of its groups: names, counted."""
+    """Processes by one of the instance's uids, or in one of its groups: names, counted.
+
+    One that has ended and is not reaped is none: some machines' process 1 takes its time.
+    """
     found: list[str] = []
     grouped = _grouped(instance)
     for name in os.listdir("/proc"):
         with contextlib.suppress(OSError, ValueError):
             fields = status(int(name))
+            if fields["State"].startswith("Z"):
+                continue
             if int(name) in grouped or any(int(uid) in uids for uid in fields["Uid"].split()):
                 found.append(fields["Name"])
     return [f"{name} {found[:place].count(name)}" for place, name in enumerate(found)]

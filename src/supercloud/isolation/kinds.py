@@ -121,7 +121,7 @@ def _uplink_net(site: Site, ports: str, numbers: Sequence[Sequence[int]]) -> dic
     forward = f"{site.publish}/{ports}" if ports else "none"
     dns = ["--dns", "none"]
     if site.dns_server:
-        dns = ["--dns-forward", UPLINK_DNS, "--dns-host", site.dns_server]
+        dns = ["--dns", UPLINK_DNS, "--dns-forward", UPLINK_DNS, "--dns-host", site.dns_server]
     argv = [
         *(PASST, "--foreground", "--quiet", "--ipv4-only", "--fd", "4"),
         *("--address", UPLINK_GUEST, "--netmask", "24", "--gateway", UPLINK_GATEWAY),
@@ -137,6 +137,7 @@ def _uplink_net(site: Site, ports: str, numbers: Sequence[Sequence[int]]) -> dic
         "tcp": True,
         "nests": True,
         "proc": True,
+        "nofile": 8192,  # a TCP and a UDP socket for each published port, and the connections
         "limits": UPLINK_NET_LIMITS,
     }
 

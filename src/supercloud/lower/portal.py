@@ -189,7 +189,8 @@ class Portal:
     def __init__(self, sock: socket.socket, name: str) -> None:
         self._socket, self.name = sock, name
         self._socket.setblocking(True)
-        self._last_id = 0
+        # answers to a caller before us on this channel, who did not wait for them, are not ours
+        self._last_id = int.from_bytes(os.urandom(6), "big")
 
     def close(self) -> None:
         """Close this end."""

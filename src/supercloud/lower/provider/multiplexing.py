@@ -17,7 +17,7 @@ from supercloud.lower.component import Component
 from supercloud.lower.portal import Request
 from supercloud.lower.provider.users import User, UserStore, check_ca, check_user_name
 from supercloud.model.capability import ObjectType, Rights
-from supercloud.model.errors import Exists, NoResources, NotFound, UserError
+from supercloud.model.errors import Exists, Invalid, NoResources, NotFound, UserError
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.frames import DomainState
 from supercloud.wire.quota import Quota
@@ -92,7 +92,10 @@ class Multiplexing(Component):
         known = self._store.users.get(name)
         if known is None:
             raise NotFound(f"no user {name}")
-        changed = {**encode(known.quota), **request.untrusted.get("quota", {})}
+        untrusted_changes = request.untrusted.get("quota")
+        if not isinstance(untrusted_changes, dict):
+            raise Invalid("the changes must be an object", where="quota")
+        changed = {**encode(known.quota), **untrusted_changes}
         user = User(name, known.ca_pem, decode(Quota, changed, "quota"))
         if name in self._made():
             self._limit(user)

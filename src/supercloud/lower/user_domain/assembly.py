@@ -18,7 +18,7 @@ from supercloud.lower.names import domain_name
 from supercloud.lower.user_domain.channel import Channel, Told
 from supercloud.lower.user_domain.hub import Hub
 from supercloud.model.capability import SELF, Rights
-from supercloud.model.errors import NotFound
+from supercloud.model.errors import NotFound, SupercloudError
 from supercloud.wire.messages import PlatformSpec
 
 PAGE_BYTES: Final = 4096
@@ -83,7 +83,10 @@ class Assembly:
         try:
             return await self._make(spec, config)
         except BaseException:
-            await self.dismantle(spec.name)
+            try:
+                await self.dismantle(spec.name)
+            except SupercloudError as error:  # a driver is away: the sweep comes back to it
+                log.warning("%s is not wholly taken apart: %s", spec.name, error)
             raise
 
     async def _make(self, spec: PlatformSpec, config: bytes) -> Uplink:

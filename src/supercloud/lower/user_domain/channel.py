@@ -20,12 +20,19 @@ log = logging.getLogger("supercloud.lower.user_domain.channel")
 class Channel:
     """One end; ``use`` gives it a socket, again when the other domain was started again."""
 
-    def __init__(self, name: str, told: Told | None = None) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, told: Told | None = None, lost: Callable[[], None] = lambda: None
+    ) -> None:
+        self.name, self._lost = name, lost
         self._told = told or _ignore
         self._socket: socket.socket | None = None
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
         self._last_id = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a socket to speak over."""
+        return self._socket is not None
 
     def use(self, descriptor: int) -> None:
         """Speak over this socket from now on; calls on the old one fail."""
@@ -90,6 +97,7 @@ class Channel:
             return
         if message is None:
             self.close()
+            self._lost()
         elif "m" in message.untrusted:
             self._tell(message)
         else:

@@ -34,8 +34,9 @@ class Hub:
         """The channel of that name; its socket is taken now if it is there, else when it comes."""
         channel = self.channels.get(name)
         if channel is None:
-            channel = self.channels[name] = Channel(name, told)
-        self._take_up(name)
+            channel = self.channels[name] = Channel(name, told, lambda: self._lost(name))
+        if not channel.is_open:
+            self._take_up(name)
         return channel
 
     def leave(self, name: str) -> None:
@@ -67,8 +68,18 @@ class Hub:
             self.ended(name)
         elif event.op in (Event.RESTARTED, Event.OVERFLOW):
             log.warning("events may have been lost")
-            for known in self.channels:
-                self._take_up(known)
+            for known, channel in self.channels.items():
+                if not channel.is_open:  # the open ones outlive the core
+                    self._take_up(known)
+
+    def _lost(self, name: str) -> None:
+        """The far end is gone, or started again and we have missed to be told."""
+        asyncio.get_running_loop().call_later(DRAIN_S, self._take_up_if_closed, name)
+
+    def _take_up_if_closed(self, name: str) -> None:
+        channel = self.channels.get(name)
+        if channel is not None and not channel.is_open:
+            self._take_up(name)
 
     def _take_up(self, name: str) -> None:
         with contextlib.suppress(NotFound):

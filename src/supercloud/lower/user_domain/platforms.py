@@ -36,6 +36,7 @@ from supercloud.wire.quota import Quota
 
 MAX_CONFIG_BYTES: Final = 1 << 20
 GRACE_S: Final = 2.0
+SWEEP_S: Final = 60.0
 DEAD: Final = ("failed", "stopped")
 
 log = logging.getLogger("supercloud.lower.user_domain.platforms")
@@ -164,13 +165,26 @@ class Platforms:
 
     async def adopt(self) -> None:
         """Take up what runs; account for what does not; give back what nobody knows."""
-        for record in list(self._records.by_name.values()):
-            async with self._lock(record.spec.name):
-                await self._adopt(record)
-        for name in await self._assembly.leftovers(set(self._records.by_name)):
-            await self._assembly.dismantle(name)
+        await asyncio.gather(*(self._adopt(r) for r in self._records.by_name.values()))
+        self._in_background(self._sweep())
+
+    async def _sweep(self) -> None:
+        """Now and then give back what nobody knows: a driver was away when it was to go."""
+        while True:
+            try:
+                for name in await self._assembly.leftovers(set(self._records.by_name)):
+                    async with self._lock(name):
+                        if name not in self._records.by_name:
+                            await self._assembly.dismantle(name)
+            except SupercloudError as error:
+                log.warning("sweep: %s", error)
+            await asyncio.sleep(SWEEP_S)
 
     async def _adopt(self, record: Record) -> None:
+        async with self._lock(record.spec.name):
+            await self._adopt_locked(record)
+
+    async def _adopt_locked(self, record: Record) -> None:
         name = record.spec.name
         interrupted = record.state in ("creating", "deleting")
         if self._assembly.exists(name) and not interrupted:

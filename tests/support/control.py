@@ -25,6 +25,7 @@ QUICK = Pace(
     boot_timeout_s=10.0,
     shutdown_timeout_s=2.0,
     settle_s=0.002,
+    apply_gap_s=0.01,
     sweep_s=0.2,
     recreate_first_s=0.02,
     recreate_longest_s=0.1,

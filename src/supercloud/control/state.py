@@ -1,7 +1,7 @@
 """Typed access to the documents in the store."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from supercloud.control.documents import (
     KINDS,
@@ -15,18 +15,22 @@ from supercloud.control.documents import (
     platform_key,
     ucloud_key,
 )
-from supercloud.control.store import Conflict, Store
+from supercloud.control.store import Conflict, Row, Store
 from supercloud.model.errors import NotFound
 
 AnyDocument = TypeVar("AnyDocument", UCloudDocument, PlatformDocument, EnvironmentDocument)
 
 
 class State:
-    """Documents by their names; every change is compare-and-set under the hood."""
+    """Documents by their names; every change is compare-and-set under the hood.
+
+    What ``get`` and the lists give is shared and not to be changed: only ``change`` changes.
+    """
 
     def __init__(self, store: Store) -> None:
         """``store`` holds the rows."""
         self.store = store
+        self._read: dict[str, tuple[int, Any]] = {}  # key -> version and document, as last read
 
     async def ucloud(self, name: str) -> UCloudDocument | None:
         """A U-Cloud, or None."""
@@ -85,6 +89,7 @@ class State:
     ) -> None:
         """Delete the document, whatever its version; gone already is fine."""
         key = key_of(document)
+        self._read.pop(key, None)
         while (row := await self.store.get(key)) is not None:
             try:
                 await self.store.delete_if_version(key, row.version)
@@ -93,11 +98,21 @@ class State:
 
     async def _get(self, cls: type[AnyDocument], key: str) -> AnyDocument | None:
         row = await self.store.get(key)
-        return None if row is None else load(cls, key, row.value)
+        if row is None:
+            self._read.pop(key, None)
+            return None
+        return self._document(cls, row)
 
     async def _list(self, cls: type[AnyDocument], prefix: str) -> list[AnyDocument]:
         rows, _ = await self.store.list(prefix)
-        return [load(cls, row.key, row.value) for row in rows]
+        return [self._document(cls, row) for row in rows]
+
+    def _document(self, cls: type[AnyDocument], row: Row) -> AnyDocument:
+        version, document = self._read.get(row.key, (0, None))
+        if version != row.version or document is None:
+            document = load(cls, row.key, row.value)
+            self._read[row.key] = (row.version, document)
+        return cast("AnyDocument", document)
 
 
 def kind_of(key: str) -> str:

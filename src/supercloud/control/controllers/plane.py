@@ -26,6 +26,7 @@ class Pace:
     boot_timeout_s: float = 240.0
     shutdown_timeout_s: float = 15.0
     settle_s: float = 0.02
+    apply_gap_s: float = 0.25
     sweep_s: float = 60.0
     token_lifetime_s: float = 3600.0
     recreate_first_s: float = 1.0

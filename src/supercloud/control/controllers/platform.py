@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 from supercloud.control import bootdata, specs
 from supercloud.control.controllers.plane import Plane
@@ -36,6 +37,7 @@ class PlatformController:
         """Acts through ``plane``."""
         self._plane = plane
         self._missed: dict[tuple[str, str], float] = {}  # since when, on the loop's clock
+        self._told: WeakKeyDictionary[AgentSession, float] = WeakKeyDictionary()  # when, likewise
 
     async def reconcile(self, ucloud: str, name: str) -> float | None:
         """One look; seconds until the next one, or None."""
@@ -56,8 +58,7 @@ class PlatformController:
         if session is None:
             return await self._wait(platform)
         self._missed.pop((ucloud, name), None)
-        await self._serve(platform, session)
-        return None
+        return await self._serve(platform, session)
 
     # -- towards a machine
 
@@ -187,7 +188,7 @@ class PlatformController:
 
     # -- with an agent
 
-    async def _serve(self, platform: PlatformDocument, session: AgentSession) -> None:
+    async def _serve(self, platform: PlatformDocument, session: AgentSession) -> float | None:
         if platform.state != "ready":
 
             def ready(document: PlatformDocument) -> None:
@@ -198,21 +199,28 @@ class PlatformController:
 
             platform = await self._change(platform, ready)
             self._plane.tell(platform, "platform.ready")
-        await self._apply(platform, session)
+        return await self._apply(platform, session)
 
-    async def _apply(self, platform: PlatformDocument, session: AgentSession) -> None:
+    async def _apply(self, platform: PlatformDocument, session: AgentSession) -> float | None:
+        """Tell the agent what to run, when that changed; not too often when much changes."""
+        now = asyncio.get_running_loop().time()
+        wait_s = self._told.get(session, -1e9) + self._plane.pace.apply_gap_s - now
+        if wait_s > 0:
+            return wait_s
         environments = await self._plane.state.environments(platform.ucloud)
         _, revision = await self._plane.state.store.list("lease/none/")
         apply = specs.apply_for(platform, environments, revision)
         agents, wanted = self._plane.agents, specs.fingerprint(apply)
         if agents.applied.get(session) == wanted:
-            return
+            return None
+        self._told[session] = now
         report = await self._plane.seam("link.apply", lambda: session.apply(apply))
         agents.applied[session] = wanted
         agents.take(platform.ucloud, platform.name, report)
         for item in environments:
             if platform.name in (item.ready_on, item.assignment.platform):
                 self._plane.look(environment_key(platform.ucloud, item.name), 0.0)
+        return None
 
     # -- away
 

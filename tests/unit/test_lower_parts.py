@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supercloud.isolation.kinds import PEERS, Site, kinds
@@ -92,6 +92,7 @@ def test_ports_that_others_use_are_left_out(tmp_path: Path) -> None:
         assert not is_free("127.0.0.1", taken.getsockname()[1])
 
 
+@settings(deadline=None)  # each step is on disk when it returns
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 9)), max_size=30))
 def test_ranges_never_overlap(tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int]]) -> None:  # fmt: skip
     ports = ranges(tmp_path_factory.mktemp("ports"))

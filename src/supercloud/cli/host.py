@@ -15,7 +15,7 @@ import typer
 from supercloud.cli.failure import report
 from supercloud.cli.table import table
 from supercloud.model.errors import BadState, Invalid, NotFound, SupercloudError
-from supercloud.model.sizes import format_size, parse_size
+from supercloud.model.sizes import UNITS, format_size, parse_size
 from supercloud.wire import admin
 
 STOP_TIMEOUT_S: Final = 60.0
@@ -219,7 +219,7 @@ def _domain_table(rows: list[dict[str, Any]]) -> str:
                 str(row["starts"]),
                 str(row["processes"]),
                 str(row["domains_inside"]),
-                format_size(row["memory_bytes"]),
+                _about(row["memory_bytes"]),
                 f"{row['cpu_us'] / 1e6:.1f}",
             )
             for row in rows
@@ -230,7 +230,7 @@ def _domain_table(rows: list[dict[str, Any]]) -> str:
 def _status_text(found: dict[str, Any]) -> str:
     usage = found["usage"]
     why = f" ({found['accelerator_reason']})" if found["accelerator_reason"] else ""
-    booked, most = (format_size(usage[n]) for n in ("booked_memory_bytes", "memory_bytes"))
+    booked, most = (_about(usage[n]) for n in ("booked_memory_bytes", "memory_bytes"))
     lines = {
         "instance": found["instance"],
         "listens on": found["listen"],
@@ -240,10 +240,18 @@ def _status_text(found: dict[str, Any]) -> str:
         "images": ", ".join(image[:19] for image in found["images"]),
         "runtime": found["runtime_sha256"][:12],
         "users": str(found["users"]),
-        "memory": f"{booked} of {most} promised, {format_size(usage['used_memory_bytes'])} in use",
+        "memory": f"{booked} of {most} promised, {_about(usage['used_memory_bytes'])} in use",
         "drivers": ", ".join(found["drivers"]),
     }
     return "\n".join(f"{name:<12} {value}" for name, value in lines.items())
+
+
+def _about(size_bytes: int) -> str:
+    """A measured size, for the eye: ``18.5MiB``."""
+    for unit in ("GiB", "MiB", "KiB"):
+        if size_bytes >= UNITS[unit]:
+            return f"{size_bytes / UNITS[unit]:.1f}{unit}"
+    return str(size_bytes)
 
 
 def _driver_text(rows: list[dict[str, Any]]) -> str:

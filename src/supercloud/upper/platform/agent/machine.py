@@ -30,6 +30,12 @@ from supercloud.wire.messages import EnvironmentSpec
 ENGINE_BYTES = 192 << 20  # QEMU's own memory beside the guest's, with its translation cache
 TRANSLATION_CACHE_MIB = 64
 MAX_PIDS = 256
+# What a kernel need not try in a virtual machine: a fifth of its boot under nested emulation.
+# The image's own arguments come after these, and win.
+QUICK_BOOT = (
+    "tsc=reliable no_timer_check noreplace-smp cryptomgr.notests rcupdate.rcu_expedited=1 "
+    "i8042.direct=1 i8042.dumbkbd=1 i8042.nopnp=1 i8042.noaux=1 pci=lastbus=0"
+)
 MIB = 1 << 20
 _QCOW2 = struct.Struct(">4sIQI")
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -187,7 +193,8 @@ class Machine:
                 if role in blobs:
                     number = opened(path_of(blobs[role].digest))
                     arguments += [f"-{role}", f"/proc/self/fd/{number}"]
-            return [*arguments, "-append", self.spec.image.append or "console=ttyS0 quiet"]
+            append = self.spec.image.append or "console=ttyS0 quiet"
+            return [*arguments, "-append", f"{QUICK_BOOT} {append}"]
         image, kind = opened(path_of(blobs["disk"].digest)), self.spec.image.format
         disk = opened(self.disk, os.O_RDWR)
         return [

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from supercloud.lower.core import descriptors
+from supercloud.lower.core import state as tables
 from supercloud.lower.core.domain import Domains
 from supercloud.lower.core.loop import Link
 from supercloud.lower.core.manifest import Kind
-from supercloud.lower.core.measure import Chain, Measurements, hash_descriptor, say
-from supercloud.lower.core.state import Context, Domain, Gone, Object, State, Values, checked_limits
+from supercloud.lower.core.measure import Chain, Measurements, say
+from supercloud.lower.core.state import Context, Domain, Object, State, Values
 from supercloud.lower.core.vault import Vault
 from supercloud.model import errors
 from supercloud.model.capability import KILLS, Capability, Limits, ObjectType, Rights
@@ -177,7 +178,7 @@ class Broker:
             raise errors.Denied(f"a {call.caller.kind.name} may not make a {call.first}")
         self._graph.check_room(call.caller.id, name, f"sched:{name}")
         kind, figures = self.state.manifest.kinds[call.first], call.args[1:7]
-        limits = checked_limits(figures) if any(figures) else kind.limits
+        limits = tables.checked_limits(figures) if any(figures) else kind.limits
         return Reply(self.make_domain(kind, name, limits, context, call))
 
     def make_domain(
@@ -194,7 +195,7 @@ class Broker:
             raise errors.Denied(f"{context.name} is of a kind that has no children")
         if context.path.count("/") >= MAX_DEPTH:
             raise errors.NoResources("scheduling contexts nest too deep")
-        context.check_domain(limits)
+        context.check(limits.cpu_permille, **tables.booking(limits))
         own = kind.own if kind.creates else limits
         if own.memory_bytes > limits.memory_bytes or own.pids > limits.pids:
             raise errors.NoResources(
@@ -314,7 +315,7 @@ class Broker:
             self._domains.end(domain, one_is_dead)
         return Reply(later=True) if gone.domains else _NOTHING
 
-    def _tell_revoked(self, gone: Gone, caller: Domain | None) -> None:
+    def _tell_revoked(self, gone: tables.Gone, caller: Domain | None) -> None:
         ended = {n: d for d, _, _ in gone.domains for n in (d.id, d.context.id)}
         for lost in gone.capabilities:
             holder, domain = self.state.domains.get(lost.holder), ended.get(lost.object_id)
@@ -326,11 +327,9 @@ class Broker:
                 self._domains.kill(holder, f"{lost.type.name.lower()} {lost.name!r} was revoked")
 
     def _close_object(self, ended: Object) -> None:
-        if ended.type is ObjectType.PORTAL:
-            descriptors.shut_down(ended.descriptors)
         for number in range(len(ended.descriptors)):
             self._vault.drop(f"o{ended.id}.{number}")
-        descriptors.close_all(ended.descriptors)
+        descriptors.close_all(ended.descriptors, shut_down=ended.type is ObjectType.PORTAL)
 
     # ---- portals, memory, semaphores
 
@@ -398,8 +397,7 @@ class Broker:
     def _renew_channels(self, domain: Domain) -> None:
         """A dead domain's channels: end-of-file on the old ends, new ones for who takes them."""
         for portal in [o for o in self.state.objects.values() if domain in o.ends]:
-            descriptors.shut_down(portal.descriptors)
-            descriptors.close_all(portal.descriptors)
+            descriptors.close_all(portal.descriptors, shut_down=True)
             self.open(portal)
             for end in self._graph.of_object(portal.id):
                 if end.end >= 0 and end.holder != domain.id:
@@ -412,10 +410,9 @@ class Broker:
             if memory.number > MAX_SEALED_BYTES:
                 raise errors.Invalid(f"only up to {MAX_SEALED_BYTES} bytes can be sealed")
             try:
-                descriptors.seal(memory.descriptors[0])
+                digest = descriptors.seal(memory.descriptors[0])
             except OSError as error:
                 raise errors.Busy("it is mapped for writing somewhere") from error
-            digest = hash_descriptor(memory.descriptors[0])
             self._measured.extend("memory", digest, f"{call.caller.name}/{memory.name}")
             self.commit("seal", call, id=memory.id, sha256=digest)
         return Reply((), bytes.fromhex(memory.sha256))
@@ -468,7 +465,10 @@ class Broker:
     # ---- scheduling contexts
 
     def _set_limits(self, call: Call) -> Reply:
-        context, new = self._need_context(call, Rights.CONTROL), checked_limits(call.args[1:7])
+        context, new = (
+            self._need_context(call, Rights.CONTROL),
+            tables.checked_limits(call.args[1:7]),
+        )
         old, groups = context.limits, self._domains.groups
         for what in context.booked:
             if getattr(new, what) < context.booked[what]:

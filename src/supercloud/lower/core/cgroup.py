@@ -1,103 +1,125 @@
 """Control groups: one group per scheduling context in every hierarchy found (v1, v2, hybrid).
 
-Groups nest as scheduling contexts do, under ``supercloud/<instance>``. A context that may have
-children keeps its own processes in a leaf ``own``, since v2 wants processes in leaves only.
+Groups nest as scheduling contexts do, under ``supercloud/<instance>``; their paths are relative to
+that. A context that may have children keeps its own processes in a leaf ``own``, since v2 wants
+processes in leaves only.
 """
 
 import os
 import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import NamedTuple
 
 from supercloud.model.capability import Limits
+from supercloud.model.errors import Unsupported
 
-TOP = "supercloud"
-OWN = "own"
+TOP, OWN = "supercloud", "own"
 _WANTED = frozenset({"cpu", "cpuacct", "memory", "pids"})
 _PERIOD_US = 100_000
 
 
-@dataclass(frozen=True, slots=True)
-class Hierarchy:
+class Hierarchy(NamedTuple):
     """One mounted tree of groups and those controllers of it that we use."""
 
     root: str
     controllers: frozenset[str]
     unified: bool
 
+    def settings(self, limits: Limits) -> dict[str, object]:
+        """Values of files for each limit that this tree can set; what is zero is not limited."""
+        quota_us = limits.cpu_permille * _PERIOD_US // 1000
+        wanted: dict[str, object] = {"pids.max": limits.pids or "max"}
+        if self.unified:
+            wanted["cpu.weight"] = limits.cpu_weight
+            wanted["cpu.max"] = f"{quota_us or 'max'} {_PERIOD_US}"
+            wanted["memory.max"] = limits.memory_bytes or "max"
+        else:
+            wanted["cpu.shares"] = max(2, limits.cpu_weight * 1024 // 100)
+            wanted["cpu.cfs_quota_us"] = quota_us or -1
+            wanted["memory.limit_in_bytes"] = limits.memory_bytes or -1
+        return {k: v for k, v in wanted.items() if k.split(".")[0] in self.controllers}
 
-def hierarchies(mountinfo: str | None = None) -> list[Hierarchy]:
-    """All trees worth using: where a controller of ours is, and v2 in any case (for kill)."""
-    mountinfo = mountinfo or _read("/proc/self/mountinfo")
+    def enable(self, directory: str) -> None:
+        """Pass a v2 tree's controllers on to a group's children."""
+        if self.unified and self.controllers:
+            wanted = " ".join(f"+{name}" for name in sorted(self.controllers))
+            _write(f"{directory}/cgroup.subtree_control", wanted)
+
+
+def hierarchies(mountinfo: str = "") -> list[Hierarchy]:
+    """All trees where a controller of ours is; Unsupported when one is nowhere."""
     found: dict[frozenset[str], Hierarchy] = {}
-    for line in mountinfo.splitlines():
+    for line in (mountinfo or _read("/proc/self/mountinfo")).splitlines():
         before, _, after = line.partition(" - ")
         kind, _, options = after.split(" ", 2)
-        root = before.split(" ")[4]
-        if kind == "cgroup":
-            controllers = _WANTED & set(options.split(","))
-            if controllers:
-                found.setdefault(controllers, Hierarchy(root, controllers, unified=False))
-        elif kind == "cgroup2":
-            controllers = _WANTED & set(_read(f"{root}/cgroup.controllers").split())
-            found.setdefault(frozenset({"v2"}), Hierarchy(root, controllers, unified=True))
+        root, unified = before.split(" ")[4], kind == "cgroup2"
+        if unified:
+            options = ",".join(_read(f"{root}/cgroup.controllers").split())
+        controllers = _WANTED & set(options.split(","))
+        if kind.startswith("cgroup") and controllers:
+            found.setdefault(controllers, Hierarchy(root, controllers, unified))
+    if missing := {"cpu", "memory", "pids"} - {name for tree in found for name in tree}:
+        raise Unsupported(f"no control groups for {missing}", hint="see supercloud doctor")
     return list(found.values())
 
 
 class Groups:
-    """The groups of one instance. Paths of groups are relative to the instance's."""
+    """The groups of one instance."""
 
     def __init__(self, instance: str) -> None:
-        self.trees, self._base = hierarchies(), f"{TOP}/{instance}"
+        self._trees, self._base = hierarchies(), f"{TOP}/{instance}"
         self.make_top()
 
     def make_top(self) -> None:
         """Make the instance's top group in every hierarchy."""
-        for tree in self.trees:
-            for directory in (tree.root, f"{tree.root}/{TOP}", self._directory(tree, "")):
-                os.makedirs(directory, exist_ok=True)
-                _enable(tree, directory)
+        for tree in self._trees:
+            for directory in ("", f"/{TOP}", f"/{self._base}"):
+                os.makedirs(tree.root + directory, exist_ok=True)
+                tree.enable(tree.root + directory)
 
     def create(self, path: str, limits: Limits, own: Limits | None) -> None:
         """Make a group; with ``own`` also its leaf, limited so, for processes."""
-        for tree in self.trees:
-            directory = self._directory(tree, path)
+        for tree, directory in self._each(path):
             os.makedirs(directory, exist_ok=True)
             if own:
-                _enable(tree, directory)
+                tree.enable(directory)
                 os.makedirs(f"{directory}/{OWN}", exist_ok=True)
         self.limit(path, limits)
         if own:
             self.limit(f"{path}/{OWN}", own)
 
     def limit(self, path: str, limits: Limits) -> None:
-        """Set the limits of a group; what is zero is not limited."""
-        for tree in self.trees:
-            for name, value in _settings(tree, limits).items():
-                _write(f"{self._directory(tree, path)}/{name}", str(value))
+        """Set the limits of a group."""
+        for tree, directory in self._each(path):
+            for name, value in tree.settings(limits).items():
+                _write(f"{directory}/{name}", str(value))
 
     def add(self, path: str, pid: int) -> None:
         """Move a process into a group."""
-        for tree in self.trees:
-            _write(f"{self._directory(tree, path)}/cgroup.procs", str(pid))
+        for _, directory in self._each(path):
+            _write(f"{directory}/cgroup.procs", str(pid))
 
     def remove(self, path: str) -> bool:
         """Remove a group with what is below; False while something in it is alive."""
-        return all(_remove(self._directory(tree, path)) for tree in self.trees)
+        return all(_remove(directory) for _, directory in self._each(path))
 
-    def kill(self, path: str = "") -> None:
+    def kill(self, path: str) -> None:
         """Kill every process in a group and below."""
-        for tree in self.trees:
-            _kill(self._directory(tree, path))
+        for _, directory in self._each(path):
+            for group, _, _ in os.walk(directory):
+                for pid in _read(f"{group}/cgroup.procs").split():
+                    with suppress(ProcessLookupError):
+                        os.kill(int(pid), signal.SIGKILL)
 
     def usage(self, path: str) -> tuple[int, int, int]:
         """(memory bytes, cpu microseconds, processes) of a group and below, now."""
         memory = cpu_us = pids = 0
-        for tree in self.trees:
-            directory = self._directory(tree, path)
+        for tree, directory in self._each(path):
             if "memory" in tree.controllers:
-                name = "memory.current" if tree.unified else "memory.usage_in_bytes"
-                memory = int(_read(f"{directory}/{name}"))
+                name = "current" if tree.unified else "usage_in_bytes"
+                memory = int(_read(f"{directory}/memory.{name}"))
             if "pids" in tree.controllers:
                 pids = int(_read(f"{directory}/pids.current"))
             if "cpuacct" in tree.controllers:
@@ -107,78 +129,41 @@ class Groups:
         return memory, cpu_us, pids
 
     def paths(self) -> set[str]:
-        """Every group there is, as relative paths, without the leaves ``own``."""
+        """Every group there is, without the leaves ``own``."""
         found = set()
-        for base in [self._directory(tree, "") for tree in self.trees]:
+        for _, base in self._each(""):
             found |= {os.path.relpath(group, base) for group, _, _ in os.walk(base)}
         return {path for path in found if path != "." and os.path.basename(path) != OWN}
 
-    def sweep(self, timeout_s: float = 10.0) -> bool:
-        """Kill all that is left of this instance and remove its groups; False when stuck."""
+    def sweep(self, path: str = "", timeout_s: float = 10.0) -> bool:
+        """Kill all that is in a group and remove it; False when stuck."""
         deadline_s = time.monotonic() + timeout_s
-        while not self.remove(""):
+        while not self.remove(path):
             if time.monotonic() > deadline_s:
                 return False
-            self.kill()
-            time.sleep(0.01)
-        for tree in self.trees:
-            _rmdir(f"{tree.root}/{TOP}")  # stays while another instance is up
+            self.kill(path)
+            time.sleep(0.005)
+        for tree in self._trees if not path else ():
+            with suppress(OSError):  # another instance is up
+                os.rmdir(f"{tree.root}/{TOP}")
         return True
 
-    def _directory(self, tree: Hierarchy, path: str) -> str:
-        return f"{tree.root}/{self._base}/{path}".rstrip("/")
-
-
-def _settings(tree: Hierarchy, limits: Limits) -> dict[str, str | int]:
-    """Values of files for each limit that this tree can set."""
-    quota_us = limits.cpu_permille * _PERIOD_US // 1000
-    wanted: dict[str, str | int] = {"pids.max": limits.pids or "max"}
-    if tree.unified:
-        wanted["cpu.weight"] = limits.cpu_weight
-        wanted["cpu.max"] = f"{quota_us or 'max'} {_PERIOD_US}"
-        wanted["memory.max"] = limits.memory_bytes or "max"
-    else:
-        wanted["cpu.shares"] = max(2, limits.cpu_weight * 1024 // 100)
-        wanted["cpu.cfs_quota_us"] = quota_us or -1
-        wanted["memory.limit_in_bytes"] = limits.memory_bytes or -1
-    return {name: wanted[name] for name in wanted if name.split(".")[0] in tree.controllers}
-
-
-def _enable(tree: Hierarchy, directory: str) -> None:
-    """Pass a v2 tree's controllers on to a group's children."""
-    if tree.unified and tree.controllers:
-        wanted = " ".join(f"+{name}" for name in sorted(tree.controllers))
-        _write(f"{directory}/cgroup.subtree_control", wanted)
-
-
-def _kill(directory: str) -> None:
-    if os.path.exists(f"{directory}/cgroup.kill"):
-        _write(f"{directory}/cgroup.kill", "1")
-        return
-    for group, _, _ in os.walk(directory):
-        for pid in _read(f"{group}/cgroup.procs").split():
-            try:
-                os.kill(int(pid), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+    def _each(self, path: str) -> Iterator[tuple[Hierarchy, str]]:
+        for tree in self._trees:
+            yield tree, f"{tree.root}/{self._base}/{path}".rstrip("/")
 
 
 def _remove(directory: str) -> bool:
-    return all(_rmdir(group) for group, _, _ in os.walk(directory, topdown=False))
-
-
-def _rmdir(directory: str) -> bool:
     try:
-        os.rmdir(directory)
-    except FileNotFoundError:
-        return True
+        for group, _, _ in os.walk(directory, topdown=False):
+            os.rmdir(group)
     except OSError:
-        return False
+        return not os.path.exists(directory)
     return True
 
 
 def _read(path: str) -> str:
-    with open(path, encoding="ascii") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         return file.read()
 
 

@@ -14,24 +14,18 @@ from supercloud.lower.core import descriptors, sandbox, system
 from supercloud.lower.core.broker import Broker
 from supercloud.lower.core.cgroup import Groups
 from supercloud.lower.core.domain import Domains
-from supercloud.lower.core.keeper import CONFIGURATION_STATUS, RESTART_STATUS, wake_on_signals
+from supercloud.lower.core.keeper import CONFIGURATION_STATUS, RESTART_STATUS, reap, wake_on_signals
 from supercloud.lower.core.loop import Loop
 from supercloud.lower.core.manifest import Sealed, parse
-from supercloud.lower.core.measure import (
-    Chain,
-    Measurements,
-    hash_tree,
-    read_chain,
-    read_sealed,
-    say,
-)  # fmt: skip
+from supercloud.lower.core.measure import Chain, Measurements, hash_tree, read_chain, say
+from supercloud.lower.core.measure import read_sealed as read
 from supercloud.lower.core.state import Domain, Object, State
 from supercloud.lower.core.vault import Vault
 from supercloud.model.capability import ObjectType
 from supercloud.model.errors import NotFound, UserError
 from supercloud.wire.frames import DomainState, Event
 
-_TIMEOUT_S = 15.0
+_STOP_TIMEOUT_S = 15.0
 _COPY, _READY = f"{sandbox.STAGE}/sealed", f"{sandbox.STAGE}/ready"
 
 
@@ -61,11 +55,16 @@ class Core:
         """Boot or take over, then serve until told to stop; the exit status."""
         if self._fresh:
             self._boot()
-        self._measure()
+        code = os.path.normpath(os.path.join(os.path.abspath(__file__), *[".."] * 3))
+        self._measured.extend("code", hash_tree(code), "supercloud")
+        for name, kind in self._manifest.kinds.items():
+            self._domains.filters[name] = self._copied(f"{name}.bpf", kind.filter)
+            if self._fresh:
+                self._measured.extend("filter", kind.filter.sha256 or "", name)
         if self._fresh:
             self._make_initial()
             for path in (_READY, self._ready):
-                os.close(os.open(path, os.O_CREAT | os.O_CLOEXEC, 0o644))
+                os.close(os.open(path, os.O_CREAT, 0o644))
         else:
             self._take_over()
         self._loop.watch(self._woken.fileno(), lambda _: self._on_signals(self._woken.recv(4096)))
@@ -79,7 +78,7 @@ class Core:
     def _copied(self, name: str, source: Sealed) -> bytes:
         """A file's content as it was at boot, checked against its hash then and now."""
         path = f"{_COPY}/{name}"
-        content = read_sealed(source if self._fresh else Sealed(path, source.sha256))
+        content = read(source if self._fresh else Sealed(path, source.sha256))
         if self._fresh:
             with open(path, "wb") as file:
                 file.write(content)
@@ -97,15 +96,6 @@ class Core:
         digest = descriptors.mount_runtime(self._manifest.runtime, sandbox.RUNTIME)
         self._measured.extend("runtime", digest, self._manifest.runtime.path)
         self._measured.extend("manifest", self._manifest.sha256, self._source)
-
-    def _measure(self) -> None:
-        """The code of this core, and the filters that it will apply."""
-        code = os.path.normpath(os.path.join(os.path.abspath(__file__), *[".."] * 3))
-        self._measured.extend("code", hash_tree(code), "supercloud")
-        for name, kind in self._manifest.kinds.items():
-            self._domains.filters[name] = self._copied(f"{name}.bpf", kind.filter)
-            if self._fresh:
-                self._measured.extend("filter", kind.filter.sha256 or "", name)
 
     def _make_initial(self) -> None:
         """The manifest's own domains, channels and grants."""
@@ -150,7 +140,12 @@ class Core:
         for made in self._state.objects.values():
             self._reattach(made)
         lost = [d for d in self._state.domains.values() if not self._adopt(d)]
-        self._clear_leftovers()
+        self._clear_stored()
+        for root in os.listdir(sandbox.ROOTS):  # what the dead core had begun to make, and to end
+            sandbox.unstage(f"{sandbox.ROOTS}/{root}")
+        wanted = {domain.context.path for domain in self._state.domains.values()}
+        for path in sorted(self._groups.paths() - wanted, reverse=True):
+            self._groups.sweep(path)
         for domain in self._state.domains.values():
             self._domains.prepare(domain)
         for process in self._domains.running.values():
@@ -162,8 +157,7 @@ class Core:
                 self._broker.resume(domain, logged=domain.state is DomainState.RUNNING)
 
     def _reattach(self, made: Object) -> None:
-        ends = 2 if made.type is ObjectType.PORTAL else 1
-        names = [f"o{made.id}.{number}" for number in range(ends)]
+        names = [f"o{made.id}.0", f"o{made.id}.1"][: 2 if made.ends else 1]
         if made.type is ObjectType.DEVICE:
             names = [f"i{made.name}"]
         if all(name in self._stored for name in names):
@@ -181,18 +175,6 @@ class Core:
         self._domains.watch(domain, started, socket.socket(fileno=self._stored.pop(end)))
         return True
 
-    def _clear_leftovers(self) -> None:
-        """What the dead core had begun to end, or to make without having logged it."""
-        for root in os.listdir(sandbox.ROOTS):
-            sandbox.unstage(f"{sandbox.ROOTS}/{root}")
-        self._clear_stored()
-        wanted = {domain.context.path for domain in self._state.domains.values()}
-        deadline_s = time.monotonic() + _TIMEOUT_S
-        for path in sorted(self._groups.paths() - wanted, reverse=True):
-            while not self._groups.remove(path) and time.monotonic() < deadline_s:
-                self._groups.kill(path)
-                time.sleep(0.005)
-
     def _clear_stored(self) -> None:
         for name in [name for name in self._stored if not name.startswith("i")]:
             self._vault.drop(name)
@@ -208,12 +190,7 @@ class Core:
         self._reap()
 
     def _reap(self) -> None:
-        pid = -1
-        while pid:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
+        for pid, status in reap():
             self._domains.ended(pid, status)
 
     def _stop(self) -> None:
@@ -222,7 +199,7 @@ class Core:
         for domain in list(self._state.domains.values()):
             if domain.id in self._state.domains:
                 self._broker.destroy(domain.id)
-        deadline_s = time.monotonic() + _TIMEOUT_S
+        deadline_s = time.monotonic() + _STOP_TIMEOUT_S
         while self._domains.dying and time.monotonic() < deadline_s:
             self._loop.turn(0.1)
             self._domains.tick()

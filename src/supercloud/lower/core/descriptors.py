@@ -38,23 +38,21 @@ OPEN: dict[ObjectType, Callable[[int], list[int]]] = {
 }
 
 
-def seal(descriptor: int) -> None:
-    """No more writing by anybody; OSError while it is mapped for writing."""
+def seal(descriptor: int) -> str:
+    """No more writing by anybody; its SHA-256. OSError while it is mapped for writing."""
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
     os.fchmod(descriptor, 0o444)
+    return hash_descriptor(descriptor)
 
 
-def shut_down(descriptors: list[int]) -> None:
-    """End a channel for whoever holds an end of it."""
-    for descriptor in descriptors:
-        with socket.socket(fileno=os.dup(descriptor)) as end:
-            end.shutdown(socket.SHUT_RDWR)
-
-
-def close_all(descriptors: list[int]) -> None:
-    """Close descriptors and empty the list."""
+def close_all(descriptors: list[int], *, shut_down: bool = False) -> None:
+    """Close descriptors and empty the list; a channel is ended for whoever holds an end of it."""
     while descriptors:
-        os.close(descriptors.pop())
+        if shut_down:
+            with socket.socket(fileno=descriptors.pop()) as end:
+                end.shutdown(socket.SHUT_RDWR)
+        else:
+            os.close(descriptors.pop())
 
 
 def mount_runtime(runtime: Sealed, target: str) -> str:
@@ -63,20 +61,16 @@ def mount_runtime(runtime: Sealed, target: str) -> str:
     if runtime.sha256 is None:
         system.bind(runtime.path, target, _READ_ONLY)
         return ZERO
-    descriptor = os.open(runtime.path, os.O_RDONLY)
-    try:
-        digest = hash_descriptor(descriptor)
+    with open(runtime.path, "rb") as file:
+        digest = hash_descriptor(file.fileno())
         if digest != runtime.sha256:
             raise Invalid(f"{runtime.path} has the hash {digest}", where="manifest.runtime")
-        path = f"/proc/self/fd/{descriptor}"
         try:
-            system.mount(path, target, "erofs", _READ_ONLY)
+            system.mount(f"/proc/self/fd/{file.fileno()}", target, "erofs", _READ_ONLY)
         except OSError as error:
             if error.errno not in (errno.ENOTBLK, errno.EINVAL, errno.ENOSYS):
                 raise
-            mount_by_loop(descriptor, target)
-    finally:
-        os.close(descriptor)
+            mount_by_loop(file.fileno(), target)
     return digest
 
 

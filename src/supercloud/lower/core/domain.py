@@ -5,7 +5,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from supercloud.lower.core import sandbox
@@ -17,8 +17,7 @@ from supercloud.lower.core.state import Domain
 from supercloud.lower.core.vault import Vault
 from supercloud.model.errors import BadState, NoResources
 
-_BACKOFF_S = (0.1, 5.0)
-_STEADY_S = 10.0
+_BACKOFF_S, _STEADY_S = (0.1, 5.0), 10.0
 _LOG_BYTES, _LOG_KEEP_BYTES, _LOG_FLOOD_BYTES = 1 << 20, 256 << 10, 256 << 20
 
 
@@ -35,12 +34,14 @@ class Process:
 
 
 class Domains:
-    """Every process of the host, by domain id."""
+    """Every process of the host; ``directory`` keeps logs and private directories."""
+
+    on_request: Callable[[Domain, Link, bytes], None]
+    on_exit: Callable[[Domain, int, float], None]
 
     def __init__(
         self, loop: Loop, vault: Vault, groups: Groups, manifest: Manifest, directory: str
     ) -> None:
-        """``directory`` keeps logs and private directories. The broker sets the callbacks."""
         self._loop, self._vault, self.groups, self._manifest = loop, vault, groups, manifest
         self._directory = directory
         self._backoff_s: dict[int, float] = {}
@@ -48,68 +49,60 @@ class Domains:
         self.filters: dict[str, bytes] = {}
         self.running: dict[int, Process] = {}
         self.dying: dict[Domain, Callable[[Domain], None]] = {}
-        self.on_request: Callable[[Domain, Link, bytes], None]
-        self.on_exit: Callable[[Domain, int, float], None]
         for name in ("log", "domains"):
             os.makedirs(f"{directory}/{name}", mode=0o711, exist_ok=True)
 
     def choose_slot(self, name: str, taken: set[int], *, keep: bool) -> int:
         """Which uid a domain gets: that of its private directory if it has one, else a free one."""
-        if keep and os.path.exists(self._private(name)):
-            return os.stat(self._private(name)).st_uid - self._manifest.uids.first
-        taken |= {domain.slot for domain in self.dying}
-        for entry in os.scandir(f"{self._directory}/domains"):
-            taken.add(entry.stat().st_uid - self._manifest.uids.first)
-        slot = next((n for n in range(self._manifest.uids.count) if n not in taken), None)
-        if slot is None:
-            raise NoResources("all uids of this host are taken")
-        return slot
+        uids, private = self._manifest.uids, os.scandir(f"{self._directory}/domains")
+        kept = {entry.name: entry.stat().st_uid - uids.first for entry in private}
+        if keep and name in kept:
+            return kept[name]
+        taken |= {domain.slot for domain in self.dying} | set(kept.values())
+        for slot in range(uids.count):
+            if slot not in taken:
+                return slot
+        raise NoResources("all uids of this host are taken")
 
     def prepare(self, domain: Domain) -> None:
         """Make what a domain needs before its first start: groups, its private directory."""
         kind, context = domain.kind, domain.context
         self.groups.create(context.path, context.limits, kind.own if kind.creates else None)
         if kind.state:
-            os.makedirs(self._private(domain.name), mode=0o700, exist_ok=True)
+            os.makedirs(self._private(domain), mode=0o700, exist_ok=True)
             uid = self._manifest.uids.first + domain.slot
-            os.chown(self._private(domain.name), uid, uid)
+            os.chown(self._private(domain), uid, uid)
 
     def purge(self, domain: Domain) -> None:
         """Remove a domain's private directory, and with it the claim to its uid."""
         import shutil  # noqa: PLC0415  costs memory, seldom needed
 
         if domain.kind.state:
-            shutil.rmtree(self._private(domain.name))
+            shutil.rmtree(self._private(domain))
 
     def start(self, domain: Domain, descriptors: list[int]) -> Process:
         """Run a domain's program; BadState or OSError when it could not be executed."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        output = os.open(self._log(domain), flags, 0o600)
-        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-        third = theirs.fileno() if domain.kind.speaks else null
-        admitted: list[int] = []
+        with ExitStack() as ends, ExitStack() as undo:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ends.enter_context(theirs)
+            undo.enter_context(ours)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            output, null = os.open(self._log(domain), flags, 0o600), os.open(os.devnull, os.O_RDWR)
+            for descriptor in (output, null):
+                ends.callback(os.close, descriptor)
 
-        def admit(made: sandbox.Started) -> None:
-            """Held at the gate: into its groups, and noted where a later core finds it."""
-            path = domain.context.path
-            self.groups.add(f"{path}/{OWN}" if domain.kind.creates else path, made.pid)
-            admitted.append(made.pid)
-            self._vault.put(f"p{domain.id}.{made.pid}", made.pidfd)
-            self._vault.put(f"s{domain.id}", ours.fileno())
+            def admit(made: sandbox.Started) -> None:
+                """Held at the gate: into its groups, and noted where a later core finds it."""
+                path = domain.context.path
+                self.groups.add(f"{path}/{OWN}" if domain.kind.creates else path, made.pid)
+                undo.callback(self._drop, domain, made.pid)
+                self._vault.put(f"p{domain.id}.{made.pid}", made.pidfd)
+                self._vault.put(f"s{domain.id}", ours.fileno())
 
-        try:
+            third = theirs.fileno() if domain.kind.speaks else null
             plan = self._plan(domain, [third, *descriptors], output)
             started = sandbox.start(plan, admit, name=f"{domain.id}.{domain.starts}")
-        except BaseException:
-            for pid in admitted:
-                self._drop(domain, pid)
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(output)
-            os.close(null)
+            undo.pop_all()
         return self.watch(domain, started, ours)
 
     def watch(self, domain: Domain, started: sandbox.Started, ours: socket.socket) -> Process:
@@ -120,7 +113,7 @@ class Domains:
             lambda link, data: self.on_request(domain, link, data),
             lambda what: self.kill(domain, what),
         )
-        process = Process(domain, started.pid, started.pidfd, link)
+        process = Process(domain, *started, link)
         self.running[domain.id] = self._by_pid[process.pid] = process
         return process
 
@@ -135,15 +128,14 @@ class Domains:
         process = self._by_pid.pop(pid, None)
         if process is None:
             return
-        domain = process.domain
         os.close(process.pidfd)
         if process.over is not None:
             process.over()
         else:  # logged before the keeper forgets it: a new core must not start it again
             process.link.close()
-            del self.running[domain.id]
-            self.on_exit(domain, status, time.monotonic() - process.started_s)
-        self._drop(domain, pid)
+            del self.running[process.domain.id]
+            self.on_exit(process.domain, status, time.monotonic() - process.started_s)
+        self._drop(process.domain, pid)
 
     def end(self, domain: Domain, done: Callable[[Domain], None]) -> None:
         """Kill a domain that is gone from the tables; ``done`` when nothing of it is left."""
@@ -168,8 +160,7 @@ class Domains:
         """Once a second: bound the logs, and retry what could not be removed."""
         for process in list(self.running.values()):
             self._bound_log(process.domain)
-        alive = {process.domain for process in self._by_pid.values()}
-        for domain in set(self.dying) - alive:
+        for domain in set(self.dying) - {process.domain for process in self._by_pid.values()}:
             self._bury(domain)
 
     def _bury(self, domain: Domain) -> None:
@@ -184,52 +175,44 @@ class Domains:
         self._vault.drop(f"s{domain.id}")
 
     def _plan(self, domain: Domain, descriptors: list[int], output: int) -> sandbox.Plan:
-        kind, uid = domain.kind, self._manifest.uids.first + domain.slot
+        kind, uid, argv = domain.kind, self._manifest.uids.first + domain.slot, domain.kind.argv
+        for index, number in enumerate(domain.numbers):
+            argv = tuple(argument.replace(f"{{{index}}}", str(number)) for argument in argv)
         usual = {"PATH": "/usr/bin:/usr/sbin", "HOME": "/run", "LANG": "C.UTF-8"}
         said = {"SUPERCLOUD_DOMAIN": domain.name, "SUPERCLOUD_KIND": kind.name}
-        private = (Bind(self._private(domain.name), sandbox.STATE_TARGET, writable=True),)
+        private = (Bind(self._private(domain), sandbox.STATE_TARGET, writable=True),)
+        parent = self.running.get(domain.parent.id) if domain.parent else None
+        if kind.network == "parent" and parent is None:
+            raise BadState(f"{domain.name} joins its creator's network, which does not run")
         return sandbox.Plan(
             kind=kind,
-            argv=[_fill(argument, domain.numbers) for argument in kind.argv],
+            argv=list(argv),
             environment={**usual, **kind.environment, **said},
             uid=uid,
             owner_uid=uid + self._manifest.uids.count,
             filter=self.filters[kind.name],
-            network=self._parent_network(domain) if kind.network == "parent" else -1,
+            network=parent.pidfd if parent and kind.network == "parent" else -1,
             binds=kind.binds + (private if kind.state else ()),
             descriptors=descriptors,
             output=output,
         )
 
-    def _parent_network(self, domain: Domain) -> int:
-        parent = self.running.get(domain.parent.id) if domain.parent else None
-        if parent is None:
-            raise BadState(f"{domain.name} joins its creator's network, which does not run")
-        return parent.pidfd
-
-    def _private(self, name: str) -> str:
-        return f"{self._directory}/domains/{name}"
+    def _private(self, domain: Domain) -> str:
+        return f"{self._directory}/domains/{domain.name}"
 
     def _log(self, domain: Domain) -> str:
         return f"{self._directory}/log/{domain.name}.log"
 
     def _bound_log(self, domain: Domain) -> None:
-        path = self._log(domain)
-        size = os.stat(path).st_size
-        if size <= _LOG_BYTES:
-            return
-        with open(path, "r+b", buffering=0) as log, open(f"{path}.1", "wb") as old:
-            log.seek(size - _LOG_KEEP_BYTES)
-            old.write(log.read(_LOG_KEEP_BYTES))
-            log.truncate(0)
+        size = os.stat(self._log(domain)).st_size
+        if size > _LOG_BYTES:
+            with open(self._log(domain), "r+b", buffering=0) as log:
+                log.seek(size - _LOG_KEEP_BYTES)
+                with open(f"{self._log(domain)}.1", "wb") as old:
+                    old.write(log.read(_LOG_KEEP_BYTES))
+                log.truncate(0)
         if size > _LOG_FLOOD_BYTES:
             self.kill(domain, "it floods its log")
-
-
-def _fill(argument: str, numbers: tuple[int, ...]) -> str:
-    for index, number in enumerate(numbers):
-        argument = argument.replace(f"{{{index}}}", str(number))
-    return argument
 
 
 def _kill(pidfd: int) -> None:

@@ -22,8 +22,7 @@ import time
 RESTART_STATUS, CONFIGURATION_STATUS = 75, 78
 """The core's exit status for: replace me at once; it makes no sense to try again."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
-_STOP_GRACE_S, _STOP_ATTEMPTS, _STEADY_S = 30.0, 3, 10.0
-_BACKOFF_S = (0.05, 5.0)
+_STOP_GRACE_S, _STOP_ATTEMPTS, _STEADY_S, _BACKOFF_S = 30.0, 3, 10.0, (0.05, 5.0)
 _MAX_MESSAGE = 256
 
 
@@ -39,6 +38,17 @@ def wake_on_signals() -> socket.socket:
     return woken
 
 
+def reap() -> list[tuple[int, int]]:
+    """(process id, wait status) of all children that have ended."""
+    ended: list[tuple[int, int]] = []
+    try:
+        while (end := os.waitpid(-1, os.WNOHANG))[0]:
+            ended.append(end)
+    except ChildProcessError:
+        pass  # no children at all
+    return ended
+
+
 class Keeper:
     """Descriptors by name, ends of children that the core has not heard of, and the core."""
 
@@ -46,29 +56,28 @@ class Keeper:
         self._options = options
         self._kept = {f"i{name}": number for name, number in inherited.items()}
         self._ends: list[bytes] = []
-        self._core_pid = self._status = 0
-        self._backoff_s = _BACKOFF_S[0]
+        self._core_pid = self._status = self._stop_attempts = 0
+        self._backoff_s, self._listening = _BACKOFF_S[0], False
         self._started_s = self._restart_at_s = self._stop_by_s = 0.0
-        self._stop_attempts, self._listening = 0, False
-        self._link = socket.socket()
-        self._woken = wake_on_signals()
+        self._link, self._woken = socket.socket(), wake_on_signals()
 
     def run(self) -> int:
         """Until stopped; the exit status."""
         while self._core_pid or not self._stop_by_s:
             if not self._core_pid and time.monotonic() >= self._restart_at_s:
                 self._start_core()
-            waiting = select.poll()
+            waiting, delay_s = select.poll(), 1.0
             waiting.register(self._woken, select.POLLIN)
             if self._core_pid:
                 sending = select.POLLOUT if self._listening and self._ends else 0
                 waiting.register(self._link, select.POLLIN | sending)
-            delay_s = 1.0 if self._core_pid else self._restart_at_s - time.monotonic()
-            ready = dict(waiting.poll(min(max(delay_s, 0.0), 1.0) * 1000))
+            else:
+                delay_s = min(max(self._restart_at_s - time.monotonic(), 0.0), delay_s)
+            ready = dict(waiting.poll(delay_s * 1000))
             if ready.get(self._link.fileno(), 0) & select.POLLIN:
                 self._serve()
             if ready.get(self._link.fileno(), 0) & select.POLLOUT:
-                self._send_ends()
+                self._send_ends(socket.MSG_DONTWAIT)
             if self._woken.fileno() in ready:
                 self._on_signals(self._woken.recv(4096))
             if self._core_pid and 0 < self._stop_by_s < time.monotonic():
@@ -89,10 +98,8 @@ class Keeper:
         core_end.close()
 
     def _become_core(self, core_end: socket.socket) -> None:
-        os.close(signal.set_wakeup_fd(-1))
-        for opened in (self._link, self._woken):
-            opened.close()
-        for descriptor in self._kept.values():
+        kept = [self._link.detach(), self._woken.detach(), *self._kept.values()]
+        for descriptor in [signal.set_wakeup_fd(-1), *kept]:
             os.close(descriptor)
         for name in [name for name in sys.modules if name.startswith("supercloud")]:
             del sys.modules[name]  # a planned replacement brings new code
@@ -102,10 +109,9 @@ class Keeper:
 
     def _serve(self) -> bool:
         """Take one message of the core; False when there is none."""
+        flags = socket.MSG_DONTWAIT
         try:
-            message, descriptors, _, _ = socket.recv_fds(
-                self._link, _MAX_MESSAGE, 4, socket.MSG_DONTWAIT
-            )
+            message, descriptors, _, _ = socket.recv_fds(self._link, _MAX_MESSAGE, 4, flags)
         except OSError:
             return False
         order, _, name = message.decode("ascii", "replace").partition(" ")
@@ -113,29 +119,23 @@ class Keeper:
             os.close(self._kept.pop(name))
         if order == "P" and descriptors:
             self._kept[name] = descriptors.pop()
-        elif order == "L":
-            self._send_all()
         for descriptor in descriptors:
             os.close(descriptor)
+        if order == "L":
+            self._send_ends(0, b".")
         return bool(message)
 
-    def _send_all(self) -> None:
+    def _send_ends(self, flags: int, last: bytes = b"") -> None:
+        """Send the ends of children; with ``last`` all descriptors before and that behind."""
         try:
-            for name, descriptor in self._kept.items():
+            for name, descriptor in self._kept.items() if last else ():
                 socket.send_fds(self._link, [f"F {name}".encode()], [descriptor])
             while self._ends:
-                self._link.send(self._ends[0])
+                self._link.send(self._ends[0], flags)
                 del self._ends[0]
-            self._link.send(b".")
-            self._listening = True
-        except OSError as error:  # the core died: it will be reaped and replaced
-            print(f"keeper: {error}", file=sys.stderr)
-
-    def _send_ends(self) -> None:
-        try:
-            while self._ends:
-                self._link.send(self._ends[0], socket.MSG_DONTWAIT)
-                del self._ends[0]
+            if last:
+                self._link.send(last)
+                self._listening = True
         except OSError:
             return  # full, or the core died: later
 
@@ -144,15 +144,10 @@ class Keeper:
             self._stop_core()
         if signal.SIGHUP in numbers and self._core_pid:
             os.kill(self._core_pid, signal.SIGHUP)
-        pid = -1
-        while pid:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid and pid == self._core_pid:
-                self._core_ended(status)
-            elif pid:
+        for pid, status in reap():
+            if pid == self._core_pid:
+                self._core_ended(os.waitstatus_to_exitcode(status))
+            else:
                 self._ends.append(f"X {pid} {status}".encode())
 
     def _stop_core(self) -> None:
@@ -163,24 +158,21 @@ class Keeper:
             self._start_core()
         os.kill(self._core_pid, signal.SIGTERM)
 
-    def _core_ended(self, status: int) -> None:
+    def _core_ended(self, code: int) -> None:
         while self._serve():  # what it stored before it ended
             pass
         self._link.close()
-        self._core_pid, code = 0, os.waitstatus_to_exitcode(status)
-        if self._stop_by_s:
-            if code and code != CONFIGURATION_STATUS and self._stop_attempts < _STOP_ATTEMPTS:
-                self._stop_core()
-            return
-        if code == RESTART_STATUS:
-            return
+        self._core_pid, now_s = 0, time.monotonic()
         if code == CONFIGURATION_STATUS:
-            self._status, self._stop_by_s = code, time.monotonic()
-        if time.monotonic() - self._started_s > _STEADY_S:
-            self._backoff_s = _BACKOFF_S[0]
-        self._restart_at_s = time.monotonic() + self._backoff_s
-        self._backoff_s = min(2 * self._backoff_s, _BACKOFF_S[1])
-        if code:
+            self._status, self._stop_by_s = code, now_s
+        elif self._stop_by_s:
+            if code and self._stop_attempts < _STOP_ATTEMPTS:
+                self._stop_core()
+        elif code != RESTART_STATUS:
+            if now_s - self._started_s > _STEADY_S:
+                self._backoff_s = _BACKOFF_S[0]
+            self._restart_at_s = now_s + self._backoff_s
+            self._backoff_s = min(2 * self._backoff_s, _BACKOFF_S[1])
             print(f"keeper: core ended with {code}", file=sys.stderr)
 
 

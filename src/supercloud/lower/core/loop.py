@@ -10,8 +10,7 @@ from collections.abc import Callable
 
 from supercloud.wire.frames import REQUEST, Event, pack_answer
 
-MAX_OFFENCES = 16
-MAX_QUEUED = 64
+MAX_OFFENCES, MAX_QUEUED = 16, 64
 Handler = Callable[[int], None]
 
 
@@ -26,8 +25,7 @@ class Loop:
         self._poll = select.poll()
         self._handlers: dict[int, Handler] = {}
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._serial = 0
-        self.running = True
+        self._serial, self.running = 0, True
 
     def watch(self, descriptor: int, handler: Handler, events: int = select.POLLIN) -> None:
         """Call ``handler(events)`` whenever one of these is the case."""
@@ -125,17 +123,14 @@ class Link:
         self._on_request(self, data)
 
     def _try(self, frame: bytes, descriptor: int) -> bool:
-        if not self._open:
-            return True
+        """False when it must wait. A domain that has closed its end need not be told."""
         try:
-            if descriptor < 0:
+            if self._open and descriptor < 0:
                 self._end.send(frame)
-            else:
+            elif self._open:
                 socket.send_fds(self._end, [frame], [descriptor])
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True  # it has closed its end: nobody to tell
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
         return True
 
     def _flush(self) -> None:

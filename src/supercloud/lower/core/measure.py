@@ -19,8 +19,7 @@ from typing import Any
 from supercloud.lower.core.manifest import Sealed
 from supercloud.model.errors import Invalid
 
-_CHUNK_BYTES, _MAX_FILE_BYTES = 1 << 20, 1 << 21
-ZERO = "0" * 64
+_CHUNK_BYTES, _MAX_FILE_BYTES, ZERO = 1 << 20, 1 << 21, "0" * 64
 
 
 class Chain:
@@ -28,9 +27,8 @@ class Chain:
 
     def __init__(self, path: str, *, fresh: bool) -> None:
         """Go on with a file, or with ``fresh`` put the old one aside and begin a new one."""
-        self._path, self._head, self._dirty = path, ZERO, False
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._descriptor = os.open(path, flags, 0o600)
+        self._head, self._dirty, flags = ZERO, False, os.O_RDWR | os.O_CREAT | os.O_APPEND
+        self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
         with open(path, "rb") as file:
             whole = [line for line in file if line.endswith(b"\n")]
         if whole:
@@ -39,7 +37,7 @@ class Chain:
         if fresh and whole:
             os.close(self._descriptor)
             os.replace(path, f"{path}.1")
-            self._descriptor = os.open(path, flags, 0o600)
+            self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record."""
@@ -47,7 +45,7 @@ class Chain:
         self._head = hashlib.sha256(f"{self._head}{body}".encode()).hexdigest()
         line = f'{{"h":"{self._head}","r":{body}}}\n'.encode()
         if os.write(self._descriptor, line) != len(line):
-            raise OSError(f"short write to {self._path}")
+            raise OSError("short write to a log")
         self._dirty = True
 
     def sync(self) -> None:
@@ -65,24 +63,21 @@ def read_chain(path: str) -> Iterator[dict[str, Any]]:
             try:
                 entry = json.loads(line)
                 body = json.dumps(entry["r"], separators=(",", ":"))
-                expected = hashlib.sha256(f"{head}{body}".encode()).hexdigest()
-                if head not in (None, ZERO) and entry["h"] != expected:
-                    raise Invalid("the chain is broken", where=f"{path}:{number}")
             except (ValueError, KeyError, TypeError) as error:
                 raise Invalid("a damaged line", where=f"{path}:{number}") from error
+            if head and entry["h"] != hashlib.sha256(f"{head}{body}".encode()).hexdigest():
+                raise Invalid("the chain is broken", where=f"{path}:{number}")
             head = entry["h"]
             yield entry["r"]
 
 
 class Measurements:
-    """The event log of what this host runs."""
+    """The event log of what this host runs; ``fresh`` as for a chain."""
 
     def __init__(self, path: str, *, fresh: bool) -> None:
-        """Go on with the log, or begin anew with the register at zero."""
         known = [] if fresh else list(read_chain(path))
         self._register = known[-1]["register"] if known else ZERO
-        self._count = len(known)
-        self._chain = Chain(path, fresh=fresh)
+        self._count, self._chain = len(known), Chain(path, fresh=fresh)
 
     def extend(self, event: str, digest: str, subject: str) -> None:
         """Note that ``subject`` of that SHA-256 is in use from now on."""
@@ -102,6 +97,17 @@ def hash_descriptor(descriptor: int) -> str:
     return digest.hexdigest()
 
 
+def hash_tree(directory: str) -> str:
+    """SHA-256 over names and hashes of the Python files below a directory."""
+    found = [os.path.join(d, name) for d, _, names in os.walk(directory) for name in names]
+    digest = hashlib.sha256()
+    for path in sorted(path for path in found if path.endswith((".py", ".pyc"))):
+        with open(path, "rb") as file:
+            line = f"{os.path.relpath(path, directory)} {hash_descriptor(file.fileno())}\n"
+        digest.update(line.encode())
+    return digest.hexdigest()
+
+
 def read_sealed(sealed: Sealed) -> bytes:
     """A file's content, if it has the hash that is expected of it."""
     with open(sealed.path, "rb") as file:
@@ -109,20 +115,6 @@ def read_sealed(sealed: Sealed) -> bytes:
     if sealed.sha256 and hashlib.sha256(content).hexdigest() != sealed.sha256:
         raise Invalid(f"{sealed.path} is not what the manifest says")
     return content
-
-
-def hash_tree(directory: str) -> str:
-    """SHA-256 over names and contents of the Python files below a directory."""
-    digest = hashlib.sha256()
-    for folder, folders, files in os.walk(directory):
-        folders.sort()
-        for name in sorted(name for name in files if name.endswith((".py", ".pyc"))):
-            path = os.path.join(folder, name)
-            with open(path, "rb") as file:
-                content = file.read()
-            relative = os.path.relpath(path, directory)
-            digest.update(f"{len(relative)} {relative} {len(content)} ".encode() + content)
-    return digest.hexdigest()
 
 
 def say(event: str, **what: Any) -> None:

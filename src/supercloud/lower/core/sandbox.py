@@ -16,25 +16,21 @@ import stat
 import struct
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
 from supercloud.lower.core import system
 from supercloud.lower.core.manifest import Bind, Kind
 from supercloud.model.errors import BadState
 
-STAGE = "/mnt"
-"""Covered by a tmpfs in the keeper's private mount namespace; roots are laid out below."""
+STAGE = "/mnt"  # covered by a tmpfs in the keeper's private mount namespace
 RUNTIME, ROOTS, STATE_TARGET = f"{STAGE}/runtime", f"{STAGE}/roots", "/run/state"
-_PLAIN_DEVICES = ("null", "zero", "full", "random", "urandom")
+_PLAIN_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _SAFE = system.MS_NOSUID | system.MS_NODEV
-_START_TIMEOUT_S = 20.0
-_NO_DESCRIPTOR = 1 << 30
+_START_TIMEOUT_MS = 20_000
 _GO = b"g"
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """All that :func:`start` needs; ``descriptors`` become 3, 4, ... and ``output`` 1 and 2.
 
     ``network`` is a descriptor of a process whose network namespace it joins, or -1.
@@ -66,29 +62,35 @@ def start(plan: Plan, admit: Callable[[Started], None], *, name: str) -> Started
     descriptor); if the caller dies before it returns, the child ends. BadState says which step
     failed; the child is gone then.
     """
-    with ExitStack() as cleanup:
-        root = f"{ROOTS}/{name}"
+    root = f"{ROOTS}/{name}"
+    with ExitStack() as cleanup, ExitStack() as childs:
         os.mkdir(root)
         cleanup.callback(unstage, root)
         _stage(plan, root)
-        go_read, go_write = os.pipe()
-        error_read, error_write = os.pipe()
-        ours = ExitStack()
-        for ends, stack in (((go_read, error_read), cleanup), ((go_write, error_write), ours)):
-            for descriptor in ends:
-                stack.callback(os.close, descriptor)
-        with ours:
-            started = _clone(plan)
-            if started.pid == 0:
-                _child(plan, root, go_read, error_write)
-            try:
-                _map_ids(started.pid, plan.uid)
-                admit(started)
-                os.write(go_write, _GO)
-            except BaseException:
-                _discard(started)
-                raise
-        _await_execution(started, error_read)
+        (go_read, go_write), (error_read, error_write) = os.pipe(), os.pipe()
+        for descriptor in (go_read, go_write, error_read):
+            cleanup.callback(os.close, descriptor)
+        childs.callback(os.close, error_write)
+        started = _clone(plan)
+        if started.pid == 0:
+            _child(plan, root, go_read, error_write)
+        try:
+            for ids in ("uid_map", "gid_map"):
+                with open(f"/proc/{started.pid}/{ids}", "w", encoding="ascii") as file:
+                    file.write(f"{plan.uid} {plan.uid} 1\n")
+            admit(started)
+            os.write(go_write, _GO)
+            childs.close()
+            waiting = select.poll()
+            waiting.register(error_read, select.POLLIN)
+            said = os.read(error_read, 4096) if waiting.poll(_START_TIMEOUT_MS) else b"timed out"
+            if said:  # else the pipe was closed by execution
+                raise BadState(said.decode())
+        except BaseException:
+            signal.pidfd_send_signal(started.pidfd, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, started.pidfd, os.WEXITED)
+            os.close(started.pidfd)
+            raise
         return started
 
 
@@ -107,79 +109,42 @@ def _stage(plan: Plan, root: str) -> None:
         system.mount("tmpfs", root + target, "tmpfs", _SAFE | system.MS_NOEXEC, private)
     flags = system.MS_NOSUID | system.MS_NOEXEC
     system.mount("tmpfs", f"{root}/dev", "tmpfs", flags, "size=64k,mode=0755")
-    for name in _PLAIN_DEVICES:
-        _make_node(f"/dev/{name}", f"{root}/dev/{name}", 0o666, 0)
-    for path in plan.kind.devices:
+    for path in _PLAIN_DEVICES + plan.kind.devices:  # nodes of our own, with its owner and mode
+        found, plain = os.stat(path), path in _PLAIN_DEVICES
+        if not stat.S_ISCHR(found.st_mode) and not stat.S_ISBLK(found.st_mode):
+            raise BadState(f"{path} is not a device")
         os.makedirs(os.path.dirname(root + path), exist_ok=True)
-        _make_node(path, root + path, 0o600, plan.uid)
+        os.mknod(root + path, stat.S_IFMT(found.st_mode), found.st_rdev)
+        os.chown(root + path, 0 if plain else plan.uid, 0)
+        os.chmod(root + path, 0o666 if plain else 0o600)
     system.mount("", f"{root}/dev", "", system.MS_REMOUNT | flags | system.MS_RDONLY)
     for bind in plan.binds:
         target = root + bind.target
-        os.makedirs(os.path.dirname(target), exist_ok=True)
         if os.path.isdir(bind.source):
             os.makedirs(target, exist_ok=True)
         else:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
             os.close(os.open(target, os.O_CREAT | os.O_CLOEXEC, 0o644))
         system.bind(bind.source, target, _SAFE | (0 if bind.writable else system.MS_RDONLY))
-
-
-def _make_node(source: str, target: str, mode: int, uid: int) -> None:
-    """A device node of our own like ``source``, so that its owner and mode are the domain's."""
-    found = os.stat(source)
-    if not stat.S_ISCHR(found.st_mode) and not stat.S_ISBLK(found.st_mode):
-        raise BadState(f"{source} is not a device")
-    os.mknod(target, stat.S_IFMT(found.st_mode) | mode, found.st_rdev)
-    os.chmod(target, mode)
-    os.chown(target, uid, uid)
 
 
 def _clone(plan: Plan) -> Started:
     flags = system.NEW_EVERYTHING
     if plan.kind.network != "own":
         flags &= ~system.CLONE_NEWNET
-    home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    home, pid = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC), -1
     try:
         if plan.network >= 0:
             system.setns(plan.network, system.CLONE_NEWNET)
         os.setresuid(-1, plan.owner_uid, -1)
-        started = Started(*system.clone3(flags, signal.SIGCHLD))
-    except BaseException:
-        _come_home(plan, home)
-        raise
-    if started.pid:
-        _come_home(plan, home)
-    return started
-
-
-def _come_home(plan: Plan, home: int) -> None:
-    os.setresuid(-1, 0, -1)
-    if plan.network >= 0:
-        system.setns(home, system.CLONE_NEWNET)
-    os.close(home)
-
-
-def _map_ids(pid: int, uid: int) -> None:
-    for name in ("uid_map", "gid_map"):
-        with open(f"/proc/{pid}/{name}", "w", encoding="ascii") as file:
-            file.write(f"{uid} {uid} 1\n")
-
-
-def _await_execution(started: Started, error_read: int) -> None:
-    """Wait until the error pipe closes by execution; what it says is why it failed."""
-    said, waiting = b"", select.poll()
-    waiting.register(error_read, select.POLLIN)
-    if waiting.poll(_START_TIMEOUT_S * 1000):
-        said = os.read(error_read, 4096)
-        if not said:
-            return
-    _discard(started)
-    raise BadState(said.decode() or "timed out")
-
-
-def _discard(started: Started) -> None:
-    signal.pidfd_send_signal(started.pidfd, signal.SIGKILL)
-    os.waitid(os.P_PIDFD, started.pidfd, os.WEXITED)
-    os.close(started.pidfd)
+        pid, pidfd = system.clone3(flags, signal.SIGCHLD)
+    finally:
+        if pid:  # not in the child
+            os.setresuid(-1, 0, -1)
+            if plan.network >= 0:
+                system.setns(home, system.CLONE_NEWNET)
+            os.close(home)
+    return Started(pid, pidfd)
 
 
 def _child(plan: Plan, root: str, go_read: int, error_write: int) -> NoReturn:
@@ -207,7 +172,7 @@ def _gather(plan: Plan, go_read: int, error_write: int) -> int:
     for number, descriptor in enumerate([null, output, output, *rest]):
         os.dup2(descriptor, number, inheritable=True)
     os.closerange(3 + len(rest), go)
-    os.closerange(error + 1, _NO_DESCRIPTOR)
+    os.closerange(error + 1, 1 << 30)
     if os.read(go, 1) != _GO:
         os._exit(126)
     os.close(go)
@@ -223,7 +188,8 @@ def _steps(plan: Plan, root: str) -> list[tuple[str, Callable[[], None]]]:
         ("identity", lambda: _become(plan.uid)),
         ("root", lambda: _enter(root, proc=kind.proc)),
         ("loopback", lambda: _loopback_up() if kind.network == "own" else None),
-        ("limits", lambda: _limit(kind.nofile)),
+        ("descriptor limit", lambda: _limit(resource.RLIMIT_NOFILE, kind.nofile)),
+        ("core limit", lambda: _limit(resource.RLIMIT_CORE, 0)),
         ("capabilities", system.drop_capabilities),
         ("landlock", lambda: system.landlock(files, tcp=kind.tcp)),
         ("filter", lambda: system.install_filter(plan.filter)),
@@ -256,6 +222,5 @@ def _loopback_up() -> None:
         fcntl.ioctl(probe, siocsifflags, struct.pack("16sH14x", b"lo", iff_up))
 
 
-def _limit(nofile: int) -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (nofile, nofile))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def _limit(what: int, most: int) -> None:
+    resource.setrlimit(what, (most, most))

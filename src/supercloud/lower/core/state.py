@@ -45,10 +45,6 @@ class Context:
         if self.limits.cpu_permille and cpu_permille > self.limits.cpu_permille:
             raise NoResources(f"cpu_permille: {self.name} has {self.limits.cpu_permille}")
 
-    def check_domain(self, limits: Limits) -> None:
-        """NoResources unless a domain of these limits fits."""
-        self.check(limits.cpu_permille, **booking(limits))
-
     def book(self, sign: int = 1, **more: int) -> None:
         """Add to (or with ``sign`` -1 take from) what is booked."""
         for what, amount in more.items():

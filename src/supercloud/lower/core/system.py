@@ -10,21 +10,15 @@ import errno
 import os
 import struct
 
-CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 1 << 17, 1 << 25, 1 << 26, 1 << 27
-CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_PIDFD = 1 << 28, 1 << 29, 1 << 30, 1 << 12
-NEW_EVERYTHING = CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC
-NEW_EVERYTHING |= CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET
-
+CLONE_NEWNS, CLONE_NEWNET, CLONE_PIDFD = 1 << 17, 1 << 30, 1 << 12
+# mount, cgroup, uts, ipc, user, pid and net namespaces
+NEW_EVERYTHING = CLONE_NEWNS | 1 << 25 | 1 << 26 | 1 << 27 | 1 << 28 | 1 << 29 | CLONE_NEWNET
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
-MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
-_MNT_DETACH = 2
-
+MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE, _MNT_DETACH = 32, 4096, 16384, 1 << 18, 2
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 _PR_CAPBSET_DROP, _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 24, 28, 38
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _SECUREBITS_LOCKED = 0x2F  # noroot, no_setuid_fixup and their locks; keep_caps locked off
-_LAST_CAPABILITY = 63
-
 _SYS_CAPSET, _SYS_PIVOT_ROOT, _SYS_SECCOMP, _SYS_CLONE3 = 126, 155, 317, 435
 _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
 
@@ -33,8 +27,7 @@ _libc = ctypes.PyDLL(None, use_errno=True)
 
 def _check(result: int, what: str) -> int:
     if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"{what}: {os.strerror(code)}")
+        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
     return result
 
 
@@ -46,15 +39,13 @@ def _call(number: int, *args: object) -> int:
 def prctl(option: int, *args: int) -> int:
     """As in the manual; missing arguments are zero."""
     padded = (*args, 0, 0, 0, 0)[:4]
-    result = _libc.prctl(option, *(ctypes.c_ulong(arg) for arg in padded))
-    return _check(result, f"prctl {option}")
+    return _check(_libc.prctl(option, *map(ctypes.c_ulong, padded)), f"prctl {option}")
 
 
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
     """As in the manual; empty strings are NULL."""
     texts = [text.encode() or None for text in (source, target, kind)]
-    data = options.encode() or None
-    result = _libc.mount(*texts, ctypes.c_ulong(flags), data)
+    result = _libc.mount(*texts, ctypes.c_ulong(flags), options.encode() or None)
     _check(result, f"mount {source or kind} on {target}")
 
 
@@ -82,7 +73,7 @@ def unshare(flags: int) -> None:
 
 
 def setns(descriptor: int, kind: int) -> None:
-    """Join the namespace of that kind that a descriptor stands for."""
+    """Join the namespace of that kind behind a descriptor."""
     _check(_libc.setns(descriptor, kind), "setns")
 
 
@@ -94,16 +85,15 @@ def clone3(flags: int, exit_signal: int) -> tuple[int, int]:
     pidfd = ctypes.c_int(-1)
     # struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack and so on
     words = (flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, exit_signal, *[0] * 6)
-    arguments = struct.pack("11Q", *words)
-    pid = _check(_call(_SYS_CLONE3, arguments, len(arguments)), "clone3")
+    pid = _check(_call(_SYS_CLONE3, struct.pack("11Q", *words), 88), "clone3")
     return pid, pidfd.value if pid else -1
 
 
 def drop_capabilities() -> None:
     """No capability in any set, none to be had again, no privilege by execve."""
-    for number in range(_LAST_CAPABILITY + 1):
-        if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(number), 0, 0, 0) < 0:
-            break  # one past the last that this kernel knows
+    number = 0
+    while _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(number), 0, 0, 0) >= 0:
+        number += 1  # until one past the last that this kernel knows
     prctl(_PR_SET_SECUREBITS, _SECUREBITS_LOCKED)
     prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     _check(_call(_SYS_CAPSET, struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
@@ -117,33 +107,28 @@ def install_filter(program: bytes) -> None:
     _check(_call(_SYS_SECCOMP, 1, 0, descriptor), "seccomp")
 
 
-EXECUTE, READ_FILE, READ_DIR = 1, 4, 8
-ALL_BUT_EXECUTE = (1 << 16) - 2
+EXECUTE, READ_FILE, READ_DIR, ALL_BUT_EXECUTE = 1, 4, 8, (1 << 16) - 2
 _LANDLOCK_FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # how many, by ABI; later ones have 16
-_TCP_BIND_CONNECT, _NET_SINCE_ABI = 3, 4
-_SCOPE_ABSTRACT_UNIX_AND_SIGNALS, _SCOPE_SINCE_ABI = 3, 6
 
 
 def landlock(paths: list[tuple[str, int]] | None, *, tcp: bool) -> None:
     """Confine to ``paths`` with their rights (None: no file rules); no TCP unless ``tcp``.
 
-    What an older kernel does not know is left out; without Landlock nothing is done.
+    No abstract sockets or signals to outside. What an older kernel does not know is left out.
     """
     abi = _call(_SYS_LANDLOCK_CREATE, 0, 0, 1)
     if abi < 0 and ctypes.get_errno() in (errno.ENOSYS, errno.EOPNOTSUPP):
         return
     _check(abi, "landlock")
-    handled = 0 if paths is None else (1 << _LANDLOCK_FILE_RIGHTS.get(abi, 16)) - 1
-    net = _TCP_BIND_CONNECT if abi >= _NET_SINCE_ABI and not tcp else 0
-    scope = _SCOPE_ABSTRACT_UNIX_AND_SIGNALS if abi >= _SCOPE_SINCE_ABI else 0
-    if not handled | net | scope:
+    files = 0 if paths is None else (1 << _LANDLOCK_FILE_RIGHTS.get(abi, 16)) - 1
+    attributes = struct.pack("QQQ", files, 3 if abi >= 4 and not tcp else 0, 3 if abi >= 6 else 0)
+    if not any(attributes):
         return
-    size = 24 if abi >= _SCOPE_SINCE_ABI else 16 if abi >= _NET_SINCE_ABI else 8
-    attributes = struct.pack("QQQ", handled, net, scope)
+    size = 24 if abi >= 6 else 16 if abi >= 4 else 8
     ruleset = _check(_call(_SYS_LANDLOCK_CREATE, attributes, size, 0), "landlock")
     for path, rights in paths or ():
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        rule = struct.pack("=Qi", rights & handled, descriptor)
+        rule = struct.pack("=Qi", rights & files, descriptor)
         _check(_call(_SYS_LANDLOCK_ADD, ruleset, 1, rule, 0), f"landlock {path}")
         os.close(descriptor)
     _check(_call(_SYS_LANDLOCK_RESTRICT, ruleset, 0), "landlock")

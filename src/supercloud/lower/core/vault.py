@@ -10,11 +10,7 @@ class Vault:
     """Descriptors by name at the keeper; see its docstring for the messages."""
 
     def __init__(self, link: socket.socket) -> None:
-        self._link = link
-
-    def fileno(self) -> int:
-        """The descriptor that shows later messages."""
-        return self._link.fileno()
+        self._link, self.fileno = link, link.fileno
 
     def put(self, name: str, descriptor: int) -> None:
         """Store a copy; it is safe there when this returns, even if the core dies at once."""
@@ -29,9 +25,10 @@ class Vault:
         stored: dict[str, int] = {}
         ends: list[tuple[int, int]] = []
         self._link.send(b"L")
-        flags = socket.MSG_CMSG_CLOEXEC
         while True:
-            message, descriptors, _, _ = socket.recv_fds(self._link, _MAX_MESSAGE, 1, flags)
+            message, descriptors, _, _ = socket.recv_fds(
+                self._link, _MAX_MESSAGE, 1, socket.MSG_CMSG_CLOEXEC
+            )
             kind, *words = message.decode().split(" ")
             if kind == "F":
                 stored[words[0]] = descriptors[0]
@@ -51,5 +48,5 @@ class Vault:
                 return True
             if not message:
                 return False
-            _, pid, status = message.decode().split(" ")
+            _, pid, status = message.split(b" ")
             ended(int(pid), int(status))

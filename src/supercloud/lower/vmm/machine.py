@@ -15,7 +15,7 @@ QEMU = "/usr/bin/qemu-system-x86_64"
 FIRMWARE = ("/usr/share/seabios", "/usr/share/qemu")
 FREE_ROOT_PORTS = 4
 TRANSLATION_CACHE_MIB = 128
-# Beside the console: what a kernel need not try in a virtual machine, a fifth of its boot under TCG.
+# Beside the console: what a kernel need not try in a virtual machine; a fifth of its boot.
 KERNEL_ARGUMENTS = (
     "console=ttyS0 panic=-1 quiet tsc=reliable no_timer_check noreplace-smp cryptomgr.notests "
     "rcupdate.rcu_expedited=1 i8042.direct=1 i8042.dumbkbd=1 i8042.nopnp=1 i8042.noaux=1"

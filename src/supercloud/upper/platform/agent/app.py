@@ -23,10 +23,7 @@ from supercloud.upper.platform.agent.processes import run as run_program
 from supercloud.upper.platform.agent.scratch import Scratch
 from supercloud.wire.messages import CONTROL_TO_AGENT, PlatformReport, handlers
 
-MODULES = (
-    *("dm_crypt", "aesni_intel", "xts", "bridge", "veth", "tun", "overlay", "erofs"),
-    *("nf_tables", "nft_ct", "nft_chain_nat", "nft_nat", "nft_masq"),
-)
+MODULES = ("bridge", "veth", "tun", "nf_tables", "nft_ct", "nft_chain_nat", "nft_nat", "nft_masq")
 
 log = logging.getLogger("supercloud.agent")
 
@@ -92,7 +89,7 @@ class Agent:
         prefetch.prefetch(*prefetch.CONTAINERS)
         if self._uplink and self._boot.uplink == "dhcp":
             self._leasing = asyncio.ensure_future(self._uplink.keep())
-        for step in (_load_modules, self._scratch.ready, self._accelerator.probe):
+        for step in (self._scratch.ready, _load_modules, self._accelerator.probe):
             try:
                 await step()
             except (SupercloudError, OSError) as error:

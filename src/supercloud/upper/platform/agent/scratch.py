@@ -10,6 +10,7 @@ from supercloud.upper.platform.agent.processes import run
 
 MAPPING = "scratch"
 SERIAL = "scratch"
+MODULES = ("dm_crypt", "xts", "aesni_intel")  # the kernel would ask for the ciphers one by one
 # The file system dies with its key: no journal, nothing to reserve, nothing to zero now.
 _FORMAT = (
     "mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-i", "16384",
@@ -56,7 +57,7 @@ async def _set_up() -> None:
 async def _mount_encrypted(device: str) -> None:
     mapped = devicemapper.find(MAPPING)
     if not mapped:
-        await run("modprobe", "-a", "dm_crypt")
+        await run("modprobe", "-a", *MODULES)
         mapped = devicemapper.crypt(MAPPING, device)
     await run(*_FORMAT, mapped, env={"PATH": os.environ["PATH"], "MKE2FS_SYNC": "0"})
     os.makedirs(paths.DATA, exist_ok=True)

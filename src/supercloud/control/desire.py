@@ -96,9 +96,15 @@ def _place(
     try:
         return place(spec.environments, hosts, standing)
     except NoResources as error:
-        silent = [f"{o.provider.name}: {o.unreachable}" for o in offers if o.unreachable]
+        silent = "; ".join(f"{o.provider.name}: {o.unreachable}" for o in offers if o.unreachable)
+        if silent and not hosts:
+            raise NoResources(
+                f"no provider can be reached: {silent}",
+                hint="see that its host runs, and that you are enrolled there (supercloud ca)",
+                where=error.where,
+            ) from error
         if silent:
-            error.message += "; not reachable: " + "; ".join(silent)
+            error.message += f"; not reachable: {silent}"
             error.args = (error.message,)
         raise
 

@@ -147,7 +147,7 @@ class Dialer:
             signed = self._authority.issue(asked.csr_pem, self._identity)
             await connection.peer.call("identity.install", encode(signed), timeout_s=CALL_TIMEOUT_S)
         except ConnectionLost as error:
-            raise self._why_lost(connection, error) from error
+            raise self._why_lost(connection) from error
 
     async def _check_pin(self, pin: str) -> None:
         pinned = await self._pins.get(PIN)
@@ -175,11 +175,20 @@ class Dialer:
             raise
         except TimeoutError as error:
             raise Temporary(f"{target} did not answer in {CONNECT_TIMEOUT_S:g} s") from error
+        except (ConnectionResetError, ConnectionAbortedError, ssl.SSLEOFError) as error:
+            raise Temporary(f"{target} hung up: is {target.user} enrolled there?") from error
         except (OSError, EOFError) as error:
             raise Temporary(f"{target} cannot be reached: {error}") from error
 
-    def _why_lost(self, connection: Connection, lost: ConnectionLost) -> Exception:
-        return why_lost(connection, str(self.target)) or lost
+    def _why_lost(self, connection: Connection) -> Exception:
+        """Of a connection that was lost before it carried anything: a refusal, most probably.
+
+        The alert that would say so is overtaken when the domain closes with our request unread.
+        """
+        return why_lost(connection, str(self.target)) or Temporary(
+            f"{self.target} hung up: was {self.target.user} enrolled there "
+            "with the certificate that `supercloud ca` prints?"
+        )
 
 
 def why_lost(connection: Connection, whom: str) -> Denied | None:

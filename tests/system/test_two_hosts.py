@@ -1,0 +1,90 @@
+"""One U-Cloud over two hosts of two providers: where its environments run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.inventory import inventory, uids_of
+from support.slots import vm_slots
+from support.stack import Host, Stack, stack
+
+pytestmark = [pytest.mark.vm, pytest.mark.root]
+
+BODY = """\
+environments:
+  - {{name: web, kind: container, image: 'oci:{examples}/web', memory: 32MiB, ports: [8080],
+     replicas: 2, placement: {{spread: provider}}}}
+  - {{name: western, kind: container, image: 'oci:{examples}/web', memory: 32MiB, ports: [8080],
+     placement: {{region: region-west}}}}
+  - {{name: eastern, kind: container, image: 'oci:{examples}/web', memory: 32MiB, ports: [8080],
+     placement: {{provider: east}}}}
+  - {{name: away, kind: container, image: 'oci:{examples}/web', memory: 32MiB,
+     placement: {{anti_affinity: [eastern]}}}}
+platform: {{memory: 512MiB, scratch: 1GiB}}
+"""
+
+
+@pytest.fixture(scope="module")
+def wide(product_images: Path, example_images: Path) -> Iterator[Stack]:
+    with vm_slots(2), stack(product_images, hosts=("east", "west")) as made:
+        for host in made.hosts:
+            made.enrol("wide", host, memory="1GiB")
+        made.cli("up", made.manifest("wide", BODY.format(examples=example_images)))
+        yield made
+
+
+def rows(made: Stack) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in made.json("ps")}
+
+
+def test_replicas_that_are_to_be_spread_are_at_both_providers(wide: Stack) -> None:
+    assert {rows(wide)[name]["provider"] for name in ("web", "web-2")} == {"east", "west"}
+
+
+def test_wishes_about_region_provider_and_company_are_met(wide: Stack) -> None:
+    found = rows(wide)
+    assert found["western"]["provider"] == "west"
+    assert found["eastern"]["provider"] == "east"
+    assert found["away"]["provider"] == "west"
+
+
+def test_everything_serves_on_the_ports_of_its_own_host(wide: Stack) -> None:
+    for row in rows(wide).values():
+        assert row["state"] == "serving", row
+        host = wide.hosts[row["provider"]]
+        assert all(int(url.rpartition(":")[2]) in host.ports for url in row["urls"])
+        said = wide.cli("exec", f"wide/{row['name']}", "--", "hostname").stdout
+        assert said.strip() == row["name"]
+
+
+def test_each_host_has_one_platform_and_books_it(wide: Stack) -> None:
+    for host in wide.hosts.values():
+        (user,) = host.json("user", "list")
+        assert user["used"]["vms"] == 1
+        assert user["used"]["memory_bytes"] >= 512 << 20
+
+
+def test_a_wish_that_cannot_be_met_is_refused_and_changes_nothing(
+    wide: Stack, example_images: Path
+) -> None:
+    before = rows(wide)
+    body = BODY.replace("replicas: 2", "replicas: 3").format(examples=example_images)
+    said = wide.cli("up", wide.manifest("wide", body), status=8).stderr
+    assert "web" in said
+    assert rows(wide) == before
+
+
+def test_down_leaves_nothing_on_either_host(wide: Stack) -> None:
+    wide.cli("down", "wide")
+    for host in wide.hosts.values():
+        (user,) = host.json("user", "list")
+        assert not any(user["used"][name] for name in ("memory_bytes", "disk_bytes", "vms"))
+        host.stop()
+        assert not left(host), host.name
+
+
+def left(host: Host) -> dict[str, list[str]]:
+    nothing = inventory("none", [], range(0))
+    return inventory(host.instance, uids_of(host.instance), host.ports).since(nothing)

@@ -42,6 +42,10 @@ from support.link import Link
 FIRST_PORT = 30080
 PORTS = 4
 _LINK_NETWORK = "net=169.254.77.0/24,host=169.254.77.1,dns=169.254.77.3,dhcpstart=169.254.77.4"
+_KERNEL_ARGUMENTS = (  # as the VMM has them
+    "console=ttyS0 rdinit=/init panic=-1 quiet tsc=reliable no_timer_check noreplace-smp "
+    "cryptomgr.notests rcupdate.rcu_expedited=1 i8042.noaux=1 i8042.nopnp=1"
+)
 _SHELL = """#!/bin/sh
 export PATH=/usr/sbin:/usr/bin HOME=/root PS1=
 setsid sh -c "stty -echo -onlcr; cat | sh" < /dev/ttyS1 > /dev/ttyS1 2>&1 &
@@ -120,7 +124,7 @@ class Platform:
             *ToolTree().argv("qemu-system-x86_64"), *MACHINE,
             "-m", f"{self.memory_mib}M", "-smp", "1",
             "-kernel", str(self.images / "vmlinux"), "-initrd", str(self._initrd()),
-            "-append", "console=ttyS0 rdinit=/init panic=-1 quiet",
+            "-append", _KERNEL_ARGUMENTS,
             "-serial", f"file:{self.directory}/console",
             "-serial", f"unix:{self.directory}/shell,server=on,wait=off",
             *self._disks(),

@@ -92,7 +92,7 @@ def test_a_host_that_does_not_run_is_said_to_be_away() -> None:
 
 def test_status_and_drivers_tell_what_there_is(host: RunningHost) -> None:
     shown = command("status", "--instance", host.instance).stdout
-    for said in ("t-cli", "accelerator", "sha256:", "disk, uplink"):
+    for said in (host.instance, "accelerator", "sha256:", "disk, uplink"):
         assert said in shown
     drivers = json.loads(command("drivers", "--instance", host.instance, "--json").stdout)
     assert [row["driver"] for row in drivers] == ["disk", "uplink"]
@@ -100,7 +100,8 @@ def test_status_and_drivers_tell_what_there_is(host: RunningHost) -> None:
 
 def test_run_and_stop_leave_nothing(tmp_path: Path) -> None:
     port = free_port()
-    words = ("--instance", "t-run", "--state", str(tmp_path / "s"), "--images", str(images()))
+    instance = f"t-run-{os.getpid()}"
+    words = ("--instance", instance, "--state", str(tmp_path / "s"), "--images", str(images()))
     with subprocess.Popen(
         [COMMAND, "run", *words, "--listen", f"127.0.0.1:{port}"],
         stdout=subprocess.PIPE, text=True,
@@ -109,13 +110,13 @@ def test_run_and_stop_leave_nothing(tmp_path: Path) -> None:
         said = ""
         while not said.startswith("serving"):
             said = process.stdout.readline()
-        assert said == f"serving t-run on 127.0.0.1:{port}\n"
+        assert said == f"serving {instance} on 127.0.0.1:{port}\n"
         assert Path(f"/proc/{process.pid}/comm").read_text().startswith("python")  # it became it
-        done = command("stop", "--instance", "t-run", "--json")
+        done = command("stop", "--instance", instance, "--json")
         assert json.loads(done.stdout) == {"stopped": True}
         assert process.wait(10) == 0
-    assert not Path(admin.RUN, "t-run").exists()
-    groups = [d for d, _, _ in os.walk("/sys/fs/cgroup") if "/supercloud/t-run" in d]
+    assert not Path(admin.RUN, instance).exists()
+    groups = [d for d, _, _ in os.walk("/sys/fs/cgroup") if f"/supercloud/{instance}" in d]
     assert groups == []
 
 

@@ -53,9 +53,11 @@ def uid0(pids: list[int]) -> list[str]:
     )
 
 
-async def test_info_says_what_is_allowed_and_nothing_is_used(user: ControlPlane) -> None:
+async def test_info_says_what_is_allowed_and_nothing_is_used(
+    host: RunningHost, user: ControlPlane
+) -> None:
     info = decode(HostInfo, await user.call("host.info"))
-    assert (info.instance, info.region, info.jurisdiction) == ("t-lower", "local", "local")
+    assert (info.instance, info.region, info.jurisdiction) == (host.instance, "local", "local")
     assert info.quota.memory_bytes == GIB
     assert info.quota.disk_bytes == 2 * GIB
     assert (info.quota.cpu_permille, info.quota.vms) == (1000, 1)
@@ -209,7 +211,7 @@ async def test_the_key_never_changes_and_the_certificate_is_the_installed_one(
     async with user.connected() as second:
         shown = second.writer.get_extra_info("ssl_object")
         assert tls.pin_of_peer(shown) == pin
-        assert str(tls.peer_identity(shown)) == "supercloud://demo/host/t-lower"
+        assert str(tls.peer_identity(shown)) == f"supercloud://demo/host/{host.instance}"
 
 
 async def test_a_certificate_that_does_not_fit_is_not_installed(
@@ -367,7 +369,7 @@ async def test_a_killed_core_is_replaced_and_nobody_notices(
 
 
 def test_admin_socket_is_for_root_only_and_refuses_garbage(host: RunningHost) -> None:
-    path = admin.socket_path("t-lower")
+    path = admin.socket_path(host.instance)
     assert os.stat(path).st_mode & 0o777 == 0o600
     for sent in (b"\xff\xff\xff\xff", b"\0\0\0\x02no", b"\0\0\0\x02[]"):
         with socket.socket(socket.AF_UNIX) as sock:
@@ -382,9 +384,9 @@ def test_admin_socket_is_for_root_only_and_refuses_garbage(host: RunningHost) ->
 
 
 def test_users_come_back_after_a_restart_and_nothing_is_left_in_between(tmp_path: Path) -> None:
-    instance = "t-restart"
+    instance = f"t-restart-{os.getpid()}"
     before = leftovers(instance)
-    with running_host(tmp_path, instance) as host:
+    with running_host(tmp_path, "t-restart") as host:
         plane = ControlPlane(tmp_path, host, "demo")
         plane.enrol(vms=1, memory_bytes=GIB)
         asyncio.run(plane.call("host.info"))
@@ -435,6 +437,13 @@ def test_instances_share_a_machine_without_sharing_anything_else(
 
 
 def test_a_second_host_on_the_same_state_is_refused(host: RunningHost) -> None:
-    other = RunningHost(host.directory, "t-lower")
+    other = RunningHost(host.directory, "t-other")
     with pytest.raises(AssertionError, match=r"runs on .* already"):
         other.start()
+
+
+def test_a_second_host_of_the_same_name_is_refused(host: RunningHost, tmp_path: Path) -> None:
+    other = RunningHost(tmp_path, "t-lower")
+    with pytest.raises(AssertionError, match=r"runs on .* already"):
+        other.start()
+    assert host.admin("status")["instance"] == host.instance

@@ -80,7 +80,7 @@ def booked(host: RunningHost) -> dict[str, Any]:
         "processes": len(pids_of_session(host.pid)),
         "domains": host.admin("status")["usage"]["booked_domains"],
         "inside": host.admin("host.domains")[0]["domains_inside"],
-        "groups": sum("t-vm" in d for d, _, _ in os.walk("/sys/fs/cgroup")),
+        "groups": sum(host.instance in d for d, _, _ in os.walk("/sys/fs/cgroup")),
         "files": sorted(str(p) for p in host.state.glob("domains/disk/*/*")),
     }
 

@@ -73,7 +73,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrokenIntoHost]:
         "result = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
         "result = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
         "result = socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)",
-        "s = socket.socket(socket.AF_UNIX); result = s.connect('/run/supercloud-host/t-evil/admin.sock')",
+        "s = socket.socket(socket.AF_UNIX); result = s.connect('/run/supercloud-host/x/admin.sock')",
         "result = os.open('/usr/bin/python3.13', os.O_WRONLY)",
         "result = open('/opt/evil', 'w')",
     ],
@@ -250,5 +250,5 @@ print(json.dumps(reached))
 
 def test_the_user_is_still_there_after_all_this(host: BrokenIntoHost) -> None:
     plane = ControlPlane(host.directory, host, "victim")
-    assert asyncio.run(plane.call("host.info"))["instance"] == "t-evil"
+    assert asyncio.run(plane.call("host.info"))["instance"] == host.instance
     assert Path(f"/proc/{host.pid_of('user:victim')}").exists()

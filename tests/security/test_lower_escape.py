@@ -108,7 +108,7 @@ GROW = "result = os.ftruncate(message.descriptors[0], 1 << 40) or os.fstat(4).st
 
 SYSTEM = [
     "result = os.listdir('/run/state')",
-    "result = open('/run/supercloud-host/t-escape/admin.sock')",
+    "result = os.listdir('/run/supercloud-host')",
     "result = open('/dev/kvm')",
     "result = open('/dev/mem')",
     "os.setuid(0); result = 1",

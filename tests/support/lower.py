@@ -44,7 +44,8 @@ class RunningHost:
     """``supercloud-host run`` of an instance with a state directory of its own."""
 
     def __init__(self, directory: Path, instance: str) -> None:
-        self.directory, self.instance = directory, instance
+        self.directory = directory
+        self.instance = f"{instance}-{os.getpid()}"  # several runs of the tests may go on
         self.state = directory / "state"
         self.port = free_port()
         self.program = str(START)

@@ -55,11 +55,11 @@ def start(options: Options) -> NoReturn:
         raise Denied("a host is started by root", hint="sudo supercloud-host run ...")
     os.umask(0o022)
     os.makedirs(options.state, mode=0o755, exist_ok=True)
-    lock = _lock(options)
-    share = registry.claim(options.instance, options.state)
-    adopted = images.adopt(options.images, options.state)
     run = f"{admin.RUN}/{options.instance}"
     os.makedirs(run, mode=0o755, exist_ok=True)
+    locks = [_lock(directory, options.instance) for directory in (options.state, run)]
+    share = registry.claim(options.instance, options.state)
+    adopted = images.adopt(options.images, options.state)
     inherited = {
         "listener": _listen(options.listen),
         "admin": _admin_socket(admin.socket_path(options.instance)),
@@ -75,7 +75,7 @@ def start(options: Options) -> NoReturn:
     path = f"{options.state}/grant-manifest.json"
     grants.write(manifest, path)
     _note_pid(run)
-    _become_keeper(path, run, options.state, inherited, lock)
+    _become_keeper(path, run, options.state, inherited, locks)
 
 
 def _options(arguments: list[str]) -> Options:
@@ -132,15 +132,15 @@ def _range(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def _lock(options: Options) -> int:
+def _lock(directory: str, instance: str) -> int:
     """Held as long as the keeper lives, for it inherits the descriptor."""
-    descriptor = os.open(f"{options.state}/host.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(f"{directory}/host.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise Busy(
-            f"a host runs on {options.state} already",
-            hint=f"supercloud-host stop --instance {options.instance}",
+            f"a host runs on {directory} already",
+            hint=f"stop it (supercloud-host stop --instance {instance}) or name another instance",
         ) from error
     return descriptor
 
@@ -215,12 +215,13 @@ def _note_pid(run: str) -> None:
 
 
 def _become_keeper(
-    manifest: str, run: str, state: str, inherited: dict[str, int], lock: int
+    manifest: str, run: str, state: str, inherited: dict[str, int], locks: list[int]
 ) -> NoReturn:
     argv: list[Any] = [sys.executable, "-I", "-S", "-B", _KEEPER, "--manifest", manifest]
     argv += ["--run", run, "--state", state]
     for name, descriptor in inherited.items():
         argv += ["--fd", f"{name}={descriptor}"]
         os.set_inheritable(descriptor, True)
-    os.set_inheritable(lock, True)
+    for lock in locks:
+        os.set_inheritable(lock, True)
     os.execv(sys.executable, argv)  # noqa: S606

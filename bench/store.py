@@ -23,8 +23,8 @@ import ab
 
 from supercloud.control.store import SqliteStore
 
-CALLERS, EACH = 256, 40
-ROWS_PER_TRANSACTION = 100
+CALLERS, EACH = 256, 150
+ROWS_PER_TRANSACTION, RAW_TRANSACTIONS = 100, 60
 SINGLE_COMMITS = 100
 VALUE = b"x" * 400
 AT_LEAST_RATE, AT_MOST_COMMITS = 0.25, 3.0
@@ -116,7 +116,7 @@ class Raw:
             begin = time.perf_counter()
             self._commit(1)
             self.single_s.append(time.perf_counter() - begin)
-        transactions = CALLERS * EACH // ROWS_PER_TRANSACTION // 4
+        transactions = RAW_TRANSACTIONS
         begin = time.perf_counter()
         for _ in range(transactions):
             self._commit(ROWS_PER_TRANSACTION)

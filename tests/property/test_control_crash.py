@@ -127,7 +127,6 @@ def test_any_story_of_wishes_and_kills_ends_as_wished(chapters):
         run(_story(Path(directory), chapters))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("after", [False, True])
 def test_every_single_effect_of_up_and_down_may_be_the_last(after, tmp_path):
     async def count():

@@ -27,6 +27,7 @@ RUNTIME, ROOTS, STATE_TARGET = f"{STAGE}/runtime", f"{STAGE}/roots", "/run/state
 _PLAIN_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _SAFE = system.MS_NOSUID | system.MS_NODEV
 _START_TIMEOUT_MS = 20_000
+_FIRST_SPARE = 512  # descriptors are gathered above this before they get their final numbers
 _GO = b"g"
 
 
@@ -165,14 +166,14 @@ def _child(plan: Plan, root: str, go_read: int, error_write: int) -> NoReturn:
 def _gather(plan: Plan, go_read: int, error_write: int) -> int:
     """Give descriptors their final numbers, close all others, wait for the word to go on."""
     wanted = (plan.output, go_read, error_write, *plan.descriptors)
-    free = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(wanted)  # above all others
-    spare = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, free) for fd in wanted]
+    spare = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_SPARE) for fd in wanted]
     output, go, error, *rest = spare  # ascending
     null = os.open("/dev/null", os.O_RDWR)
     for number, descriptor in enumerate([null, output, output, *rest]):
         os.dup2(descriptor, number, inheritable=True)
-    os.closerange(3 + len(rest), go)
-    os.closerange(error + 1, 1 << 30)
+    edges = [2 + len(rest), go, error, 1 << 30]  # there may be others of the core between them
+    for low, high in zip(edges, edges[1:], strict=False):
+        os.closerange(low + 1, high)
     if os.read(go, 1) != _GO:
         os._exit(126)
     os.close(go)

@@ -16,6 +16,7 @@ import stat
 import struct
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import NamedTuple, NoReturn
 
 from supercloud.lower.core import system
@@ -172,7 +173,7 @@ def _gather(plan: Plan, go_read: int, error_write: int) -> int:
     for number, descriptor in enumerate([null, output, output, *rest]):
         os.dup2(descriptor, number, inheritable=True)
     edges = [2 + len(rest), go, error, 1 << 30]  # there may be others of the core between them
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         os.closerange(low + 1, high)
     if os.read(go, 1) != _GO:
         os._exit(126)

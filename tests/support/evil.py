@@ -34,6 +34,8 @@ def attempt(code):
     pid = os.fork()
     if pid == 0:
         space = dict(globals())
+        # each call's number is used once, and the parent does not see what a child has used
+        core._sequence = int.from_bytes(os.urandom(4), "big") >> 1
         try:
             exec(code, space)
             said = {"done": repr(space.get("result"))}
@@ -90,6 +92,31 @@ control = socket.socket(fileno=take_when_there("control"))
 message = portal.receive(control)
 portal.send(control, {"i": message.untrusted["i"], "r": {"state": "running"}})
 for attack in attacks:
+    print("ATTACK " + json.dumps([attack, attempt(attack)]), flush=True)
+print("ATTACKS OVER", flush=True)
+while True:
+    time.sleep(60)
+"""
+)
+
+# A user's domain that executes what stands before its CA, and logs how each line went.
+EVIL_USER = (
+    _TOOLS
+    + r"""
+from supercloud.lower.portal import Portal
+
+def take_when_there(name):
+    while True:
+        try:
+            return core.take(core.lookup(name).selector)
+        except UserError:
+            time.sleep(0.01)
+
+identity = take_when_there("identity")
+told = json.loads(os.pread(identity, os.fstat(identity).st_size, 0).rstrip(b"\0"))
+for driver in ("disk", "uplink"):
+    globals()[driver] = Portal(socket.socket(fileno=take_when_there(driver)), driver)
+for attack in json.loads(told["ca_pem"].partition("-----BEGIN")[0]):
     print("ATTACK " + json.dumps([attack, attempt(attack)]), flush=True)
 print("ATTACKS OVER", flush=True)
 while True:

@@ -192,6 +192,7 @@ class Multiplexing(Component):
         disk, uplink = (self.core.lookup(f"domain:{n}").selector for n in ("disk", "uplink"))
         charge = Rights.CHARGE | Rights.READ
         self.core.delegate(domain.scheduling, disk, charge, f"sched:{user.name}")
+        self.core.delegate(domain.scheduling, uplink, Rights.READ, f"sched:{user.name}")
         self.core.delegate(domain.selector, uplink, Rights.CONNECT, f"domain:{user.name}")
         for entry in self.core.entries():
             if entry.name.startswith("image."):

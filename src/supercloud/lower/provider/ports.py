@@ -36,6 +36,11 @@ class PortRanges:
         with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii") as file:
             self.held = {name: (start, count) for name, (start, count) in json.load(file).items()}
 
+    @property
+    def size(self) -> int:
+        """How many ports there are in all."""
+        return self._last - self._first + 1
+
     def allot(self, holder: str, count: int) -> Range:
         """The holder's range; made when there is none of this size. NoResources."""
         if self.held.get(holder, (0, -1))[1] == count:

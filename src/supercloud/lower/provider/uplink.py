@@ -15,8 +15,9 @@ from supercloud.lower.component import Component
 from supercloud.lower.names import domain_name
 from supercloud.lower.portal import Request
 from supercloud.lower.provider.ports import PortRanges, Range, is_free
+from supercloud.lower.quota import from_limits
 from supercloud.model.capability import Rights
-from supercloud.model.errors import NotFound
+from supercloud.model.errors import NoResources, NotFound
 from supercloud.wire.frames import DomainState
 
 USER_PREFIX = "user:"
@@ -60,6 +61,7 @@ class UplinkDriver(Component):
         user, platform = _user(request), request.name("platform")
         count = request.number("ports", 0, MAX_PORTS)
         name = domain_name(DOMAIN_PREFIX, user, platform)
+        self._check_share(user, platform, count)
         first, count = self._ranges.allot(f"{user}/{platform}", count)
         if self._find(name) is None:
             self._make(user, name, count)
@@ -97,6 +99,20 @@ class UplinkDriver(Component):
                 for holder, (first, count) in sorted(self._ranges.held.items())
             ],
         }
+
+    def _check_share(self, user: str, platform: str, count: int) -> None:
+        """No more uplinks than machines, and half of the ports at most; NoResources."""
+        others = {
+            holder: ports
+            for holder, (_, ports) in self._ranges.held.items()
+            if holder.startswith(f"{user}/") and holder != f"{user}/{platform}"
+        }
+        vms = from_limits(self.core.limits(self.core.lookup(f"sched:{user}").selector)).vms
+        if len(others) >= vms:
+            raise NoResources(f"{user} has {len(others)} uplinks, as many as machines are allowed")
+        most = max(1, self._ranges.size // 2)
+        if count + sum(others.values()) > most:
+            raise NoResources(f"{user} may have {most} host ports in all", hint="ask for fewer")
 
     def _make(self, user: str, name: str, count: int) -> None:
         kind = "uplink-net" if count else "uplink-net-closed"

@@ -41,7 +41,7 @@ class Containers:
             await self.platform.apply(self.first)
             await self.platform.until("web", "running", "serving")
             await self.platform.shell(
-                f"mkdir -p /run/bench && sed 's#\"/ee/{self.first.uid}\"#\"/bench\"#' "
+                f'mkdir -p /run/bench && sed \'s#"/ee/{self.first.uid}"#"/bench"#\' '
                 f"{paths.RUN}/ee/{self.first.uid}/config.json > /run/bench/config.json"
             )
 

@@ -66,14 +66,13 @@ def main() -> int:
     parser.add_argument("--idle", type=float, default=60.0, help="seconds before it is measured")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    with vm_slots():
-        with stack(ROOT / "build" / "images") as made:
-            made.enrol("hello", "here")
-            made.cli("up", made.manifest("hello", BODY.format(build=ROOT / "build" / "examples")))
-            time.sleep(given.idle)
-            rows = host_rows(made)
-            assert made.control is not None
-            control = pss_mib(made.control.pid)
+    with vm_slots(), stack(ROOT / "build" / "images") as made:
+        made.enrol("hello", "here")
+        made.cli("up", made.manifest("hello", BODY.format(build=ROOT / "build" / "examples")))
+        time.sleep(given.idle)
+        rows = host_rows(made)
+        assert made.control is not None
+        control = pss_mib(made.control.pid)
     agent = asyncio.run(agent_mib(given.idle))
     host = sum(mib for _, mib in rows)
     totals = [

@@ -55,9 +55,10 @@ def start(options: Options) -> NoReturn:
         raise Denied("a host is started by root", hint="sudo supercloud-host run ...")
     os.umask(0o022)
     os.makedirs(options.state, mode=0o755, exist_ok=True)
+    locks = [_lock(options.state, options.instance)]
     run = f"{admin.RUN}/{options.instance}"
     os.makedirs(run, mode=0o755, exist_ok=True)
-    locks = [_lock(directory, options.instance) for directory in (options.state, run)]
+    locks.append(_lock(run, options.instance))
     share = registry.claim(options.instance, options.state)
     adopted = images.adopt(options.images, options.state)
     inherited = {

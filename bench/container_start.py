@@ -1,100 +1,112 @@
-"""A container from the wish to running, inside a running platform, against crun there with its bundle.
+"""A container from created to running inside a running platform: the agent against a script with crun.
 
-Ours is asked from outside, over the agent's link, and makes the network, the root and the namespaces
-too; crun, by a shell in the platform, runs the bundle of a container that is there already, in its
-namespaces and on its mounted root. Both are timed from outside.
+Both run in the same platform, with the image there already; times are the platform's own clock.
 """
 
-import argparse
 import asyncio
-import contextlib
+import base64
+import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests")]
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
 
 from ab import Side, arguments, run
 
-from supercloud.upper.platform.agent import paths
+from supercloud.model.events import Event
+from supercloud.upper.platform.agent import oci
+from supercloud.upper.platform.agent.users import User
+from supercloud.wire.messages import EnvironmentSpec
 from support.platform import Platform, booted, nic, web
 
 AT_MOST = 1.5
-CRUN = "crun --cgroup-manager=cgroupfs"
+SCRIPT = ROOT / "bench" / "direct" / "container.sh"
 
 
-class Containers:
-    """Numbers its containers, so that every one is new."""
+class Bench:
+    """One platform for both sides; ``keeper`` holds the image and the network in place."""
 
-    def __init__(self, platform: Platform, loop: asyncio.AbstractEventLoop) -> None:
-        self.platform, self.loop, self.number = platform, loop, 0
-        self.first = web(platform, ports=[])
+    def __init__(self, platform: Platform, runner: asyncio.Runner) -> None:
+        self.platform, self.runner = platform, runner
+        self.keeper = web(platform, name="keeper", uid="keeper-1", ports=[])
+        self.number = 0
 
-    def _wait(self, coroutine: object) -> object:
-        return self.loop.run_until_complete(coroutine)  # type: ignore[arg-type]
+    async def prepare(self) -> None:
+        await self.platform.apply(self.keeper)
+        await self.platform.until("keeper", "running")
+        await self.put(SCRIPT.read_bytes(), "/tmp/container.sh")
+        await self.platform.shell("mkdir -p /tmp/bundle")
+        await self.put(bundle(self.keeper), "/tmp/bundle/config.json")
 
-    def prepare(self) -> None:
-        """One container that stays: its bundle is what crun runs."""
+    async def put(self, data: bytes, path: str) -> None:
+        text = base64.b64encode(data).decode()
+        for start in range(0, len(text), 3000):
+            await self.platform.shell(f"printf %s {text[start : start + 3000]} >> {path}.b64")
+        await self.platform.shell(f"base64 -d {path}.b64 > {path}; rm {path}.b64")
 
-        async def first() -> None:
-            await self.platform.apply(self.first)
-            await self.platform.until("web", "running", "serving")
-            await self.platform.shell(
-                f'mkdir -p /run/bench && sed \'s#"/ee/{self.first.uid}"#"/bench"#\' '
-                f"{paths.RUN}/ee/{self.first.uid}/config.json > /run/bench/config.json"
-            )
+    def direct(self) -> float:
+        return self.runner.run(self._direct())
 
-        self._wait(first())
+    async def _direct(self) -> float:
+        digest = self.keeper.image.blobs["root"].digest.removeprefix("sha256:")
+        out = await self.platform.shell(f"sh /tmp/container.sh /var/lib/supercloud/blobs/{digest}")
+        lines = [line.split() for line in out.splitlines() if line.startswith("took ")]
+        assert lines, out
+        return float(lines[0][2]) - float(lines[0][1])
 
-    def ours(self) -> float:
+    def agent(self) -> float:
+        return self.runner.run(self._agent())
+
+    async def _agent(self) -> float:
         self.number += 1
-        name = f"new-{self.number}"
-        spec = web(self.platform, name=name, uid=name, ports=[], nics=[nic(20)])
-
-        async def once() -> float:
-            started = time.perf_counter()
-            await self.platform.apply(self.first, spec)
-            await self.platform.until(name, "running", "serving")
-            took_s = time.perf_counter() - started
-            await self.platform.apply(self.first)
-            await self.platform.until(name, "gone")
-            return took_s
-
-        return float(self._wait(once()))  # type: ignore[arg-type]
-
-    def crun(self) -> float:
-        async def once() -> float:
-            started = time.perf_counter()
-            said = await self.platform.shell(
-                f"{CRUN} run --detach --bundle /run/bench bench </dev/null >/dev/null 2>/run/bench/log"
-                " && echo started"
-            )
-            took_s = time.perf_counter() - started
-            assert "started" in said, await self.platform.shell("cat /run/bench/log")
-            await self.platform.shell(f"{CRUN} delete --force bench")
-            return took_s
-
-        return float(self._wait(once()))  # type: ignore[arg-type]
+        seen, owner = {}, self.platform.link.owner
+        spec = web(
+            self.platform, name="timed", uid=f"timed-{self.number}", ports=[], nics=[nic(99)]
+        )
+        while not owner.seen.empty():
+            owner.seen.get_nowait()
+        await self.platform.apply(self.keeper, spec)
+        while "running" not in seen:
+            event = await owner.until("event")
+            if isinstance(event, Event) and event.subject == "environment/timed":
+                seen[event.code.rpartition(".")[2]] = event.time_s
+        await self.platform.apply(self.keeper)
+        await self.platform.until("timed", "gone")
+        return seen["running"] - seen["preparing"]
 
 
-def main(options: argparse.Namespace) -> int:
-    with tempfile.TemporaryDirectory() as directory, asyncio.Runner() as runner:
-        loop = runner.get_loop()
-        context = booted(Path(directory))
-        platform = loop.run_until_complete(context.__aenter__())
+def bundle(spec: EnvironmentSpec) -> bytes:
+    """The agent's own configuration, its namespaces made by crun and iproute2 instead."""
+    first = oci.first_process(spec, User(uid=0, gid=0, groups=[], home="/"))
+    config = json.loads(oci.config(spec, first, root="rootfs", place="/x", cgroup="/direct"))
+    config["linux"]["namespaces"] = [
+        *({"type": kind} for kind in ("pid", "ipc", "uts", "mount", "cgroup", "user")),
+        {"type": "network", "path": "/run/netns/direct"},
+    ]
+    mapping = [{"containerID": 0, "hostID": 500_000_000, "size": 65_536}]
+    config["linux"] |= {"uidMappings": mapping, "gidMappings": mapping}
+    del config["linux"]["sysctl"]  # the network namespace made by "ip netns" is not its own
+    config["mounts"] = [mount for mount in config["mounts"] if mount["type"] != "bind"]
+    return json.dumps(config).encode()
+
+
+def main() -> int:
+    options = arguments(rounds=8)
+    with tempfile.TemporaryDirectory(prefix="container-start-") as work, asyncio.Runner() as runner:
+        context = booted(Path(work))
+        bench = Bench(runner.run(context.__aenter__()), runner)
         try:
-            containers = Containers(platform, loop)
-            containers.prepare()
+            runner.run(bench.prepare())
             sides = [
-                Side("crun run, the bundle there", containers.crun),
-                Side("ours, from the wish", containers.ours, at_most=AT_MOST),
+                Side("by hand: mount, iproute2, crun", bench.direct),
+                Side("the agent", bench.agent, at_most=AT_MOST),
             ]
-            return run("container: create to running", "s", sides, options)
+            return run("container, created to running, inside a platform", "s", sides, options)
         finally:
-            with contextlib.suppress(asyncio.CancelledError):
-                loop.run_until_complete(context.__aexit__(None, None, None))
+            runner.run(context.__aexit__(None, None, None))
 
 
 if __name__ == "__main__":
-    sys.exit(main(arguments(rounds=12)))
+    sys.exit(main())

@@ -6,15 +6,12 @@ things; it comes with a second cpio archive behind the initrd, so the image is t
 
 import asyncio
 import contextlib
-import fcntl
 import hashlib
-import os
 import secrets
 import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -38,6 +35,7 @@ from supercloud.wire.messages import (
 from supercloud.wire.peer import ConnectionLost
 from support.guest import BUILD, IMAGES, MACHINE, cpio
 from support.link import Link
+from support.slots import vm_slots
 
 FIRST_PORT = 30080
 PORTS = 4
@@ -307,22 +305,10 @@ async def booted(directory: Path) -> AsyncIterator[Platform]:
     machine_directory.mkdir()
     await asyncio.to_thread(build, images, product="l1", quiet=True)
     link = Link(directory)
-    with vm_lock():
+    with vm_slots():
         async with link.listening():
             platform = Platform(machine_directory, link, images=images)
             platform.examples = examples(directory / "examples")
             async with platform.running():
                 await platform.session()
                 yield platform
-
-
-@contextlib.contextmanager
-def vm_lock() -> Iterator[None]:
-    """As the fixture of that name, for fixtures of a wider scope."""
-    path = Path(tempfile.gettempdir()) / "supercloud-vm.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

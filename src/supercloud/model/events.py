@@ -1,6 +1,6 @@
 """The one Event type that every component speaks."""
 
-import secrets
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,7 +10,7 @@ Severity = Literal["debug", "info", "warning", "error"]
 
 def event_id() -> str:
     """A new id that sorts by time: 12 hexadecimal digits of milliseconds, 8 of chance."""
-    return f"{int(time.time() * 1000):012x}{secrets.token_hex(4)}"
+    return f"{int(time.time() * 1000):012x}{os.urandom(4).hex()}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

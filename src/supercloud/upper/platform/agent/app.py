@@ -1,9 +1,9 @@
 """Puts the agent together and runs it: nothing else knows all the parts."""
 
 import asyncio
+import gc
 import logging
 import os
-import shutil
 import socket
 import sys
 from typing import Any
@@ -30,6 +30,7 @@ log = logging.getLogger("supercloud.agent")
 
 def run() -> int:
     """The agent's whole life; the exit status."""
+    gc.enable()
     os.environ["PATH"] = "/usr/sbin:/usr/bin"
     os.umask(0o022)
     logging.basicConfig(
@@ -101,7 +102,7 @@ class Agent:
 
     def _hello(self) -> Any:
         engines = {
-            name: "" if shutil.which(program) else "not in this image"
+            name: "" if os.path.exists(f"/usr/bin/{program}") else "not in this image"
             for name, program in (("crun", "crun"), ("qemu", "qemu-system-x86_64"))
         }
         return hello(self._boot, engines, self._accelerator.name, cgroups.total_memory_bytes())

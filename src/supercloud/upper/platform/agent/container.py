@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import time
 
@@ -13,7 +12,7 @@ from supercloud.upper.platform.agent import cgroups, namespaces, networks, oci, 
 from supercloud.upper.platform.agent.engine import Places, Services
 from supercloud.upper.platform.agent.logs import Fifo, Log
 from supercloud.upper.platform.agent.processes import Watched, handles, run
-from supercloud.upper.platform.agent.state import write_private
+from supercloud.upper.platform.agent.state import remove_tree, write_private
 from supercloud.wire.messages import EnvironmentSpec
 
 START_TIMEOUT_S = 60.0
@@ -117,7 +116,7 @@ class Container:
     async def ended(self) -> None:
         """What ``crun delete --force`` does, without the process: cgroup and crun's state go."""
         await cgroups.remove(self.spec.uid)
-        shutil.rmtree(f"{paths.CRUN}/{self.spec.uid}", ignore_errors=True)
+        remove_tree(f"{paths.CRUN}/{self.spec.uid}")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{self.places.run}/crun.log")
 
@@ -149,5 +148,4 @@ class Container:
 def remove_places(places: Places) -> None:
     """Delete an EE's directories."""
     for path in (places.layer, places.run):
-        if os.path.exists(path):
-            shutil.rmtree(path)
+        remove_tree(path)

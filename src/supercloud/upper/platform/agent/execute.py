@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import struct
-import tempfile
 import termios
 import time
 from typing import Any
@@ -18,7 +17,7 @@ from supercloud.model.errors import Invalid, Permanent, Temporary
 from supercloud.upper.platform.agent import paths
 from supercloud.upper.platform.agent.container import CRUN, Container
 from supercloud.upper.platform.agent.processes import shell_status
-from supercloud.upper.platform.agent.state import write_private
+from supercloud.upper.platform.agent.state import remove_tree, write_private
 from supercloud.wire.messages import Exec
 from supercloud.wire.peer import Call, Stream
 
@@ -48,13 +47,15 @@ class Execution:
         text = self._container.exec_process(
             wanted.argv, wanted.env, wanted.workdir, wanted.user, terminal=wanted.tty
         )
-        with tempfile.TemporaryDirectory(dir=paths.RUN, prefix="exec-") as self._directory:
+        self._directory = f"{paths.RUN}/exec-{os.urandom(8).hex()}"
+        os.mkdir(self._directory, 0o700)
+        try:
             write_private(f"{self._directory}/process.json", text)
-            try:
-                await (self._start_terminal() if wanted.tty else self._start_pipes())
-                return {"exit_status": await self._converse(call.accept())}
-            finally:
-                await self._stop()
+            await (self._start_terminal() if wanted.tty else self._start_pipes())
+            return {"exit_status": await self._converse(call.accept())}
+        finally:
+            await self._stop()
+            remove_tree(self._directory)
 
     def _argv(self, *more: str) -> list[str]:
         return [

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import random
 import ssl
 import time
 from collections.abc import Callable, Mapping
@@ -90,7 +89,7 @@ class Link:
             self._peer = None
             steady = time.monotonic() - began_s > BACK_OFF_S[1]
             delay_s = BACK_OFF_S[0] if steady else min(delay_s * 1.7, BACK_OFF_S[1])
-            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # noqa: S311 -- jitter
+            await asyncio.sleep(delay_s * (0.5 + os.urandom(1)[0] / 512))  # jitter
 
     async def _connect(self, context: ssl.SSLContext, handlers: Mapping[str, Handler]) -> Peer:
         endpoint = self._boot.endpoints[self._turn % len(self._boot.endpoints)]

@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import os
-import shutil
 import struct
 from contextlib import ExitStack
 
@@ -91,12 +90,6 @@ def unmount_root(place: str) -> None:
     """Undo ``mount_root``, the layer excepted."""
     for name in ("rootfs", "lower"):
         syscalls.unmount(f"{place}/{name}")
-
-
-def remove_layer(layer: str) -> None:
-    """Delete what an EE has written."""
-    if os.path.exists(layer):
-        shutil.rmtree(layer)
 
 
 def collect_images(used: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Small JSON files in memory, replaced atomically: what the next agent must know."""
 
+import contextlib
 import json
 import os
 from typing import Any
@@ -25,3 +26,11 @@ def write_private(path: str, text: str, mode: int = 0o600) -> None:
     with open(os.open(f"{path}.part", flags, mode), "w") as file:
         file.write(text)
     os.replace(f"{path}.part", path)
+
+
+def remove_tree(path: str) -> None:
+    """Delete a directory with all that is in it; nothing happens when it is not there."""
+    import shutil  # noqa: PLC0415 -- it loads three compression libraries, which start-up need not
+
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)

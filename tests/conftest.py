@@ -7,7 +7,6 @@ import pytest
 
 from support.slots import vm_slots
 
-
 # A test run that was started in the background has Ctrl-C ignored, and hands that down to what it
 # starts; programs under test are to meet the usual.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

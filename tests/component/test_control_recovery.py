@@ -352,3 +352,25 @@ async def test_a_container_is_told_what_the_manifest_says(world):
     assert spec.image.format == "erofs"
     assert spec.nics[0].address.endswith("/24")
     assert spec.nics[0].mac.startswith("02:5c:0a:40:")
+
+
+async def test_a_certificate_that_is_due_is_renewed_and_agents_come_back(world):
+    await up(world)
+    authority = world.app.authority
+    before = authority("test").chain_pem
+    path = world.directory / "state" / "trust" / "test" / "intermediate.pem"
+    path.unlink()  # as good as due: the next look makes a new one
+    authority._look_again_s = 0.0
+
+    async def renewed():
+        return authority("test").chain_pem != before
+
+    await world.until(renewed, "a new certificate")
+    authority._look_again_s = 1e9
+
+    async def back():
+        return world.app.plane.agents.session("test", (await only_platform(world)).name) is not None
+
+    await world.until(back, "the agent is back")
+    await world.ready()
+    assert set(Counter(world.creations()).values()) == {1}

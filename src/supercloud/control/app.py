@@ -5,11 +5,11 @@ import contextlib
 import functools
 import logging
 import ssl
-from collections.abc import Callable
 from pathlib import Path
 
 from supercloud.control import convert
 from supercloud.control.agents import Agents
+from supercloud.control.authorities import Authorities
 from supercloud.control.bootdata import Tokens
 from supercloud.control.controllers.environment import EnvironmentController
 from supercloud.control.controllers.plane import Pace, Plane
@@ -27,8 +27,7 @@ from supercloud.control.store import Compacted, Store
 from supercloud.model.errors import NotFound, Permanent, UserError, to_wire
 from supercloud.model.resources import Provider as Entry
 from supercloud.providers.base import PinStore, Provider
-from supercloud.trust import builder, tls
-from supercloud.trust.authority import Authority, Root
+from supercloud.trust import tls
 from supercloud.wire.api import Check
 
 RENDEZVOUS = "169.254.77.1:7444"
@@ -59,9 +58,7 @@ class ControlPlane:
         self.store = SeamedStore(store, seam)
         self._trust = state_directory / "trust"
         self._trust.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.authority: Callable[[str], Authority] = functools.cache(
-            functools.partial(Authority.ensure, str(self._trust))
-        )
+        self.authority = Authorities(self._trust)
         self._own_endpoint, self._places = own_endpoint, (state_directory, cache)
         self.queue = WorkQueue(self._reconcile, failed=self._failed)
         state = State(self.store)
@@ -84,7 +81,7 @@ class ControlPlane:
             endpoints=self._endpoints,
             pace=pace or Pace(),
         )
-        self.service = Service(self.plane, self._ca_pem)
+        self.service = Service(self.plane, self.authority.root_pem)
         self.known: set[str] = set()
         self._uclouds = UCloudController(self.plane)
         self._platforms = PlatformController(self.plane)
@@ -200,10 +197,6 @@ class ControlPlane:
             pins=pins,
         )
         return make(context)
-
-    def _ca_pem(self) -> str:
-        root = Root.ensure(str(self._trust))
-        return builder.pem(root.certificate).decode()
 
     def server_context(self, ucloud: str) -> ssl.SSLContext:
         """TLS for the API and for agents: a client may show a certificate under the user's root."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from supercloud.control.agents import Agents
+from supercloud.control.authorities import Authorities
 from supercloud.control.bootdata import Tokens
 from supercloud.control.documents import EnvironmentDocument, PlatformDocument, UCloudDocument
 from supercloud.control.effects import Seam
@@ -13,7 +14,6 @@ from supercloud.control.images import Images
 from supercloud.control.pool import ProviderPool
 from supercloud.control.state import State
 from supercloud.model.events import Event, Severity
-from supercloud.trust.authority import Authority
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class Plane:
     tokens: Tokens
     events: EventLog
     look: Callable[[str, float], None]
-    authority: Callable[[str], Authority]
+    authority: Authorities
     endpoints: Callable[[str], list[str]]  # of an agent, by the kind of its provider
     pace: Pace = field(default_factory=Pace)
     fractions: dict[str, float] = field(default_factory=dict)  # of image preparations, by EE key

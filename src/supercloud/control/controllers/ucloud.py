@@ -173,10 +173,15 @@ class UCloudController:
     # -- orphans
 
     async def sweep(self, name: str) -> float | None:
-        """Delete what providers have of this U-Cloud and no record wants."""
+        """Delete what providers have of this U-Cloud and no record wants; renew what is due."""
         document = await self._plane.state.ucloud(name)
         if document is None:
             return None
+        if self._plane.authority.renewed(name):
+            await self._plane.agents.drop(name)  # they dial again, and find the new chain
+            await self._plane.pool.drop(name)
+            for platform in await self._plane.state.platforms(name):
+                self._plane.look(platform_key(name, platform.name), 0.0)
         await self._sweep(name, document.providers.values())
         return self._plane.pace.sweep_s
 

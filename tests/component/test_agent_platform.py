@@ -300,6 +300,12 @@ async def test_vm_boots_from_raw_and_qcow2_disks_and_keeps_what_it_writes(
             await read_until(stream, b"disk boots")
 
 
+async def test_vm_from_kernel_and_initrd_as_blobs_of_their_own(platform: Platform) -> None:
+    await platform.apply(machine(platform, packed=False, uid="loose-1"))
+    await platform.until("machine", "serving", uid="loose-1")
+    assert b"hello from vm machine" in await platform.http(FIRST_PORT + 1)
+
+
 async def convert_disk(source: Path, target: Path) -> None:
     from supercloud.upper.platform.image.tools import ToolTree
 

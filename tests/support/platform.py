@@ -18,6 +18,7 @@ from pathlib import Path
 
 from supercloud.control import bootdata
 from supercloud.upper.environments.oci import convert
+from supercloud.upper.environments.packing import pack
 from supercloud.upper.platform.image.build import build
 from supercloud.upper.platform.image.tools import ToolTree
 from supercloud.upper.platform.link.session import AgentSession
@@ -285,10 +286,17 @@ def web(platform: Platform, **changes: object) -> EnvironmentSpec:
     return EnvironmentSpec(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def machine(platform: Platform, **changes: object) -> EnvironmentSpec:
-    """The example VM."""
+def machine(platform: Platform, *, packed: bool = True, **changes: object) -> EnvironmentSpec:
+    """The example VM; ``packed`` as the control plane hands it out."""
     paths = platform.link.owner.paths
-    blobs = {role: blob(paths, platform.examples / "vm" / role) for role in ("kernel", "initrd")}
+    files = {role: platform.examples / "vm" / role for role in ("kernel", "initrd")}
+    if packed:
+        out = platform.directory / "vm.erofs"
+        if not out.exists():
+            pack(files, out, ToolTree())
+        blobs = {"root": blob(paths, out)}
+    else:
+        blobs = {role: blob(paths, path) for role, path in files.items()}
     values: dict[str, object] = {
         "name": "machine", "uid": "machine-1", "kind": "vm", "cpus": 1.0,
         "memory_bytes": 128 << 20, "nics": [nic(11)],

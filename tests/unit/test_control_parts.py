@@ -76,6 +76,24 @@ def test_kernel_and_initrd_become_blobs_by_their_hash(images, tmp_path):
     assert images.complete(image)
 
 
+def test_kernel_and_initrd_are_packed_into_one_blob_once(tmp_path):
+    made = []
+
+    def pack(files, out):
+        made.append({name: path.read_bytes() for name, path in files.items()})
+        out.write_bytes(b"erofs")
+
+    write_images(tmp_path / "images")
+    directory = vm(tmp_path / "images" / "vm")
+    for _ in range(2):  # and after a restart
+        images = Images(tmp_path / "packed", pretended, pack)
+        image = prepare(images, directory)
+    assert made == [{"kernel": b"kernel", "initrd": b"initrd"}]
+    blob = image.blobs["root"]
+    assert (images.blob(blob.digest).read_bytes(), blob.size_bytes) == (b"erofs", 5)
+    assert images.complete(image)
+
+
 def test_disks_are_told_apart_by_their_first_bytes(images, tmp_path):
     raw, qcow2 = tmp_path / "disk.qcow2", tmp_path / "disk.raw"  # names say nothing
     raw.write_bytes(b"\0" * 5000)

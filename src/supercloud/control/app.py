@@ -64,7 +64,8 @@ class ControlPlane:
         state = State(self.store)
         events = EventLog(store)
         default_convert = functools.partial(convert.in_process, cache=cache / "oci")
-        images = Images(cache, convert_image or default_convert)
+        packing = None if convert_image else convert.pack_in_process
+        images = Images(cache, convert_image or default_convert, packing)
         agents = Agents(state, images, events, self._look_now, self.authority, self._trust)
         self.plane = Plane(
             state=state,

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,18 +45,20 @@ class Converted:
 
 Convert = Callable[[str], Converted]
 """Turns a container image's reference into an erofs file; blocking."""
+Pack = Callable[[Mapping[str, Path], Path], None]
+"""Makes one erofs file of files under new names; blocking."""
 
 
 class Images:
     """Prepares images; the same image is prepared once, however many EEs run from it."""
 
-    def __init__(self, cache: Path, convert: Convert) -> None:
-        """``cache`` is made if missing."""
+    def __init__(self, cache: Path, convert: Convert, pack: Pack | None = None) -> None:
+        """``cache`` is made if missing. Without ``pack`` kernel and initrd are blobs each."""
         self._blobs = cache / "blobs" / "sha256"
         self._blobs.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._known_path = cache / "known.json"
         self._known: dict[str, str] = _load(self._known_path)
-        self._convert = convert
+        self._convert, self._pack = convert, pack
         self._locks: dict[str, asyncio.Lock] = {}
         self._prepared: dict[str, tuple[float, ImageRef]] = {}
 
@@ -113,15 +115,37 @@ class Images:
 
     def _kernel(self, directory: Path, progress: Progress) -> ImageRef:
         names = kernel_files(directory)
+        if self._pack is not None:
+            files = {role: directory / names[role] for role in ("kernel", "initrd")}
+            blob = self._packed(files, self._pack, progress)
+            return ImageRef(format="kernel", blobs={"root": blob}, append=names["append"])
         kernel = self._add(directory / names["kernel"], lambda part: progress(part / 2))
         initrd = self._add(directory / names["initrd"], lambda part: progress(0.5 + part / 2))
         blobs = {"kernel": kernel, "initrd": initrd}
         return ImageRef(format="kernel", blobs=blobs, append=names["append"])
 
+    def _packed(self, files: Mapping[str, Path], pack: Pack, progress: Progress) -> Blob:
+        """The blob of the files in one erofs, made unless it was of these very files before."""
+        identity = "packed " + " ".join(_identity(path) for path in files.values())
+        digest = self._known.get(identity, "")
+        blob = self._blobs / (digest.removeprefix("sha256:") or "none")
+        if not blob.exists():
+            mark = hashlib.sha256(identity.encode()).hexdigest()[:16]
+            part = self._blobs / f".{os.getpid()}-{mark}"
+            pack(files, part)
+            progress(0.5)
+            with part.open("rb") as file:
+                digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+            blob = part.replace(self._blobs / digest.removeprefix("sha256:"))
+            self._known[identity] = digest
+            _save(self._known_path, self._known)
+        progress(1.0)
+        return Blob(digest=digest, size_bytes=blob.stat().st_size)
+
     def _add(self, path: Path, progress: Progress) -> Blob:
         """The file's blob, copied and hashed unless this very file was before."""
         status = path.stat()
-        identity = f"{path}:{status.st_size}:{status.st_mtime_ns}:{status.st_ino}"
+        identity = _identity(path)
         digest = self._known.get(identity)
         if digest is None or not (self._blobs / digest.removeprefix("sha256:")).exists():
             digest = self._copy(path, status.st_size, progress)
@@ -140,6 +164,12 @@ class Images:
                 progress(min(1.0, done / max(1, size_bytes)))
         part.replace(self._blobs / hasher.hexdigest())
         return f"sha256:{hasher.hexdigest()}"
+
+
+def _identity(path: Path) -> str:
+    """Of a file's content, as far as its status tells."""
+    status = path.stat()
+    return f"{path}:{status.st_size}:{status.st_mtime_ns}:{status.st_ino}"
 
 
 def mark_of(reference: str) -> str:

@@ -178,7 +178,8 @@ class Process:
 class ImageRef:
     """What an EE runs from. ``erofs`` for containers; ``disk`` (qcow2|raw) or ``kernel`` for VMs.
 
-    ``blobs`` maps role -> blob: erofs: {root}; qcow2, raw: {disk}; kernel: {kernel, initrd}.
+    ``blobs`` maps role -> blob: erofs: {root}; qcow2, raw: {disk}; kernel: {kernel, initrd}, or
+    {root}, an erofs file with files of these names.
     """
 
     format: Literal["erofs", "qcow2", "raw", "kernel"]

@@ -25,6 +25,7 @@ from supercloud.upper.platform.agent.logs import Log
 from supercloud.upper.platform.agent.namespaces import IDS_PER_ENVIRONMENT
 from supercloud.upper.platform.agent.processes import Watched, run
 from supercloud.upper.platform.agent.qmp import Qmp
+from supercloud.upper.platform.agent.rootfs import mount_image
 from supercloud.wire.messages import EnvironmentSpec
 
 ENGINE_BYTES = 192 << 20  # QEMU's own memory beside the guest's, with its translation cache
@@ -83,7 +84,8 @@ class Machine:
     async def prepare(self) -> None:
         """Image here, writable disk made over it."""
         blobs, kind = self.spec.image.blobs, self.spec.image.format
-        if {"kernel": "kernel", "qcow2": "disk", "raw": "disk"}.get(kind, "") not in blobs:
+        needed = {"kernel": {"kernel", "root"}, "qcow2": {"disk"}, "raw": {"disk"}}.get(kind, set())
+        if not needed & blobs.keys():
             raise Invalid(f"a VM cannot run from a {kind} image of {', '.join(blobs) or 'nothing'}")
         await self._services.scratch.ready()
         found = await asyncio.gather(*(self._services.blobs.get(blob) for blob in blobs.values()))
@@ -183,16 +185,23 @@ class Machine:
                           f"virtio-net-pci,netdev=net{index},mac={nic.mac},romfile="]  # fmt: skip
         return arguments, descriptors
 
+    def _kernel_files(self) -> dict[str, str]:
+        """Kernel and initrd: blobs of their own, or files of one erofs image."""
+        blobs = self.spec.image.blobs
+        if "root" not in blobs:
+            return {role: path_of(blob.digest) for role, blob in blobs.items()}
+        place = mount_image(blobs["root"].digest)
+        found = {role: f"{place}/{role}" for role in ("kernel", "initrd")}
+        return {role: path for role, path in found.items() if os.path.isfile(path)}
+
     def _boot(self, give: Callable[[int], int]) -> list[str]:
         def opened(path: str, flags: int = os.O_RDONLY) -> int:
             return give(os.open(path, flags | os.O_CLOEXEC))
 
         blobs, arguments = self.spec.image.blobs, []
         if self.spec.image.format == "kernel":
-            for role in ("kernel", "initrd"):
-                if role in blobs:
-                    number = opened(path_of(blobs[role].digest))
-                    arguments += [f"-{role}", f"/proc/self/fd/{number}"]
+            for role, path in self._kernel_files().items():
+                arguments += [f"-{role}", f"/proc/self/fd/{opened(path)}"]
             append = self.spec.image.append or "console=ttyS0 quiet"
             return [*arguments, "-append", f"{QUICK_BOOT} {append}"]
         image, kind = opened(path_of(blobs["disk"].digest)), self.spec.image.format

@@ -23,7 +23,7 @@ ALPN = "supercloud-agent/1"
 CONNECT_TIMEOUT_S = 10.0
 READ_BYTES = 1 << 20
 BACK_OFF_S = (0.1, 15.0)
-CLOCK_TOLERANCE_S = 2.0
+CLOCK_TOLERANCE_S = 0.1
 RENEW_RETRY_S = (60.0, 600.0)
 
 log = logging.getLogger("supercloud.agent.link")

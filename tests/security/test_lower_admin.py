@@ -22,7 +22,7 @@ pytestmark = pytest.mark.root
 REFUSED_ERRNO = {"EPERM", "EACCES", "ENOENT", "ESRCH", "ENOSYS", "ECONNREFUSED", "ENETUNREACH",
                  "EAFNOSUPPORT", "EINVAL", "EROFS", "ENOTDIR"}  # fmt: skip
 CALL_MULTIPLEXING = """
-from supercloud.lower.portal import Portal
+from supercloud.wire.portal import Portal
 portal = Portal(core.take_socket("multiplexing"), "multiplexing")
 """
 
@@ -158,7 +158,7 @@ def test_drivers_do_for_it_nothing_that_they_do_for_users(
     for driver in ("disk", "uplink", "multiplexing"):
         outcome = host.attempt(
             f"""
-from supercloud.lower.portal import Portal
+from supercloud.wire.portal import Portal
 portal = Portal(core.take_socket({driver!r}), {driver!r})
 result = portal.call({method!r}, {{"name": "p1", "size_bytes": 4096, "platform": "p1", "ports": 1}})
 """

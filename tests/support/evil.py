@@ -77,7 +77,7 @@ while True:
 ESCAPED_GUEST = (
     _TOOLS
     + r"""
-from supercloud.lower import portal
+from supercloud.wire import portal
 
 def take_when_there(name):
     while True:
@@ -103,7 +103,7 @@ while True:
 EVIL_USER = (
     _TOOLS
     + r"""
-from supercloud.lower.portal import Portal
+from supercloud.wire.portal import Portal
 
 def take_when_there(name):
     while True:

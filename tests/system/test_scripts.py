@@ -66,6 +66,16 @@ class Scripts:
         assert done.returncode == status, done.stdout + self.logs()
         return done.stdout
 
+    def call(self, function: str) -> None:
+        """A function of ``scripts/lib.sh``."""
+        words = f". {ROOT}/scripts/lib.sh; {function}"
+        subprocess.run(["bash", "-c", words], env=self.environment, check=True)
+
+    def control(self) -> str:
+        """The program that the control plane is."""
+        pid = (self.top / "state/state/lock").read_text().strip()
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]
+
     def logs(self) -> str:
         """The end of what host and control plane wrote."""
         names = [
@@ -141,6 +151,25 @@ def test_up_again_is_quick_and_changes_nothing(scripts: Scripts) -> None:
     assert time.monotonic() - began_s < 8.0, said
     assert "scripted: nothing to change" in said, said
     assert scripts.cli("ps", "--json") == before
+
+
+def test_an_older_control_plane_is_replaced_by_the_installed_one(scripts: Scripts) -> None:
+    current, older = scripts.top / "opt/current", scripts.top / "opt/older"
+    subprocess.run(["cp", "-al", str(current.resolve()), str(older)], check=True)
+    wanted = os.readlink(current)
+    current.unlink()
+    current.symlink_to("older")
+    scripts.call("start_control")
+    before = scripts.control()
+    assert before == str(older / "bin/python")
+    serving = scripts.cli("ps", "--json")
+    said = scripts.run("up", "scripted.yaml")
+    assert "scripted: nothing to change" in said
+    assert scripts.control() == str(scripts.top / "opt" / wanted / "bin/python")
+    assert scripts.cli("ps", "--json") == serving
+    assert "the host still runs an older installation" not in said
+    scripts.run("up", "scripted.yaml")
+    assert not older.exists()
 
 
 def test_a_step_that_fails_shows_why(scripts: Scripts) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from supercloud.lower.reactor import Reactor
 from supercloud.lower.vmm.console import MAX_WATCHERS, RING_BYTES, Console
 from supercloud.lower.vmm.lifecycle import Lifecycle, Patience, Watchdog
-from supercloud.lower.vmm.qmp import Qmp
 from supercloud.model.errors import BadState, Busy
+from supercloud.wire.qmp import Qmp
+from supercloud.wire.reactor import Reactor
 
 
 def run(reactor: Reactor, until: Callable[[], bool], timeout_s: float = 5) -> None:

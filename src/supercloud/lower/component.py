@@ -5,13 +5,13 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 
-from supercloud.lower import portal
 from supercloud.lower.client import Answer, Core, CoreGone, Entry
-from supercloud.lower.portal import Handler
-from supercloud.lower.reactor import Reactor
 from supercloud.model.capability import ObjectType
 from supercloud.model.errors import Invalid, NotFound, SupercloudError
+from supercloud.wire import portal
 from supercloud.wire.frames import Event
+from supercloud.wire.portal import Handler
+from supercloud.wire.reactor import Reactor
 
 log = logging.getLogger("supercloud.lower.component")
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from supercloud.lower.client import Core
 from supercloud.lower.component import Component
-from supercloud.lower.portal import Portal
-from supercloud.lower.reactor import READ, WRITE
 from supercloud.model.errors import Invalid, NotFound, SupercloudError, to_wire
 from supercloud.wire import admin as wire
+from supercloud.wire.portal import Portal
+from supercloud.wire.reactor import READ, WRITE
 
 MAX_CLIENTS = 16
 CLIENT_TIMEOUT_S = 60.0

@@ -14,8 +14,8 @@ from typing import Any
 
 from supercloud.lower.client import Core
 from supercloud.lower.component import Component
-from supercloud.lower.portal import Reply, Request
 from supercloud.model.errors import Exists, Invalid
+from supercloud.wire.portal import Reply, Request
 
 STATE = "/run/state"
 USER_PREFIX = "user:"

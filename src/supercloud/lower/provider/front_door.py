@@ -11,12 +11,12 @@ import socket
 import time
 from dataclasses import dataclass
 
-from supercloud.lower import portal
 from supercloud.lower.client import Core
 from supercloud.lower.component import Component
 from supercloud.lower.provider.client_hello import MAX_HELLO_BYTES, Short, server_name
-from supercloud.lower.reactor import Timer
 from supercloud.model.errors import Invalid, SupercloudError
+from supercloud.wire import portal
+from supercloud.wire.reactor import Timer
 
 HELLO_TIMEOUT_S = 5.0
 MAX_WAITING = 128

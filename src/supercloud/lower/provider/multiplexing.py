@@ -14,12 +14,12 @@ from typing import Any
 from supercloud.lower import quota as quotas
 from supercloud.lower.client import Core, Domain
 from supercloud.lower.component import Component
-from supercloud.lower.portal import Request
 from supercloud.lower.provider.users import User, UserStore, check_ca, check_user_name
 from supercloud.model.capability import ObjectType, Rights
 from supercloud.model.errors import Exists, Invalid, NoResources, NotFound, UserError
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.frames import DomainState
+from supercloud.wire.portal import Request
 from supercloud.wire.quota import Quota
 
 USER_KIND = "user"

@@ -13,12 +13,12 @@ from typing import Any
 from supercloud.lower.client import Core
 from supercloud.lower.component import Component
 from supercloud.lower.names import domain_name
-from supercloud.lower.portal import Request
 from supercloud.lower.provider.ports import PortRanges, Range, is_free
 from supercloud.lower.quota import from_limits
 from supercloud.model.capability import Rights
 from supercloud.model.errors import NoResources, NotFound
 from supercloud.wire.frames import DomainState
+from supercloud.wire.portal import Request
 
 USER_PREFIX = "user:"
 DOMAIN_PREFIX = "uplink-net"

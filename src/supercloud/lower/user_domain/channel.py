@@ -7,9 +7,9 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from supercloud.lower import portal
-from supercloud.lower.portal import Closed, Message, Reply
 from supercloud.model.errors import Invalid, SupercloudError, Temporary
+from supercloud.wire import portal
+from supercloud.wire.portal import Closed, Message, Reply
 
 Told = Callable[[str, dict[str, Any], list[int]], None]
 """(notification, untrusted parameters, descriptors: the callee's to close)."""

@@ -4,8 +4,8 @@ import contextlib
 import socket
 from collections.abc import Callable
 
-from supercloud.lower.reactor import Reactor
 from supercloud.model.errors import Busy
+from supercloud.wire.reactor import Reactor
 
 RING_BYTES = 64 << 10
 MAX_WATCHERS = 8

@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from supercloud.lower.reactor import Reactor, Timer
-from supercloud.lower.vmm.qmp import Qmp
 from supercloud.model.states import MACHINE, step
+from supercloud.wire.qmp import Qmp
+from supercloud.wire.reactor import Reactor, Timer
 
 
 @dataclass(frozen=True, slots=True)

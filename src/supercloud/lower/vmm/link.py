@@ -10,11 +10,11 @@ import os
 import socket
 from typing import Final
 
-from supercloud.lower import portal
-from supercloud.lower.children import Children, how_it_ended
 from supercloud.lower.client import Core
 from supercloud.lower.component import Component
 from supercloud.model.errors import SupercloudError
+from supercloud.wire import portal
+from supercloud.wire.children import Children, how_it_ended
 
 GUEST_ADDRESS: Final = "169.254.77.2"
 RENDEZVOUS_ADDRESS: Final = "169.254.77.1"

@@ -13,17 +13,17 @@ import socket
 from contextlib import ExitStack
 from typing import Any
 
-from supercloud.lower import portal
-from supercloud.lower.children import Children, how_it_ended
 from supercloud.lower.client import Core
 from supercloud.lower.component import Component
-from supercloud.lower.portal import Reply, Request
 from supercloud.lower.vmm.console import Console
 from supercloud.lower.vmm.lifecycle import Lifecycle, Patience, Watchdog
 from supercloud.lower.vmm.machine import Descriptors, Machine, command_line
-from supercloud.lower.vmm.qmp import Qmp
 from supercloud.model.errors import BadState, Invalid, SupercloudError
+from supercloud.wire import portal
+from supercloud.wire.children import Children, how_it_ended
 from supercloud.wire.codec import decode
+from supercloud.wire.portal import Reply, Request
+from supercloud.wire.qmp import Qmp
 
 _READ_ONLY = ("kernel", "initrd", "root", "config")
 _CONNECTED = ("ram", "uplink", "link")

@@ -6,12 +6,12 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from supercloud.lower.reactor import Reactor
+from supercloud.wire.reactor import Reactor
 
 MAX_LINE_BYTES = 4 << 20
 _CHUNK_BYTES = 1 << 16
 
-log = logging.getLogger("supercloud.lower.vmm.qmp")
+log = logging.getLogger("supercloud.wire.qmp")
 
 Answered = Callable[[dict[str, Any]], None]
 

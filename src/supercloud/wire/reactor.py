@@ -14,7 +14,7 @@ from typing import Protocol
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
-log = logging.getLogger("supercloud.lower.reactor")
+log = logging.getLogger("supercloud.wire.reactor")
 
 
 class HasFileno(Protocol):

@@ -5,7 +5,7 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 
-from supercloud.lower.reactor import Reactor
+from supercloud.wire.reactor import Reactor
 
 
 class Children:

@@ -29,7 +29,7 @@ CALL_TIMEOUT_S = 30.0
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
-log = logging.getLogger("supercloud.lower.portal")
+log = logging.getLogger("supercloud.wire.portal")
 
 
 class Closed(Temporary):

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supercloud.lower import portal
-from supercloud.lower.portal import Closed, Portal, Reply, Request
 from supercloud.model.errors import Invalid, NoResources, NotFound, Permanent, Temporary
+from supercloud.wire import portal
+from supercloud.wire.portal import Closed, Portal, Reply, Request
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=20),

@@ -19,6 +19,12 @@ UPLINK_GATEWAY: Final = "10.0.2.2"
 UPLINK_DNS: Final = "10.0.2.3"
 MANY_OBJECTS: Final = 4096
 
+# The user's, below the machines: kind, and what each is allowed.
+SERVICES: Final[Mapping[str, Mapping[str, int]]] = {
+    "protection": {"memory_bytes": 128 * MIB, "pids": 48},
+    "block": {"memory_bytes": 192 * MIB, "pids": 64},
+}
+
 # (kind, kind, whether descriptors and so capabilities may pass): who may be joined by a channel
 PEERS: Final = (
     ("admin", "multiplexing", False),
@@ -32,6 +38,8 @@ PEERS: Final = (
     ("uplink", "user", True),  # the right to connect a machine's uplink
     ("user", "vmm", True),  # RAM, disks, images, console
     ("user", "link", True),  # connections of the agent
+    ("user", "protection", True),  # backing files, data keys, streams of protected devices
+    ("user", "block", True),  # those streams, and what a machine takes a volume by
     ("uplink-net", "vmm", False),
     ("uplink-net-closed", "vmm", False),
     ("link", "vmm", False),
@@ -97,7 +105,7 @@ def _user_kinds(site: Site) -> dict[str, dict[str, Any]]:
             environment={"SUPERCLOUD_HOST": site.facts},
             state=True,
             proc=True,
-            creates=["vmm", "link"],
+            creates=["vmm", "link", *SERVICES],
             own=USER_OWN,
             objects=MANY_OBJECTS,
             nofile=4096,
@@ -109,7 +117,14 @@ def _user_kinds(site: Site) -> dict[str, dict[str, Any]]:
             devices=["/dev/kvm"] if site.accelerator == "kvm" else [],
         ),
         "link": _component("vmm.link", restart=False, proc=True, nests=True, tcp=True),
+        **{name: _service(name, limits) for name, limits in SERVICES.items()},
     }
+
+
+def _service(name: str, limits: Mapping[str, int]) -> dict[str, Any]:
+    """One of the user's services; what it had open is opened anew when it died."""
+    kind = _component("service", restart=False, proc=True, nofile=1024, limits=dict(limits))
+    return {**kind, "argv": [*kind["argv"], name]}
 
 
 def _component(module: str, **more: Any) -> dict[str, Any]:

@@ -1,10 +1,14 @@
 """A user's quota as limits of a scheduling context, and back.
 
 The quota is what the user asked for: memory of guests, disk, machines. The processes around a
-guest (QEMU's own memory, the monitor, passt) come on top, so that a quota of 4 GiB holds guests of
-4 GiB; the figures here are what the domains of ``isolation.kinds`` are allowed.
+guest (QEMU's own memory, the monitor, passt) and the user's services come on top, so that a quota
+of 4 GiB holds guests of 4 GiB; the figures here are what the domains of ``isolation.kinds`` are
+allowed. The domains of services are there, if not running, as long as the user's own domain is.
 """
 
+from typing import Final
+
+from supercloud.isolation import kinds
 from supercloud.model.capability import Limits
 from supercloud.wire.quota import Quota
 
@@ -17,6 +21,9 @@ VMM_PIDS = 160
 LINK_MEMORY_BYTES = 64 * MIB
 LINK_PIDS = 16
 DOMAINS_PER_VM = 2
+SERVICES: Final = {name: Limits(**figures) for name, figures in kinds.SERVICES.items()}
+_BASE_MEMORY_BYTES = USER_OWN_MEMORY_BYTES + sum(each.memory_bytes for each in SERVICES.values())
+_BASE_PIDS = USER_OWN_PIDS + sum(each.pids for each in SERVICES.values())
 
 
 def to_limits(quota: Quota) -> Limits:
@@ -24,17 +31,17 @@ def to_limits(quota: Quota) -> Limits:
     around = VMM_OVERHEAD_BYTES + LINK_MEMORY_BYTES
     return Limits(
         cpu_permille=quota.cpu_permille,
-        memory_bytes=USER_OWN_MEMORY_BYTES + quota.memory_bytes + quota.vms * around,
-        pids=USER_OWN_PIDS + quota.vms * (VMM_PIDS + LINK_PIDS),
-        domains=DOMAINS_PER_VM * quota.vms,
+        memory_bytes=_BASE_MEMORY_BYTES + quota.memory_bytes + quota.vms * around,
+        pids=_BASE_PIDS + quota.vms * (VMM_PIDS + LINK_PIDS),
+        domains=len(SERVICES) + DOMAINS_PER_VM * quota.vms,
         disk_bytes=quota.disk_bytes,
     )
 
 
 def from_limits(limits: Limits) -> Quota:
     """The quota that ``to_limits`` made the limits of."""
-    vms = limits.domains // DOMAINS_PER_VM
-    around = USER_OWN_MEMORY_BYTES + vms * (VMM_OVERHEAD_BYTES + LINK_MEMORY_BYTES)
+    vms = (limits.domains - len(SERVICES)) // DOMAINS_PER_VM
+    around = _BASE_MEMORY_BYTES + vms * (VMM_OVERHEAD_BYTES + LINK_MEMORY_BYTES)
     return Quota(
         cpu_permille=limits.cpu_permille,
         memory_bytes=limits.memory_bytes - around,
@@ -62,7 +69,7 @@ def used(booked_memory_bytes: int, booked_domains: int, booked_disk_bytes: int) 
 
     A machine that is just being made counts as soon as its first domain is there.
     """
-    vms = -(-booked_domains // DOMAINS_PER_VM)
+    vms = max(0, -(-(booked_domains - len(SERVICES)) // DOMAINS_PER_VM))
     around = vms * (VMM_OVERHEAD_BYTES + LINK_MEMORY_BYTES)
-    guests = max(0, booked_memory_bytes - USER_OWN_MEMORY_BYTES - around)
+    guests = max(0, booked_memory_bytes - _BASE_MEMORY_BYTES - around)
     return {"memory_bytes": guests, "disk_bytes": booked_disk_bytes, "vms": vms}

@@ -1,4 +1,4 @@
-"""Driver for disk backing: sparse files in its private directory, one per platform's scratch disk.
+"""Driver for disk backing: sparse files in its private directory, for scratch disks and volumes.
 
 A file is booked with its full size on its user's scheduling context before it exists, so that a
 user can never hold more than the quota. The descriptor is handed out for reading and writing; its
@@ -14,11 +14,12 @@ from typing import Any
 
 from supercloud.lower.client import Core
 from supercloud.lower.component import Component
-from supercloud.model.errors import Exists, Invalid
+from supercloud.model.errors import Exists, Invalid, NotFound
 from supercloud.wire.portal import Reply, Request
 
 STATE = "/run/state"
 USER_PREFIX = "user:"
+USES = ("scratch", "volume")
 WATCH_S = 5.0
 MAX_DISK_BYTES = 1 << 45
 MAX_DISKS_OF_ONE_USER = 1024
@@ -29,16 +30,20 @@ log = logging.getLogger("supercloud.lower.disk")
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """One backing file; ``size_bytes`` is part of its file name, so the two never differ."""
+    """One backing file; ``size_bytes`` is part of its file name, so the two never differ.
+
+    ``use`` is what it is for: names of different uses never meet.
+    """
 
     user: str
+    use: str
     name: str
     size_bytes: int
 
     @property
     def path(self) -> str:
         """Its file."""
-        return f"{directory_of(self.user)}/{self.name}.{self.size_bytes}"
+        return f"{directory_of(self.user)}/{self.use}:{self.name}.{self.size_bytes}"
 
 
 def directory_of(user: str) -> str:
@@ -53,7 +58,12 @@ class DiskDriver(Component):
         super().__init__(core)
         self.serve(
             USER_PREFIX,
-            {"disk.create": self.create, "disk.delete": self.delete, "disk.list": self.names},
+            {
+                "disk.create": self.create,
+                "disk.grow": self.grow,
+                "disk.delete": self.delete,
+                "disk.list": self.names,
+            },
         )
         self.serve("admin", {"driver.status": self.status})
         self.lost = self._user_lost
@@ -61,25 +71,37 @@ class DiskDriver(Component):
         self._reconciled: set[str] = set()
 
     def create(self, request: Request) -> Reply:
-        """``{name, size_bytes}`` -> a descriptor (O_RDWR). The same again gives the same disk."""
-        disk = Disk(
-            _user(request), request.name("name"), request.number("size_bytes", 1, MAX_DISK_BYTES)
-        )
-        if disk.size_bytes % _BLOCK:
-            raise Invalid(f"a disk is a multiple of {_BLOCK} bytes", where="size_bytes")
-        self._reconcile(disk.user)
-        found = self._find(disk.user, disk.name)
+        """``{use, name, size_bytes}`` -> a descriptor (O_RDWR), and whether it was ``made``.
+
+        The same again gives the same disk.
+        """
+        disk, found = self._asked(request)
         if found is not None and found != disk:
             raise Exists(f"disk {disk.name} is there with {found.size_bytes} bytes")
         if found is None:
             self._make(disk)
-        return Reply({}, [os.open(disk.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)])
+        return Reply({"made": found is None}, [_opened(disk)])
+
+    def grow(self, request: Request) -> dict[str, Any]:
+        """``{use, name, size_bytes}``: that large from now on; never smaller. NotFound."""
+        disk, found = self._asked(request)
+        if found is None:
+            raise NotFound(f"no disk {disk.name}")
+        if disk.size_bytes < found.size_bytes:
+            raise Invalid(f"disk {disk.name} has {found.size_bytes} bytes", where="size_bytes")
+        if disk != found:
+            more = disk.size_bytes - found.size_bytes
+            self.core.charge(self._context(disk.user), more)  # NoResources: nothing is done
+            os.rename(found.path, disk.path)  # the size by name holds from here on
+            os.truncate(disk.path, disk.size_bytes)
+            log.info("disk %s of %s: now %d bytes", disk.name, disk.user, disk.size_bytes)
+        return {}
 
     def delete(self, request: Request) -> dict[str, Any]:
-        """``{name}``: gone, also when it was not there."""
-        user, name = _user(request), request.name("name")
+        """``{use, name}``: gone, also when it was not there."""
+        user, use, name = _user(request), _use(request), request.name("name")
         self._reconcile(user)
-        found = self._find(user, name)
+        found = _find(user, use, name)
         if found is not None:
             os.unlink(found.path)
             self.core.charge(self._context(user), -found.size_bytes)
@@ -87,8 +109,9 @@ class DiskDriver(Component):
         return {}
 
     def names(self, request: Request) -> list[str]:
-        """Names of the user's disks."""
-        return [disk.name for disk in _disks(_user(request))]
+        """``{use}`` -> names of the user's disks."""
+        use = _use(request)
+        return [disk.name for disk in _disks(_user(request)) if disk.use == use]
 
     def status(self, _request: Request) -> dict[str, Any]:
         """For the admin console: sizes, no contents."""
@@ -98,11 +121,26 @@ class DiskDriver(Component):
         return {
             "driver": "disk",
             "disks": [
-                {"user": d.user, "name": d.name, "size_bytes": d.size_bytes, "used_bytes": _used(d)}
+                {
+                    "user": d.user,
+                    "use": d.use,
+                    "name": d.name,
+                    "size_bytes": d.size_bytes,
+                    "used_bytes": _used(d),
+                }
                 for d in disks[:MAX_DISKS_OF_ONE_USER]
             ],
             "free_bytes": space.f_bavail * space.f_frsize,
         }
+
+    def _asked(self, request: Request) -> tuple[Disk, Disk | None]:
+        """The disk that a request is about, and the one that is there under its name."""
+        user, use, name = _user(request), _use(request), request.name("name")
+        disk = Disk(user, use, name, request.number("size_bytes", 1, MAX_DISK_BYTES))
+        if disk.size_bytes % _BLOCK:
+            raise Invalid(f"a disk is a multiple of {_BLOCK} bytes", where="size_bytes")
+        self._reconcile(user)
+        return disk, _find(user, use, name)
 
     def _make(self, disk: Disk) -> None:
         if len(_disks(disk.user)) >= MAX_DISKS_OF_ONE_USER:
@@ -115,9 +153,6 @@ class DiskDriver(Component):
         finally:
             os.close(descriptor)
         log.info("disk %s of %s: %d bytes", disk.name, disk.user, disk.size_bytes)
-
-    def _find(self, user: str, name: str) -> Disk | None:
-        return next((disk for disk in _disks(user) if disk.name == name), None)
 
     def _context(self, user: str) -> int:
         return self.core.lookup(f"sched:{user}").selector
@@ -157,13 +192,35 @@ def _user(request: Request) -> str:
     return request.peer.removeprefix(USER_PREFIX)
 
 
+def _use(request: Request) -> str:
+    use = request.untrusted.get("use", "scratch")
+    if use not in USES:
+        raise Invalid(f"a disk is for one of {', '.join(USES)}", where="use")
+    return str(use)
+
+
+def _find(user: str, use: str, name: str) -> Disk | None:
+    return next((disk for disk in _disks(user) if (disk.use, disk.name) == (use, name)), None)
+
+
+def _opened(disk: Disk) -> int:
+    return os.open(disk.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+
 def _disks(user: str) -> list[Disk]:
     try:
         files = os.listdir(directory_of(user))
     except FileNotFoundError:
         return []
-    split = (name.rpartition(".") for name in sorted(files))
-    return [Disk(user, name, int(size)) for name, _, size in split]
+    found = []
+    for file in sorted(files):
+        whole, _, size = file.rpartition(".")
+        use, colon, name = whole.partition(":")
+        if not colon:  # of a release that had scratch disks only
+            use, name = USES[0], whole
+            os.rename(f"{directory_of(user)}/{file}", Disk(user, use, name, int(size)).path)
+        found.append(Disk(user, use, name, int(size)))
+    return found
 
 
 def _used(disk: Disk) -> int:

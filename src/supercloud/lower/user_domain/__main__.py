@@ -12,6 +12,7 @@ from supercloud.lower.user_domain.hub import Hub
 from supercloud.lower.user_domain.identity import IdentityStore, read_birth
 from supercloud.lower.user_domain.platforms import Platforms
 from supercloud.lower.user_domain.service import Service
+from supercloud.lower.user_domain.volumes import Volumes
 
 STATE = "/run/state"
 
@@ -28,9 +29,18 @@ async def serve(core: Core) -> None:
     hub = Hub(core)
     feed = Feed(identity.ucloud or birth.user, f"host/{facts['instance']}")
     platforms = Platforms(hub, birth.user, facts, feed, f"{STATE}/platforms")
+    volumes = Volumes(hub, birth.user, feed, f"{STATE}/volumes", platforms.machine)
+    platforms.on_end = volumes.platform_ended
+
+    def ended(entry: str) -> None:
+        if not volumes.service_ended(entry):
+            platforms.domain_ended(entry)
+
+    hub.ended = ended
     hub.start()
     await platforms.adopt()
-    service = Service(facts, identity, platforms, feed)
+    await volumes.adopt(platforms.running())
+    service = Service(facts, identity, platforms, volumes, feed)
     hub.join("front_door", service.connection)
     log.info("serving %s", birth.user)
     await hub.gone.wait()

@@ -12,10 +12,12 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from supercloud.lower import quota as quotas
 from supercloud.lower.user_domain.assembly import Assembly
+from supercloud.lower.user_domain.channel import Channel
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.hub import Hub
 from supercloud.lower.user_domain.records import Record, Records, fingerprint
@@ -58,7 +60,7 @@ class Platforms:
         self.rendezvous = Rendezvous()
         self._assembly = Assembly(hub, user, self._accelerator, told=self._told)
         self._assembly.agent_connected = self._agent_connected
-        hub.ended = self._ended
+        self.on_end: Callable[[str], Awaitable[None]] = _nothing
 
     # -- what is
 
@@ -73,6 +75,17 @@ class Platforms:
     def statuses(self) -> list[PlatformStatus]:
         """All of them, by name."""
         return [record.status() for _, record in sorted(self._records.by_name.items())]
+
+    def machine(self, name: str) -> Channel:
+        """The channel to a running platform's monitor. NotFound, BadState."""
+        record = self._find(name)
+        if record.state != "running":
+            raise BadState(f"platform {name} is {record.state}")
+        return self._assembly.control(name)
+
+    def running(self) -> set[str]:
+        """Names of the platforms whose machines live."""
+        return {name for name, r in self._records.by_name.items() if r.state not in DEAD}
 
     async def console(self, name: str) -> socket.socket:
         """The console: its last output, then live, both ways."""
@@ -147,6 +160,7 @@ class Platforms:
             self._records.put(record)
             self._say(record, "deleting")
             await self._assembly.dismantle(name)
+            await self.on_end(name)
             self.rendezvous.drop(name)
             record.go("gone")
             self._records.remove(name)
@@ -232,7 +246,7 @@ class Platforms:
         sock.setblocking(False)
         self.rendezvous.agent(platform, sock)
 
-    def _ended(self, entry: str) -> None:
+    def domain_ended(self, entry: str) -> None:
         """A domain died, or was taken away."""
         for name, record in list(self._records.by_name.items()):
             if entry == self._assembly.vmm(name) and record.state not in ("deleting", *DEAD):
@@ -272,6 +286,8 @@ class Platforms:
         self._records.put(record)
         self._say(record, state)
         self._in_background(self._notify())
+        if state in DEAD:
+            self._in_background(self.on_end(record.spec.name))
 
     async def _notify(self) -> None:
         async with self._changed:
@@ -305,6 +321,10 @@ class Platforms:
         with contextlib.suppress(asyncio.CancelledError):
             if (error := task.exception()) is not None:
                 log.error("in the background: %s", error, exc_info=error)
+
+
+async def _nothing(_platform: str) -> None:
+    """Nobody wants to know."""
 
 
 def _config(spec: PlatformSpec) -> bytes:

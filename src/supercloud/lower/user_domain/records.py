@@ -1,15 +1,16 @@
 """What this domain remembers of its platforms across a restart: one file each."""
 
-import contextlib
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from typing import Any
 
+from supercloud.lower.user_domain.files import Files
 from supercloud.model.states import MACHINE, step
 from supercloud.wire.codec import decode, encode, replace
 from supercloud.wire.messages import PlatformSpec, PlatformStatus
+
+_KEPT = ("accelerator", "created_s", "state", "reason", "address", "first_port")
 
 
 @dataclass(slots=True)
@@ -51,41 +52,23 @@ class Records:
     """All of them, by name, in ``directory``."""
 
     def __init__(self, directory: str) -> None:
-        self._directory = directory
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-        self.by_name: dict[str, Record] = {}
-        for file in sorted(os.listdir(directory)):
-            if file.endswith(".json"):
-                record = _read(f"{directory}/{file}")
-                self.by_name[record.spec.name] = record
+        self._files = Files(directory)
+        read = map(_record, self._files.read())
+        self.by_name: dict[str, Record] = {record.spec.name: record for record in read}
 
     def put(self, record: Record) -> None:
         """Add or replace, on disk when it returns."""
-        stored = {
-            name: getattr(record, name)
-            for name in ("accelerator", "created_s", "state", "reason", "address", "first_port")
-        }
+        stored = {name: getattr(record, name) for name in _KEPT}
         stored["spec"] = encode(replace(record.spec, config_base64=""))
-        path = self._path(record.spec.name)
-        with open(f"{path}.part", "w", encoding="utf-8") as file:
-            json.dump(stored, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.part", path)
+        self._files.put(record.spec.name, stored)
         self.by_name[record.spec.name] = record
 
     def remove(self, name: str) -> None:
         """Forget."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path(name))
+        self._files.remove(name)
         self.by_name.pop(name, None)
 
-    def _path(self, name: str) -> str:
-        return f"{self._directory}/{name}.json"
 
-
-def _read(path: str) -> Record:
-    with open(path, encoding="utf-8") as file:
-        stored: dict[str, Any] = json.load(file)
+def _record(stored: dict[str, Any]) -> Record:
     spec = decode(PlatformSpec, stored.pop("spec"), "spec", ignore_unknown=True)
     return Record(spec=spec, **stored)

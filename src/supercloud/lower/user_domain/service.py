@@ -11,6 +11,8 @@ from typing import Any, Final
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.identity import IdentityStore
 from supercloud.lower.user_domain.platforms import Platforms
+from supercloud.lower.user_domain.volume_service import volume_methods
+from supercloud.lower.user_domain.volumes import Volumes
 from supercloud.model.errors import SupercloudError
 from supercloud.trust import tls
 from supercloud.wire.codec import encode
@@ -41,7 +43,12 @@ class Service:
     """Serves the control plane of one U-Cloud."""
 
     def __init__(
-        self, facts: dict[str, Any], identity: IdentityStore, platforms: Platforms, feed: Feed
+        self,
+        facts: dict[str, Any],
+        identity: IdentityStore,
+        platforms: Platforms,
+        volumes: Volumes,
+        feed: Feed,
     ) -> None:
         self._facts, self._identity = facts, identity
         self._platforms, self._feed = platforms, feed
@@ -59,6 +66,7 @@ class Service:
                 "platform.console": self.platform_console,
                 "rendezvous.accept": self.rendezvous_accept,
                 "events.watch": self.events_watch,
+                **volume_methods(volumes),
             },
         )
 

@@ -1,0 +1,172 @@
+"""What a volume is made of: from below, backing file, protected device, the block service's volume.
+
+Each call goes through the layers in order; what failed half-way is taken back as far as it came.
+The names of the methods are those of ``services.protection`` and ``services.block``.
+"""
+
+import contextlib
+import os
+from typing import Any, Final
+
+from supercloud.lower.user_domain.channel import Channel
+from supercloud.lower.user_domain.services import Services
+from supercloud.model.errors import Denied, SupercloudError
+from supercloud.services.protection.layout import backing_bytes
+from supercloud.wire.codec import decode, encode
+from supercloud.wire.volumes import Seal, VolumeFigures, VolumeSpec
+
+PROTECTION: Final = "protection"
+BLOCK: Final = "block"
+TIMEOUT_S: Final = 90.0
+_BLOCK_BYTES: Final = 4096
+_MIB: Final = 1 << 20
+
+
+def device_bytes(spec: VolumeSpec) -> int:
+    """Size of the device below a volume: with room for qcow2's tables and for snapshots."""
+    size = spec.size_bytes
+    if spec.format == "qcow2":
+        size += size // 2 + 16 * _MIB
+    return -(-size // _MIB) * _MIB
+
+
+class Layers:
+    """The provider's disk driver and the user's two services, put on each other."""
+
+    def __init__(self, disk: Channel, services: Services) -> None:
+        self._disk, self._services = disk, services
+
+    def join(self) -> None:
+        """Take up the channels of services that run."""
+        for kind in (PROTECTION, BLOCK):
+            self._services.start(kind)
+
+    async def facts(self, name: str, state: str) -> dict[str, Any]:
+        """Seal, stored bytes, figures, evidence, snapshots: fields of a ``VolumeStatus``."""
+        told = await self._ask(PROTECTION, "device.state", {"device": name})
+        facts: dict[str, Any] = {
+            "seal": _seal(told),
+            "stored_bytes": int(told.get("stored_bytes", 0)),
+            "evidence": int(told.get("evidence", 0)),
+            "figures": decode(
+                VolumeFigures, told.get("figures", {}), "figures", ignore_unknown=True
+            ),
+        }
+        if state != "opened":
+            listed = await self._ask(BLOCK, "volume.snapshots", {"volume": name})
+            facts["snapshots"] = [str(one) for one in listed]
+        return facts
+
+    async def open(self, spec: VolumeSpec, key: bytes, seal: Seal) -> None:
+        """The device, its epoch raised. Denied when it is not the one that ``seal`` is of."""
+        size = device_bytes(spec)
+        asked = {"use": "volume", "name": spec.name, "size_bytes": backing_bytes(size)}
+        made = await self._disk.call("disk.create", asked)
+        with contextlib.ExitStack() as opened:
+            for descriptor in made.descriptors:
+                opened.callback(os.close, descriptor)
+            if seal.root and made.result["made"]:
+                await self._disk.result("disk.delete", {"use": "volume", "name": spec.name})
+                raise Denied(f"the backing of volume {spec.name} is gone from this host")
+            secret = _secret(key)
+            opened.callback(os.close, secret)
+            method = "device.open" if seal.root else "device.create"
+            parameters = {"device": spec.name, "size_bytes": size, **encode(seal)}
+            passed = [made.descriptors[0], secret]
+            await self._call(PROTECTION, method, parameters, passed)
+
+    async def serve(self, spec: VolumeSpec, epoch: int, *, new: bool) -> None:
+        """Let the block service have it."""
+        name = spec.name
+        await self._ask(PROTECTION, "device.serve", {"device": name, "epoch": epoch})
+        connected = await self._call(PROTECTION, "device.connect", {"device": name})
+        try:
+            method = "volume.create" if new else "volume.open"
+            asked = {"volume": name, "format": spec.format, "size_bytes": spec.size_bytes}
+            await self._call(BLOCK, method, asked, connected)
+        finally:
+            for descriptor in connected:
+                os.close(descriptor)
+        await self._throttle(spec)
+
+    async def close(self, name: str) -> Seal:
+        """Close both layers; the device's final seal."""
+        with contextlib.suppress(SupercloudError):  # it was not served yet
+            await self._ask(BLOCK, "volume.close", {"volume": name})
+        return _seal(await self._ask(PROTECTION, "device.close", {"device": name}))
+
+    async def delete(self, name: str) -> None:
+        """Give the backing file back."""
+        await self._disk.result("disk.delete", {"use": "volume", "name": name})
+
+    async def attach(self, name: str, machine: Channel, slot: int) -> str:
+        """Into the machine's slot; how it is joined to it (vhost-user-blk | nbd)."""
+        status = await machine.result("machine.status")
+        shared = bool(status.get("ram_share", True))
+        mode = "vhost-user-blk" if shared else "nbd"
+        asked = {"volume": name, "mode": mode, "ram_shared": shared}
+        joined = await self._call(BLOCK, "volume.attach", asked)
+        try:
+            parameters = {"volume": name, "slot": slot, "mode": mode, "read_only": False}
+            await machine.call("machine.attach", parameters, joined, timeout_s=TIMEOUT_S)
+        except BaseException:
+            with contextlib.suppress(SupercloudError):
+                await self._ask(BLOCK, "volume.detach", {"volume": name})
+            raise
+        finally:
+            for descriptor in joined:
+                os.close(descriptor)
+        return mode
+
+    async def detach(self, name: str, machine: Channel | None) -> None:
+        """Out of the machine, if it is still there."""
+        if machine is not None:
+            await machine.call("machine.detach", {"volume": name}, timeout_s=TIMEOUT_S)
+        await self._ask(BLOCK, "volume.detach", {"volume": name})
+
+    async def change(self, old: VolumeSpec, new: VolumeSpec) -> None:
+        """Grow every layer from below, and throttle."""
+        name, size = new.name, device_bytes(new)
+        if new.size_bytes > old.size_bytes:
+            asked = {"use": "volume", "name": name, "size_bytes": backing_bytes(size)}
+            await self._disk.result("disk.grow", asked)
+            await self._ask(PROTECTION, "device.grow", {"device": name, "size_bytes": size})
+            await self._ask(BLOCK, "volume.grow", {"volume": name, "size_bytes": new.size_bytes})
+        await self._throttle(new)
+
+    async def of_snapshot(self, what: str, name: str, snapshot: str) -> None:
+        """``snapshot``, ``revert`` or ``forget``."""
+        methods = {"snapshot": "snapshot", "revert": "revert", "forget": "snapshot-delete"}
+        asked = {"volume": name, "snapshot": snapshot}
+        await self._ask(BLOCK, f"volume.{methods[what]}", asked)
+
+    async def _throttle(self, spec: VolumeSpec) -> None:
+        asked = {"volume": spec.name, "iops": spec.iops, "bytes_per_s": spec.bytes_per_s}
+        await self._ask(BLOCK, "volume.throttle", asked)
+
+    async def _ask(self, kind: str, method: str, parameters: dict[str, Any]) -> Any:
+        reply = await self._services.start(kind).call(method, parameters, timeout_s=TIMEOUT_S)
+        for descriptor in reply.descriptors:
+            os.close(descriptor)
+        return reply.result
+
+    async def _call(
+        self, kind: str, method: str, parameters: dict[str, Any], given: list[int] | None = None
+    ) -> list[int]:
+        """A call that brings descriptors: the caller's to close."""
+        channel = self._services.start(kind)
+        reply = await channel.call(method, parameters, given, timeout_s=TIMEOUT_S)
+        return reply.descriptors
+
+
+def _seal(told: dict[str, Any]) -> Seal:
+    known = {name: told.get(name) for name in ("epoch", "sequence", "root")}
+    return decode(Seal, known, "seal")
+
+
+def _secret(key: bytes) -> int:
+    """A sealed memory file with the key in it."""
+    descriptor = os.memfd_create("key", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.write(descriptor, key)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor

@@ -1,0 +1,74 @@
+"""The user's services on this host: each in a domain of its own, started when it is first needed.
+
+Their domains are made at once and so booked on the user's context for good; a domain that is not
+started has no process. One that died is made anew; what it had open is its users' affair.
+"""
+
+import logging
+from typing import Final
+
+from supercloud.lower import quota as quotas
+from supercloud.lower.names import domain_name
+from supercloud.lower.user_domain.channel import Channel, Told
+from supercloud.lower.user_domain.hub import Hub
+from supercloud.model.capability import SELF
+from supercloud.model.errors import NotFound
+from supercloud.wire.frames import DomainState
+
+CONTROL: Final = "control"
+
+log = logging.getLogger("supercloud.lower.user_domain.services")
+
+
+class Services:
+    """By kind (``isolation.kinds.SERVICES``); what they tell goes to ``told``."""
+
+    def __init__(self, hub: Hub, user: str, told: Told) -> None:
+        self._hub, self._core, self._user, self._told = hub, hub.core, user, told
+
+    def reserve(self) -> None:
+        """Have the domain of each, so that there is room for it when it is needed."""
+        for kind, limits in quotas.SERVICES.items():
+            name = self._domain(kind)
+            try:
+                self._core.lookup(name)
+            except NotFound:
+                made = self._core.create_domain(kind, name, limits)
+                self._core.create_channel(SELF, made.selector, self._channel(kind), CONTROL)
+
+    def is_running(self, kind: str) -> bool:
+        """Whether it was started and lives."""
+        try:
+            status = self._core.state(self._core.lookup(self._domain(kind)).selector)
+        except NotFound:
+            return False
+        return status.state is not DomainState.CREATED
+
+    def start(self, kind: str) -> Channel:
+        """The channel to it; it is started if it does not run."""
+        self.reserve()
+        channel = self._hub.join(self._channel(kind), self._told)
+        if not self.is_running(kind):
+            self._core.start(self._core.lookup(self._domain(kind)).selector)
+            log.info("service %s is started", kind)
+        return channel
+
+    def end(self, kind: str) -> None:
+        """Kill it, and have its domain anew."""
+        try:
+            self._core.destroy(self._core.lookup(self._domain(kind)).selector)
+        except NotFound:
+            log.info("service %s was gone already", kind)
+        self._hub.leave(self._channel(kind))
+        self.reserve()
+
+    def kind_of(self, entry: str) -> str:
+        """The service whose domain has that name; "" for none."""
+        return next((kind for kind in quotas.SERVICES if entry == self._domain(kind)), "")
+
+    def _domain(self, kind: str) -> str:
+        return domain_name(kind, self._user)
+
+    @staticmethod
+    def _channel(kind: str) -> str:
+        return f"service:{kind}"

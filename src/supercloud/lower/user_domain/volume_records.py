@@ -1,0 +1,64 @@
+"""What this domain remembers of its volumes across a restart: one file each, never a key."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from supercloud.lower.user_domain.files import Files
+from supercloud.model.states import VOLUME, step
+from supercloud.wire.codec import decode, encode
+from supercloud.wire.volumes import VolumeSpec, VolumeStatus
+
+_KEPT = ("state", "reason", "platform", "slot", "mode", "used")
+
+
+@dataclass(slots=True)
+class Volume:
+    """One volume. ``used``: it was served once, so that there is something in it."""
+
+    spec: VolumeSpec
+    state: str = "closed"
+    reason: str = ""
+    platform: str = ""
+    slot: int = 0
+    mode: str = ""
+    used: bool = False
+
+    def go(self, state: str, reason: str = "") -> None:
+        """To another state, if the table of volumes has that; BadState."""
+        self.state, self.reason = step(VOLUME, self.state, state), reason
+        if state != "attached":
+            self.platform, self.slot, self.mode = "", 0, ""
+
+    def status(self, **more: Any) -> VolumeStatus:
+        """As the control plane sees it."""
+        spec = self.spec
+        return VolumeStatus(
+            name=spec.name, state=self.state, size_bytes=spec.size_bytes, format=spec.format,
+            platform=self.platform, slot=self.slot, mode=self.mode, reason=self.reason,
+            tag=spec.tag, **more,
+        )  # fmt: skip
+
+
+class VolumeRecords:
+    """All of them, by name, in ``directory``."""
+
+    def __init__(self, directory: str) -> None:
+        self._files = Files(directory)
+        read = map(_volume, self._files.read())
+        self.by_name: dict[str, Volume] = {volume.spec.name: volume for volume in read}
+
+    def put(self, volume: Volume) -> None:
+        """Add or replace, on disk when it returns."""
+        stored = {name: getattr(volume, name) for name in _KEPT}
+        self._files.put(volume.spec.name, {**stored, "spec": encode(volume.spec)})
+        self.by_name[volume.spec.name] = volume
+
+    def remove(self, name: str) -> None:
+        """Forget."""
+        self._files.remove(name)
+        self.by_name.pop(name, None)
+
+
+def _volume(stored: dict[str, Any]) -> Volume:
+    spec = decode(VolumeSpec, stored.pop("spec"), "spec", ignore_unknown=True)
+    return Volume(spec=spec, **stored)

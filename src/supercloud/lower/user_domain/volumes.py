@@ -1,0 +1,320 @@
+"""The volumes of a U-Cloud on this host: opened, served, attached to platforms, closed, deleted.
+
+A volume is a backing file of the provider's disk driver, under it a device of the user's protection
+service, on that a volume of the user's block service. Each is worked on by one call at a time;
+every refusal comes before any effect. The data key passes through here, and is not kept.
+"""
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final
+
+from supercloud.lower.user_domain.channel import Channel
+from supercloud.lower.user_domain.feed import Feed
+from supercloud.lower.user_domain.hub import Hub
+from supercloud.lower.user_domain.layers import Layers
+from supercloud.lower.user_domain.services import Services
+from supercloud.lower.user_domain.volume_records import Volume, VolumeRecords
+from supercloud.model.errors import (
+    BadState,
+    Busy,
+    Exists,
+    Invalid,
+    NotFound,
+    SupercloudError,
+    Unsupported,
+)
+from supercloud.model.events import Severity
+from supercloud.wire.codec import replace
+from supercloud.wire.volumes import (
+    VOLUME_SLOTS,
+    VolumeAttach,
+    VolumeOpen,
+    VolumeServe,
+    VolumeSnapshot,
+    VolumeSpec,
+    VolumeStatus,
+)
+
+IN_USE: Final = ("opened", "served", "attached")
+Machine = Callable[[str], Channel]
+"""The monitor of a running platform by name; NotFound, BadState."""
+
+log = logging.getLogger("supercloud.lower.user_domain.volumes")
+
+
+class Volumes:
+    """Records, and the layers that each volume is made of."""
+
+    def __init__(self, hub: Hub, user: str, feed: Feed, directory: str, machine: Machine) -> None:
+        self._feed, self._machine = feed, machine
+        self._records = VolumeRecords(directory)
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._services = Services(hub, user, self._told)
+        self._layers = Layers(hub.join("disk"), self._services)
+
+    # -- what is
+
+    async def statuses(self) -> list[VolumeStatus]:
+        """All of them, by name, with their seals as of now."""
+        found = sorted(self._records.by_name.items())
+        return list(await asyncio.gather(*(self._status(volume) for _, volume in found)))
+
+    async def _status(self, volume: Volume) -> VolumeStatus:
+        if volume.state not in IN_USE:
+            return volume.status()
+        try:
+            return volume.status(**await self._layers.facts(volume.spec.name, volume.state))
+        except SupercloudError as error:  # a service is going down: the next look tells more
+            log.warning("%s: %s", volume.spec.name, error)
+            return volume.status()
+
+    # -- open and close
+
+    async def open(self, asked: VolumeOpen) -> VolumeStatus:
+        """Have it, its epoch raised. Exists, NoResources, Denied (it is not what it was)."""
+        key, spec = _key(asked), asked.spec
+        async with self._lock(spec.name):
+            volume = self._records.by_name.get(spec.name)
+            if volume is not None:
+                _check_alike(volume, spec)
+                if volume.state in IN_USE:
+                    return await self._status(volume)
+                if volume.used and not asked.seal.root:
+                    raise Exists(
+                        f"volume {spec.name} holds data, and its seal was not given",
+                        hint="only who has its seal and key can open it; delete it, or use another",
+                    )
+            fresh = volume is None
+            volume = volume or Volume(spec)
+            self._records.put(volume)
+            try:
+                await self._layers.open(volume.spec, key, asked.seal)
+            except BaseException as error:
+                await self._not_opened(volume, error, fresh=fresh)
+                raise
+            self._go(volume, "opened")
+            return await self._status(volume)
+
+    async def _not_opened(self, volume: Volume, error: BaseException, *, fresh: bool) -> None:
+        if fresh:
+            self._records.remove(volume.spec.name)
+            with contextlib.suppress(SupercloudError):
+                await self._layers.delete(volume.spec.name)
+        elif isinstance(error, SupercloudError):
+            self._go(volume, "failed", str(error))
+
+    async def serve(self, asked: VolumeServe) -> VolumeStatus:
+        """Let it be used: its epoch is kept. BadState when another epoch is open."""
+        async with self._found(asked.name) as volume:
+            if volume.state == "opened":
+                await self._layers.serve(volume.spec, asked.epoch, new=not volume.used)
+                volume.used = True
+                self._go(volume, "served")
+            if volume.state not in IN_USE:
+                raise BadState(f"volume {asked.name} is {volume.state}", hint="open it first")
+            return await self._status(volume)
+
+    async def close(self, name: str) -> VolumeStatus:
+        """What was written is on the disk; the status has the final seal. Busy when attached."""
+        async with self._found(name) as volume:
+            if volume.state == "attached":
+                raise Busy(f"volume {name} is attached to {volume.platform}")
+            if volume.state not in IN_USE:
+                return volume.status()
+            seal = await self._layers.close(name)
+            self._go(volume, "closed")
+            return volume.status(seal=seal)
+
+    async def delete(self, name: str) -> None:
+        """With all that is in it; nothing when it is not there. Busy when attached."""
+        async with self._lock(name):
+            volume = self._records.by_name.get(name)
+            if volume is None:
+                return
+            if volume.state == "attached":
+                raise Busy(f"volume {name} is attached to {volume.platform}")
+            if volume.state in IN_USE:
+                with contextlib.suppress(SupercloudError):  # what is in it is not wanted any more
+                    await self._layers.close(name)
+            if volume.state != "deleting":
+                self._go(volume, "deleting")
+            await self._layers.delete(name)
+            self._records.remove(name)
+            self._say(volume, "gone")
+
+    # -- attach and detach
+
+    async def attach(self, asked: VolumeAttach) -> VolumeStatus:
+        """Give it to a running platform. Busy when another one has it, NoResources: no slot."""
+        async with self._found(asked.name) as volume:
+            if volume.state == "attached":
+                if volume.platform != asked.platform:
+                    raise Busy(f"volume {asked.name} is attached to {volume.platform}")
+                return await self._status(volume)
+            if volume.state != "served":
+                raise BadState(f"volume {asked.name} is {volume.state}", hint="open it first")
+            machine, slot = self._machine(asked.platform), self._free_slot(asked.platform)
+            mode = await self._layers.attach(asked.name, machine, slot)
+            self._go(volume, "attached")
+            volume.platform, volume.slot, volume.mode = asked.platform, slot, mode
+            self._records.put(volume)
+            return await self._status(volume)
+
+    def _free_slot(self, platform: str) -> int:
+        taken = {v.slot for v in self._records.by_name.values() if v.platform == platform}
+        for slot in range(1, VOLUME_SLOTS + 1):
+            if slot not in taken:
+                return slot
+        raise Unsupported(f"{platform} has {VOLUME_SLOTS} volumes, which is as many as it takes")
+
+    async def detach(self, name: str) -> VolumeStatus:
+        """Take it from its platform, if one has it."""
+        async with self._found(name) as volume:
+            if volume.state == "attached":
+                await self._detach(volume)
+            return await self._status(volume)
+
+    async def _detach(self, volume: Volume) -> None:
+        try:
+            machine = self._machine(volume.platform)
+        except SupercloudError:
+            machine = None  # its platform has ended
+        await self._layers.detach(volume.spec.name, machine)
+        self._go(volume, "served")
+
+    async def platform_ended(self, platform: str) -> None:
+        """A platform is gone, and with it its end of what was attached."""
+        for name, volume in list(self._records.by_name.items()):
+            async with self._lock(name):
+                if volume.state == "attached" and volume.platform == platform:
+                    try:
+                        await self._detach(volume)
+                    except SupercloudError as error:
+                        self._go(volume, "failed", f"it could not be detached: {error}")
+
+    # -- changes
+
+    async def change(self, spec: VolumeSpec) -> VolumeStatus:
+        """Grow it, or throttle it otherwise. Invalid when it would shrink."""
+        async with self._found(spec.name) as volume:
+            old = volume.spec
+            if spec.format != old.format or spec.size_bytes < old.size_bytes:
+                raise Invalid(f"volume {spec.name} can neither shrink nor change its format")
+            if volume.state not in ("served", "attached"):
+                raise BadState(f"volume {spec.name} is {volume.state}", hint="open it first")
+            await self._layers.change(old, spec)
+            volume.spec = replace(spec, tag=old.tag)
+            self._records.put(volume)
+            self._say(volume, "changed")
+            return await self._status(volume)
+
+    async def snapshot(self, asked: VolumeSnapshot) -> VolumeStatus:
+        """Make a snapshot; one of that name is kept as it is."""
+        return await self._of_snapshot("snapshot", asked, ("served", "attached"))
+
+    async def revert(self, asked: VolumeSnapshot) -> VolumeStatus:
+        """Go back to a snapshot. Busy while a platform has the volume."""
+        return await self._of_snapshot("revert", asked, ("served",))
+
+    async def forget(self, asked: VolumeSnapshot) -> VolumeStatus:
+        """Delete a snapshot."""
+        return await self._of_snapshot("forget", asked, ("served", "attached"))
+
+    async def _of_snapshot(
+        self, what: str, asked: VolumeSnapshot, states: tuple[str, ...]
+    ) -> VolumeStatus:
+        async with self._found(asked.name) as volume:
+            if volume.spec.format == "raw":
+                raise Unsupported("a raw volume has no snapshots", hint="format: qcow2 has them")
+            if volume.state == "attached" and "attached" not in states:
+                raise Busy(f"volume {asked.name} is attached to {volume.platform}")
+            if volume.state not in states:
+                raise BadState(f"volume {asked.name} is {volume.state}", hint="open it first")
+            await self._layers.of_snapshot(what, asked.name, asked.snapshot)
+            self._say(volume, f"{what}.{asked.snapshot}")
+            return await self._status(volume)
+
+    # -- after a restart of this domain, and when a service died
+
+    async def adopt(self, running: set[str]) -> None:
+        """Take up what is open; ``running`` are the platforms that live."""
+        self._services.reserve()
+        alive = all(self._services.is_running(kind) for kind in ("protection", "block"))
+        for volume in list(self._records.by_name.values()):
+            if volume.state == "deleting":
+                await self.delete(volume.spec.name)
+            elif volume.state in IN_USE and not alive:
+                self._go(volume, "closed", "the host was started anew")
+        for platform in {v.platform for v in self._records.by_name.values()} - running - {""}:
+            await self.platform_ended(platform)
+        if alive:
+            self._layers.join()
+
+    def service_ended(self, entry: str) -> bool:
+        """A domain died: True when it was one of the services. All that was open has failed."""
+        kind = self._services.kind_of(entry)
+        if not kind:
+            return False
+        for other in ("protection", "block"):
+            self._services.end(other)  # the one is of no use without the other
+        for volume in self._records.by_name.values():
+            if volume.state in IN_USE:
+                self._go(volume, "failed", f"its {kind} service died")
+        return True
+
+    def _told(self, method: str, untrusted: dict[str, Any], descriptors: list[int]) -> None:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        name = str(untrusted.get("volume") or untrusted.get("device"))
+        if method in ("volume.event", "device.evidence") and name in self._records.by_name:
+            code = str(untrusted.get("code", "evidence"))[:40]
+            message = str(untrusted.get("message", ""))[:1000]
+            self._feed.say(f"volume/{name}", f"host.volume.{code}", message, severity="error")
+
+    # -- bookkeeping
+
+    @contextlib.asynccontextmanager
+    async def _found(self, name: str) -> AsyncIterator[Volume]:
+        async with self._lock(name):
+            volume = self._records.by_name.get(name)
+            if volume is None:
+                raise NotFound(f"no volume {name} here")
+            yield volume
+
+    def _go(self, volume: Volume, state: str, reason: str = "") -> None:
+        volume.go(state, reason)
+        self._records.put(volume)
+        self._say(volume, state)
+
+    def _say(self, volume: Volume, code: str) -> None:
+        severity: Severity = "error" if code == "failed" else "info"
+        subject = f"volume/{volume.spec.name}"
+        self._feed.say(subject, f"host.volume.{code}", volume.reason, severity=severity)
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
+
+
+def _key(asked: VolumeOpen) -> bytes:
+    try:
+        key = base64.b64decode(asked.key_base64, validate=True)
+    except binascii.Error as error:
+        raise Invalid("the key is not base64", where="key_base64") from error
+    if len(key) != 32:
+        raise Invalid("a data key has 32 bytes", where="key_base64")
+    return key
+
+
+def _check_alike(volume: Volume, spec: VolumeSpec) -> None:
+    old = volume.spec
+    if (old.size_bytes, old.format) != (spec.size_bytes, spec.format):
+        raise Exists(
+            f"volume {spec.name} is there: {old.size_bytes} bytes, {old.format}",
+            hint="open it as it is, then change it",
+        )

@@ -1,0 +1,225 @@
+"""Volumes on a really running host: opened in two steps, served by the user's own services."""
+
+import base64
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supercloud.model.errors import Busy, Denied, Exists, Invalid, NoResources, NotFound
+from support.lower import ControlPlane, RunningHost, patient, running_host
+
+pytestmark = [pytest.mark.root]
+
+MIB = 1 << 20
+KEY = base64.b64encode(bytes(range(32))).decode()
+NEW: dict[str, Any] = {"epoch": 0, "sequence": 0, "root": ""}
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHost]:
+    with running_host(tmp_path_factory.mktemp("host"), "t-vol") as host:
+        yield host
+
+
+@pytest.fixture
+def user(host: RunningHost, tmp_path: Path) -> Iterator[ControlPlane]:
+    plane = ControlPlane(tmp_path, host, "demo")
+    plane.enrol(cpu_permille=2000, memory_bytes=1 << 30, disk_bytes=512 * MIB, vms=1)
+    yield plane
+    host.admin("user.remove", user="demo")
+
+
+def spec(name: str = "data", size_bytes: int = 64 * MIB, **more: Any) -> dict[str, Any]:
+    return {"name": name, "size_bytes": size_bytes, **more}
+
+
+async def opened(user: ControlPlane, seal: dict[str, Any] = NEW, **more: Any) -> Any:
+    asked = {"spec": spec(**more), "key_base64": KEY, "seal": seal}
+    return await user.call("volume.open", asked)
+
+
+async def served(user: ControlPlane, seal: dict[str, Any] = NEW, **more: Any) -> Any:
+    status = await opened(user, seal, **more)
+    asked = {"name": status["name"], "epoch": status["seal"]["epoch"]}
+    return await user.call("volume.serve", asked)
+
+
+def backing(host: RunningHost, name: str = "data") -> Path:
+    (found,) = host.state.glob(f"domains/disk/*/volume:{name}.*")
+    return found
+
+
+def used(host: RunningHost) -> Any:
+    return host.admin("user.list")[0]["used"]["disk_bytes"]
+
+
+async def test_a_volume_is_opened_served_closed_and_opened_again(
+    host: RunningHost, user: ControlPlane
+) -> None:
+    first = await served(user)
+    assert (first["state"], first["seal"]["epoch"]) == ("served", 1)
+    assert first["seal"]["root"]
+    assert backing(host).stat().st_size == used(host) > 64 * MIB
+    closed = await user.call("volume.close", {"name": "data"})
+    assert closed["state"] == "closed"
+    assert closed["seal"]["sequence"] >= first["seal"]["sequence"]
+    again = await served(user, closed["seal"])
+    assert (again["state"], again["seal"]["epoch"]) == ("served", 2)
+
+
+async def test_all_calls_may_be_repeated(user: ControlPlane) -> None:
+    for _ in range(2):
+        status = await served(user)
+    for _ in range(2):
+        assert (await user.call("volume.detach", {"name": "data"}))["state"] == "served"
+    for _ in range(2):
+        assert (await user.call("volume.close", {"name": "data"}))["state"] == "closed"
+    for _ in range(2):
+        await user.call("volume.delete", {"name": "data"})
+    assert status["seal"]["epoch"] == 1
+    assert (await user.call("volume.list"))["volumes"] == []
+
+
+async def test_a_copy_from_before_the_last_opening_is_refused(
+    host: RunningHost, user: ControlPlane, tmp_path: Path
+) -> None:
+    await served(user)
+    first = await user.call("volume.close", {"name": "data"})
+    shutil.copyfile(backing(host), tmp_path / "old")
+    await served(user, first["seal"])
+    second = await user.call("volume.close", {"name": "data"})
+    shutil.copyfile(tmp_path / "old", backing(host))
+    with pytest.raises(Denied):
+        await opened(user, second["seal"])
+    (status,) = (await user.call("volume.list"))["volumes"]
+    assert status["state"] == "failed"
+    assert status["reason"]
+
+
+async def test_what_holds_data_is_not_made_anew(user: ControlPlane) -> None:
+    await served(user)
+    await user.call("volume.close", {"name": "data"})
+    with pytest.raises(Exists, match="seal"):
+        await opened(user)
+
+
+async def test_a_backing_that_is_gone_is_not_replaced_by_an_empty_one(
+    host: RunningHost, user: ControlPlane
+) -> None:
+    await served(user)
+    closed = await user.call("volume.close", {"name": "data"})
+    backing(host).unlink()
+    with pytest.raises(Denied, match="gone"):
+        await opened(user, closed["seal"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        (spec(size_bytes=512 * MIB), NoResources),
+        (spec(size_bytes=1000), Invalid),
+        (spec(name="../data"), Invalid),
+        (spec(format="vmdk"), Invalid),
+    ],
+)
+async def test_what_cannot_be_had_leaves_nothing(
+    host: RunningHost, user: ControlPlane, asked: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        await user.call("volume.open", {"spec": asked, "key_base64": KEY, "seal": NEW})
+    assert (await user.call("volume.list"))["volumes"] == []
+    assert used(host) == 0
+    assert not list(host.state.glob("domains/disk/*/volume:*"))
+
+
+async def test_a_wrong_key_opens_nothing(user: ControlPlane) -> None:
+    await served(user)
+    closed = await user.call("volume.close", {"name": "data"})
+    wrong = base64.b64encode(bytes(32)).decode()
+    asked = {"spec": spec(), "key_base64": wrong, "seal": closed["seal"]}
+    with pytest.raises(Denied):
+        await user.call("volume.open", asked)
+    assert (await served(user, closed["seal"]))["state"] == "served"
+
+
+async def test_it_grows_and_is_charged_for_it(host: RunningHost, user: ControlPlane) -> None:
+    await served(user)
+    before = used(host)
+    grown = await user.call("volume.change", spec(size_bytes=96 * MIB))
+    assert grown["size_bytes"] == 96 * MIB
+    assert used(host) == backing(host).stat().st_size > before
+    with pytest.raises(Invalid):
+        await user.call("volume.change", spec(size_bytes=64 * MIB))
+    with pytest.raises(NoResources):
+        await user.call("volume.change", spec(size_bytes=1 << 30))
+
+
+async def test_snapshots_are_made_listed_and_deleted(user: ControlPlane) -> None:
+    await served(user)
+    for name in ("one", "two", "two"):
+        status = await user.call("volume.snapshot", {"name": "data", "snapshot": name})
+    assert sorted(status["snapshots"]) == ["one", "two"]
+    await user.call("volume.revert", {"name": "data", "snapshot": "one"})
+    status = await user.call("volume.forget", {"name": "data", "snapshot": "one"})
+    assert status["snapshots"] == ["two"]
+
+
+@pytest.mark.parametrize("service", ["protection", "block"])
+async def test_a_service_that_dies_fails_what_was_open_and_can_be_had_again(
+    host: RunningHost, user: ControlPlane, service: str
+) -> None:
+    status = await served(user)
+    os.kill(host.pid_of(f"{service}:demo"), 9)
+    deadline = time.monotonic() + 30
+    while True:
+        (now,) = (await user.call("volume.list"))["volumes"]
+        if now["state"] == "failed":
+            break
+        assert time.monotonic() < deadline, now
+    assert service in now["reason"]
+    again = await patient(lambda: served(user, status["seal"]))
+    assert (again["state"], again["seal"]["epoch"]) == ("served", 2)
+
+
+async def test_the_users_domain_may_die_while_a_volume_is_served(
+    host: RunningHost, user: ControlPlane
+) -> None:
+    before = await served(user)
+    os.kill(host.pid_of("user:demo"), 9)
+
+    async def status() -> Any:
+        return (await user.call("volume.list"))["volumes"][0]
+
+    now = await patient(status)
+    assert now["state"] == "served"
+    assert now["seal"]["epoch"] == before["seal"]["epoch"]
+    assert (await user.call("volume.close", {"name": "data"}))["state"] == "closed"
+
+
+async def test_a_removed_user_leaves_no_volume(host: RunningHost, tmp_path: Path) -> None:
+    plane = ControlPlane(tmp_path, host, "gone")
+    plane.enrol(cpu_permille=1000, memory_bytes=1 << 30, disk_bytes=512 * MIB, vms=1)
+    await served(plane)
+    host.admin("user.remove", user="gone")
+    assert not list(host.state.glob("domains/disk/*gone*/volume:*"))
+
+
+async def test_volumes_that_are_not_there_are_said_to_be(user: ControlPlane) -> None:
+    for method in ("volume.close", "volume.detach"):
+        with pytest.raises(NotFound):
+            await user.call(method, {"name": "nowhere"})
+    with pytest.raises(NotFound):
+        await user.call("volume.serve", {"name": "nowhere", "epoch": 1})
+
+
+async def test_an_attachment_needs_a_running_platform(user: ControlPlane) -> None:
+    await served(user)
+    with pytest.raises(NotFound, match="platform"):
+        await user.call("volume.attach", {"name": "data", "platform": "nowhere"})
+    with pytest.raises((Busy, NotFound)):
+        await user.call("volume.attach", {"name": "data", "platform": "nowhere"})

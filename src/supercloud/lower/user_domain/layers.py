@@ -11,14 +11,13 @@ from typing import Any, Final
 from supercloud.lower.user_domain.channel import Channel
 from supercloud.lower.user_domain.services import Services
 from supercloud.model.errors import Denied, SupercloudError
-from supercloud.services.protection.layout import backing_bytes
+from supercloud.services.protection.format import BLOCK, backing_blocks
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.volumes import Seal, VolumeFigures, VolumeSpec
 
 PROTECTION: Final = "protection"
-BLOCK: Final = "block"
+BLOCKS: Final = "block"
 TIMEOUT_S: Final = 90.0
-_BLOCK_BYTES: Final = 4096
 _MIB: Final = 1 << 20
 
 
@@ -30,6 +29,10 @@ def device_bytes(spec: VolumeSpec) -> int:
     return -(-size // _MIB) * _MIB
 
 
+def _backing_bytes(size: int) -> int:
+    return backing_blocks(size // BLOCK) * BLOCK
+
+
 class Layers:
     """The provider's disk driver and the user's two services, put on each other."""
 
@@ -38,52 +41,50 @@ class Layers:
 
     def join(self) -> None:
         """Take up the channels of services that run."""
-        for kind in (PROTECTION, BLOCK):
+        for kind in (PROTECTION, BLOCKS):
             self._services.start(kind)
 
     async def facts(self, name: str, state: str) -> dict[str, Any]:
         """Seal, stored bytes, figures, evidence, snapshots: fields of a ``VolumeStatus``."""
         told = await self._ask(PROTECTION, "device.state", {"device": name})
-        facts: dict[str, Any] = {
-            "seal": _seal(told),
-            "stored_bytes": int(told.get("stored_bytes", 0)),
-            "evidence": int(told.get("evidence", 0)),
-            "figures": decode(
-                VolumeFigures, told.get("figures", {}), "figures", ignore_unknown=True
-            ),
-        }
+        facts: dict[str, Any] = {"seal": _seal(told), **_figures(told)}
         if state != "opened":
-            listed = await self._ask(BLOCK, "volume.snapshots", {"volume": name})
+            listed = await self._ask(BLOCKS, "volume.snapshots", {"volume": name})
             facts["snapshots"] = [str(one) for one in listed]
         return facts
 
-    async def open(self, spec: VolumeSpec, key: bytes, seal: Seal) -> None:
-        """The device, its epoch raised. Denied when it is not the one that ``seal`` is of."""
+    async def open(self, spec: VolumeSpec, key: bytes, seal: Seal) -> Seal:
+        """The device, made if ``seal`` is of none; the seal to keep before it is served.
+
+        Denied when it is not the device that ``seal`` is of.
+        """
         size = device_bytes(spec)
-        asked = {"use": "volume", "name": spec.name, "size_bytes": backing_bytes(size)}
+        asked = {"use": "volume", "name": spec.name, "size_bytes": _backing_bytes(size)}
         made = await self._disk.call("disk.create", asked)
         with contextlib.ExitStack() as opened:
             for descriptor in made.descriptors:
                 opened.callback(os.close, descriptor)
             if seal.root and made.result["made"]:
-                await self._disk.result("disk.delete", {"use": "volume", "name": spec.name})
+                await self.delete(spec.name)
                 raise Denied(f"the backing of volume {spec.name} is gone from this host")
             secret = _secret(key)
             opened.callback(os.close, secret)
-            method = "device.open" if seal.root else "device.create"
-            parameters = {"device": spec.name, "size_bytes": size, **encode(seal)}
-            passed = [made.descriptors[0], secret]
-            await self._call(PROTECTION, method, parameters, passed)
+            passed, device = [made.descriptors[0], secret], {"device": spec.name}
+            if not seal.root:
+                asked = {**device, "size_bytes": size}
+                seal = _seal(await self._ask(PROTECTION, "device.create", asked, passed))
+            asked = {**device, **encode(seal)}
+            return _seal(await self._ask(PROTECTION, "device.prepare", asked, passed))
 
     async def serve(self, spec: VolumeSpec, epoch: int, *, new: bool) -> None:
         """Let the block service have it."""
         name = spec.name
-        await self._ask(PROTECTION, "device.serve", {"device": name, "epoch": epoch})
+        await self._ask(PROTECTION, "device.open", {"device": name, "epoch": epoch})
         connected = await self._call(PROTECTION, "device.connect", {"device": name})
         try:
             method = "volume.create" if new else "volume.open"
             asked = {"volume": name, "format": spec.format, "size_bytes": spec.size_bytes}
-            await self._call(BLOCK, method, asked, connected)
+            await self._call(BLOCKS, method, asked, connected)
         finally:
             for descriptor in connected:
                 os.close(descriptor)
@@ -92,7 +93,7 @@ class Layers:
     async def close(self, name: str) -> Seal:
         """Close both layers; the device's final seal."""
         with contextlib.suppress(SupercloudError):  # it was not served yet
-            await self._ask(BLOCK, "volume.close", {"volume": name})
+            await self._ask(BLOCKS, "volume.close", {"volume": name})
         return _seal(await self._ask(PROTECTION, "device.close", {"device": name}))
 
     async def delete(self, name: str) -> None:
@@ -105,13 +106,13 @@ class Layers:
         shared = bool(status.get("ram_share", True))
         mode = "vhost-user-blk" if shared else "nbd"
         asked = {"volume": name, "mode": mode, "ram_shared": shared}
-        joined = await self._call(BLOCK, "volume.attach", asked)
+        joined = await self._call(BLOCKS, "volume.attach", asked)
         try:
             parameters = {"volume": name, "slot": slot, "mode": mode, "read_only": False}
             await machine.call("machine.attach", parameters, joined, timeout_s=TIMEOUT_S)
         except BaseException:
             with contextlib.suppress(SupercloudError):
-                await self._ask(BLOCK, "volume.detach", {"volume": name})
+                await self._ask(BLOCKS, "volume.detach", {"volume": name})
             raise
         finally:
             for descriptor in joined:
@@ -122,30 +123,33 @@ class Layers:
         """Out of the machine, if it is still there."""
         if machine is not None:
             await machine.call("machine.detach", {"volume": name}, timeout_s=TIMEOUT_S)
-        await self._ask(BLOCK, "volume.detach", {"volume": name})
+        await self._ask(BLOCKS, "volume.detach", {"volume": name})
 
     async def change(self, old: VolumeSpec, new: VolumeSpec) -> None:
         """Grow every layer from below, and throttle."""
         name, size = new.name, device_bytes(new)
         if new.size_bytes > old.size_bytes:
-            asked = {"use": "volume", "name": name, "size_bytes": backing_bytes(size)}
+            asked = {"use": "volume", "name": name, "size_bytes": _backing_bytes(size)}
             await self._disk.result("disk.grow", asked)
             await self._ask(PROTECTION, "device.grow", {"device": name, "size_bytes": size})
-            await self._ask(BLOCK, "volume.grow", {"volume": name, "size_bytes": new.size_bytes})
+            await self._ask(BLOCKS, "volume.grow", {"volume": name, "size_bytes": new.size_bytes})
         await self._throttle(new)
 
     async def of_snapshot(self, what: str, name: str, snapshot: str) -> None:
         """``snapshot``, ``revert`` or ``forget``."""
         methods = {"snapshot": "snapshot", "revert": "revert", "forget": "snapshot-delete"}
         asked = {"volume": name, "snapshot": snapshot}
-        await self._ask(BLOCK, f"volume.{methods[what]}", asked)
+        await self._ask(BLOCKS, f"volume.{methods[what]}", asked)
 
     async def _throttle(self, spec: VolumeSpec) -> None:
         asked = {"volume": spec.name, "iops": spec.iops, "bytes_per_s": spec.bytes_per_s}
-        await self._ask(BLOCK, "volume.throttle", asked)
+        await self._ask(BLOCKS, "volume.throttle", asked)
 
-    async def _ask(self, kind: str, method: str, parameters: dict[str, Any]) -> Any:
-        reply = await self._services.start(kind).call(method, parameters, timeout_s=TIMEOUT_S)
+    async def _ask(
+        self, kind: str, method: str, parameters: dict[str, Any], given: list[int] | None = None
+    ) -> Any:
+        channel = self._services.start(kind)
+        reply = await channel.call(method, parameters, given, timeout_s=TIMEOUT_S)
         for descriptor in reply.descriptors:
             os.close(descriptor)
         return reply.result
@@ -164,9 +168,24 @@ def _seal(told: dict[str, Any]) -> Seal:
     return decode(Seal, known, "seal")
 
 
+def _figures(told: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a ``VolumeStatus``, from the device's figures."""
+    count = {name: int(number) for name, number in told.items() if isinstance(number, int)}
+    figures = VolumeFigures(
+        read_bytes=count["read_bytes"],
+        written_bytes=count["write_bytes"],
+        reads=count["reads"],
+        writes=count["writes"],
+        flushes=count["flushes"],
+        read_latency_us=count["read_ns"] / 1000 / max(1, count["reads"]),
+        write_latency_us=count["write_ns"] / 1000 / max(1, count["writes"]),
+    )
+    stored = (count["slots"] - count["free_slots"]) * BLOCK
+    return {"figures": figures, "stored_bytes": stored, "evidence": count["evidence"]}
+
+
 def _secret(key: bytes) -> int:
-    """A sealed memory file with the key in it."""
-    descriptor = os.memfd_create("key", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    """A memory file with the key in it."""
+    descriptor = os.memfd_create("key", os.MFD_CLOEXEC)
     os.write(descriptor, key)
-    os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor

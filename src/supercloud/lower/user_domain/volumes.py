@@ -83,7 +83,7 @@ class Volumes:
             volume = self._records.by_name.get(spec.name)
             if volume is not None:
                 _check_alike(volume, spec)
-                if volume.state in IN_USE:
+                if volume.state in ("served", "attached"):
                     return await self._status(volume)
                 if volume.used and not asked.seal.root:
                     raise Exists(
@@ -92,14 +92,14 @@ class Volumes:
                     )
             fresh = volume is None
             volume = volume or Volume(spec)
-            self._records.put(volume)
+            self._records.put(volume)  # before anything is made of it
             try:
-                await self._layers.open(volume.spec, key, asked.seal)
+                seal = await self._layers.open(volume.spec, key, asked.seal)
             except BaseException as error:
                 await self._not_opened(volume, error, fresh=fresh)
                 raise
             self._go(volume, "opened")
-            return await self._status(volume)
+            return volume.status(seal=seal)
 
     async def _not_opened(self, volume: Volume, error: BaseException, *, fresh: bool) -> None:
         if fresh:

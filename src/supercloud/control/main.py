@@ -16,7 +16,8 @@ from supercloud.control.api.server import Server
 from supercloud.control.app import ControlPlane
 from supercloud.control.settings import Settings
 from supercloud.control.store import SqliteStore
-from supercloud.model.errors import STATUS, Busy, SupercloudError, UserError
+from supercloud.model.errors import Busy, SupercloudError, UserError
+from supercloud.model.failures import STATUS
 
 log = logging.getLogger("supercloud.control.main")
 

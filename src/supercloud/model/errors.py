@@ -1,4 +1,4 @@
-"""The error tree of the whole system, and the one table from code to HTTP and exit status.
+"""The error tree of the whole system. How errors travel and what they end in: ``model.failures``.
 
 ::
 
@@ -20,6 +20,8 @@ Anything else that is raised is a bug: it is logged under an id and the user is 
 
 from typing import Any, ClassVar
 
+Details = dict[str, Any]
+
 
 class SupercloudError(Exception):
     """Root of the tree."""
@@ -34,71 +36,55 @@ class UserError(SupercloudError):
 
     code: ClassVar[str] = "error"
 
+    def __init_subclass__(cls, *, code: str = "") -> None:
+        cls.code = code or cls.code
+
     def __init__(
         self,
         message: str,
         *,
         hint: str = "",
         where: str = "",
-        details: dict[str, Any] | None = None,
+        details: Details | None = None,
     ) -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
-        self.where = where
-        self.details = details or {}
+        self.message, self.hint, self.where, self.details = message, hint, where, details or {}
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         return f"{place}{self.message}"
 
 
-class Invalid(UserError):
+class Invalid(UserError, code="invalid"):
     """The request is malformed."""
 
-    code = "invalid"
 
-
-class NotFound(UserError):
+class NotFound(UserError, code="not_found"):
     """What was asked for is not there."""
 
-    code = "not_found"
 
-
-class Exists(UserError):
+class Exists(UserError, code="exists"):
     """It is there already, and differs from what was asked for."""
 
-    code = "exists"
 
-
-class Busy(UserError):
+class Busy(UserError, code="busy"):
     """Another operation on it is under way."""
 
-    code = "busy"
 
-
-class BadState(UserError):
+class BadState(UserError, code="bad_state"):
     """Not legal in the present state."""
 
-    code = "bad_state"
 
-
-class Denied(UserError):
+class Denied(UserError, code="denied"):
     """The caller lacks the right."""
 
-    code = "denied"
 
-
-class NoResources(UserError):
+class NoResources(UserError, code="no_resources"):
     """It does not fit: a quota or a capacity."""
 
-    code = "no_resources"
 
-
-class Unsupported(UserError):
+class Unsupported(UserError, code="unsupported"):
     """Cannot be done here; the message says why."""
-
-    code = "unsupported"
 
 
 class Temporary(SupercloudError):
@@ -117,52 +103,3 @@ BY_CODE: dict[str, type[UserError]] = {
     cls.code: cls
     for cls in (Invalid, NotFound, Exists, Busy, BadState, Denied, NoResources, Unsupported)
 }
-
-# code -> (HTTP status, exit status of the command line)
-STATUS: dict[str, tuple[int, int]] = {
-    "invalid": (400, 2),
-    "not_found": (404, 3),
-    "exists": (409, 4),
-    "busy": (409, 5),
-    "bad_state": (409, 6),
-    "denied": (403, 7),
-    "no_resources": (507, 8),
-    "unsupported": (501, 9),
-    "temporary": (503, 10),
-    "unavailable": (503, 11),
-    "internal": (500, 70),
-}
-
-
-def to_wire(error: BaseException, *, bug_id: str = "") -> dict[str, Any]:
-    """The JSON form of an error; a bug shows nothing but its id."""
-    if isinstance(error, UserError):
-        wire: dict[str, Any] = {"code": error.code, "message": error.message}
-        for name in ("hint", "where", "details"):
-            if value := getattr(error, name):
-                wire[name] = value
-        return wire
-    if isinstance(error, Temporary):
-        return {"code": "temporary", "message": str(error), "details": {"delay_s": error.delay_s}}
-    if isinstance(error, Permanent):
-        return {"code": "internal", "message": str(error)}
-    return {"code": "internal", "message": f"internal error {bug_id}".strip()}
-
-
-def from_wire(untrusted: object) -> SupercloudError:
-    """The error that ``to_wire`` described; an unknown code becomes ``Permanent``."""
-    if not isinstance(untrusted, dict):
-        return Permanent("malformed error from the other side")
-    code, message = untrusted.get("code"), str(untrusted.get("message", ""))[:4096]
-    details = untrusted.get("details")
-    details = details if isinstance(details, dict) else {}
-    if code == "temporary":
-        delay = details.get("delay_s", 1.0)
-        return Temporary(
-            message, delay_s=min(float(delay), 60.0) if isinstance(delay, int | float) else 1.0
-        )
-    cls = BY_CODE.get(code) if isinstance(code, str) else None
-    if cls is None:
-        return Permanent(message)
-    text = {name: str(untrusted.get(name, ""))[:4096] for name in ("hint", "where")}
-    return cls(message, details=details, **text)

@@ -10,7 +10,8 @@ import socket
 import struct
 from typing import Any
 
-from supercloud.model.errors import Invalid, Temporary, from_wire
+from supercloud.model.errors import Invalid, Temporary
+from supercloud.model.failures import from_wire
 
 HEADER = struct.Struct(">I")
 MAX_BYTES = 1 << 20

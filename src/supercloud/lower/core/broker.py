@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from supercloud.lower.core import descriptors
 from supercloud.lower.core import state as tables
 from supercloud.lower.core.domain import Domains
+from supercloud.lower.core.keeper import Vault
 from supercloud.lower.core.loop import Link
 from supercloud.lower.core.manifest import Kind
 from supercloud.lower.core.measure import Chain, Measurements, say
 from supercloud.lower.core.state import Context, Domain, Object, State, Values
-from supercloud.lower.core.vault import Vault
 from supercloud.model import errors
 from supercloud.model.capability import KILLS, Capability, Limits, ObjectType, Rights
 from supercloud.wire import frames

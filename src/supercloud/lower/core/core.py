@@ -14,13 +14,17 @@ from supercloud.lower.core import descriptors, sandbox, system
 from supercloud.lower.core.broker import Broker
 from supercloud.lower.core.cgroup import Groups
 from supercloud.lower.core.domain import Domains
-from supercloud.lower.core.keeper import CONFIGURATION_STATUS, RESTART_STATUS, reap, wake_on_signals
+from supercloud.lower.core.keeper import (
+    CONFIGURATION_STATUS,
+    RESTART_STATUS,
+    Vault,
+    wake_on_signals,
+)
 from supercloud.lower.core.loop import Loop
 from supercloud.lower.core.manifest import Sealed, parse
 from supercloud.lower.core.measure import Chain, Measurements, hash_tree, read_chain, say
 from supercloud.lower.core.measure import read_sealed as read
 from supercloud.lower.core.state import Domain, Object, State
-from supercloud.lower.core.vault import Vault
 from supercloud.model.capability import ObjectType
 from supercloud.model.errors import NotFound, UserError
 from supercloud.wire.frames import DomainState, Event
@@ -37,7 +41,8 @@ class Core:
         self._ready, self._status = f"{options['--run']}/ready", 0
         self._fresh, self._woken = not os.path.exists(_READY), wake_on_signals()
         self._loop, self._vault = Loop(), Vault(link)
-        self._stored, self._ends = self._vault.load()
+        self._stored = self._vault.load()
+        self._loop.watch(link.fileno(), lambda _: os._exit(1))  # the keeper is gone
         if self._fresh:
             _cover_stage()
         self._manifest = parse(self._copied("manifest.json", Sealed(self._source, None)))
@@ -68,7 +73,6 @@ class Core:
         else:
             self._take_over()
         self._loop.watch(self._woken.fileno(), lambda _: self._on_signals(self._woken.recv(4096)))
-        self._loop.watch(self._vault.fileno(), lambda _: self._hear_keeper())
         self._tick()
         say("ready", fresh=self._fresh, domains=len(self._state.domains))
         while self._loop.running:
@@ -150,8 +154,6 @@ class Core:
             self._domains.prepare(domain)
         for process in self._domains.running.values():
             process.link.event(Event.RESTARTED)
-        for pid, status in self._ends:
-            self._domains.ended(pid, status)
         for domain in lost:
             if domain.state is not DomainState.CREATED:
                 self._broker.resume(domain, logged=domain.state is DomainState.RUNNING)
@@ -187,11 +189,6 @@ class Core:
             self._stop()
         elif signal.SIGHUP in numbers:
             self._status, self._loop.running = RESTART_STATUS, False
-        self._reap()
-
-    def _reap(self) -> None:
-        for pid, status in reap():
-            self._domains.ended(pid, status)
 
     def _stop(self) -> None:
         """End all domains and leave nothing behind."""
@@ -209,13 +206,8 @@ class Core:
         os.unlink(self._ready)
         self._loop.running = False
 
-    def _hear_keeper(self) -> None:
-        if not self._vault.read_ends(self._domains.ended):
-            self._loop.running = False
-
     def _tick(self) -> None:
         self._log.sync()
-        self._reap()
         self._domains.tick()
         self._loop.later(1.0, self._tick)
 
@@ -232,7 +224,6 @@ def _cover_stage() -> None:
 
 def main(options: dict[str, str], link: socket.socket) -> int:
     """Run as the core; the exit status tells the keeper what to do next."""
-    system.prctl(system.PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         return Core(options, link).run()
     except UserError as error:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from supercloud.lower.core import sandbox
 from supercloud.lower.core.cgroup import OWN, Groups
+from supercloud.lower.core.keeper import Vault
 from supercloud.lower.core.loop import Link, Loop
 from supercloud.lower.core.manifest import Bind, Manifest
 from supercloud.lower.core.measure import say
 from supercloud.lower.core.state import Domain
-from supercloud.lower.core.vault import Vault
 from supercloud.model.errors import BadState, NoResources
 
 _BACKOFF_S, _STEADY_S = (0.1, 5.0), 10.0
@@ -23,13 +23,12 @@ _LOG_BYTES, _LOG_KEEP_BYTES, _LOG_FLOOD_BYTES = 1 << 20, 256 << 10, 256 << 20
 
 @dataclass(slots=True, eq=False)
 class Process:
-    """The program of a domain; ``over`` is called when it is dead, if nobody wants it to live."""
+    """The program of a domain."""
 
     domain: Domain
     pid: int
     pidfd: int
     link: Link
-    over: Callable[[], None] | None = None
     started_s: float = field(default_factory=time.monotonic)
 
 
@@ -45,9 +44,9 @@ class Domains:
         self._loop, self._vault, self.groups, self._manifest = loop, vault, groups, manifest
         self._directory = directory
         self._backoff_s: dict[int, float] = {}
-        self._by_pid: dict[int, Process] = {}
         self.filters: dict[str, bytes] = {}
         self.running: dict[int, Process] = {}
+        self._unreaped: set[Domain] = set()
         self.dying: dict[Domain, Callable[[Domain], None]] = {}
         for name in ("log", "domains"):
             os.makedirs(f"{directory}/{name}", mode=0o711, exist_ok=True)
@@ -114,7 +113,9 @@ class Domains:
             lambda what: self.kill(domain, what),
         )
         process = Process(domain, *started, link)
-        self.running[domain.id] = self._by_pid[process.pid] = process
+        self.running[domain.id] = process
+        self._unreaped.add(domain)
+        self._loop.watch(process.pidfd, lambda _: self._ended(process))
         return process
 
     def kill(self, domain: Domain, why: str) -> None:
@@ -123,19 +124,22 @@ class Domains:
             say("domain.killed", domain=domain.name, why=why)
             _kill(self.running[domain.id].pidfd)
 
-    def ended(self, pid: int, status: int) -> None:
-        """A child was reaped, by us or (one that was adopted) by the keeper."""
-        process = self._by_pid.pop(pid, None)
-        if process is None:
-            return
+    def _ended(self, process: Process) -> None:
+        """It is dead: ours to reap, or (one that was adopted) the keeper's."""
+        self._loop.forget(process.pidfd)
+        try:
+            status = os.waitpid(process.pid, 0)[1]
+        except ChildProcessError:
+            status = self._vault.wait_status(process.pid)
         os.close(process.pidfd)
-        if process.over is not None:
-            process.over()
+        self._unreaped.discard(process.domain)
+        if process.domain in self.dying:
+            self._bury(process.domain)
         else:  # logged before the keeper forgets it: a new core must not start it again
             process.link.close()
             del self.running[process.domain.id]
             self.on_exit(process.domain, status, time.monotonic() - process.started_s)
-        self._drop(process.domain, pid)
+        self._drop(process.domain, process.pid)
 
     def end(self, domain: Domain, done: Callable[[Domain], None]) -> None:
         """Kill a domain that is gone from the tables; ``done`` when nothing of it is left."""
@@ -144,10 +148,9 @@ class Domains:
         self.dying[domain] = done
         if process is None:
             self._bury(domain)
-            return
-        process.over = lambda: self._bury(domain)
-        process.link.close()
-        _kill(process.pidfd)
+        else:
+            process.link.close()
+            _kill(process.pidfd)
 
     def restart_later(self, domain: Domain, lasted_s: float, start: Callable[[], None]) -> None:
         """Start again after a delay that doubles while it keeps dying young."""
@@ -160,7 +163,7 @@ class Domains:
         """Once a second: bound the logs, and retry what could not be removed."""
         for process in list(self.running.values()):
             self._bound_log(process.domain)
-        for domain in set(self.dying) - {process.domain for process in self._by_pid.values()}:
+        for domain in set(self.dying) - self._unreaped:
             self._bury(domain)
 
     def _bury(self, domain: Domain) -> None:

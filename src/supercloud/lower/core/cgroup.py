@@ -70,7 +70,6 @@ class Groups:
 
     def __init__(self, instance: str) -> None:
         self._trees, self._base = hierarchies(), f"{TOP}/{instance}"
-        self.make_top()
 
     def make_top(self) -> None:
         """Make the instance's top group in every hierarchy."""
@@ -102,16 +101,9 @@ class Groups:
             _write(f"{directory}/cgroup.procs", str(pid))
 
     def remove(self, path: str) -> bool:
-        """Remove a group with what is below; False while something in it is alive."""
-        return all(_remove(directory) for _, directory in self._each(path))
-
-    def kill(self, path: str) -> None:
-        """Kill every process in a group and below."""
-        for _, directory in self._each(path):
-            for group, _, _ in os.walk(directory):
-                for pid in _read(f"{group}/cgroup.procs").split():
-                    with suppress(ProcessLookupError):
-                        os.kill(int(pid), signal.SIGKILL)
+        """Remove a group with what is below; False when something had to be killed first."""
+        removed = [_removed(directory) for _, directory in self._each(path)]  # in every tree
+        return all(removed)
 
     def usage(self, path: str) -> tuple[int, int, int]:
         """(memory bytes, cpu microseconds, processes) of a group and below, now."""
@@ -130,9 +122,8 @@ class Groups:
 
     def paths(self) -> set[str]:
         """Every group there is, without the leaves ``own``."""
-        found = set()
-        for _, base in self._each(""):
-            found |= {os.path.relpath(group, base) for group, _, _ in os.walk(base)}
+        bases = [base for _, base in self._each("")]
+        found = {os.path.relpath(group, base) for base in bases for group, _, _ in os.walk(base)}
         return {path for path in found if path != "." and os.path.basename(path) != OWN}
 
     def sweep(self, path: str = "", timeout_s: float = 10.0) -> bool:
@@ -141,7 +132,6 @@ class Groups:
         while not self.remove(path):
             if time.monotonic() > deadline_s:
                 return False
-            self.kill(path)
             time.sleep(0.005)
         for tree in self._trees if not path else ():
             with suppress(OSError):  # another instance is up
@@ -153,13 +143,15 @@ class Groups:
             yield tree, f"{tree.root}/{self._base}/{path}".rstrip("/")
 
 
-def _remove(directory: str) -> bool:
-    try:
-        for group, _, _ in os.walk(directory, topdown=False):
+def _removed(directory: str) -> bool:
+    for group, _, _ in os.walk(directory, topdown=False):
+        with suppress(OSError):
             os.rmdir(group)
-    except OSError:
-        return not os.path.exists(directory)
-    return True
+            continue
+        for pid in _read(f"{group}/cgroup.procs").split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+    return not os.path.exists(directory)
 
 
 def _read(path: str) -> str:
@@ -168,8 +160,5 @@ def _read(path: str) -> str:
 
 
 def _write(path: str, value: str) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(descriptor, value.encode())
-    finally:
-        os.close(descriptor)
+    with open(path, "wb", buffering=0) as file:
+        file.write(value.encode())

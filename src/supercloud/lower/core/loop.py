@@ -73,12 +73,11 @@ class Link:
         self._loop, self._end = loop, end
         self._on_request, self._on_abuse = on_request, on_abuse
         self._queue: deque[tuple[bytes, int]] = deque()
-        self._offences, self._overflowed, self._open = 0, False, True
+        self._offences, self._overflowed = 0, False
         loop.watch(end.fileno(), self._ready)
 
     def close(self) -> None:
         """Forget the socket and what was queued on it."""
-        self._open = False
         self._loop.forget(self._end.fileno())
         self._end.close()
         while self._queue:
@@ -123,11 +122,11 @@ class Link:
         self._on_request(self, data)
 
     def _try(self, frame: bytes, descriptor: int) -> bool:
-        """False when it must wait. A domain that has closed its end need not be told."""
+        """False when it must wait. Where an end is closed, nobody is there to be told."""
         try:
-            if self._open and descriptor < 0:
+            if descriptor < 0:
                 self._end.send(frame)
-            elif self._open:
+            else:
                 socket.send_fds(self._end, [frame], [descriptor])
         except OSError as error:
             return not isinstance(error, BlockingIOError)

@@ -190,8 +190,11 @@ def _steps(plan: Plan, root: str) -> list[tuple[str, Callable[[], None]]]:
         ("identity", lambda: _become(plan.uid)),
         ("root", lambda: _enter(root, proc=kind.proc)),
         ("loopback", lambda: _loopback_up() if kind.network == "own" else None),
-        ("descriptor limit", lambda: _limit(resource.RLIMIT_NOFILE, kind.nofile)),
-        ("core limit", lambda: _limit(resource.RLIMIT_CORE, 0)),
+        (
+            "descriptor limit",
+            lambda: resource.setrlimit(resource.RLIMIT_NOFILE, 2 * (kind.nofile,)),
+        ),
+        ("core limit", lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0))),
         ("capabilities", system.drop_capabilities),
         ("landlock", lambda: system.landlock(files, tcp=kind.tcp)),
         ("filter", lambda: system.install_filter(plan.filter)),
@@ -222,7 +225,3 @@ def _loopback_up() -> None:
     siocsifflags, iff_up = 0x8914, 1
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         fcntl.ioctl(probe, siocsifflags, struct.pack("16sH14x", b"lo", iff_up))
-
-
-def _limit(what: int, most: int) -> None:
-    resource.setrlimit(what, (most, most))

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from supercloud import __version__
-from supercloud.model.failures import STATUS
+from supercloud.model.errors import STATUS
 from support.commandline import CommandLine, control_plane, wait_for
 
 OVERLAP = "networks: [{name: a, range: 10.1.0.0/16}, {name: b, range: 10.1.2.0/24}]\n"

@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from supercloud.control.api.declare import MAX_BODY_BYTES
-from supercloud.model.failures import STATUS
+from supercloud.model.errors import STATUS
 from supercloud.model.states import ENVIRONMENT, PLATFORM
 from support.control import environment, manifest_of
 from support.control_process import Process

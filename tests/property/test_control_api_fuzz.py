@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from supercloud.model.failures import STATUS
+from supercloud.model.errors import STATUS
 from support.control import environment, manifest_of
 from support.control_process import Process
 

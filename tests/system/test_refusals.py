@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from supercloud.model.failures import STATUS
+from supercloud.model.errors import STATUS
 from support.inventory import Inventory, inventory, uids_of
 from support.stack import HEADER, Stack, stack
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from supercloud.model import errors, failures, states
+from supercloud.model import errors, states
 from supercloud.model.errors import BadState
 
 TABLES = {
@@ -40,19 +40,19 @@ def test_step_allows_exactly_the_table(name: str) -> None:
 @pytest.mark.parametrize("code", errors.BY_CODE)
 def test_an_error_survives_the_wire(code: str) -> None:
     sent = errors.BY_CODE[code]("what", hint="do", where="here", details={"n": 1})
-    got = failures.from_wire(failures.to_wire(sent))
+    got = errors.from_wire(errors.to_wire(sent))
     assert type(got) is type(sent)
     assert vars(got) == vars(sent)
-    assert code in failures.STATUS
+    assert code in errors.STATUS
 
 
 @pytest.mark.parametrize(
     "untrusted", [None, [], {}, {"code": []}, {"code": "temporary", "details": {"delay_s": "x"}}]
 )
 def test_a_malformed_error_is_an_error_still(untrusted: object) -> None:
-    assert isinstance(failures.from_wire(untrusted), errors.SupercloudError)
+    assert isinstance(errors.from_wire(untrusted), errors.SupercloudError)
 
 
 def test_exit_statuses_are_distinct() -> None:
-    statuses = [exit_status for _, exit_status in failures.STATUS.values()]
+    statuses = [exit_status for _, exit_status in errors.STATUS.values()]
     assert len(set(statuses)) == len(statuses)

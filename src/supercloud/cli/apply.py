@@ -13,8 +13,7 @@ from supercloud.cli.failure import Unavailable, printable
 from supercloud.cli.listing import PS, row
 from supercloud.cli.progress import progress
 from supercloud.cli.table import table
-from supercloud.model.errors import Invalid, NotFound, SupercloudError, Temporary
-from supercloud.model.failures import from_wire
+from supercloud.model.errors import Invalid, NotFound, SupercloudError, Temporary, from_wire
 
 MANIFEST_MAX_BYTES = 1 << 20
 POLL_S = 0.15

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from supercloud.cli.failure import Unavailable
-from supercloud.model.errors import Permanent, SupercloudError
-from supercloud.model.failures import from_wire
+from supercloud.model.errors import Permanent, SupercloudError, from_wire
 
 SYSTEM_SOCKET = "/run/supercloud/api.sock"
 TIMEOUT_S = 60.0

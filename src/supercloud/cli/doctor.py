@@ -15,7 +15,7 @@ from collections.abc import Callable
 from supercloud.cli import client
 from supercloud.cli.failure import Unavailable
 from supercloud.cli.table import table
-from supercloud.model.failures import STATUS
+from supercloud.model.errors import STATUS
 from supercloud.model.sizes import format_size
 from supercloud.wire.api import Check
 from supercloud.wire.codec import decode, encode

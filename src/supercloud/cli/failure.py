@@ -4,8 +4,7 @@ import os
 import sys
 from typing import Any
 
-from supercloud.model.errors import SupercloudError
-from supercloud.model.failures import STATUS, to_wire
+from supercloud.model.errors import STATUS, SupercloudError, to_wire
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_INTERNAL = STATUS["internal"][1]

@@ -259,7 +259,7 @@ def _driver_text(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Entry point; exit status by ``model.failures.STATUS``."""
+    """Entry point; exit status by ``model.errors.STATUS``."""
     try:
         app(standalone_mode=True)
     except SupercloudError as error:

@@ -23,8 +23,7 @@ import aiohttp
 from supercloud.cli import client
 from supercloud.cli.failure import EXIT_INTERRUPTED, Unavailable
 from supercloud.cli.listing import environment_path
-from supercloud.model.errors import Invalid, Permanent
-from supercloud.model.failures import from_wire
+from supercloud.model.errors import Invalid, Permanent, from_wire
 
 CHUNK_BYTES = 1 << 16
 ESCAPE = b"\x1d"  # Ctrl-]

@@ -17,7 +17,7 @@ from supercloud.cli.failure import EXIT_INTERRUPTED, report
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit status, by ``model.failures.STATUS`` when it fails."""
+    """Run one command; the exit status, by ``model.errors.STATUS`` when it fails."""
     words = sys.argv[1:] if argv is None else argv
     try:
         arguments = commands.parse(words)

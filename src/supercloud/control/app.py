@@ -24,8 +24,7 @@ from supercloud.control.reconcile import WorkQueue
 from supercloud.control.service import Service
 from supercloud.control.state import State, kind_of
 from supercloud.control.store import Compacted, Store
-from supercloud.model.errors import NotFound, Permanent, UserError
-from supercloud.model.failures import to_wire
+from supercloud.model.errors import NotFound, Permanent, UserError, to_wire
 from supercloud.model.resources import Provider as Entry
 from supercloud.providers.base import PinStore, Provider
 from supercloud.trust import tls

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from supercloud.control.images import Converted
-from supercloud.model.errors import Permanent, SupercloudError, Temporary
-from supercloud.model.failures import from_wire, to_wire
+from supercloud.model.errors import Permanent, SupercloudError, Temporary, from_wire, to_wire
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.messages import Process
 

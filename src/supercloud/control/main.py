@@ -16,8 +16,7 @@ from supercloud.control.api.server import Server
 from supercloud.control.app import ControlPlane
 from supercloud.control.settings import Settings
 from supercloud.control.store import SqliteStore
-from supercloud.model.errors import Busy, SupercloudError, UserError
-from supercloud.model.failures import STATUS
+from supercloud.model.errors import STATUS, Busy, SupercloudError, UserError
 
 log = logging.getLogger("supercloud.control.main")
 

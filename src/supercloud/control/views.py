@@ -11,8 +11,7 @@ from supercloud.control.documents import (
     environment_key,
 )
 from supercloud.control.specs import host_port
-from supercloud.model.errors import BadState
-from supercloud.model.failures import to_wire
+from supercloud.model.errors import BadState, to_wire
 from supercloud.wire import api
 
 MESSAGES = {

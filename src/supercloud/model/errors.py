@@ -1,4 +1,4 @@
-"""The error tree of the whole system. How errors travel and what they end in: ``model.failures``.
+"""The error tree of the whole system, and the one table from code to HTTP and exit status.
 
 ::
 
@@ -15,76 +15,44 @@
     ├── Temporary            try again after ``delay_s``
     └── Permanent            trying again will not help
 
+The user errors are in ``model.refusals``, which the core shares; everybody else finds them here.
 Anything else that is raised is a bug: it is logged under an id and the user is shown the id only.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
-Details = dict[str, Any]
+from supercloud.model.refusals import (
+    ALL,
+    BadState,
+    Busy,
+    Denied,
+    Exists,
+    Invalid,
+    NoResources,
+    NotFound,
+    SupercloudError,
+    Unsupported,
+    UserError,
+)
 
-
-class SupercloudError(Exception):
-    """Root of the tree."""
-
-
-class UserError(SupercloudError):
-    """An error that its user can understand and act on.
-
-    ``message`` says what was asked and what is wrong; ``hint`` what to do about it;
-    ``where`` locates it (a field path, ``file:line``); ``details`` is for machines, JSON-able.
-    """
-
-    code: ClassVar[str] = "error"
-
-    def __init_subclass__(cls, *, code: str = "") -> None:
-        cls.code = code or cls.code
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        hint: str = "",
-        where: str = "",
-        details: Details | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message, self.hint, self.where, self.details = message, hint, where, details or {}
-
-    def __str__(self) -> str:
-        place = f"{self.where}: " if self.where else ""
-        return f"{place}{self.message}"
-
-
-class Invalid(UserError, code="invalid"):
-    """The request is malformed."""
-
-
-class NotFound(UserError, code="not_found"):
-    """What was asked for is not there."""
-
-
-class Exists(UserError, code="exists"):
-    """It is there already, and differs from what was asked for."""
-
-
-class Busy(UserError, code="busy"):
-    """Another operation on it is under way."""
-
-
-class BadState(UserError, code="bad_state"):
-    """Not legal in the present state."""
-
-
-class Denied(UserError, code="denied"):
-    """The caller lacks the right."""
-
-
-class NoResources(UserError, code="no_resources"):
-    """It does not fit: a quota or a capacity."""
-
-
-class Unsupported(UserError, code="unsupported"):
-    """Cannot be done here; the message says why."""
+__all__ = [
+    "BY_CODE",
+    "STATUS",
+    "BadState",
+    "Busy",
+    "Denied",
+    "Exists",
+    "Invalid",
+    "NoResources",
+    "NotFound",
+    "Permanent",
+    "SupercloudError",
+    "Temporary",
+    "Unsupported",
+    "UserError",
+    "from_wire",
+    "to_wire",
+]
 
 
 class Temporary(SupercloudError):
@@ -99,7 +67,53 @@ class Permanent(SupercloudError):
     """Could not be done, and trying again will not help."""
 
 
-BY_CODE: dict[str, type[UserError]] = {
-    cls.code: cls
-    for cls in (Invalid, NotFound, Exists, Busy, BadState, Denied, NoResources, Unsupported)
+BY_CODE: dict[str, type[UserError]] = {cls.code: cls for cls in ALL}
+
+# code -> (HTTP status, exit status of the command line)
+STATUS: dict[str, tuple[int, int]] = {
+    "invalid": (400, 2),
+    "not_found": (404, 3),
+    "exists": (409, 4),
+    "busy": (409, 5),
+    "bad_state": (409, 6),
+    "denied": (403, 7),
+    "no_resources": (507, 8),
+    "unsupported": (501, 9),
+    "temporary": (503, 10),
+    "unavailable": (503, 11),
+    "internal": (500, 70),
 }
+
+
+def to_wire(error: BaseException, *, bug_id: str = "") -> dict[str, Any]:
+    """The JSON form of an error; a bug shows nothing but its id."""
+    if isinstance(error, UserError):
+        wire: dict[str, Any] = {"code": error.code, "message": error.message}
+        for name in ("hint", "where", "details"):
+            if value := getattr(error, name):
+                wire[name] = value
+        return wire
+    if isinstance(error, Temporary):
+        return {"code": "temporary", "message": str(error), "details": {"delay_s": error.delay_s}}
+    if isinstance(error, Permanent):
+        return {"code": "internal", "message": str(error)}
+    return {"code": "internal", "message": f"internal error {bug_id}".strip()}
+
+
+def from_wire(untrusted: object) -> SupercloudError:
+    """The error that ``to_wire`` described; an unknown code becomes ``Permanent``."""
+    if not isinstance(untrusted, dict):
+        return Permanent("malformed error from the other side")
+    code, message = untrusted.get("code"), str(untrusted.get("message", ""))[:4096]
+    details = untrusted.get("details")
+    details = details if isinstance(details, dict) else {}
+    if code == "temporary":
+        delay = details.get("delay_s", 1.0)
+        return Temporary(
+            message, delay_s=min(float(delay), 60.0) if isinstance(delay, int | float) else 1.0
+        )
+    cls = BY_CODE.get(code) if isinstance(code, str) else None
+    if cls is None:
+        return Permanent(message)
+    text = {name: str(untrusted.get(name, ""))[:4096] for name in ("hint", "where")}
+    return cls(message, details=details, **text)

@@ -10,8 +10,7 @@ import socket
 import struct
 from typing import Any
 
-from supercloud.model.errors import Invalid, Temporary
-from supercloud.model.failures import from_wire
+from supercloud.model.errors import Invalid, Temporary, from_wire
 
 HEADER = struct.Struct(">I")
 MAX_BYTES = 1 << 20

@@ -72,7 +72,7 @@ class UCloudView:
     """A U-Cloud: ``GET /v1/uclouds/U``, and each item of the list ``GET /v1/uclouds``.
 
     ``state`` is one of ``model.states.UCLOUD``: ``ready`` when all of ``generation`` serves.
-    ``error`` (``model.failures.to_wire``) is there when it will not become so without a change;
+    ``error`` (``model.errors.to_wire``) is there when it will not become so without a change;
     what may yet succeed is only a failed step.
     """
 

@@ -15,9 +15,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from supercloud.model.errors import Invalid, NotFound, SupercloudError, Temporary, UserError
+from supercloud.model.errors import (
+    Invalid,
+    NotFound,
+    SupercloudError,
+    Temporary,
+    UserError,
+    from_wire,
+    to_wire,
+)
 from supercloud.model.events import event_id
-from supercloud.model.failures import from_wire, to_wire
 
 REQUEST, RESPONSE, NOTIFY, DATA, SIGNAL, END, RESET, CREDIT, PING, PONG = range(1, 11)
 

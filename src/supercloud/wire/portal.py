@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from supercloud.model.errors import Invalid, NotFound, SupercloudError, Temporary
+from supercloud.model.errors import from_wire as error_from_wire
+from supercloud.model.errors import to_wire as error_to_wire
 from supercloud.model.events import event_id
-from supercloud.model.failures import from_wire as error_from_wire
-from supercloud.model.failures import to_wire as error_to_wire
 
 MAX_MESSAGE_BYTES = 96 << 10
 MAX_DESCRIPTORS = 16

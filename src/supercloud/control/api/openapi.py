@@ -8,7 +8,7 @@ import msgspec
 
 from supercloud import __version__
 from supercloud.control.api.declare import Nothing, Route
-from supercloud.model.failures import STATUS
+from supercloud.model.errors import STATUS
 
 _REF = "#/components/schemas/{name}"
 

@@ -21,9 +21,15 @@ from supercloud.control.api.routes import Routes, encode
 from supercloud.control.app import ControlPlane
 from supercloud.control.settings import Settings
 from supercloud.control.snapshot import Snapshot
-from supercloud.model.errors import Invalid, NotFound, Permanent, SupercloudError
+from supercloud.model.errors import (
+    STATUS,
+    Invalid,
+    NotFound,
+    Permanent,
+    SupercloudError,
+    to_wire,
+)
 from supercloud.model.events import event_id
-from supercloud.model.failures import STATUS, to_wire
 from supercloud.trust import tls
 from supercloud.trust.names import DOMAIN
 from supercloud.upper.platform.link.hub import ALPN

@@ -11,8 +11,7 @@ from aiohttp import WSMsgType, web
 from supercloud.control.api.declare import Asked
 from supercloud.control.events import EventLog
 from supercloud.control.service import Service
-from supercloud.model.errors import Invalid, SupercloudError, Temporary
-from supercloud.model.failures import to_wire
+from supercloud.model.errors import Invalid, SupercloudError, Temporary, to_wire
 from supercloud.wire.codec import decode
 from supercloud.wire.messages import ByName, Exec, Logs
 from supercloud.wire.peer import Stream

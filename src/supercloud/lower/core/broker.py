@@ -18,7 +18,7 @@ from supercloud.lower.core.loop import Link
 from supercloud.lower.core.manifest import Kind
 from supercloud.lower.core.measure import Chain, Measurements, say
 from supercloud.lower.core.state import Context, Domain, Object, State, Values
-from supercloud.model import errors
+from supercloud.model import refusals as errors
 from supercloud.model.capability import KILLS, Capability, Limits, ObjectType, Rights
 from supercloud.wire import frames
 from supercloud.wire.frames import DomainState, Event, Op, pack_answer

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from supercloud.model.capability import Limits
-from supercloud.model.errors import Unsupported
+from supercloud.model.refusals import Unsupported
 
 TOP, OWN = "supercloud", "own"
 _WANTED = frozenset({"cpu", "cpuacct", "memory", "pids"})

@@ -26,7 +26,7 @@ from supercloud.lower.core.measure import Chain, Measurements, hash_tree, read_c
 from supercloud.lower.core.measure import read_sealed as read
 from supercloud.lower.core.state import Domain, Object, State
 from supercloud.model.capability import ObjectType
-from supercloud.model.errors import NotFound, UserError
+from supercloud.model.refusals import NotFound, UserError
 from supercloud.wire.frames import DomainState, Event
 
 _STOP_TIMEOUT_S = 15.0

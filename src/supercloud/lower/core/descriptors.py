@@ -10,7 +10,7 @@ from supercloud.lower.core import system
 from supercloud.lower.core.manifest import Sealed
 from supercloud.lower.core.measure import ZERO, hash_descriptor
 from supercloud.model.capability import ObjectType
-from supercloud.model.errors import Invalid
+from supercloud.model.refusals import Invalid
 
 PAGE_BYTES = 4096
 SOCKETS = {"seqpacket": int(socket.SOCK_SEQPACKET), "stream": int(socket.SOCK_STREAM)}

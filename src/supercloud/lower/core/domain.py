@@ -16,7 +16,7 @@ from supercloud.lower.core.loop import Link, Loop
 from supercloud.lower.core.manifest import Bind, Manifest
 from supercloud.lower.core.measure import say
 from supercloud.lower.core.state import Domain
-from supercloud.model.errors import BadState, NoResources
+from supercloud.model.refusals import BadState, NoResources
 
 _AGAIN_S, _SPACING_S = 0.1, 2.0  # a domain that lasted longer is started again at once
 _LOG_BYTES, _LOG_KEEP_BYTES, _LOG_FLOOD_BYTES = 1 << 20, 256 << 10, 256 << 20

@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from supercloud.model.capability import Limits, Rights
-from supercloud.model.errors import Invalid
+from supercloud.model.refusals import Invalid
 from supercloud.wire.frames import DOMAIN_NAME, NAME
 
 MAX_MANIFEST_BYTES = 1 << 20

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from supercloud.lower.core.manifest import Sealed
-from supercloud.model.errors import Invalid
+from supercloud.model.refusals import Invalid
 
 _CHUNK_BYTES, _MAX_FILE_BYTES, ZERO = 1 << 20, 1 << 21, "0" * 64
 

@@ -21,7 +21,7 @@ from typing import NamedTuple, NoReturn
 
 from supercloud.lower.core import system
 from supercloud.lower.core.manifest import Bind, Kind
-from supercloud.model.errors import BadState
+from supercloud.model.refusals import BadState
 
 STAGE = "/mnt"  # covered by a tmpfs in the keeper's private mount namespace
 RUNTIME, ROOTS, STATE_TARGET = f"{STAGE}/runtime", f"{STAGE}/roots", "/run/state"

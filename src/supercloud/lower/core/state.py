@@ -11,7 +11,7 @@ from typing import Any
 
 from supercloud.lower.core.manifest import Kind, Manifest
 from supercloud.model.capability import Capability, CapabilityGraph, Limits, ObjectType, Rights
-from supercloud.model.errors import Invalid, NoResources
+from supercloud.model.refusals import Invalid, NoResources
 from supercloud.wire.frames import DomainState
 
 Record = dict[str, Any]

@@ -14,8 +14,7 @@ from typing import Any, Final, NoReturn
 from supercloud.isolation.kinds import Site
 from supercloud.lower.host import grants, images, registry
 from supercloud.lower.vmm.probe import Accelerator, probe
-from supercloud.model.errors import Busy, Denied, Invalid, UserError
-from supercloud.model.failures import STATUS
+from supercloud.model.errors import STATUS, Busy, Denied, Invalid, UserError
 from supercloud.wire import admin
 
 _INSTANCE: Final = re.compile(r"[a-z][a-z0-9-]{0,23}")

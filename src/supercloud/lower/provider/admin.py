@@ -12,8 +12,7 @@ from typing import Any
 
 from supercloud.lower.client import Core
 from supercloud.lower.component import Component
-from supercloud.model.errors import Invalid, NotFound, SupercloudError
-from supercloud.model.failures import to_wire
+from supercloud.model.errors import Invalid, NotFound, SupercloudError, to_wire
 from supercloud.wire import admin as wire
 from supercloud.wire.portal import Portal
 from supercloud.wire.reactor import READ, WRITE

@@ -5,8 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from supercloud.model.errors import SupercloudError, UserError
-from supercloud.model.failures import STATUS, to_wire
+from supercloud.model.errors import STATUS, SupercloudError, UserError, to_wire
 from supercloud.upper.platform.image.build import PRODUCTS, build
 from supercloud.upper.platform.image.tools import default_cache
 

@@ -277,7 +277,7 @@ class Broker:
     # ---- what a record took out of the tables
 
     def _carry_out(self, call: Call | None = None, purged: Domain | None = None) -> None:
-        gone, caller = self.state.take_gone(), call.caller if call else None
+        gone, caller = self.state.gone, call.caller if call else None
         for domain, *selectors in gone.domains:
             if domain.parent and domain.parent is not caller:
                 values = (selectors[0], domain.wait_status, selectors[1])

@@ -109,38 +109,32 @@ class Core:
             limits = initial.limits or kind.limits
             broker.make_domain(kind, initial.name, limits, self._state.root)
         made = {domain.name: domain for domain in self._state.domains.values()}
+        things: dict[str, tuple[int, int]] = {}  # what a grant may name, with id and type
+        for name, domain in made.items():
+            things[f"domain:{name}"] = domain.id, ObjectType.DOMAIN
+            things[f"sched:{name}"] = domain.context.id, ObjectType.SCHEDULING_CONTEXT
+        for kept in list(self._stored):  # what the keeper was started with
+            number = self._state.next_id
+            broker.commit("device", id=number, name=kept[1:])
+            self._reattach(self._state.objects[number])
+            things[f"inherited:{kept[1:]}"] = number, ObjectType.DEVICE
         for c in manifest.channels:
             type_ = descriptors.SOCKETS[c.type]
             broker.make_channel(made[c.a], made[c.b], type_, (c.name_a, c.name_b))
         for grant in manifest.grants:
-            number, type_ = self._granted(made, *grant.object.split(":", 1))
-            to, rights, name = made[grant.to].id, int(grant.rights), grant.name
-            broker.commit("grant", id=number, type=type_, to=to, rights=rights, name=name)
+            if grant.object not in things:
+                raise NotFound(f"a grant names {grant.object}, which is not there")
+            number, type_ = things[grant.object]
+            to, rights = made[grant.to].id, int(grant.rights)
+            broker.commit("grant", id=number, type=type_, to=to, rights=rights, name=grant.name)
         for domain in made.values():
             broker.resume(domain)
-
-    def _granted(self, made: dict[str, Domain], sort: str, name: str = "") -> tuple[int, int]:
-        """Id and type of the object that a grant of the manifest names."""
-        if sort == "inherited" and f"i{name}" in self._stored:
-            known = [o for o in self._state.objects.values() if o.name == name]
-            if not known:
-                number = self._state.next_id
-                self._broker.commit("device", id=number, name=name)
-                known = [self._state.objects[number]]
-                known[0].descriptors = [self._stored[f"i{name}"]]
-            return known[0].id, ObjectType.DEVICE
-        if sort == "domain" and name in made:
-            return made[name].id, ObjectType.DOMAIN
-        if sort == "sched" and name in made:
-            return made[name].context.id, ObjectType.SCHEDULING_CONTEXT
-        raise NotFound(f"a grant names {sort}:{name}, which is not there")
 
     # ---- taking over from a dead core
 
     def _take_over(self) -> None:
         for record in read_chain(self._grants):
             self._state.apply(record)
-        self._state.take_gone()
         for made in self._state.objects.values():
             self._reattach(made)
         lost = [d for d in self._state.domains.values() if not self._adopt(d)]
@@ -159,10 +153,10 @@ class Core:
                 self._broker.resume(domain, logged=domain.state is DomainState.RUNNING)
 
     def _reattach(self, made: Object) -> None:
-        names = [f"o{made.id}.0", f"o{made.id}.1"][: 2 if made.ends else 1]
+        names = [f"o{made.id}.{number}" for number in range(len(made.ends) or 1)]
         if made.type is ObjectType.DEVICE:
             names = [f"i{made.name}"]
-        if all(name in self._stored for name in names):
+        if {*names} <= {*self._stored}:
             made.descriptors = [self._stored.pop(name) for name in names]
         else:  # the core died before it had stored them, so that nobody has them
             self._broker.open(made)
@@ -193,9 +187,8 @@ class Core:
     def _stop(self) -> None:
         """End all domains and leave nothing behind."""
         say("stopping")
-        for domain in list(self._state.domains.values()):
-            if domain.id in self._state.domains:
-                self._broker.destroy(domain.id)
+        while self._state.domains:
+            self._broker.destroy(next(iter(self._state.domains)))
         deadline_s = time.monotonic() + _STOP_TIMEOUT_S
         while self._domains.dying and time.monotonic() < deadline_s:
             self._loop.turn(0.1)

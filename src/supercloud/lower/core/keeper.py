@@ -188,8 +188,8 @@ def main(words: list[str]) -> int:
     """Hold the core's hand until told to stop; the exit status."""
     from supercloud.lower.core import system  # noqa: PLC0415  the path is set just above
 
-    system.prctl(system.PR_SET_CHILD_SUBREAPER, 1)
-    system.unshare(system.CLONE_NEWNS)
+    system.call("prctl", system.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    system.call("unshare", system.CLONE_NEWNS)
     system.mount("", "/", "", system.MS_REC | system.MS_PRIVATE)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

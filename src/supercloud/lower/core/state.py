@@ -119,20 +119,16 @@ class State:
         self.contexts = {1: self.root}
         self.domains: dict[int, Domain] = {}
         self.objects: dict[int, Object] = {}
-        self._gone = Gone()
+        self.gone = Gone()  # by the last record
 
     def apply(self, record: Record) -> Values:
         """Run a record, which must have been checked; the values that answer it."""
+        self.gone = Gone()
         values: Values = getattr(self, f"_do_{record['op']}")(record) or ()
         caller = self.domains.get(record.get("by", 0))
         if caller is not None:
             caller.last = (record["seq"], values, record.get("sha256", ""))
         return values
-
-    def take_gone(self) -> Gone:
-        """What was taken out since the last call."""
-        gone, self._gone = self._gone, Gone()
-        return gone
 
     def at_parent(self, domain: Domain, object_id: int) -> int:
         """The selector that the domain's maker has for it or its context; 0 when it has none."""
@@ -262,7 +258,7 @@ class State:
         if context.parent is not None:
             context.parent.book(-1, **booking(context.limits))
         del self.contexts[context.id], self.domains[domain.id]
-        self._gone.domains.append((domain, *selectors))
+        self.gone.domains.append((domain, *selectors))
 
     def _end_object(self, ended: Object) -> None:
         del self.objects[ended.id]
@@ -271,11 +267,11 @@ class State:
             ended.context.book(-1, memory_bytes=ended.number)
         if ended.maker is not None:
             ended.maker.made -= 1
-        self._gone.objects.append(ended)
+        self.gone.objects.append(ended)
 
     def _lose(self, capabilities: list[Capability]) -> None:
         """Note lost capabilities; a portal that lost one end is over for both."""
-        self._gone.capabilities += capabilities
+        self.gone.capabilities += capabilities
         for capability in capabilities:
             if capability.type is ObjectType.PORTAL and capability.object_id in self.objects:
                 self._end_object(self.objects[capability.object_id])

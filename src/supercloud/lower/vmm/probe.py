@@ -55,7 +55,7 @@ def probe(runtime: str, runtime_sha256: str, kernel: int, uid: int, owner_uid: i
 def _in_child(sealed: Sealed, kernel: int, uids: tuple[int, int], verdict: int) -> NoReturn:
     """In a mount namespace of its own: run the guest, write ``kvm`` or why not, and end."""
     try:
-        system.unshare(system.CLONE_NEWNS)
+        system.call("unshare", system.CLONE_NEWNS)
         system.mount("", "/", "", system.MS_REC | system.MS_PRIVATE)
         flags = system.MS_NOSUID | system.MS_NODEV
         system.mount("probe", sandbox.STAGE, "tmpfs", flags, "mode=0711,size=1m")

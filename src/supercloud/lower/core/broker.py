@@ -284,8 +284,7 @@ class Broker:
                 self._tell(domain.parent, Event.DIED, values, domain.name)
         self._tell_revoked(gone, caller)
         for ended in gone.objects:
-            for number in range(len(ended.descriptors)):
-                self._vault.drop(f"o{ended.id}.{number}")
+            self._vault.drop(f"o{ended.id}")
             is_portal = ended.type is ObjectType.PORTAL
             descriptors.close_all(ended.descriptors, shut_down=is_portal)
         left = {domain for domain, *_ in gone.domains}
@@ -373,8 +372,7 @@ class Broker:
     def open(self, made: Object) -> None:
         """Give an object descriptors (new ones for a channel), kept by the keeper as well."""
         made.descriptors = descriptors.OPEN[made.type](made.number)
-        for number, descriptor in enumerate(made.descriptors):
-            self._vault.put(f"o{made.id}.{number}", descriptor)
+        self._vault.put(f"o{made.id}", *made.descriptors)
 
     def _renew_channels(self, domain: Domain) -> None:
         """A dead domain's channels: end-of-file on the old ends, new ones for who takes them."""

@@ -153,28 +153,26 @@ class Core:
                 self._broker.resume(domain, logged=domain.state is DomainState.RUNNING)
 
     def _reattach(self, made: Object) -> None:
-        names = [f"o{made.id}.{number}" for number in range(len(made.ends) or 1)]
-        if made.type is ObjectType.DEVICE:
-            names = [f"i{made.name}"]
-        if {*names} <= {*self._stored}:
-            made.descriptors = [self._stored.pop(name) for name in names]
+        name = f"i{made.name}" if made.type is ObjectType.DEVICE else f"o{made.id}"
+        if name in self._stored:
+            made.descriptors = self._stored.pop(name)
         else:  # the core died before it had stored them, so that nobody has them
             self._broker.open(made)
 
     def _adopt(self, domain: Domain) -> bool:
         """Take up the process that the dead core started for a domain, if it came to that."""
-        end = f"s{domain.id}"
         process = next((n for n in self._stored if n.startswith(f"p{domain.id}.")), "")
-        if domain.state is not DomainState.RUNNING or end not in self._stored or not process:
+        if domain.state is not DomainState.RUNNING or not process:
             return False
-        started = sandbox.Started(int(process.split(".")[1]), self._stored.pop(process))
-        self._domains.watch(domain, started, socket.socket(fileno=self._stored.pop(end)))
+        pidfd, end = self._stored.pop(process)
+        started = sandbox.Started(int(process.split(".")[1]), pidfd)
+        self._domains.watch(domain, started, socket.socket(fileno=end))
         return True
 
     def _clear_stored(self) -> None:
         for name in [name for name in self._stored if not name.startswith("i")]:
             self._vault.drop(name)
-            os.close(self._stored.pop(name))
+            descriptors.close_all(self._stored.pop(name))
 
     # ---- life
 

@@ -93,9 +93,8 @@ class Domains:
                 """Held at the gate: into its groups, and noted where a later core finds it."""
                 path = domain.context.path
                 self.groups.add(f"{path}/{OWN}" if domain.kind.creates else path, made.pid)
-                undo.callback(self._drop, domain, made.pid)
-                self._vault.put(f"p{domain.id}.{made.pid}", made.pidfd)
-                self._vault.put(f"s{domain.id}", ours.fileno())
+                undo.callback(self._vault.drop, f"p{domain.id}.{made.pid}")
+                self._vault.put(f"p{domain.id}.{made.pid}", made.pidfd, ours.fileno())
 
             third = theirs.fileno() if domain.kind.speaks else null
             plan = self._plan(domain, [third, *descriptors], output)
@@ -135,7 +134,7 @@ class Domains:
             process.link.close()
             del self.running[domain.id]
             self.on_exit(domain, status, time.monotonic() - process.started_s)
-        self._drop(domain, process.pid)
+        self._vault.drop(f"p{domain.id}.{process.pid}")
 
     def end(self, domain: Domain, done: Callable[[Domain], None]) -> None:
         """Kill a domain that is gone from the tables; ``done`` when nothing of it is left."""
@@ -162,10 +161,6 @@ class Domains:
         """Its process is dead: remove the groups, or leave it for the next tick."""
         if self.groups.remove(domain.context.path):
             self.dying.pop(domain)(domain)
-
-    def _drop(self, domain: Domain, pid: int) -> None:
-        self._vault.drop(f"p{domain.id}.{pid}")
-        self._vault.drop(f"s{domain.id}")
 
     def _plan(self, domain: Domain, descriptors: list[int], output: int) -> sandbox.Plan:
         kind, name, argv = domain.kind, domain.name, list(domain.kind.argv)

@@ -3,8 +3,8 @@
 ``python3 -I -S -B keeper.py --manifest FILE --run DIR --state DIR [--fd NAME=N ...]``
 
 One SEQPACKET socketpair leads to the core (:class:`Vault` is its end). The core sends ``P name``
-with a descriptor (store, replacing), ``D name`` (forget), ``L`` (list: answered by each name with
-its descriptor, then ``.``) and ``W pid`` (answered by the wait status of a child that has ended).
+with descriptors (store, replacing), ``D name`` (forget), ``L`` (list: answered by each name with
+its descriptors, then ``.``) and ``W pid`` (answered by the wait status of a child that has ended).
 SIGTERM stops the host in order, SIGHUP replaces the core by a new one.
 
 It is a subreaper: domains whose core died become its children. It imports next to nothing, so
@@ -23,7 +23,7 @@ from contextlib import suppress
 RESTART_STATUS, CONFIGURATION_STATUS = 75, 78
 """The core's exit status for: replace me at once; it makes no sense to try again."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
-_STOP_GRACE_S, _STOP_ATTEMPTS, _STEADY_S, _BACKOFF_S = 30.0, 3, 10.0, (0.05, 5.0)
+_STOP_GRACE_S, _STOP_ATTEMPTS, _SPACING_S = 30.0, 3, 0.5  # from a core's start to the next's
 _MAX_MESSAGE = 256
 
 
@@ -45,20 +45,22 @@ class Vault:
     def __init__(self, link: socket.socket) -> None:
         self._link = link
 
-    def put(self, name: str, descriptor: int) -> None:
-        """Store a copy; it is safe there when this returns, even if the core dies at once."""
-        socket.send_fds(self._link, [f"P {name}".encode()], [descriptor])
+    def put(self, name: str, *descriptors: int) -> None:
+        """Store copies; they are safe there when this returns, even if the core dies at once."""
+        socket.send_fds(self._link, [f"P {name}".encode()], descriptors)
 
     def drop(self, name: str) -> None:
-        """Forget a descriptor."""
+        """Forget what is stored under a name."""
         self._link.send(f"D {name}".encode())
 
-    def load(self) -> dict[str, int]:
+    def load(self) -> dict[str, list[int]]:
         """All that is stored."""
-        stored, flags = dict[str, int](), socket.MSG_CMSG_CLOEXEC
+        stored, flags = dict[str, list[int]](), socket.MSG_CMSG_CLOEXEC
         self._link.send(b"L")
-        while (answer := socket.recv_fds(self._link, _MAX_MESSAGE, 1, flags))[0] != b".":
-            (stored[answer[0].decode()],) = answer[1]
+        while (answer := socket.recv_fds(self._link, _MAX_MESSAGE, 2, flags))[0] != b".":
+            if not answer[0]:
+                raise ConnectionError("the keeper is gone")
+            stored[answer[0].decode()] = answer[1]
         return stored
 
     def wait_status(self, pid: int) -> int:
@@ -72,11 +74,11 @@ class Keeper:
 
     def __init__(self, options: dict[str, str], inherited: dict[str, int]) -> None:
         self._options = options
-        self._kept = {f"i{name}": number for name, number in inherited.items()}
+        self._kept = {f"i{name}": [number] for name, number in inherited.items()}
         self._ended: dict[int, int] = {}  # few: only of domains that outlived a core
         self._core_pid = self._status = self._stop_attempts = 0
-        self._started_s = self._restart_at_s = self._stop_by_s = 0.0
-        self._backoff_s, self._link, self._woken = _BACKOFF_S[0], socket.socket(), wake_on_signals()
+        self._restart_at_s = self._stop_by_s = 0.0
+        self._link, self._woken = socket.socket(), wake_on_signals()
 
     def run(self) -> int:
         """Until stopped; the exit status."""
@@ -100,7 +102,7 @@ class Keeper:
 
     def _start_core(self) -> None:
         self._link, core_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._started_s = time.monotonic()
+        self._restart_at_s = time.monotonic() + _SPACING_S
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # none is lost while the core starts
         self._core_pid = os.fork()
         if self._core_pid == 0:
@@ -112,8 +114,9 @@ class Keeper:
         core_end.close()
 
     def _become_core(self, core_end: socket.socket) -> None:
-        kept = [self._link.detach(), self._woken.detach(), *self._kept.values()]
-        for descriptor in [signal.set_wakeup_fd(-1), *kept]:
+        kept = [descriptor for descriptors in self._kept.values() for descriptor in descriptors]
+        own = [signal.set_wakeup_fd(-1), self._link.detach(), self._woken.detach()]
+        for descriptor in own + kept:
             os.close(descriptor)
         for name in [name for name in sys.modules if name.startswith("supercloud")]:
             del sys.modules[name]  # a planned replacement brings new code
@@ -125,17 +128,16 @@ class Keeper:
         """Take one message of the core; False when there is none."""
         link = self._link
         with suppress(OSError):  # nothing to read, or the core has died
-            received = socket.recv_fds(link, _MAX_MESSAGE, 4, socket.MSG_DONTWAIT)
-            order, _, name = received[0].decode("ascii", "replace").partition(" ")
-            if order in ("P", "D") and name in self._kept:
-                os.close(self._kept.pop(name))
-            if order == "P" and received[1]:
-                self._kept[name] = received[1].pop()
-            for descriptor in received[1]:
-                os.close(descriptor)
-            if order == "L":
-                for kept, descriptor in self._kept.items():
-                    socket.send_fds(link, [kept.encode()], [descriptor])
+            message, descriptors, *_ = socket.recv_fds(link, _MAX_MESSAGE, 2, socket.MSG_DONTWAIT)
+            order, _, name = message.decode("ascii", "replace").partition(" ")
+            if order in ("P", "D"):
+                for descriptor in self._kept.pop(name, ()):
+                    os.close(descriptor)
+            if order == "P":
+                self._kept[name] = descriptors
+            elif order == "L":
+                for kept, descriptors in self._kept.items():
+                    socket.send_fds(link, [kept.encode()], descriptors)
                 link.send(b".")
             elif order == "W":
                 self._reap()  # the signal may still be on its way
@@ -176,11 +178,9 @@ class Keeper:
         elif self._stop_by_s:
             if code and self._stop_attempts < _STOP_ATTEMPTS:
                 self._stop_core()
-        elif code != RESTART_STATUS:
-            if now_s - self._started_s > _STEADY_S:
-                self._backoff_s = _BACKOFF_S[0]
-            self._restart_at_s = now_s + self._backoff_s
-            self._backoff_s = min(2 * self._backoff_s, _BACKOFF_S[1])
+        elif code == RESTART_STATUS:
+            self._restart_at_s = now_s
+        else:
             print(f"keeper: core ended with {code}", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""Control groups: one group per scheduling context in every hierarchy found (v1, v2, hybrid).
+"""Control groups: one group per scheduling context in every hierarchy of the manifest (v1, v2).
 
 Groups nest as scheduling contexts do, under ``supercloud/<instance>``; their paths are relative to
 that. A context that may have children keeps its own processes in a leaf ``own``, since v2 wants
@@ -10,17 +10,16 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from supercloud.model.capability import Limits
-from supercloud.model.refusals import Unsupported
 
 TOP, OWN = "supercloud", "own"
-_WANTED = frozenset({"cpu", "cpuacct", "memory", "pids"})
 _PERIOD_US = 100_000
 
 
-class Hierarchy(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Hierarchy:
     """One mounted tree of groups and those controllers of it that we use."""
 
     root: str
@@ -48,28 +47,11 @@ class Hierarchy(NamedTuple):
             _write(f"{directory}/cgroup.subtree_control", wanted)
 
 
-def hierarchies(mountinfo: str = "") -> list[Hierarchy]:
-    """All trees where a controller of ours is; Unsupported when one is nowhere."""
-    found: dict[frozenset[str], Hierarchy] = {}
-    for line in (mountinfo or _read("/proc/self/mountinfo")).splitlines():
-        before, _, after = line.partition(" - ")
-        kind, _, options = after.split(" ", 2)
-        root, unified = before.split(" ")[4], kind == "cgroup2"
-        if unified:
-            options = ",".join(_read(f"{root}/cgroup.controllers").split())
-        controllers = _WANTED & set(options.split(","))
-        if kind.startswith("cgroup") and controllers:
-            found.setdefault(controllers, Hierarchy(root, controllers, unified))
-    if missing := {"cpu", "memory", "pids"} - {name for tree in found for name in tree}:
-        raise Unsupported(f"no control groups for {missing}", hint="see supercloud doctor")
-    return list(found.values())
-
-
 class Groups:
     """The groups of one instance."""
 
-    def __init__(self, instance: str) -> None:
-        self._trees, self._base = hierarchies(), f"{TOP}/{instance}"
+    def __init__(self, instance: str, trees: tuple[Hierarchy, ...]) -> None:
+        self._trees, self._base = trees, f"{TOP}/{instance}"
 
     def make_top(self) -> None:
         """Make the instance's top group in every hierarchy."""

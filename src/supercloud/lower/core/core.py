@@ -47,7 +47,7 @@ class Core:
             _cover_stage()
         self._manifest = parse(self._copied("manifest.json", Sealed(self._source, None)))
         os.makedirs(directory, mode=0o711, exist_ok=True)
-        self._groups = Groups(self._manifest.instance)
+        self._groups = Groups(self._manifest.instance, self._manifest.groups)
         self._measured = Measurements(f"{directory}/measurements.log", fresh=self._fresh)
         self._grants = f"{directory}/grants.log"
         self._log = Chain(self._grants, fresh=self._fresh)

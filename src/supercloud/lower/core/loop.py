@@ -63,11 +63,7 @@ class Link:
     """
 
     def __init__(
-        self,
-        loop: Loop,
-        end: socket.socket,
-        on_request: Callable[["Link", bytes], None],
-        on_abuse: Callable[[str], None],
+        self, loop: Loop, end: socket.socket, on_request: "Answer", on_abuse: Callable[[str], None]
     ) -> None:
         end.settimeout(0)
         self._loop, self._end = loop, end
@@ -141,6 +137,9 @@ class Link:
         if self._overflowed:
             self._overflowed = False
             self.event(Event.OVERFLOW)
+
+
+Answer = Callable[[Link, bytes], None]
 
 
 def _close(descriptor: int) -> None:

@@ -105,8 +105,6 @@ def _stage(plan: Plan, root: str) -> None:
     system.mount("tmpfs", f"{root}/dev", "tmpfs", flags, "size=64k,mode=0755")
     for path in _PLAIN_DEVICES + plan.kind.devices:  # nodes of our own, with its owner and mode
         found, plain = os.stat(path), path in _PLAIN_DEVICES
-        if not stat.S_ISCHR(found.st_mode) and not stat.S_ISBLK(found.st_mode):
-            raise BadState(f"{path} is not a device")
         os.makedirs(os.path.dirname(root + path), exist_ok=True)
         os.mknod(root + path, stat.S_IFMT(found.st_mode), found.st_rdev)
         os.chown(root + path, 0 if plain else plan.uid, 0)

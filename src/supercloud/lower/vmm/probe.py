@@ -5,7 +5,6 @@ So the L1 kernel itself is booted without a disk; KVM works when that kernel get
 its root. QEMU runs in a sandbox like that of a machine's domain, with nothing but /dev/kvm.
 """
 
-import json
 import os
 import select
 import signal
@@ -112,18 +111,8 @@ def _command_line() -> list[str]:
 
 def _kind(argv: list[str]) -> manifest.Kind:
     """The same as a machine's domain, as far as a probe needs it."""
-    nothing = {"path": "/dev/null", "sha256": "0" * 64}
-    limits = {"memory_bytes": 1 << 30, "pids": 64}
-    kind = {"argv": argv, "filter": nothing, "devices": [KVM], "proc": True, "limits": limits}
-    whole = {
-        "version": 1,
-        "instance": "probe",
-        "uids": {"first": 1 << 20, "count": 8},
-        "runtime": {"path": "/", "sha256": None},
-        "limits": limits,
-        "kinds": {"probe": kind},
-    }
-    return manifest.parse(json.dumps(whole).encode()).kinds["probe"]
+    nothing = Sealed("/dev/null", None)
+    return manifest.Kind(tuple(argv), filter=nothing, devices=(KVM,), proc=True)
 
 
 def _read_until(descriptor: int, deadline_s: float) -> tuple[bytes, bool]:

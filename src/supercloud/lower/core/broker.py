@@ -8,7 +8,8 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import repeat
+from typing import Any, NamedTuple
 
 from supercloud.lower.core import descriptors
 from supercloud.lower.core import state as tables
@@ -26,7 +27,19 @@ from supercloud.wire.frames import DomainState, Event, Op, pack_answer
 MAX_DEPTH = 8
 MAX_SEALED_BYTES = 512 << 20
 _START_FAILED = 127 << 8  # as a wait status
-_ANY = Rights.NONE
+
+
+class _Need(NamedTuple):
+    """What the capability that an argument selects must carry and be."""
+
+    right: Rights
+    type: ObjectType | None = None
+
+
+_CONTEXT, _NUMBER, _ANY = ObjectType.SCHEDULING_CONTEXT, None, _Need(Rights.NONE)
+_CHARGED, _READABLE = _Need(Rights.CHARGE, _CONTEXT), _Need(Rights.READ, _CONTEXT)
+_CONTROLLED = _Need(Rights.CONTROL, ObjectType.DOMAIN)
+_CONNECTED = _Need(Rights.CONNECT, ObjectType.DOMAIN)
 
 
 @dataclass(slots=True)
@@ -57,26 +70,26 @@ class Broker:
         self.state, self._graph, self._log, self._measured = state, state.graph, log, measured
         self._vault, self._domains = vault, domains
         domains.on_request, domains.on_exit = self.answer, self.exited
-        # op -> what carries it out, how many arguments and names it takes
-        self._calls: dict[int, tuple[Callable[[Call], Values], int, int]] = {
-            Op.PING: (lambda _: (), 0, 0),
-            Op.LOOKUP: (self._lookup, 0, 1),
-            Op.LIST: (self._list, 1, 0),
-            Op.CREATE_DOMAIN: (self._create_domain, 7, 2),
-            Op.START: (self._start, 8, 0),
-            Op.DESTROY: (self._destroy, 2, 0),
-            Op.CREATE_CHANNEL: (self._create_channel, 3, 2),
-            Op.CREATE_MEMORY: (self._create_memory, 2, 1),
-            Op.SEAL: (self._seal, 1, 0),
-            Op.CREATE_SEMAPHORE: (self._create_semaphore, 1, 1),
-            Op.DELEGATE: (self._delegate, 3, 1),
-            Op.REVOKE: (self._revoke, 1, 0),
-            Op.TAKE: (self._take, 1, 0),
-            Op.SET_LIMITS: (self._set_limits, 7, 0),
-            Op.USAGE: (self._usage, 1, 0),
-            Op.LIMITS: (lambda call: self._need_context(call, Rights.READ).limits.values(), 1, 0),
-            Op.CHARGE: (self._charge, 2, 0),
-            Op.STATE: (self._state, 1, 0),
+        # op -> what carries it out, what each argument must be, how many names it takes
+        self._calls: dict[int, tuple[Callable[..., Values], tuple[_Need | None, ...], int]] = {
+            Op.PING: (lambda _: (), (), 0),
+            Op.LOOKUP: (self._lookup, (), 1),
+            Op.LIST: (self._list, (_NUMBER,), 0),
+            Op.CREATE_DOMAIN: (self._create_domain, (_CHARGED, *[_NUMBER] * 6), 2),
+            Op.START: (self._start, (_CONTROLLED, *[_NUMBER] * 7), 0),
+            Op.DESTROY: (self._destroy, (_Need(Rights.CONTROL), _NUMBER), 0),
+            Op.CREATE_CHANNEL: (self._create_channel, (_CONNECTED, _CONNECTED, _NUMBER), 2),
+            Op.CREATE_MEMORY: (self._create_memory, (_CHARGED, _NUMBER), 1),
+            Op.SEAL: (self._seal, (_Need(Rights.WRITE, ObjectType.MEMORY),), 0),
+            Op.CREATE_SEMAPHORE: (self._create_semaphore, (_NUMBER,), 1),
+            Op.DELEGATE: (self._delegate, (_ANY, _CONNECTED, _NUMBER), 1),
+            Op.REVOKE: (self._revoke, (_ANY,), 0),
+            Op.TAKE: (self._take, (_ANY,), 0),
+            Op.SET_LIMITS: (self._set_limits, (_Need(Rights.CONTROL, _CONTEXT), *[_NUMBER] * 6), 0),
+            Op.USAGE: (self._usage, (_READABLE,), 0),
+            Op.LIMITS: (lambda _, context: context.limits.values(), (_READABLE,), 0),
+            Op.CHARGE: (self._charge, (_CHARGED, _NUMBER), 0),
+            Op.STATE: (self._state, (_Need(Rights.NONE, ObjectType.DOMAIN),), 0),
         }
 
     def answer(self, caller: Domain, link: Link, untrusted: bytes) -> None:
@@ -98,17 +111,18 @@ class Broker:
             link.send(pack_answer(op, frames.BUG_STATUS, sequence, (), b"see the core's log"))
 
     def _carry(self, call: Call) -> Values:
-        method, arguments, names = self._calls.get(call.op, (None, 0, 0))
-        if method is None:
+        if call.op not in self._calls:
             raise errors.Invalid(f"no call {call.op}")
-        if any(call.args[arguments:]) or bool(call.first) + bool(call.second) != names:
+        method, needs, names = self._calls[call.op]
+        if any(call.args[len(needs) :]) or bool(call.first) + bool(call.second) != names:
             raise errors.Invalid("an argument too many, or a name that is missing")
         last, values, sha256 = call.caller.last
         if call.sequence != last:
-            return method(call)
+            return method(call, *map(self._resolve, repeat(call.caller.id), needs, call.args))
         call.payload = bytes.fromhex(sha256)  # it was done already, before the core was replaced
         if call.op == Op.START:
-            process = self._domains.running.get(self._need(call, 0).object_id)
+            domain = self._resolve(call.caller.id, needs[0], call.args[0])
+            process = self._domains.running.get(domain.id)
             if process is None:
                 raise errors.BadState("it did not start, or has ended")
             return (process.pid,)
@@ -121,24 +135,17 @@ class Broker:
         self._log.append(record)
         return self.state.apply(record)
 
-    def _need(
-        self, call: Call, index: int, right: Rights = _ANY, type_: ObjectType | None = None
-    ) -> Capability:
-        """The caller's capability at the selector that an argument gives, with that right."""
-        capability = self._graph.get(call.caller.id, call.args[index])
+    def _resolve(self, holder: int, need: "_Need | None", argument: int) -> Any:
+        """An argument as a number, or what is behind the selector that it is."""
+        if need is None:
+            return argument
+        capability = self._graph.get(holder, argument)
         name, is_a = capability.name, capability.type
-        if type_ is not None and is_a is not type_:
-            raise errors.Invalid(f"{name!r} is a {is_a.name}, not a {type_.name}")
-        if right & ~capability.rights:
-            raise errors.Denied(f"{name!r} does not carry {right.name}")
-        return capability
-
-    def _need_domain(self, call: Call, index: int, right: Rights) -> Domain:
-        return self.state.domains[self._need(call, index, right, ObjectType.DOMAIN).object_id]
-
-    def _need_context(self, call: Call, right: Rights) -> Context:
-        capability = self._need(call, 0, right, ObjectType.SCHEDULING_CONTEXT)
-        return self.state.contexts[capability.object_id]
+        if need.type is not None and is_a is not need.type:
+            raise errors.Invalid(f"{name!r} is a {is_a.name}, not a {need.type.name}")
+        if need.right & ~capability.rights:
+            raise errors.Denied(f"{name!r} does not carry {need.right.name}")
+        return self.state.behind[is_a][capability.object_id] if need.type else capability
 
     # ---- calls that only look
 
@@ -146,30 +153,28 @@ class Broker:
         found = self._graph.find(call.caller.id, call.first)
         return found.selector, found.type, found.rights, found.object_id, found.end
 
-    def _list(self, call: Call) -> Values:
-        entries = [e for e in self._graph.entries(call.caller.id) if e.selector >= call.args[0]]
+    def _list(self, call: Call, first: int) -> Values:
+        entries = [e for e in self._graph.entries(call.caller.id) if e.selector >= first]
         page, rest = entries[: frames.ENTRIES_PER_PAGE], entries[frames.ENTRIES_PER_PAGE :]
         for e in page:
             what = e.selector, e.object_id, e.type, e.rights, e.end, 0, e.name.encode()
             call.payload += frames.ENTRY.pack(*what)
         return len(page), rest[0].selector if rest else 0
 
-    def _usage(self, call: Call) -> Values:
-        context = self._need_context(call, Rights.READ)
+    def _usage(self, _: Call, context: Context) -> Values:
         return *self._domains.groups.usage(context.path), *context.booked.values()
 
-    def _state(self, call: Call) -> Values:
-        domain = self._need_domain(call, 0, _ANY)
+    def _state(self, _: Call, domain: Domain) -> Values:
         return domain.state, domain.starts, domain.wait_status
 
     # ---- domains
 
-    def _create_domain(self, call: Call) -> Values:
-        context, name = self._need_context(call, Rights.CHARGE), call.second
+    def _create_domain(self, call: Call, context: Context, *figures: int) -> Values:
+        name = call.second
         if call.first not in call.caller.kind.creates:
             raise errors.Denied(f"a {call.caller.kind.name} may not make a {call.first}")
         self._graph.check_room(call.caller.id, name, f"sched:{name}")
-        kind, figures = self.state.manifest.kinds[call.first], call.args[1:7]
+        kind = self.state.manifest.kinds[call.first]
         limits = tables.checked_limits(figures) if any(figures) else kind.limits
         return self.make_domain(kind, name, limits, context, call)
 
@@ -202,8 +207,7 @@ class Broker:
             raise errors.NoResources(f"could not make {name}: {error}") from error
         return values
 
-    def _start(self, call: Call) -> Values:
-        domain, numbers = self._need_domain(call, 0, Rights.CONTROL), call.args[1:]
+    def _start(self, call: Call, domain: Domain, *numbers: int) -> Values:
         if domain.state is not DomainState.CREATED:
             raise errors.BadState(f"{domain.name} is {domain.state.name.lower()}")
         ranges = domain.kind.numbers
@@ -260,9 +264,8 @@ class Broker:
         if domain.id in self._domains.running:
             self._domains.running[domain.id].link.event(event, values, name)
 
-    def _destroy(self, call: Call) -> Values:
-        capability, purge = self._need(call, 0, Rights.CONTROL), call.args[1]
-        if capability.type is ObjectType.SCHEDULING_CONTEXT or purge not in (0, 1):
+    def _destroy(self, call: Call, capability: Capability, purge: int) -> Values:
+        if capability.type is _CONTEXT or purge not in (0, 1):
             raise errors.Invalid("a scheduling context ends with its domain")
         domain = self.state.domains.get(capability.object_id)
         self.commit("destroy", call, id=capability.object_id)
@@ -314,13 +317,12 @@ class Broker:
 
     # ---- portals, memory, semaphores
 
-    def _create_channel(self, call: Call) -> Values:
-        a, b = (self._need_domain(call, n, Rights.CONNECT) for n in (0, 1))
+    def _create_channel(self, call: Call, a: Domain, b: Domain, type_: int) -> Values:
         names, entries = (call.first, call.second), {call.caller.id: [""]}  # the whole has no name
         for end, name in zip((a, b), names, strict=True):
             entries.setdefault(end.id, []).append(name)
         self._check_budget(call, entries)
-        values = self.make_channel(a, b, call.args[2], names, call)
+        values = self.make_channel(a, b, type_, names, call)
         for end, name, selector in zip((a, b), names, values[1:], strict=True):
             if end is not call.caller:
                 self._tell(end, Event.ARRIVED, (selector, ObjectType.PORTAL), name)
@@ -338,25 +340,25 @@ class Broker:
         ends = {"a": a.id, "b": b.id, "name_a": names[0], "name_b": names[1]}
         return self._make("portal", call, **ends, number=type_, descriptors=peer.descriptors)
 
-    def _create_memory(self, call: Call) -> Values:
-        context, size = self._need_context(call, Rights.CHARGE), call.args[1]
+    def _create_memory(self, call: Call, context: Context, size: int) -> Values:
         if not 0 < size <= tables.MAX_INT or size % descriptors.PAGE_BYTES:
             raise errors.Invalid(f"the size must be a multiple of {descriptors.PAGE_BYTES}")
         context.check(memory_bytes=size)
         self._check_budget(call, {call.caller.id: [call.first]})
         return self._make("memory", call, name=call.first, context=context.id, number=size)
 
-    def _create_semaphore(self, call: Call) -> Values:
-        if not 0 <= call.args[0] < 1 << 31:
+    def _create_semaphore(self, call: Call, value: int) -> Values:
+        if not 0 <= value < 1 << 31:
             raise errors.Invalid("the value must be 0..2^31-1")
         self._check_budget(call, {call.caller.id: [call.first]})
-        return self._make("semaphore", call, name=call.first, number=call.args[0])
+        return self._make("semaphore", call, name=call.first, number=value)
 
     def _check_budget(self, call: Call, entries: dict[int, list[str]]) -> None:
         """Refuse one more object of the caller, or these entries in these tables."""
         for holder, names in entries.items():
             self._graph.check_room(holder, *names)
-        if call.caller.made >= call.caller.kind.objects:
+        made = [o for o in self.state.objects.values() if o.maker is call.caller]
+        if len(made) >= call.caller.kind.objects:
             raise errors.NoResources(f"{call.caller.name} has made as many objects as it may")
 
     def _make(self, op: str, call: Call | None, **what: Any) -> Values:
@@ -384,9 +386,7 @@ class Broker:
                 if end.end >= 0 and holder is not domain:
                     self._tell(holder, Event.RENEWED, (end.selector,), end.name)
 
-    def _seal(self, call: Call) -> Values:
-        capability = self._need(call, 0, Rights.WRITE, ObjectType.MEMORY)
-        memory = self.state.objects[capability.object_id]
+    def _seal(self, call: Call, memory: Object) -> Values:
         if not memory.sha256:
             if memory.number > MAX_SEALED_BYTES:
                 raise errors.Invalid(f"only up to {MAX_SEALED_BYTES} bytes can be sealed")
@@ -401,31 +401,27 @@ class Broker:
 
     # ---- capabilities
 
-    def _delegate(self, call: Call) -> Values:
-        capability, rights, caller = self._need(call, 0), call.args[2], call.caller
-        target = self._need_domain(call, 1, Rights.CONNECT)
-        ours, theirs = caller.kind, target.kind.name
+    def _delegate(self, call: Call, held: Capability, target: Domain, rights: int) -> Values:
+        caller, ours, theirs = call.caller, call.caller.kind, target.kind.name
         if not 0 < rights < 128:
             raise errors.Invalid("no such rights")
         if target is not caller and not (theirs in ours.peers and ours.peers[theirs].descriptors):
             raise errors.Denied(f"nothing may pass from a {ours.name} to a {theirs}")
-        self._graph.check_derive(capability, target.id, Rights(rights), call.first)
-        what = {"selector": capability.selector, "rights": rights, "name": call.first}
+        self._graph.check_derive(held, target.id, Rights(rights), call.first)
+        what = {"selector": held.selector, "rights": rights, "name": call.first}
         values = self.commit("delegate", call, holder=caller.id, to=target.id, **what)
         if target is not caller:
-            self._tell(target, Event.ARRIVED, (values[0], capability.type), call.first)
+            self._tell(target, Event.ARRIVED, (values[0], held.type), call.first)
         return values
 
-    def _revoke(self, call: Call) -> Values:
-        selector = self._need(call, 0).selector
-        values = self.commit("revoke", call, holder=call.caller.id, selector=selector)
+    def _revoke(self, call: Call, held: Capability) -> Values:
+        values = self.commit("revoke", call, holder=call.caller.id, selector=held.selector)
         self._carry_out()
         return values
 
-    def _take(self, call: Call) -> Values:
-        capability = self._need(call, 0)
-        call.descriptor = self._descriptor(call.caller, capability)
-        return (capability.type,)
+    def _take(self, call: Call, held: Capability) -> Values:
+        call.descriptor = self._descriptor(call.caller, held)
+        return (held.type,)
 
     def _descriptor(self, domain: Domain, capability: Capability) -> int:
         """The descriptor behind a capability, noting that it is out; refusals as ``TAKE``."""
@@ -443,8 +439,7 @@ class Broker:
 
     # ---- scheduling contexts
 
-    def _set_limits(self, call: Call) -> Values:
-        context, new = self._need_context(call, Rights.CONTROL), call.args[1:7]
+    def _set_limits(self, call: Call, context: Context, *new: int) -> Values:
         old, limits, groups = context.limits, tables.checked_limits(new), self._domains.groups
         more = {what: getattr(limits, what) - getattr(old, what) for what in context.booked}
         for what, booked in context.booked.items():
@@ -461,8 +456,7 @@ class Broker:
             raise errors.Busy(f"more than that is in use: {error}") from error
         return ()
 
-    def _charge(self, call: Call) -> Values:
-        context, more = self._need_context(call, Rights.CHARGE), call.args[1]
+    def _charge(self, call: Call, context: Context, more: int) -> Values:
         if context.charges.get(call.caller.id, 0) + more < 0:
             raise errors.Invalid("more released than this domain has booked")
         context.check(disk_bytes=max(more, 0))

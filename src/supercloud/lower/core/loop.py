@@ -46,9 +46,9 @@ class Loop:
         """One round: what is ready now, then what is due."""
         if self._timers:
             timeout_s = max(0.0, min(timeout_s, self._timers[0][0] - time.monotonic()))
-        for descriptor, events in self._poll.poll(timeout_s * 1000):
-            handler = self._handlers.get(descriptor)
-            if handler is not None:  # it may have been forgotten in this very round
+        polled = self._poll.poll(timeout_s * 1000)
+        for number, handler, events in [(n, self._handlers[n], e) for n, e in polled]:
+            if self._handlers.get(number) is handler:  # not forgotten in this very round
                 handler(events)
         while self._timers and self._timers[0][0] <= time.monotonic():
             heapq.heappop(self._timers)[2]()

@@ -83,7 +83,6 @@ class Domain:
     numbers: Values = ()
     starts: int = 0
     wait_status: int = 0
-    made: int = 0
     last: tuple[int, Values, str] = (0, (), "")
 
 
@@ -119,6 +118,9 @@ class State:
         self.contexts = {1: self.root}
         self.domains: dict[int, Domain] = {}
         self.objects: dict[int, Object] = {}
+        self.behind: dict[ObjectType, dict[int, Any]] = dict.fromkeys(ObjectType, self.objects)
+        self.behind[ObjectType.DOMAIN] = self.domains
+        self.behind[ObjectType.SCHEDULING_CONTEXT] = self.contexts
         self.gone = Gone()  # by the last record
 
     def apply(self, record: Record) -> Values:
@@ -201,7 +203,6 @@ class State:
             context.book(memory_bytes=size)
         if maker is None:
             return made, None
-        maker.made += 1
         return made, self.graph.insert(maker.id, made.id, type_, rights, name)
 
     def _do_seal(self, r: Record) -> None:
@@ -265,8 +266,6 @@ class State:
         self._lose(self.graph.drop_object(ended.id))
         if ended.context is not None:
             ended.context.book(-1, memory_bytes=ended.number)
-        if ended.maker is not None:
-            ended.maker.made -= 1
         self.gone.objects.append(ended)
 
     def _lose(self, capabilities: list[Capability]) -> None:

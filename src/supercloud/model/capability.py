@@ -143,8 +143,10 @@ class CapabilityGraph:
         self, holder: int, object_id: int, type_: ObjectType, rights: Rights, name: str,
         parent: Capability | None = None, end: int = -1,
     ) -> Capability:  # fmt: skip
-        """Add an entry; checks room. What a ``parent`` may pass on: see :meth:`check_derive`."""
+        """Add an entry; checks room, and that a ``parent`` is not narrower, but not GRANT."""
         self.check_room(holder, name)
+        if parent is not None and rights & ~parent.rights:
+            raise Denied(f"a derived right is never wider: {rights & ~parent.rights!r} is not held")
         selector = self._next[holder]
         entry = Capability(holder, selector, object_id, type_, rights, name, parent, end)
         self._next[holder] += 1

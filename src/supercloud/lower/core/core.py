@@ -5,6 +5,7 @@ at boot onto a tmpfs in the keeper's private mount namespace, where the runtime 
 too; both outlive the core.
 """
 
+import hashlib
 import os
 import signal
 import socket
@@ -23,13 +24,12 @@ from supercloud.lower.core.keeper import (
 from supercloud.lower.core.loop import Loop
 from supercloud.lower.core.manifest import Sealed, parse
 from supercloud.lower.core.measure import Chain, Measurements, hash_tree, read_chain, say
-from supercloud.lower.core.measure import read_sealed as read
 from supercloud.lower.core.state import Domain, Object, State
 from supercloud.model.capability import ObjectType
-from supercloud.model.refusals import NotFound, UserError
+from supercloud.model.refusals import Invalid, NotFound, UserError
 from supercloud.wire.frames import DomainState, Event
 
-_STOP_TIMEOUT_S = 15.0
+_STOP_TIMEOUT_S, _MAX_COPIED_BYTES = 15.0, 1 << 21
 _COPY, _READY = f"{sandbox.STAGE}/sealed", f"{sandbox.STAGE}/ready"
 
 
@@ -53,8 +53,7 @@ class Core:
         self._log = Chain(self._grants, fresh=self._fresh)
         self._domains = Domains(self._loop, self._vault, self._groups, self._manifest, directory)
         self._state = State(self._manifest)
-        parts = self._log, self._measured, self._vault, self._domains
-        self._broker = Broker(self._state, *parts)
+        self._broker = Broker(self._state, self._log, self._measured, self._vault, self._domains)
 
     def run(self) -> int:
         """Boot or take over, then serve until told to stop; the exit status."""
@@ -82,10 +81,13 @@ class Core:
     def _copied(self, name: str, source: Sealed) -> bytes:
         """A file's content as it was at boot, checked against its hash then and now."""
         path = f"{_COPY}/{name}"
-        content = read(source if self._fresh else Sealed(path, source.sha256))
+        with open(source.path if self._fresh else path, "rb") as file:
+            content = file.read(_MAX_COPIED_BYTES)
+        if source.sha256 and hashlib.sha256(content).hexdigest() != source.sha256:
+            raise Invalid(f"{name} is not what the manifest says")
         if self._fresh:
-            with open(path, "wb") as file:
-                file.write(content)
+            with open(path, "wb") as copy:
+                copy.write(content)
         return content
 
     # ---- boot

@@ -13,14 +13,19 @@ from supercloud.model.capability import ObjectType
 from supercloud.model.refusals import Invalid
 
 PAGE_BYTES = 4096
+_MFD_NOEXEC_SEAL = 8
 SOCKETS = {"seqpacket": int(socket.SOCK_SEQPACKET), "stream": int(socket.SOCK_STREAM)}
 _READ_ONLY = system.MS_RDONLY | system.MS_NOSUID | system.MS_NODEV
 
 
 def _memory(size_bytes: int) -> list[int]:
     """A memfd whose size can't change; any holder of it may write until it is sealed."""
-    descriptor = os.memfd_create("memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.fchmod(descriptor, 0o666)  # nobody may execute it, and its owner is uid 0
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        descriptor = os.memfd_create("memory", flags | _MFD_NOEXEC_SEAL)
+    except OSError:  # Linux < 6.3
+        descriptor = os.memfd_create("memory", flags)
+    os.fchmod(descriptor, 0o666)
     os.ftruncate(descriptor, size_bytes)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
     return [descriptor]

@@ -16,10 +16,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from supercloud.lower.core.manifest import Sealed
 from supercloud.model.refusals import Invalid
 
-_MAX_FILE_BYTES, ZERO = 1 << 21, "0" * 64
+ZERO = "0" * 64
 
 
 class Chain:
@@ -96,15 +95,6 @@ def hash_tree(directory: str) -> str:
     code = sorted(path for path in found if path.endswith((".py", ".pyc")))
     lines = [f"{os.path.relpath(path, directory)} {hash_file(path)}\n" for path in code]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def read_sealed(sealed: Sealed) -> bytes:
-    """A file's content, if it has the hash that is expected of it."""
-    with open(sealed.path, "rb") as file:
-        content = file.read(_MAX_FILE_BYTES)
-    if sealed.sha256 and hashlib.sha256(content).hexdigest() != sealed.sha256:
-        raise Invalid(f"{sealed.path} is not what the manifest says")
-    return content
 
 
 def say(event: str, **what: Any) -> None:

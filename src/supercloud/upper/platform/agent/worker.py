@@ -12,12 +12,14 @@ from supercloud.upper.platform.agent import cgroups, readiness
 from supercloud.upper.platform.agent.engine import Engine, Places
 from supercloud.upper.platform.agent.processes import Watched, adopt
 from supercloud.upper.platform.agent.state import read_json, write_json
+from supercloud.upper.platform.agent.volumes import Absent
 from supercloud.wire.codec import encode
 from supercloud.wire.messages import EnvironmentSpec, EnvironmentStatus
 
 BACK_OFF_S = (0.1, 30.0)
 STEADY_S = 10.0
 CLEAN_RETRY_S = 1.0
+RUNNING = ("running", "serving", "unready")
 GRACE_S = {"container": 10.0, "vm": 8.0}
 
 log = logging.getLogger("supercloud.agent.worker")
@@ -86,11 +88,12 @@ class Worker:
             engine=self.engine.name, pid=self._process.pid if self._process else 0,
             exit_status=self.exit_status, restarts=self.restarts, started_s=self.started_s,
             reason=self.reason, memory_bytes=memory_bytes, cpu_s=cpu_s,
+            volumes=self.engine.usage() if self.spec.volumes else [],
         )  # fmt: skip
 
     def check_running(self) -> None:
         """BadState when it does not run."""
-        if self._process is None or self.state not in ("running", "serving", "unready"):
+        if self._process is None or self.state not in RUNNING:
             raise BadState(f"{self.spec.name} is {self.state}, not running")
 
     # -- its life
@@ -155,12 +158,20 @@ class Worker:
             await self.engine.prepare()
             self._to("placed")
         self._to("starting")
+        await self.engine.attach(self._waiting)
+        self.reason = ""
         self._process = await self.engine.start()
         self.started_s = time.time()
         self._save()
 
+    def _waiting(self, reason: str) -> None:
+        """What it waits for before it can start."""
+        if reason != self.reason:
+            self.reason = reason
+            self._tell(self, self.state, reason, "info")
+
     async def _watch(self) -> int | None:
-        """Until its process ends; the exit status."""
+        """Until its process ends; the exit status. Absent when a volume goes first."""
         process = self._process
         if process is None:
             raise BadState("nothing to watch")
@@ -169,12 +180,16 @@ class Worker:
         ended = asyncio.ensure_future(process.wait())
         probing = asyncio.ensure_future(self._probe())
         again = asyncio.ensure_future(self._stop_when_told(process))
+        lost = asyncio.ensure_future(self.engine.lost())
         try:
+            await asyncio.wait({ended, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if lost.done():
+                lost.result()
             return await ended
         finally:
-            for task in (ended, probing, again):
+            for task in (ended, probing, again, lost):
                 task.cancel()
-            await asyncio.wait({ended, probing, again})
+            await asyncio.wait({ended, probing, again, lost})
 
     async def _stop_when_told(self, process: Watched) -> None:
         await self._wake.wait()
@@ -228,6 +243,7 @@ class Worker:
                 break
             except (SupercloudError, OSError) as error:
                 log.warning("%s: %s", self.spec.name, error)
+                self.reason = f"cannot be cleaned up: {error}"[:1000]
                 await asyncio.sleep(CLEAN_RETRY_S)
         if self._process:
             self._process.close()
@@ -235,10 +251,28 @@ class Worker:
 
     async def _failed(self, error: Exception) -> None:
         message = error.message if isinstance(error, UserError) else str(error)
+        has_run = self.state in RUNNING and isinstance(error, Absent)
         await self._clean()
         self._to("failed", message[:1000])
         self._save()
-        await self._pause()
+        if has_run and self.spec.restart == "never":
+            await self._wake.wait()
+        elif isinstance(error, Absent):
+            await self._until_returned()
+        else:
+            await self._pause()
+        self.restarts += has_run
+
+    async def _until_returned(self) -> None:
+        """Wait for what is missing, or to be told to try without."""
+        returned = asyncio.ensure_future(self.engine.returned())
+        woken = asyncio.ensure_future(self._wake.wait())
+        try:
+            await asyncio.wait({returned, woken}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (returned, woken):
+                task.cancel()
+            await asyncio.wait({returned, woken})
 
     async def _pause(self) -> None:
         """Wait before the next try, longer each time, unless told to go on."""

@@ -20,9 +20,9 @@ from typing import Any
 from supercloud.control import bootdata
 from supercloud.upper.environments.oci import convert
 from supercloud.upper.environments.packing import pack
+from supercloud.upper.platform.agent.qmp import Qmp
 from supercloud.upper.platform.image.build import build
 from supercloud.upper.platform.image.tools import ToolTree
-from supercloud.upper.platform.agent.qmp import Qmp
 from supercloud.upper.platform.link.session import AgentSession
 from supercloud.wire.messages import (
     Apply,

@@ -19,7 +19,7 @@ BLANK_BYTES = 1 << 20
 CHECK_TIMEOUT_S = 3600.0
 MAKE_TIMEOUT_S = 900.0
 _BLOCK_BYTES = 4096
-_MARK = b"supercloud: a file system is being made on this disk\n".ljust(_BLOCK_BYTES, b"\0")
+MARK = b"supercloud: a file system is being made on this disk\n".ljust(_BLOCK_BYTES, b"\0")
 _SUPERBLOCK_AT, _SUPERBLOCK_BYTES, _MAGIC = 1024, 1024, 0xEF53
 _IS_CLEAN, _HAS_ERRORS, _NEEDS_RECOVERY, _64BIT = 1, 2, 4, 0x80
 _CORRECTED = 1  # e2fsck's exit status: it found something and mended it
@@ -64,7 +64,7 @@ def look(device: str) -> Superblock | None:
         file.seek(_tail_at(file))
         tail = file.read(_BLOCK_BYTES)
     found = superblock(head[_SUPERBLOCK_AT : _SUPERBLOCK_AT + _SUPERBLOCK_BYTES])
-    if tail == _MARK and not (found and found.was_mounted):
+    if tail == MARK and not (found and found.was_mounted):
         return None
     if found:
         return found
@@ -102,7 +102,7 @@ def _tail_at(file: BinaryIO) -> int:
 def _write_mark(device: str) -> None:
     with _open(device, os.O_RDWR) as file:
         file.seek(_tail_at(file))
-        file.write(_MARK)
+        file.write(MARK)
         file.flush()
         os.fsync(file.fileno())
 
@@ -111,7 +111,7 @@ def _erase_mark(device: str) -> None:
     """Unless the file system has put something of its own there."""
     with _open(device, os.O_RDWR) as file:
         file.seek(_tail_at(file))
-        if file.read(_BLOCK_BYTES) == _MARK:
+        if file.read(_BLOCK_BYTES) == MARK:
             file.seek(-_BLOCK_BYTES, os.SEEK_CUR)
             file.write(bytes(_BLOCK_BYTES))
             file.flush()

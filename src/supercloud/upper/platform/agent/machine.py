@@ -122,7 +122,7 @@ class Machine:
 
     async def _grown(self, claim: Claim, size_bytes: int) -> None:
         if self._qmp:
-            node = {"node-name": f"volume-{claim.volume}"}
+            node = {"node-name": _node(claim)}
             await self._qmp.call("block_resize", **node, size=size_bytes)
 
     async def returned(self) -> None:
@@ -296,12 +296,17 @@ def serial(volume: str) -> str:
     return volume.encode()[:SERIAL_BYTES].decode("utf-8", "ignore")
 
 
+def _node(claim: Claim) -> str:
+    """QEMU's name for it, which has at most 31 bytes."""
+    return f"volume-{serial(claim.volume)}"
+
+
 def _volume(claim: Claim, give: Callable[[int], int], fdset: int) -> list[str]:
     """A disk of the platform as one of the machine, past the platform's cache."""
     # alone with it if it may write: the kernel then lets nobody mount it meanwhile
     access = os.O_RDONLY if claim.read_only else os.O_RDWR | os.O_EXCL
     disk = give(os.open(claim.disk.device, access | os.O_DIRECT | os.O_CLOEXEC))
-    name, read_only = f"volume-{claim.volume}", "on" if claim.read_only else "off"
+    name, read_only = _node(claim), "on" if claim.read_only else "off"
     node = f"driver=host_device,node-name={name},filename=/dev/fdset/{fdset}"
     return [
         "-add-fd", f"fd={disk},set={fdset}",

@@ -131,10 +131,14 @@ class Worker:
     async def _adopt(self) -> None:
         """Take up what an earlier agent knew of it: that it runs, or how it ended."""
         saved = read_json(Places(self.spec.uid).state, {})
-        if not saved.get("pid") and saved.get("state") != "exited":
+        if not saved.get("pid") and saved.get("state") != "exited" and not saved.get("held"):
             return
         self.restarts, self.started_s = saved["restarts"], saved["started_s"]
         self.exit_status = saved["exit_status"]
+        if saved.get("held"):
+            self.state, self.reason = "failed", saved["reason"]
+            await self._hold()
+            return
         if not saved["pid"]:
             self.state, self.reason = "exited", saved["reason"]
             await self.engine.resume()
@@ -251,17 +255,23 @@ class Worker:
 
     async def _failed(self, error: Exception) -> None:
         message = error.message if isinstance(error, UserError) else str(error)
-        has_run = self.state in RUNNING and isinstance(error, Absent)
+        lost = self.state in RUNNING and isinstance(error, Absent)
+        held = lost and self.spec.restart == "never"
         await self._clean()
         self._to("failed", message[:1000])
-        self._save()
-        if has_run and self.spec.restart == "never":
-            await self._wake.wait()
+        self._save(held=held)
+        if held:
+            await self._hold()
         elif isinstance(error, Absent):
             await self._until_returned()
+            self.restarts += lost
         else:
             await self._pause()
-        self.restarts += has_run
+
+    async def _hold(self) -> None:
+        """It ran, lost what it ran on, and its policy is never: until somebody wants it again."""
+        await self._wake.wait()
+        self.restarts += 1
 
     async def _until_returned(self) -> None:
         """Wait for what is missing, or to be told to try without."""
@@ -307,7 +317,7 @@ class Worker:
             bad = state in ("failed", "unready") or (state == "exited" and self.exit_status != 0)
             self._tell(self, state, reason, "warning" if bad else "info")
 
-    def _save(self) -> None:
+    def _save(self, *, held: bool = False) -> None:
         process, places = self._process, Places(self.spec.uid)
         os.makedirs(places.run, mode=0o710, exist_ok=True)
         write_json(places.state, {
@@ -315,5 +325,5 @@ class Worker:
             "started_s": self.started_s, "pid": process.pid if process else 0,
             "ticks": process.start_ticks if process else 0,
             "launched_s": process.launched_s if process else 0.0, "state": self.state,
-            "reason": self.reason, "exit_status": self.exit_status,
+            "reason": self.reason, "exit_status": self.exit_status, "held": held,
         })  # fmt: skip

@@ -133,9 +133,11 @@ async def test_blank_volume_is_formatted_and_outlives_its_ee(
     (usage,) = (await platform.status("first")).volumes
     assert usage.volume == "data"
     assert 0 < usage.used_bytes < usage.size_bytes <= 64 * MIB
-    assert "1000:1001" in await platform.shell(
-        "stat -c %u:%g /run/supercloud/volumes/data/fs/sub/file"
-    )
+    inside = "/run/supercloud/volumes/data/fs"
+    assert "1000:1001" in await platform.shell(f"stat -c %u:%g {inside}/sub/file")
+    await platform.shell(f"mknod -m 666 {inside}/disk b 254 0")
+    status, _ = await platform.execute("first", "sh", "-c", "cat /data/disk", user="0")
+    assert status != 0, "no device of the platform by way of a volume"
 
     filler = user(platform, "filler-1")  # in the range of ids that the first one had
     await platform.apply()
@@ -323,6 +325,44 @@ async def test_file_system_grows_with_its_disk_under_a_running_ee(
 
     await eventually(has_grown_again)
     await clear(platform, 2)
+
+
+async def test_file_system_that_broke_is_mended_and_its_ee_started_again(
+    platform: Platform, tmp_path: Path
+) -> None:
+    file = disk(tmp_path)
+    await platform.plug(file, 3)
+    await platform.apply(user(platform, "breaks-1", data(3)))
+    await platform.until("breaks", "running")
+    await sh(platform, "breaks", "echo kept > /data/file; busybox sync")
+    await platform.shell("for f in /sys/fs/ext4/vd*/trigger_fs_error; do echo by-hand > $f; done")
+    await platform.until("breaks", "running", restarts=1)
+    assert "volume data: its file system met an error and is read-only" in platform.console
+    assert await sh(platform, "breaks", "echo again >> /data/file; cat /data/file") == "kept\nagain"
+    await clear(platform, 3)
+    assert superblock(file).is_clean
+
+
+async def test_agent_killed_at_any_step_leaves_no_mount_and_loses_nothing(
+    platform: Platform, tmp_path: Path
+) -> None:
+    file = disk(tmp_path)
+    await platform.plug(file, 3)
+    for number, delay_s in enumerate((0.0, 0.15, 0.3)):
+        text = f"echo {number} >> /data/runs; {FOREVER}"
+        await platform.apply(user(platform, f"hard-{number}", data(3), text=text))
+        await asyncio.sleep(delay_s)
+        await kill_agent(platform)
+        await platform.until("hard", "running", uid=f"hard-{number}")
+
+        async def has_written(number: int = number) -> bool:
+            return str(number) in (await sh(platform, "hard", "cat /data/runs")).split()
+
+        await eventually(has_written)
+    await platform.apply()
+    await kill_agent(platform)
+    await clear(platform, 3)
+    assert superblock(file).is_clean
 
 
 async def test_vm_has_volumes_as_disks_with_their_names(platform: Platform, tmp_path: Path) -> None:

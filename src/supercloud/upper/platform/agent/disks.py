@@ -121,9 +121,13 @@ class Disks:
         """Whether the disk itself refuses to be written."""
         return bool(self._number(disk.name, "ro"))
 
-    def _number(self, name: str, attribute: str) -> int:
+    def errors(self, disk: Disk) -> int:
+        """What the ext4 mounted from it has met since it was checked last; 0 when none is."""
+        return self._number(disk.name, "errors_count", "fs/ext4")
+
+    def _number(self, name: str, attribute: str, kind: str = "block") -> int:
         try:
-            with open(f"{self._system}/block/{name}/{attribute}") as file:
+            with open(f"{self._system}/{kind}/{name}/{attribute}") as file:
                 return int(file.read())
         except OSError:
             return 0

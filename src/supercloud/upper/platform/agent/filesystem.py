@@ -137,12 +137,16 @@ async def check(device: str) -> None:
         ) from error
 
 
+def _superblock_of(device: str) -> Superblock | None:
+    with open(device, "rb") as file:
+        file.seek(_SUPERBLOCK_AT)
+        return superblock(file.read(_SUPERBLOCK_BYTES))
+
+
 async def grow(device: str, place: str, size_bytes: int) -> bool:
     """Make the file system mounted at ``place`` as big as its disk; whether it has grown."""
     before = os.statvfs(place).f_blocks
-    with open(device, "rb") as file:
-        file.seek(_SUPERBLOCK_AT)
-        found = superblock(file.read(_SUPERBLOCK_BYTES))
+    found = await asyncio.to_thread(_superblock_of, device)
     if found is None or found.size_bytes > size_bytes - BLANK_BYTES:
         return False
     await run("resize2fs", device, timeout_s=MAKE_TIMEOUT_S)

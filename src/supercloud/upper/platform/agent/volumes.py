@@ -37,6 +37,10 @@ class Absent(Temporary):
     """A volume is not there, or not there any more: wait for it, trying again is no use before."""
 
 
+class Broken(Absent):
+    """It is there, and its file system can no longer be written: the next start mends it."""
+
+
 class Wanting(Protocol):
     """Whose volumes they are. ``spec`` may be replaced meanwhile: by one with other slots."""
 
@@ -153,20 +157,26 @@ class Volumes:
     async def lost(self, uid: str, grown: Callable[[Claim, int], Awaitable[None]]) -> None:
         """Absent, when a volume of the EE goes from under it. ``grown`` is told sizes in bytes."""
         known: dict[str, int] = {}
+        if not self.of(uid):
+            await asyncio.get_running_loop().create_future()
         while True:
             for claim in self.of(uid):
                 size_bytes = self._disks.size_bytes(claim.disk)
                 if size_bytes > known.get(claim.volume, 0) and not claim.read_only:
                     known[claim.volume] = size_bytes
                     await _tolerant(claim, grown(claim, size_bytes))
-            self.check_present(uid)
+            self._check(uid)
             await self._disks.changed(LOOK_S)
 
-    def check_present(self, uid: str) -> None:
-        """Absent, unless all that the EE has is plugged in."""
+    def _check(self, uid: str) -> None:
+        """Absent, unless all that the EE has is plugged in and can be used as it should be."""
         for claim in self.of(uid):
             if not self._disks.is_present(claim.disk):
                 raise Absent(f"volume {claim.volume} has gone: its disk was unplugged")
+            if not claim.read_only and self._disks.errors(claim.disk):
+                raise Broken(
+                    f"volume {claim.volume}: its file system met an error and is read-only"
+                )
 
     async def returned(self, wanting: Wanting) -> None:
         """When nothing stands in the way any more."""

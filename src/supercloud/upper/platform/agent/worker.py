@@ -12,7 +12,7 @@ from supercloud.upper.platform.agent import cgroups, readiness
 from supercloud.upper.platform.agent.engine import Engine, Places
 from supercloud.upper.platform.agent.processes import Watched, adopt
 from supercloud.upper.platform.agent.state import read_json, write_json
-from supercloud.upper.platform.agent.volumes import Absent
+from supercloud.upper.platform.agent.volumes import Absent, Broken
 from supercloud.wire.codec import encode
 from supercloud.wire.messages import EnvironmentSpec, EnvironmentStatus
 
@@ -262,11 +262,12 @@ class Worker:
         self._save(held=held)
         if held:
             await self._hold()
-        elif isinstance(error, Absent):
+            return
+        if isinstance(error, Absent) and not isinstance(error, Broken):
             await self._until_returned()
-            self.restarts += lost
         else:
             await self._pause()
+        self.restarts += lost
 
     async def _hold(self) -> None:
         """It ran, lost what it ran on, and its policy is never: until somebody wants it again."""

@@ -12,7 +12,7 @@ from supercloud.model.errors import Invalid
 from supercloud.upper.platform.agent import filesystem, oci, paths, volumes
 from supercloud.upper.platform.agent.disks import Disk, Disks, slot_number
 from supercloud.upper.platform.agent.machine import serial
-from supercloud.upper.platform.agent.volumes import Absent, Claim, Volumes
+from supercloud.upper.platform.agent.volumes import Absent, Broken, Claim, Volumes
 from supercloud.upper.platform.image.tools import ToolTree
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.messages import (
@@ -326,6 +326,30 @@ async def test_next_agent_finds_claims_and_what_has_gone_meanwhile(
     system.plug(2, "vdd", 6)  # another disk of the same name is not the same disk
     store.look_again()
     with pytest.raises(Absent, match="volume v has gone"):
+        await losing
+
+
+async def test_file_system_that_met_an_error_is_broken_for_who_may_write(
+    system: System, tmp_path: Path
+) -> None:
+    system.plug(1, "vdd", 5)
+    system.plug(2, "vde", 6)
+    for name in ("vdd", "vde"):
+        (system.root / "fs/ext4" / name).mkdir(parents=True)
+        (system.root / "fs/ext4" / name / "errors_count").write_text("0\n")
+    store = begun(system)
+    await claimed(store, spec("a", mount("v", 1), mount("w", 2, ro=True)), tmp_path)
+
+    async def nothing(_: Claim, __: int) -> None:
+        return
+
+    losing = asyncio.ensure_future(store.lost("a-1", nothing))
+    for name in ("vde", "vdd"):
+        await asyncio.sleep(0.05)
+        assert not losing.done(), name
+        (system.root / "fs/ext4" / name / "errors_count").write_text("1\n")
+        store.look_again()
+    with pytest.raises(Broken, match="volume v: its file system met an error"):
         await losing
 
 

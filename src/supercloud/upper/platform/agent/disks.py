@@ -7,7 +7,6 @@ ACPI the names in ``/sys/bus/pci/slots`` do not have it.
 
 import asyncio
 import contextlib
-import glob
 import os
 import socket
 import struct
@@ -93,20 +92,21 @@ class Disks:
     def at_slot(self, slot: int) -> Disk | None:
         """The disk that is in a slot now."""
         port = self._port(slot)
-        pattern = f"{glob.escape(port)}/*:*:*.*/virtio*/block/*"
-        for path in sorted(glob.glob(pattern)) if port else ():
-            name = os.path.basename(path)
-            if sequence := self._number(name, "diskseq"):
-                return Disk(name, sequence)
+        for device in _entries(port, ":") if port else ():  # 0000:05:00.0
+            for virtio in _entries(f"{port}/{device}", "virtio"):
+                for name in _entries(f"{port}/{device}/{virtio}/block"):
+                    if sequence := self._number(name, "diskseq"):
+                        return Disk(name, sequence)
         return None
 
     def _port(self, slot: int) -> str:
         """The root port of a slot; all are there from the machine's start."""
         if not self._ports:
-            for path in sorted(glob.glob(f"{self._system}/bus/pci/devices/*")):
-                with contextlib.suppress(OSError), open(f"{path}/config", "rb") as file:
+            devices = f"{self._system}/bus/pci/devices"
+            for name in _entries(devices):
+                with contextlib.suppress(OSError), open(f"{devices}/{name}/config", "rb") as file:
                     if number := slot_number(file.read(256)):
-                        self._ports.setdefault(number, path)
+                        self._ports.setdefault(number, f"{devices}/{name}")
         return self._ports.get(slot, "")
 
     def is_present(self, disk: Disk) -> bool:
@@ -131,3 +131,11 @@ class Disks:
                 return int(file.read())
         except OSError:
             return 0
+
+
+def _entries(directory: str, part: str = "") -> list[str]:
+    """Names in a directory that have ``part``; none when it is not there."""
+    try:
+        return sorted(name for name in os.listdir(directory) if part in name)
+    except OSError:
+        return []

@@ -78,7 +78,7 @@ VM_APPLETS = [
     "uname",
     "wget",
 ]
-VM_MODULES = ("virtio_net", "button", "evdev")
+VM_MODULES = ("virtio_net", "virtio_blk", "button", "evdev")
 _CREATED = "2025-01-01T00:00:00Z"
 
 

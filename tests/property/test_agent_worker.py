@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import tempfile
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -15,8 +15,9 @@ from supercloud.model.errors import Invalid, Permanent, Temporary
 from supercloud.model.states import ENVIRONMENT
 from supercloud.upper.platform.agent import paths
 from supercloud.upper.platform.agent.logs import Log
+from supercloud.upper.platform.agent.volumes import Absent
 from supercloud.upper.platform.agent.worker import BACK_OFF_S, Worker
-from supercloud.wire.messages import EnvironmentSpec, ImageRef
+from supercloud.wire.messages import EnvironmentSpec, ImageRef, VolumeUsage
 
 ERRORS = (Temporary("later"), Permanent("no"), Invalid("bad"), OSError(28, "disk full"))
 HORIZON_S = 4000.0
@@ -78,6 +79,19 @@ class Engine:
         await asyncio.sleep(0.1)
         self._may_fail()
         self.prepared = True
+
+    async def attach(self, waiting: Callable[[str], None]) -> None:
+        waiting("for nothing")
+        self._may_fail()
+
+    async def lost(self) -> None:
+        await asyncio.sleep(1e9)
+
+    async def returned(self) -> None:
+        await asyncio.sleep(1.0)
+
+    def usage(self) -> list[VolumeUsage]:
+        return []
 
     async def start(self) -> Process:
         assert self.prepared
@@ -166,7 +180,7 @@ def test_any_life_is_legal_and_ends_with_nothing_left(
         assert engine.destroyed
         assert not engine.alive
         for (before, _), (after, reason) in itertools.pairwise(states):
-            assert after in ENVIRONMENT[before], states
+            assert after == before or after in ENVIRONMENT[before], states
             assert "internal error" not in reason, reason
         assert states[-1][0] == "gone"
 
@@ -210,6 +224,58 @@ def test_the_restart_policy_decides(lasting: list[tuple[float, int]], policy: st
         assert worker.state == ("running" if expected > len(lasting) else "exited")
         worker.go()
         await asyncio.wait_for(worker.done.wait(), HORIZON_S)
+
+    virtual(live())
+
+
+class OnVolume(Engine):
+    """Runs while its volume is there."""
+
+    there = True
+
+    async def attach(self, waiting: Callable[[str], None]) -> None:
+        if not self.there:
+            waiting("not yet")
+            raise Absent("volume data is not attached")
+
+    async def lost(self) -> None:
+        while self.there:
+            await asyncio.sleep(1.0)
+        raise Absent("volume data has gone")
+
+    async def returned(self) -> None:
+        while not self.there:
+            await asyncio.sleep(1.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(policies, st.lists(st.floats(2.0, 500), min_size=2, max_size=6), st.booleans())
+def test_ee_runs_when_its_volume_is_there_and_only_then(
+    policy: str, turns_s: list[float], begins: bool
+) -> None:
+    """Come and gone any number of times; one that is never restarted stays down after the first."""
+
+    async def live() -> None:
+        engine, states = OnVolume(iter([]), iter([])), [("pending", "")]
+        engine.there = begins
+        worker = make(engine, policy, states)
+        worker.begin()
+        lost = 0
+        for turn_s in turns_s:
+            await asyncio.sleep(turn_s)
+            ran = bool(engine.alive)
+            engine.there = not engine.there
+            lost += ran
+            await asyncio.sleep(5.0)
+            held = policy == "never" and lost
+            assert bool(engine.alive) == bool(engine.there and not held), states
+            assert worker.state == ("running" if engine.alive else "failed"), states
+            assert worker.restarts == (0 if held else lost - (bool(lost) and not engine.there))
+            if ran:
+                assert worker.reason == "volume data has gone"
+        worker.go()
+        await asyncio.wait_for(worker.done.wait(), HORIZON_S)
+        assert not engine.alive
 
     virtual(live())
 

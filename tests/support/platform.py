@@ -15,10 +15,12 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from supercloud.control import bootdata
 from supercloud.upper.environments.oci import convert
 from supercloud.upper.environments.packing import pack
+from supercloud.upper.platform.agent.qmp import Qmp
 from supercloud.upper.platform.image.build import build
 from supercloud.upper.platform.image.tools import ToolTree
 from supercloud.upper.platform.link.session import AgentSession
@@ -34,6 +36,7 @@ from supercloud.wire.messages import (
     Process,
 )
 from supercloud.wire.peer import ConnectionLost
+from supercloud.wire.volumes import VOLUME_SLOTS
 from support.guest import BUILD, IMAGES, MACHINE, cpio
 from support.link import Link
 from support.slots import vm_slots
@@ -50,6 +53,15 @@ export PATH=/usr/sbin:/usr/bin HOME=/root PS1=
 setsid sh -c "stty -echo -onlcr; cat | sh" < /dev/ttyS1 > /dev/ttyS1 2>&1 &
 exec /usr/sbin/l1init
 """
+
+
+def _root_ports() -> list[str]:
+    """Free ones, as a host's machines have them."""
+    numbers = range(1, VOLUME_SLOTS + 1)
+    return [
+        word for n in numbers
+        for word in ("-device", f"pcie-root-port,id=free{n},chassis={n},slot={n}")
+    ]  # fmt: skip
 
 
 def free_port() -> int:
@@ -131,7 +143,8 @@ class Platform:
             "-device", "virtio-net-pci,netdev=up,mac=02:5c:00:00:00:01,romfile=",
             "-netdev", f"user,id=link,{_LINK_NETWORK}",
             "-device", "virtio-net-pci,netdev=link,mac=02:5c:77:00:00:01,romfile=",
-            "-device", "virtio-rng-pci",
+            "-device", "virtio-rng-pci", *_root_ports(),
+            "-qmp", f"unix:{self.directory}/qmp,server=on,wait=off",
         ]  # fmt: skip
 
     @contextlib.asynccontextmanager
@@ -177,6 +190,48 @@ class Platform:
                 writer.write(b"\n")  # the emulated port sometimes keeps what came last to itself
             out = reading.result().decode(errors="replace")
         return out.rpartition(mark)[0].replace("\r", "").strip("\n")
+
+    # -- its slots
+
+    @contextlib.asynccontextmanager
+    async def monitor(self) -> AsyncIterator[tuple[Qmp, asyncio.Queue[str]]]:
+        """QEMU's monitor, and the devices that have gone since."""
+        gone: asyncio.Queue[str] = asyncio.Queue()
+
+        def event(name: str, data: dict[str, Any]) -> None:
+            if name == "DEVICE_DELETED" and "device" in data:
+                gone.put_nowait(data["device"])
+
+        qmp = Qmp(event)
+        await qmp.connect(f"{self.directory}/qmp")
+        try:
+            yield qmp, gone
+        finally:
+            qmp.close()
+
+    async def plug(self, file: Path, slot: int, *, read_only: bool = False) -> None:
+        """A disk into a free root port, with a serial that says nothing, as vhost-user-blk has."""
+        name, given = f"disk{slot}", {"read-only": read_only, "discard": "unmap"}
+        node = {"driver": "file", "filename": str(file), **given}
+        async with self.monitor() as (qmp, _):
+            await qmp.call("blockdev-add", **{"driver": "raw", "node-name": name, "file": node}
+                           | given)  # fmt: skip
+            await qmp.call("device_add", driver="virtio-blk-pci", drive=name, id=name,
+                           bus=f"free{slot}", serial="vhost-user-blk")  # fmt: skip
+
+    async def unplug(self, slot: int, timeout_s: float = 60) -> None:
+        """Take it out; returns when the platform has let go."""
+        name = f"disk{slot}"
+        async with self.monitor() as (qmp, gone), asyncio.timeout(timeout_s):
+            await qmp.call("device_del", id=name)
+            while await gone.get() != name:
+                pass
+            await qmp.call("blockdev-del", **{"node-name": name})
+
+    async def resize(self, slot: int, size_bytes: int) -> None:
+        """Grow a disk that is plugged in."""
+        async with self.monitor() as (qmp, _):
+            await qmp.call("block_resize", **{"node-name": f"disk{slot}"}, size=size_bytes)
 
     # -- what it runs
 

@@ -261,6 +261,15 @@ class Apply:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeUsage:
+    """The file system of a volume, as its EE sees it."""
+
+    volume: str
+    size_bytes: int
+    used_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EnvironmentStatus:
     """An EE as its agent sees it. ``state`` is one of ``model.states.ENVIRONMENT``."""
 
@@ -276,6 +285,7 @@ class EnvironmentStatus:
     reason: str = ""
     memory_bytes: int = 0
     cpu_s: float = 0.0
+    volumes: list[VolumeUsage] = field(default_factory=list)  # of containers that run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from supercloud.upper.platform.agent import cgroups, networks, paths, prefetch, 
 from supercloud.upper.platform.agent.accelerator import Accelerator
 from supercloud.upper.platform.agent.blobs import Blobs
 from supercloud.upper.platform.agent.bootdata import BootData, load
+from supercloud.upper.platform.agent.disks import Disks
 from supercloud.upper.platform.agent.engine import Services
 from supercloud.upper.platform.agent.link import Link, hello
 from supercloud.upper.platform.agent.manager import Manager
@@ -21,6 +22,7 @@ from supercloud.upper.platform.agent.methods import Methods
 from supercloud.upper.platform.agent.names import Names
 from supercloud.upper.platform.agent.processes import run as run_program
 from supercloud.upper.platform.agent.scratch import Scratch
+from supercloud.upper.platform.agent.volumes import Volumes
 from supercloud.wire.messages import CONTROL_TO_AGENT, PlatformReport, handlers
 
 MODULES = ("bridge", "veth", "tun", "nf_tables", "nft_ct", "nft_chain_nat", "nft_nat", "nft_masq")
@@ -72,7 +74,9 @@ class Agent:
         """Start everything at once; ends only when something that must not end does."""
         link = self._link = Link(self._boot, self._hello, {}, self._connected)
         blobs = Blobs(link.peer)
-        services = Services(blobs, networks.Networks(), self._scratch, self._accelerator)
+        services = Services(
+            blobs, networks.Networks(), self._scratch, self._accelerator, Volumes(Disks())
+        )
         way_out = self._uplink.nic.name if self._uplink else "none"
         self._manager = Manager(
             services, Names(self._boot.ucloud), way_out, self._report, self._event

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 
 from supercloud.model.errors import Invalid, Permanent
 from supercloud.upper.platform.agent import cgroups, namespaces, networks, oci, paths, rootfs, users
@@ -13,7 +14,7 @@ from supercloud.upper.platform.agent.engine import Places, Services
 from supercloud.upper.platform.agent.logs import Fifo, Log
 from supercloud.upper.platform.agent.processes import Watched, handles, run
 from supercloud.upper.platform.agent.state import remove_tree, write_private
-from supercloud.wire.messages import EnvironmentSpec
+from supercloud.wire.messages import EnvironmentSpec, VolumeUsage
 
 START_TIMEOUT_S = 60.0
 CRUN = ("crun", "--root", paths.CRUN, "--cgroup-manager=cgroupfs")
@@ -51,6 +52,30 @@ class Container:
         self._services.networks.attach(self.spec.uid, self.spec.nics, f"{place}/ns")
         await self.resume()
 
+    async def attach(self, waiting: Callable[[str], None]) -> None:
+        """Its volumes mounted, new ones made; they are bound by the configuration."""
+        volumes, place = self._services.volumes, self.places.run
+        await volumes.claim(self, place, waiting)
+        if self.spec.volumes:
+            user = self._user()
+            await volumes.mount(self.spec.uid, place, (user.uid, user.gid), waiting)
+
+    async def lost(self) -> None:
+        """Absent when a volume goes; file systems grow with their disks."""
+        await self._services.volumes.lost(self.spec.uid, self._services.volumes.grow)
+
+    async def returned(self) -> None:
+        """When all its volumes can be had."""
+        await self._services.volumes.returned(self)
+
+    def usage(self) -> list[VolumeUsage]:
+        """As statvfs(2) has it."""
+        return self._services.volumes.usage(self.spec.uid)
+
+    def _user(self) -> users.User:
+        spec = self.spec
+        return users.resolve(spec.process.user or spec.image.process.user, self.root)
+
     def _write_files(self) -> None:
         place, spec = self.places.run, self.spec
         resolvers = "".join(f"nameserver {nic.gateway}\n" for nic in spec.nics[:1])
@@ -60,8 +85,7 @@ class Container:
             ("resolv.conf", resolvers), ("hosts", local + own), ("hostname", f"{spec.name}\n"),
         ):  # fmt: skip
             write_private(f"{place}/{name}", text, 0o644)
-        user = users.resolve(spec.process.user or spec.image.process.user, self.root)
-        first = oci.first_process(spec, user)
+        first = oci.first_process(spec, self._user())
         text = oci.config(spec, first, root=self.root, place=place, cgroup=f"/ee/{spec.uid}")
         write_private(f"{place}/config.json", text)
 
@@ -116,6 +140,7 @@ class Container:
     async def ended(self) -> None:
         """What ``crun delete --force`` does, without the process: cgroup and crun's state go."""
         await cgroups.remove(self.spec.uid)
+        await self._services.volumes.release(self.spec.uid, self.places.run)
         remove_tree(f"{paths.CRUN}/{self.spec.uid}")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{self.places.run}/crun.log")

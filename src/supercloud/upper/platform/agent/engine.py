@@ -1,6 +1,7 @@
 """What an engine is to the worker of an EE, and what all engines share."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +12,8 @@ from supercloud.upper.platform.agent.logs import Log
 from supercloud.upper.platform.agent.networks import Networks
 from supercloud.upper.platform.agent.processes import Watched
 from supercloud.upper.platform.agent.scratch import Scratch
-from supercloud.wire.messages import EnvironmentSpec
+from supercloud.upper.platform.agent.volumes import Volumes
+from supercloud.wire.messages import EnvironmentSpec, VolumeUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,7 @@ class Services:
     networks: Networks
     scratch: Scratch
     accelerator: Accelerator
+    volumes: Volumes
 
 
 class Engine(Protocol):
@@ -40,6 +43,18 @@ class Engine(Protocol):
     async def prepare(self) -> None:
         """Bring here what it runs from; nothing runs yet."""
 
+    async def attach(self, waiting: Callable[[str], None]) -> None:
+        """Have its volumes; ``waiting`` is told for what. ``volumes.Absent`` when it was long."""
+
+    async def lost(self) -> None:
+        """While it runs: ``volumes.Absent`` when a volume has gone from under it."""
+
+    async def returned(self) -> None:
+        """When ``attach`` has nothing to wait for."""
+
+    def usage(self) -> list[VolumeUsage]:
+        """Of the file systems of volumes that it has mounted."""
+
     async def start(self) -> Watched:
         """Run it; returns when its process runs."""
 
@@ -50,7 +65,7 @@ class Engine(Protocol):
         """Ask it to end, then make it."""
 
     async def ended(self) -> None:
-        """Clean up after its process, keeping what it has written."""
+        """Clean up after its process, keeping what it has written; volumes are given back."""
 
     async def destroy(self) -> None:
         """Remove all of it."""

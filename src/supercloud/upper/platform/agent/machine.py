@@ -26,11 +26,14 @@ from supercloud.upper.platform.agent.namespaces import IDS_PER_ENVIRONMENT
 from supercloud.upper.platform.agent.processes import Watched, run
 from supercloud.upper.platform.agent.qmp import Qmp
 from supercloud.upper.platform.agent.rootfs import mount_image
-from supercloud.wire.messages import EnvironmentSpec
+from supercloud.upper.platform.agent.volumes import Claim
+from supercloud.wire.messages import EnvironmentSpec, VolumeUsage
 
 ENGINE_BYTES = 192 << 20  # QEMU's own memory beside the guest's, with its translation cache
 TRANSLATION_CACHE_MIB = 64
 MAX_PIDS = 256
+SERIAL_BYTES = 20
+FIRST_VOLUME_FDSET = 3  # after an image's two
 # What a kernel need not try in a virtual machine: a fifth of its boot under nested emulation.
 # The image's own arguments come after these, and win.
 QUICK_BOOT = (
@@ -105,6 +108,31 @@ class Machine:
                   "-b", image, part, str(size))  # fmt: skip
         os.rename(part, self.disk)
 
+    async def attach(self, waiting: Callable[[str], None]) -> None:
+        """Its volumes are there, and nobody's but its."""
+        if len({serial(mount.volume) for mount in self.spec.volumes}) < len(self.spec.volumes):
+            raise Invalid(f"two volumes begin with the same {SERIAL_BYTES} bytes",
+                          hint="a VM knows them by these: name them otherwise")  # fmt: skip
+        await self._services.volumes.claim(self, self.places.run, waiting)
+        await self._services.volumes.settled(self.spec.uid)
+
+    async def lost(self) -> None:
+        """Absent when a volume goes; the guest is told when one grows."""
+        await self._services.volumes.lost(self.spec.uid, self._grown)
+
+    async def _grown(self, claim: Claim, size_bytes: int) -> None:
+        if self._qmp:
+            node = {"node-name": _node(claim)}
+            await self._qmp.call("block_resize", **node, size=size_bytes)
+
+    async def returned(self) -> None:
+        """When all its volumes can be had."""
+        await self._services.volumes.returned(self)
+
+    def usage(self) -> list[VolumeUsage]:
+        """What is on its disks is the guest's."""
+        return []
+
     async def resume(self) -> None:
         """Open log, console and, if QEMU runs, its control socket."""
         if self.log is None:
@@ -126,7 +154,7 @@ class Machine:
 
     async def start(self) -> Watched:
         """Spawn QEMU; running when its control socket answers."""
-        await self.ended()
+        await self._clear()
         launched_s, spec = time.monotonic(), self.spec
         self._shut_down = False
         with ExitStack() as undo:
@@ -179,6 +207,8 @@ class Machine:
             arguments += ["-chardev", f"socket,id={name},fd={number},server=on,wait=off"]
         arguments += ["-mon", "chardev=qmp,mode=control", "-serial", "chardev:serial"]
         arguments += self._boot(give)
+        for index, claim in enumerate(self._services.volumes.of(spec.uid)):
+            arguments += _volume(claim, give, FIRST_VOLUME_FDSET + index)
         for index, nic in enumerate(spec.nics):
             tap = give(self._services.networks.open_tap(spec.uid, index, nic))
             arguments += ["-netdev", f"tap,id=net{index},fd={tap}", "-device",
@@ -228,7 +258,11 @@ class Machine:
         process.send(signal.SIGKILL)
 
     async def ended(self) -> None:
-        """Close what led to QEMU, remove its cgroup."""
+        """Close what led to QEMU, remove its cgroup, give back its volumes."""
+        await self._clear()
+        await self._services.volumes.release(self.spec.uid, self.places.run)
+
+    async def _clear(self) -> None:
         if self._qmp:
             self._qmp.close()
             self._qmp = None
@@ -255,6 +289,30 @@ def _listen(path: str) -> int:
     os.chmod(path, 0o600)
     listener.listen(4)
     return listener.detach()
+
+
+def serial(volume: str) -> str:
+    """How a guest knows a volume: all of the name that a virtio disk's serial takes."""
+    return volume.encode()[:SERIAL_BYTES].decode("utf-8", "ignore")
+
+
+def _node(claim: Claim) -> str:
+    """QEMU's name for it, which has at most 31 bytes."""
+    return f"volume-{serial(claim.volume)}"
+
+
+def _volume(claim: Claim, give: Callable[[int], int], fdset: int) -> list[str]:
+    """A disk of the platform as one of the machine, past the platform's cache."""
+    # alone with it if it may write: the kernel then lets nobody mount it meanwhile
+    access = os.O_RDONLY if claim.read_only else os.O_RDWR | os.O_EXCL
+    disk = give(os.open(claim.disk.device, access | os.O_DIRECT | os.O_CLOEXEC))
+    name, read_only = _node(claim), "on" if claim.read_only else "off"
+    node = f"driver=host_device,node-name={name},filename=/dev/fdset/{fdset}"
+    return [
+        "-add-fd", f"fd={disk},set={fdset}",
+        "-blockdev", f"{node},read-only={read_only},cache.direct=on,discard=unmap",
+        "-device", f"virtio-blk-pci,drive={name},serial={serial(claim.volume)}",
+    ]  # fmt: skip
 
 
 def _base(spec: EnvironmentSpec, accelerator: str) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from supercloud.model.errors import Invalid, NotFound, SupercloudError
-from supercloud.upper.platform.agent import cgroups, paths, rootfs
+from supercloud.upper.platform.agent import cgroups, paths, rootfs, volumes
 from supercloud.upper.platform.agent.container import Container
 from supercloud.upper.platform.agent.engine import Places, Services, digests
 from supercloud.upper.platform.agent.firewall import Firewall, Publication, ruleset
@@ -59,6 +59,7 @@ class Manager:
             self._services.networks.settled.clear()
             self._network_changed.set()
             self._converge(desired)
+            self._services.volumes.look_again()
         return self.report()
 
     def report(self) -> PlatformReport:
@@ -89,6 +90,7 @@ class Manager:
             os.makedirs(path, exist_ok=True)
             os.chmod(path, 0o711)
         cgroups.prepare()
+        self._services.volumes.start()
         self._tasks = [
             asyncio.ensure_future(task) for task in (self._keep_network(), self._keep_tidy())
         ]
@@ -236,6 +238,7 @@ def _check(desired: Apply) -> None:
         values = [getattr(spec, what) for spec in specs]
         if len(set(values)) != len(values):
             raise Invalid(f"two environments with the same {what}")
+    volumes.check(specs)
     gateways(specs)
     addresses = [check_nic(nic).ip for spec in specs for nic in spec.nics]
     if len(set(addresses)) != len(addresses):

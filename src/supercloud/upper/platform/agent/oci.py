@@ -7,6 +7,7 @@ from typing import Any
 
 from supercloud.model.errors import Invalid
 from supercloud.upper.platform.agent.users import User
+from supercloud.upper.platform.agent.volumes import view
 from supercloud.wire.messages import EnvironmentSpec
 
 # Well below Docker's fourteen: no raw sockets, device nodes, chroot, file capabilities, audit.
@@ -97,6 +98,22 @@ def resources(spec: EnvironmentSpec) -> dict[str, Any]:
     }
 
 
+def volumes(spec: EnvironmentSpec, place: str) -> list[dict[str, Any]]:
+    """The volumes as mounts, outer ones first; Invalid for a path that cannot be."""
+    found = []
+    for mount in sorted(spec.volumes, key=lambda mount: mount.path):
+        parts = mount.path.split("/")[1:]
+        plain = all(part not in ("", ".", "..") and "\0" not in part for part in parts)
+        if not mount.path.startswith("/") or not plain or parts[0] in ("proc", "sys", "dev"):
+            raise Invalid(f"volume {mount.volume} cannot be mounted at {mount.path!r:.80}",
+                          hint="an absolute path, not / nor in /proc, /sys, /dev")  # fmt: skip
+        options = "bind,rprivate,nosuid,nodev,noatime" + (",ro" if mount.read_only else "")
+        found.append(_mount(mount.path, "bind", options, view(place, mount.volume)))
+    if len({mount["destination"] for mount in found}) != len(found):
+        raise Invalid(f"{spec.name} has two volumes at one path")
+    return found
+
+
 def config(
     spec: EnvironmentSpec, first: dict[str, Any], *, root: str, place: str, cgroup: str
 ) -> str:
@@ -111,7 +128,7 @@ def config(
         "process": first,
         "root": {"path": root, "readonly": False},
         "hostname": spec.name,
-        "mounts": [*MOUNTS, *binds],
+        "mounts": [*MOUNTS, *volumes(spec, place), *binds],
         "linux": {
             "namespaces": namespaces,
             "cgroupsPath": cgroup,

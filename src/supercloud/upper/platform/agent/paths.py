@@ -7,6 +7,7 @@ DATA: Final = "/var/lib/supercloud"
 
 ENVIRONMENTS: Final = f"{RUN}/ee"
 IMAGES: Final = f"{RUN}/images"
+VOLUMES: Final = f"{RUN}/volumes"
 CRUN: Final = f"{RUN}/crun"
 DESIRED: Final = f"{RUN}/desired.json"
 ACCELERATOR: Final = f"{RUN}/accelerator.json"

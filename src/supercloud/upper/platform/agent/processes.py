@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from supercloud.model.errors import Permanent, Temporary
@@ -19,9 +19,12 @@ async def run(
     given: bytes | None = None,
     timeout_s: float = 60.0,
     env: Mapping[str, str] | None = None,
+    accept: Collection[int] = (0,),
     **options: Any,
 ) -> bytes:
     """Standard output of a program; Permanent with the end of its complaint if it fails.
+
+    It has not when its exit status is one to ``accept``.
 
     ``options`` go to the spawn. The program is killed on time-out and cancellation.
     """
@@ -40,7 +43,7 @@ async def run(
         if process.returncode is None:
             process.kill()
             await process.wait()
-    if process.returncode:
+    if process.returncode not in accept:
         complaint = (err or out or b"").decode("utf-8", "replace").strip()[-MAX_COMPLAINT:]
         raise Permanent(f"{argv[0]} failed with {process.returncode}: {complaint}")
     return out or b""

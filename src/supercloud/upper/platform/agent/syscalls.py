@@ -52,8 +52,10 @@ def unmount(target: str) -> bool:
     raise OSError(number, f"unmount {target}: {os.strerror(number)}")
 
 
-def mount_idmapped(source: str, target: str, user_namespace: int) -> None:
-    """A read-only view of the mount at ``source``, at ``target``, owners shifted as mapped there.
+def mount_idmapped(
+    source: str, target: str, user_namespace: int, *, read_only: bool = True
+) -> None:
+    """A view of the mount at ``source``, at ``target``, owners shifted as mapped there.
 
     ``user_namespace`` is a descriptor.
     """
@@ -61,7 +63,8 @@ def mount_idmapped(source: str, target: str, user_namespace: int) -> None:
         "open_tree", _AT_FDCWD, source.encode(), ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC)
     )
     try:
-        attributes = _MOUNT_ATTR_IDMAP | _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NODEV
+        attributes = _MOUNT_ATTR_IDMAP | _MOUNT_ATTR_NODEV
+        attributes |= _MOUNT_ATTR_RDONLY if read_only else 0
         wanted = struct.pack("=QQQQ", attributes, 0, 0, user_namespace)
         _call(
             "mount_setattr", tree, b"", ctypes.c_uint(_AT_EMPTY_PATH), wanted,
@@ -71,6 +74,15 @@ def mount_idmapped(source: str, target: str, user_namespace: int) -> None:
         _call("move_mount", tree, b"", _AT_FDCWD, target.encode(), flags)
     finally:
         os.close(tree)
+
+
+def sync_file_system(place: str) -> None:
+    """Return when all that was written to the file system of ``place`` is on its disk."""
+    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _checked(int(_LIBC.syncfs(descriptor)), f"sync {place}")
+    finally:
+        os.close(descriptor)
 
 
 def open_in_root(root: int, path: str, flags: int = os.O_RDONLY) -> int:

@@ -12,12 +12,14 @@ from supercloud.upper.platform.agent import cgroups, readiness
 from supercloud.upper.platform.agent.engine import Engine, Places
 from supercloud.upper.platform.agent.processes import Watched, adopt
 from supercloud.upper.platform.agent.state import read_json, write_json
+from supercloud.upper.platform.agent.volumes import Absent, Broken
 from supercloud.wire.codec import encode
 from supercloud.wire.messages import EnvironmentSpec, EnvironmentStatus
 
 BACK_OFF_S = (0.1, 30.0)
 STEADY_S = 10.0
 CLEAN_RETRY_S = 1.0
+RUNNING = ("running", "serving", "unready")
 GRACE_S = {"container": 10.0, "vm": 8.0}
 
 log = logging.getLogger("supercloud.agent.worker")
@@ -86,11 +88,12 @@ class Worker:
             engine=self.engine.name, pid=self._process.pid if self._process else 0,
             exit_status=self.exit_status, restarts=self.restarts, started_s=self.started_s,
             reason=self.reason, memory_bytes=memory_bytes, cpu_s=cpu_s,
+            volumes=self.engine.usage() if self.spec.volumes else [],
         )  # fmt: skip
 
     def check_running(self) -> None:
         """BadState when it does not run."""
-        if self._process is None or self.state not in ("running", "serving", "unready"):
+        if self._process is None or self.state not in RUNNING:
             raise BadState(f"{self.spec.name} is {self.state}, not running")
 
     # -- its life
@@ -128,10 +131,14 @@ class Worker:
     async def _adopt(self) -> None:
         """Take up what an earlier agent knew of it: that it runs, or how it ended."""
         saved = read_json(Places(self.spec.uid).state, {})
-        if not saved.get("pid") and saved.get("state") != "exited":
+        if not saved.get("pid") and saved.get("state") != "exited" and not saved.get("held"):
             return
         self.restarts, self.started_s = saved["restarts"], saved["started_s"]
         self.exit_status = saved["exit_status"]
+        if saved.get("held"):
+            self.state, self.reason = "failed", saved["reason"]
+            await self._hold()
+            return
         if not saved["pid"]:
             self.state, self.reason = "exited", saved["reason"]
             await self.engine.resume()
@@ -155,12 +162,20 @@ class Worker:
             await self.engine.prepare()
             self._to("placed")
         self._to("starting")
+        await self.engine.attach(self._waiting)
+        self.reason = ""
         self._process = await self.engine.start()
         self.started_s = time.time()
         self._save()
 
+    def _waiting(self, reason: str) -> None:
+        """What it waits for before it can start."""
+        if reason != self.reason:
+            self.reason = reason
+            self._tell(self, self.state, reason, "info")
+
     async def _watch(self) -> int | None:
-        """Until its process ends; the exit status."""
+        """Until its process ends; the exit status. Absent when a volume goes first."""
         process = self._process
         if process is None:
             raise BadState("nothing to watch")
@@ -169,12 +184,16 @@ class Worker:
         ended = asyncio.ensure_future(process.wait())
         probing = asyncio.ensure_future(self._probe())
         again = asyncio.ensure_future(self._stop_when_told(process))
+        lost = asyncio.ensure_future(self.engine.lost())
         try:
+            await asyncio.wait({ended, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if lost.done():
+                lost.result()
             return await ended
         finally:
-            for task in (ended, probing, again):
+            for task in (ended, probing, again, lost):
                 task.cancel()
-            await asyncio.wait({ended, probing, again})
+            await asyncio.wait({ended, probing, again, lost})
 
     async def _stop_when_told(self, process: Watched) -> None:
         await self._wake.wait()
@@ -228,6 +247,7 @@ class Worker:
                 break
             except (SupercloudError, OSError) as error:
                 log.warning("%s: %s", self.spec.name, error)
+                self.reason = f"cannot be cleaned up: {error}"[:1000]
                 await asyncio.sleep(CLEAN_RETRY_S)
         if self._process:
             self._process.close()
@@ -235,10 +255,35 @@ class Worker:
 
     async def _failed(self, error: Exception) -> None:
         message = error.message if isinstance(error, UserError) else str(error)
+        lost = self.state in RUNNING and isinstance(error, Absent)
+        held = lost and self.spec.restart == "never"
         await self._clean()
         self._to("failed", message[:1000])
-        self._save()
-        await self._pause()
+        self._save(held=held)
+        if held:
+            await self._hold()
+            return
+        if isinstance(error, Absent) and not isinstance(error, Broken):
+            await self._until_returned()
+        else:
+            await self._pause()
+        self.restarts += lost
+
+    async def _hold(self) -> None:
+        """It ran, lost what it ran on, and its policy is never: until somebody wants it again."""
+        await self._wake.wait()
+        self.restarts += 1
+
+    async def _until_returned(self) -> None:
+        """Wait for what is missing, or to be told to try without."""
+        returned = asyncio.ensure_future(self.engine.returned())
+        woken = asyncio.ensure_future(self._wake.wait())
+        try:
+            await asyncio.wait({returned, woken}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (returned, woken):
+                task.cancel()
+            await asyncio.wait({returned, woken})
 
     async def _pause(self) -> None:
         """Wait before the next try, longer each time, unless told to go on."""
@@ -273,7 +318,7 @@ class Worker:
             bad = state in ("failed", "unready") or (state == "exited" and self.exit_status != 0)
             self._tell(self, state, reason, "warning" if bad else "info")
 
-    def _save(self) -> None:
+    def _save(self, *, held: bool = False) -> None:
         process, places = self._process, Places(self.spec.uid)
         os.makedirs(places.run, mode=0o710, exist_ok=True)
         write_json(places.state, {
@@ -281,5 +326,5 @@ class Worker:
             "started_s": self.started_s, "pid": process.pid if process else 0,
             "ticks": process.start_ticks if process else 0,
             "launched_s": process.launched_s if process else 0.0, "state": self.state,
-            "reason": self.reason, "exit_status": self.exit_status,
+            "reason": self.reason, "exit_status": self.exit_status, "held": held,
         })  # fmt: skip

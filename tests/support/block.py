@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,15 @@ from supercloud.wire.reactor import Reactor
 from support.nbd import MIB, Client, Device
 
 DEADLINE_S = 120.0
+# The service's children run under the filter of its domain here too.
+CONFINE = """
+import os, sys
+from supercloud.isolation import seccomp
+from supercloud.lower.core import system
+system.prctl(38, 1)  # no new privileges
+system.install_filter(seccomp.compiled("block")[0])
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 class Bench:
@@ -27,8 +37,10 @@ class Bench:
         self.reactor = Reactor()
         self.told: list[tuple[str, Mapping[str, Any]]] = []
         self.devices: dict[str, Device] = {}
+        confined = (sys.executable, "-c", CONFINE)
         programs = Programs(
-            tuple(self.tools.argv("qemu-storage-daemon")), tuple(self.tools.argv("qemu-img"))
+            (*confined, *self.tools.argv("qemu-storage-daemon")),
+            (*confined, *self.tools.argv("qemu-img")),
         )
         tell = lambda method, parameters: self.told.append((method, parameters))  # noqa: E731
         self.service = BlockService(self.reactor, tell, programs)

@@ -14,6 +14,8 @@ PASST: Final = "/usr/bin/passt"
 COMPONENT_LIMITS: Final = {"memory_bytes": 64 * MIB, "pids": 8}
 UPLINK_NET_LIMITS: Final = {"memory_bytes": 40 * MIB, "pids": 8}
 USER_OWN: Final = {"memory_bytes": 160 * MIB, "pids": 48}
+# Our process, a daemon of 12 MB and three threads for each of some eight volumes, with its caches
+BLOCK_LIMITS: Final = {"memory_bytes": 320 * MIB, "pids": 64}
 UPLINK_GUEST: Final = "10.0.2.15"
 UPLINK_GATEWAY: Final = "10.0.2.2"
 UPLINK_DNS: Final = "10.0.2.3"
@@ -32,6 +34,7 @@ PEERS: Final = (
     ("uplink", "user", True),  # the right to connect a machine's uplink
     ("user", "vmm", True),  # RAM, disks, images, console
     ("user", "link", True),  # connections of the agent
+    ("user", "block", True),  # devices of its volumes; exports of them
     ("uplink-net", "vmm", False),
     ("uplink-net-closed", "vmm", False),
     ("link", "vmm", False),
@@ -60,7 +63,7 @@ def kinds(site: Site) -> dict[str, dict[str, Any]]:
 def filters() -> dict[str, str]:
     """The seccomp filter of each kind that has not the one of components (``base``)."""
     passt = dict.fromkeys(("uplink-net", "uplink-net-closed", "link"), "passt")
-    return {"vmm": "vmm", **passt}
+    return {"vmm": "vmm", "block": "block", **passt}
 
 
 def _provider_kinds(site: Site) -> dict[str, dict[str, Any]]:
@@ -97,7 +100,7 @@ def _user_kinds(site: Site) -> dict[str, dict[str, Any]]:
             environment={"SUPERCLOUD_HOST": site.facts},
             state=True,
             proc=True,
-            creates=["vmm", "link"],
+            creates=["vmm", "link", "block"],
             own=USER_OWN,
             objects=MANY_OBJECTS,
             nofile=4096,
@@ -108,6 +111,11 @@ def _user_kinds(site: Site) -> dict[str, dict[str, Any]]:
             proc=True,
             devices=["/dev/kvm"] if site.accelerator == "kvm" else [],
         ),
+        "block": {
+            "argv": [*PYTHON, "supercloud.lower.service", "block"],
+            "restart": True,  # and its volumes are opened again, by who has their devices
+            "limits": BLOCK_LIMITS,
+        },
         "link": _component("vmm.link", restart=False, proc=True, nests=True, tcp=True),
     }
 

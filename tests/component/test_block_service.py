@@ -1,6 +1,7 @@
 """The block service with real storage daemons, on raw files behind other storage daemons."""
 
 import contextlib
+import errno
 import os
 import random
 import socket
@@ -27,7 +28,7 @@ from supercloud.services.block.service import LEGAL
 from support.block import Bench
 from support.nbd import MIB, Client, NbdError
 
-KIB = 1 << 10
+KIB, SECTOR = 1 << 10, 512
 
 
 @pytest.fixture
@@ -146,6 +147,22 @@ def test_a_device_that_waits_makes_writers_wait_and_loses_nothing(bench: Bench) 
         client.answered()
         client.flush()
     assert bench.read("data", 0, 4 * KIB) == b"held" * KIB
+
+
+def test_a_write_that_the_device_has_no_room_for_fails_with_that_error_and_the_rest_goes_on(
+    bench: Bench,
+) -> None:
+    """Exports cannot pause: a device that refuses is seen by the writer, who tries again."""
+    bench.device("data", 64 * MIB, no_room=2048)
+    bench.create("data", 64 * MIB, format="raw")
+    with bench.client("data") as client:
+        client.write(0, b"before")
+        with pytest.raises(NbdError) as refusal:
+            client.write(MIB, b"x" * SECTOR)
+        assert refusal.value.args[0] == errno.ENOSPC
+        client.write(MIB, b"x" * SECTOR)
+        client.flush()
+        assert client.read(0, 6) == b"before"
 
 
 def test_clones_of_what_is_there_and_of_a_snapshot(bench: Bench) -> None:

@@ -46,10 +46,11 @@ class Bench:
         self.service = BlockService(self.reactor, tell, programs)
         self._handlers = self.service.handlers()
 
-    def device(self, name: str, size_bytes: int = 256 * MIB) -> Device:
+    def device(self, name: str, size_bytes: int = 256 * MIB, no_room: int | None = None) -> Device:
         """The device of that name, started when it is not there."""
         if name not in self.devices:
-            self.devices[name] = Device(self.tools, self.place / f"{name}.img", size_bytes)
+            path = self.place / f"{name}.img"
+            self.devices[name] = Device(self.tools, path, size_bytes, no_room)
         return self.devices[name]
 
     def call(self, method: str, descriptors: list[int] | None = None, **parameters: Any) -> Any:

@@ -9,6 +9,7 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from supercloud.upper.platform.image.tools import ToolTree
 
@@ -86,9 +87,14 @@ class Client:
 
 
 class Device:
-    """A raw file behind a storage daemon of its own, as the protection service would serve it."""
+    """A raw file behind a storage daemon of its own, as the protection service would serve it.
 
-    def __init__(self, tools: ToolTree, path: Path, size_bytes: int) -> None:
+    The first write of the sector ``no_room`` finds no room on the file's disk (ENOSPC).
+    """
+
+    def __init__(
+        self, tools: ToolTree, path: Path, size_bytes: int, no_room: int | None = None
+    ) -> None:
         with path.open("ab") as file:
             file.truncate(max(size_bytes, path.stat().st_size))
         self.path = path
@@ -96,7 +102,12 @@ class Device:
             listener.bind("")  # a name of the kernel's choice in the abstract namespace
             listener.listen(16)
             self._address = listener.getsockname()
-            file_node = {"driver": "file", "node-name": "file", "filename": str(path)}
+            file_node: dict[str, Any] = {"driver": "file", "filename": str(path)}
+            if no_room is not None:
+                full = {"event": "none", "iotype": "write", "errno": 28, "once": True}
+                errors = [full | {"sector": no_room}]
+                file_node = {"driver": "blkdebug", "image": file_node, "inject-error": errors}
+            file_node["node-name"] = "file"
             self.process = subprocess.Popen(
                 [
                     *tools.argv("qemu-storage-daemon"),

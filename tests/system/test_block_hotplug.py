@@ -32,7 +32,7 @@ SCRIPT = """
 disk_of() { for d in /sys/block/vd*; do
     [ "$(cat $d/size 2>/dev/null)" = "$1" ] && echo /dev/${d##*/}; done; }
 appears() { until [ -n "$(disk_of $1)" ]; do sleep 0.1; done; }
-for first in 65536 131072; do
+for first in 65536 131072 163840; do
     appears $first
     disk=$(disk_of $first)
     yes supercloud | head -c 1048576 | dd of=$disk bs=65536 seek=16 conv=fsync 2>/dev/null
@@ -171,4 +171,14 @@ def test_a_volume_is_plugged_written_grown_and_pulled_out_by_both_ways(machine: 
     assert holds_what_the_guest_wrote(bench, "private")
     with pytest.raises(NotFound):
         machine.disks.detach(Request("test", "machine.detach", {"volume": "private"}))
+
+    # the third one's device has no room at first: the machine waits, then goes on
+    bench.device("crowded", 163840 * SECTOR, no_room=MIB // SECTOR)
+    bench.create("crowded", 163840 * SECTOR, format="raw")
+    machine.attach("crowded", "nbd")
+    machine.says("GUEST-WROTE 163840")
+    full = machine.told.pop()
+    assert (full["volume"], full["state"]) == ("crowded", "full")
+    machine.detach("crowded")
+    assert holds_what_the_guest_wrote(bench, "crowded")
     machine.says("GUEST-END 0")

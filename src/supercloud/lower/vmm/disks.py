@@ -20,6 +20,7 @@ from supercloud.model.errors import (
     NoResources,
     NotFound,
     SupercloudError,
+    Temporary,
     Unsupported,
 )
 from supercloud.wire.codec import Limit, Name, decode
@@ -160,8 +161,11 @@ class Disks:
         place = {"id": f"disk{disk.slot}", "bus": f"free{disk.slot - 1}"}
         try:
             self._qmp.ask("device_add", device | place)
-        except SupercloudError:
+        except SupercloudError as error:
             self._let_go(disk)
+            if "has not been found" in str(error):  # it looks for the descriptor to dial again
+                volume = disk.plug.volume
+                raise Temporary(f"the storage daemon of volume {volume} has hung up") from error
             raise
 
     def _pass(self, disk: Disk, descriptor: int) -> str:

@@ -2,10 +2,13 @@
 
 import json
 import logging
+import select
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from supercloud.model.errors import Permanent, Temporary
 from supercloud.wire.reactor import Reactor
 
 MAX_LINE_BYTES = 4 << 20
@@ -14,6 +17,14 @@ _CHUNK_BYTES = 1 << 16
 log = logging.getLogger("supercloud.wire.qmp")
 
 Answered = Callable[[dict[str, Any]], None]
+
+
+class Refused(Permanent):
+    """QEMU answered with an error; the message is its description."""
+
+
+class Gone(Temporary):
+    """The connection has ended."""
 
 
 class Qmp:
@@ -40,6 +51,7 @@ class Qmp:
         name: str,
         arguments: dict[str, Any] | None = None,
         answered: Answered = lambda _: None,
+        descriptors: Sequence[int] = (),
     ) -> None:
         """Send a command; ``answered`` gets the whole answer (``return`` or ``error``).
 
@@ -50,9 +62,42 @@ class Qmp:
         line = json.dumps({"execute": name, "id": self._last_id, "arguments": arguments or {}})
         self._waiting[self._last_id] = answered
         try:
-            self._sock.send(line.encode() + b"\n")
+            socket.send_fds(self._sock, [line.encode() + b"\n"], descriptors)
         except OSError as error:
             log.warning("%s could not be sent: %s", name, error)
+
+    def ask(
+        self,
+        name: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        descriptors: Sequence[int] = (),
+        timeout_s: float = 10.0,
+    ) -> Any:
+        """Send a command and wait for its result. Events that come meanwhile go to ``on_event``.
+
+        Raises Refused (QEMU's words), Gone, and Temporary when there is no answer in time.
+        """
+        answers: list[dict[str, Any]] = []
+        self.command(name, arguments, answers.append, descriptors)
+        if not self.wait(lambda: bool(answers), timeout_s):
+            raise Temporary(f"no answer to {name} within {timeout_s:g} s")
+        if "error" in answers[0]:
+            raise Refused(str((answers[0]["error"] or {}).get("desc", "no reason given")))
+        return answers[0].get("return")
+
+    def wait(self, until: Callable[[], bool], timeout_s: float) -> bool:
+        """Read until something is so; False when the time is over first. Raises Gone."""
+        deadline_s = time.monotonic() + timeout_s
+        while not until():
+            if not self.is_open:
+                raise Gone("it has ended")
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                return False
+            if select.select([self._sock], [], [], left_s)[0]:
+                self._read()
+        return True
 
     def close(self) -> None:
         """Close; ``on_closed`` is called."""

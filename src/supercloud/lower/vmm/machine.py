@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from supercloud.wire.codec import Limit, Text
+from supercloud.wire.volumes import VOLUME_SLOTS
 
 QEMU = "/usr/bin/qemu-system-x86_64"
 FIRMWARE = ("/usr/share/seabios", "/usr/share/qemu")
-FREE_ROOT_PORTS = 4
+FREE_ROOT_PORTS = VOLUME_SLOTS
 TRANSLATION_CACHE_MIB = 128
 # Beside the console: what a kernel need not try in a virtual machine; a fifth of its boot.
 KERNEL_ARGUMENTS = (

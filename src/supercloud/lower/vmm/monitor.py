@@ -1,7 +1,8 @@
 """Process 1 of a machine's domain: starts QEMU, watches over it, tells the user's domain.
 
 It is asked over the channel ``control``: ``machine.start``, ``machine.stop``, ``machine.status``,
-``console.attach``; it tells ``machine.state`` there. RAM, kernel, initrd, root, config and the
+``machine.attach``, ``machine.detach``, ``machine.disks``, ``console.attach``; it tells
+``machine.state`` and ``machine.disk`` there. RAM, kernel, initrd, root, config and the
 network's streams are capabilities in this domain's own table; the scratch disk's descriptor comes
 with ``machine.start``. A restarted user's domain finds the machine running and asks its status.
 """
@@ -10,19 +11,21 @@ import fcntl
 import logging
 import os
 import socket
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 from supercloud.lower.client import Core
 from supercloud.lower.component import Component
 from supercloud.lower.vmm.console import Console
+from supercloud.lower.vmm.disks import Disks
 from supercloud.lower.vmm.lifecycle import Lifecycle, Patience, Watchdog
 from supercloud.lower.vmm.machine import Descriptors, Machine, command_line
 from supercloud.model.errors import BadState, Invalid, SupercloudError
 from supercloud.wire import portal
 from supercloud.wire.children import Children, how_it_ended
 from supercloud.wire.codec import decode
-from supercloud.wire.portal import Reply, Request
+from supercloud.wire.portal import Handler, Reply, Request
 from supercloud.wire.qmp import Qmp
 
 _READ_ONLY = ("kernel", "initrd", "root", "config")
@@ -39,9 +42,10 @@ class Monitor(Component):
         super().__init__(core)
         self._patience = patience or Patience()
         self._children = Children(self.reactor)
-        self._life = Lifecycle(self._tell)
+        self._life = Lifecycle(self._tell_state)
         self._console: Console | None = None
         self._qmp: Qmp | None = None
+        self._disks: Disks | None = None
         self._watchdog: Watchdog | None = None
         self._pid = 0
         self._why = ""
@@ -51,6 +55,9 @@ class Monitor(Component):
                 "machine.start": self.start,
                 "machine.stop": self.stop,
                 "machine.status": self.status,
+                "machine.attach": self._with_disks(lambda disks: disks.attach),
+                "machine.detach": self._with_disks(lambda disks: disks.detach),
+                "machine.disks": self._with_disks(lambda disks: disks.list),
                 "console.attach": self.attach,
             },
         )
@@ -92,6 +99,16 @@ class Monitor(Component):
             raise BadState("there is no console before the machine is started")
         return Reply({}, [self._console.attach().detach()])
 
+    def _with_disks(self, method: Callable[[Disks], Handler]) -> Handler:
+        """A call to the disks of the machine; BadState when it does not run."""
+
+        def handler(request: Request) -> Any:
+            if self._disks is None or self._life.state != "running":
+                raise BadState(f"the machine is {self._life.state}")
+            return method(self._disks)(request)
+
+        return handler
+
     # -- QEMU
 
     def _launch(self, machine: Machine, scratch: int) -> None:
@@ -112,6 +129,8 @@ class Monitor(Component):
             argv = command_line(machine, given)
             self._pid = self._children.start(argv, given.all(), self._ended)
         self._qmp = Qmp(self.reactor, qmp, self._on_qmp, lambda: None)
+        shared = machine.ram_share
+        self._disks = Disks(self.reactor, self._qmp, self._tell, ram_shared=shared)
         self.reactor.after(self._patience.start_s, self._give_up_starting)
 
     def _taken(self, name: str, opened: ExitStack) -> int:
@@ -134,7 +153,9 @@ class Monitor(Component):
             self._watchdog = Watchdog(
                 self.reactor, self._qmp, self._life, self._kill, self._patience
             )
-        elif name == "GUEST_PANICKED":
+        elif self._disks is not None:
+            self._disks.on_qmp(name, data)
+        if name == "GUEST_PANICKED":
             self._why = "the guest's kernel panicked"
         elif name == "SHUTDOWN":
             self._why = self._why or f"the machine was shut down ({data.get('reason', 'unknown')})"
@@ -169,13 +190,16 @@ class Monitor(Component):
         else:
             self._life.go("failed", self._why or f"QEMU ended: {how_it_ended(status)}")
 
-    def _tell(self, state: str, reason: str) -> None:
+    def _tell_state(self, state: str, reason: str) -> None:
         log.info("machine is %s %s", state, reason)
+        self._tell("machine.state", {"state": state, "reason": reason})
+
+    def _tell(self, method: str, parameters: Mapping[str, Any]) -> None:
         channel = self.channels.get("control")
         if channel is None:
             return
         try:
-            portal.send(channel, {"m": "machine.state", "p": {"state": state, "reason": reason}})
+            portal.send(channel, {"m": method, "p": dict(parameters)})
         except (OSError, SupercloudError) as error:  # it asks when it is there again
             log.info("the user's domain was not told: %s", error)
 

@@ -1,0 +1,232 @@
+"""Volumes of a running machine: plugged into its free PCIe root ports, and out again.
+
+A volume comes as a connected socket of the user's block service: vhost-user-blk where the RAM is
+shared, else NBD. Its *slot* (1..) is the root port ``free0``.. that it is in; the guest finds it by
+that, since vhost-user disks have no serial of their own.
+
+A disk that QEMU itself reads and writes (NBD, and the machine's own) stops the machine when there
+is no room for a write; nothing is lost, the write is tried again until there is.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
+
+from supercloud.model.errors import (
+    BadState,
+    Exists,
+    Invalid,
+    NoResources,
+    NotFound,
+    SupercloudError,
+    Temporary,
+    Unsupported,
+)
+from supercloud.wire.codec import Limit, Name, decode
+from supercloud.wire.portal import Request
+from supercloud.wire.qmp import Qmp, Refused
+from supercloud.wire.reactor import Reactor
+from supercloud.wire.volumes import VOLUME_SLOTS
+
+FULL_RETRY_S: Final = 2.0
+_SERIAL_LENGTH: Final = 20
+
+log = logging.getLogger("supercloud.lower.vmm")
+
+Tell = Callable[[str, Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plug:
+    """What to plug in; ``slot`` 0 is any. ``export`` is its name over NBD."""
+
+    volume: Name
+    mode: Literal["vhost-user-blk", "nbd"]
+    read_only: bool = False
+    export: Annotated[str, Limit(max_length=255)] = ""
+    slot: Annotated[int, Limit(ge=0, le=VOLUME_SLOTS)] = 0
+
+
+@dataclass(slots=True)
+class Disk:
+    """A slot in use. ``state`` is attached or detaching."""
+
+    plug: Plug
+    slot: int
+    state: str = "attached"
+
+    def status(self) -> dict[str, Any]:
+        """``{volume, slot, mode, state}``."""
+        plug = self.plug
+        return {
+            "volume": plug.volume,
+            "slot": self.slot,
+            "mode": plug.mode,
+            "state": self.state,
+        }
+
+
+class Disks:
+    """The slots of one machine. ``tell`` gets ``machine.disk`` with a disk's status."""
+
+    def __init__(self, reactor: Reactor, qmp: Qmp, tell: Tell, *, ram_shared: bool) -> None:
+        self._reactor, self._qmp, self._tell = reactor, qmp, tell
+        self._ram_shared = ram_shared
+        self._disks: dict[int, Disk] = {}
+        self._is_full = False
+
+    def attach(self, request: Request) -> dict[str, Any]:
+        """``Plug`` and the socket: its status. Unsupported: vhost-user-blk onto private RAM."""
+        plug = decode(Plug, request.untrusted, "disk", ignore_unknown=True)
+        if len(request.descriptors) != 1:
+            raise Invalid("the volume's descriptor is missing")
+        self._may(plug)
+        disk = Disk(plug, self._free_slot(plug.slot))
+        {"nbd": self._plug_nbd, "vhost-user-blk": self._plug_vhost}[plug.mode](
+            disk, request.descriptors[0]
+        )
+        self._disks[disk.slot] = disk
+        return disk.status()
+
+    def detach(self, request: Request) -> dict[str, Any]:
+        """``{volume}``: ask the guest to let go; ``machine.disk`` tells when it has.
+
+        May be asked again of a guest that did not listen.
+        """
+        disk = self._of(request.name("volume"))
+        if disk is None:
+            raise NotFound(f"volume {request.name('volume')} is not attached", where="volume")
+        try:
+            self._qmp.ask("device_del", {"id": f"disk{disk.slot}"})
+        except Refused as error:  # asked again too soon: the first time still counts
+            if "already in the process" not in str(error):
+                raise
+        disk.state = "detaching"
+        return disk.status()
+
+    def list(self, _request: Request) -> dict[str, Any]:
+        """``{disks: [status]}``."""
+        return {"disks": [disk.status() for disk in self._disks.values()]}
+
+    # -- what must hold
+
+    def _may(self, plug: Plug) -> None:
+        if plug.mode == "vhost-user-blk" and not self._ram_shared:
+            raise Unsupported(
+                "this machine's RAM is private: vhost-user-blk would not reach it",
+                hint="attach the volume by NBD",
+            )
+        if self._of(plug.volume) is not None:
+            raise Exists(f"volume {plug.volume} is attached already", hint="detach it first")
+
+    def _free_slot(self, wanted: int) -> int:
+        if wanted and wanted in self._disks:
+            volume = self._disks[wanted].plug.volume
+            raise BadState(f"slot {wanted} holds volume {volume}")
+        free = [slot for slot in range(1, VOLUME_SLOTS + 1) if slot not in self._disks]
+        if not free:
+            raise NoResources(f"a machine takes {VOLUME_SLOTS} volumes", hint="detach one")
+        return wanted or free[0]
+
+    def _of(self, volume: str) -> Disk | None:
+        return next((d for d in self._disks.values() if d.plug.volume == volume), None)
+
+    # -- QEMU
+
+    def _plug_nbd(self, disk: Disk, descriptor: int) -> None:
+        name, plug = self._pass(disk, descriptor), disk.plug
+        node = {
+            "driver": "nbd",
+            "node-name": f"volume{disk.slot}",
+            "server": {"type": "fd", "str": name},
+            "export": plug.export,
+            "read-only": plug.read_only,
+            "discard": "unmap",
+        }
+        self._ask("blockdev-add", node, name)
+        serial = plug.volume[:_SERIAL_LENGTH]
+        device = {"driver": "virtio-blk-pci", "drive": f"volume{disk.slot}", "serial": serial}
+        self._plug(disk, device | {"werror": "enospc", "rerror": "report"})
+
+    def _plug_vhost(self, disk: Disk, descriptor: int) -> None:
+        name = self._pass(disk, descriptor)
+        address = {"type": "fd", "data": {"str": name}}
+        backend = {"type": "socket", "data": {"addr": address, "server": False}}
+        self._ask("chardev-add", {"id": f"vhost{disk.slot}", "backend": backend}, name)
+        device = {"driver": "vhost-user-blk-pci", "chardev": f"vhost{disk.slot}", "num-queues": 1}
+        self._plug(disk, device)
+
+    def _plug(self, disk: Disk, device: dict[str, Any]) -> None:
+        place = {"id": f"disk{disk.slot}", "bus": f"free{disk.slot - 1}"}
+        try:
+            self._qmp.ask("device_add", device | place)
+        except SupercloudError as error:
+            self._let_go(disk)
+            if "has not been found" in str(error):  # it looks for the descriptor to dial again
+                volume = disk.plug.volume
+                raise Temporary(f"the storage daemon of volume {volume} has hung up") from error
+            raise
+
+    def _pass(self, disk: Disk, descriptor: int) -> str:
+        """QEMU's name for the descriptor that it is given."""
+        name = f"slot{disk.slot}"
+        self._qmp.ask("getfd", {"fdname": name}, descriptors=[descriptor])
+        return name
+
+    def _ask(self, command: str, arguments: dict[str, Any], name: str) -> None:
+        """A command that takes a descriptor; if it does not, it is closed."""
+        try:
+            self._qmp.ask(command, arguments)
+        except SupercloudError:
+            self._qmp.command("closefd", {"fdname": name})  # an error when it was taken: well
+            raise
+
+    def _let_go(self, disk: Disk) -> None:
+        """Of what was behind the device."""
+        if disk.plug.mode == "nbd":
+            self._qmp.command("blockdev-del", {"node-name": f"volume{disk.slot}"})
+        else:
+            self._qmp.command("chardev-remove", {"id": f"vhost{disk.slot}"})
+
+    # -- what QEMU says
+
+    def on_qmp(self, name: str, data: dict[str, Any]) -> None:
+        """An event of QEMU's."""
+        if name == "DEVICE_DELETED":
+            self._deleted(str(data.get("device", "")))
+        elif name == "DEVICE_UNPLUG_GUEST_ERROR":
+            self._refused(str(data.get("device", "")))
+        elif name == "BLOCK_IO_ERROR" and data.get("nospace") and data.get("action") == "stop":
+            self._full(data)
+
+    def _deleted(self, device: str) -> None:
+        disk = self._by_device(device)
+        if disk is not None:
+            del self._disks[disk.slot]
+            self._let_go(disk)
+            disk.state = "detached"
+            self._tell("machine.disk", disk.status())
+
+    def _refused(self, device: str) -> None:
+        disk = self._by_device(device)
+        if disk is not None:
+            disk.state = "attached"
+            self._tell("machine.disk", disk.status() | {"reason": "the guest did not let go"})
+
+    def _by_device(self, device: str) -> Disk | None:
+        return next((d for d in self._disks.values() if f"disk{d.slot}" == device), None)
+
+    def _full(self, data: dict[str, Any]) -> None:
+        node = str(data.get("node-name", ""))
+        disk = next((d for d in self._disks.values() if f"volume{d.slot}" == node), None)
+        if not self._is_full:  # a machine has several writes under way: one is enough to tell
+            self._is_full = True
+            what = disk.status() if disk else {"volume": "", "slot": 0, "mode": node}
+            self._tell("machine.disk", what | {"state": "full"})
+            self._reactor.after(FULL_RETRY_S, self._try_again)
+
+    def _try_again(self) -> None:
+        """Go on with the writes that found no room; the machine stops again if there is none."""
+        self._is_full = False
+        self._qmp.command("cont")

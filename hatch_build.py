@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 
 
 class EngineHook(BuildHookInterface[Any]):
-    """Compiles ``engine.so`` into the package; the C sources stay out of the wheel."""
+    """Compiles ``libprotection.so`` into the package; the C sources stay out of the wheel."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called before the archive is written; ``version`` is ``standard`` or ``editable``."""

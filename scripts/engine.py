@@ -12,7 +12,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "supercloud" / "services" / "protection"
 SOURCES = PACKAGE / "native"
-ENGINE = PACKAGE / "engine.so"
+ENGINE = PACKAGE / "libprotection.so"
 
 FLAGS = (
     "-std=gnu17", "-O2", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden",

@@ -27,7 +27,7 @@ from supercloud.model.errors import (
     Temporary,
 )
 
-LIBRARY: Final = Path(__file__).with_name("engine.so")
+LIBRARY: Final = Path(__file__).with_name("libprotection.so")
 KEY_BYTES: Final = 32
 ID_BYTES: Final = 16
 CHAIN_BYTES: Final = 32

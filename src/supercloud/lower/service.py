@@ -19,7 +19,9 @@ from supercloud.wire import portal
 
 CHANNEL: Final = "control"
 # name -> the module that has ``make``
-SERVICES: Final[Mapping[str, str]] = {}
+SERVICES: Final[Mapping[str, str]] = {
+    "protection": "supercloud.services.protection.service",
+}
 
 log = logging.getLogger("supercloud.lower.service")
 

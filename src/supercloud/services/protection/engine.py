@@ -4,12 +4,13 @@ Calls may block for as long as the backing file does; the interpreter goes on me
 beyond errno are those of ``native/engine.h``.
 """
 
+import contextlib
 import ctypes
 import errno
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_size_t, c_uint8, c_uint32, c_uint64
 from ctypes import c_void_p as pointer
 from dataclasses import dataclass
@@ -157,9 +158,9 @@ def library() -> ctypes.CDLL:
         raise Permanent(f"the protection engine is missing (scripts/engine.py): {error}") from error
     root, backing, data = POINTER(_Root), POINTER(_Backing), pointer
     signatures: dict[str, list[Any]] = {
-        "format": [c_int, backing, c_char_p, c_char_p, c_uint64, c_uint32, root],
+        "format": [c_int, backing, data, c_char_p, c_uint64, c_uint32, root],
         "prepare": [
-            c_int, backing, c_char_p, c_char_p, root, c_uint64, POINTER(pointer), root,
+            c_int, backing, data, c_char_p, root, c_uint64, POINTER(pointer), root,
         ],
         "serve": [pointer, c_uint32, root],
         "connect": [pointer, c_int],
@@ -242,23 +243,29 @@ def _target(backing: int | Backing) -> tuple[int, Any]:
 
 
 def format_device(
-    backing: int | Backing, key: bytes, device: str, device_bytes: int, epoch: int = 1
+    backing: int | Backing, key: bytes | bytearray, device: str, device_bytes: int, epoch: int = 1
 ) -> Root:
     """Make an empty device on a descriptor (it stays the caller's); the root to keep."""
     descriptor, bound = _target(backing)
     root = _Root()
-    check(
-        library().sc_format(
-            descriptor, bound, _key(key), device_id(device), device_bytes, epoch, byref(root)
+    identity = device_id(device)
+    with _key(key) as held:
+        check(
+            library().sc_format(descriptor, bound, held, identity, device_bytes, epoch, byref(root))
         )
-    )
     return _root(root)
 
 
-def _key(key: bytes) -> bytes:
+@contextlib.contextmanager
+def _key(key: bytes | bytearray) -> Iterator[Any]:
+    """The key where the engine can read it, and afterwards nowhere."""
     if len(key) != KEY_BYTES:
         raise Invalid(f"a device's key has {KEY_BYTES} bytes")
-    return bytes(key)
+    held = (c_uint8 * KEY_BYTES).from_buffer_copy(key)
+    try:
+        yield held
+    finally:
+        ctypes.memset(held, 0, KEY_BYTES)
 
 
 class Device:
@@ -271,7 +278,7 @@ class Device:
     def __init__(
         self,
         backing: int | Backing,
-        key: bytes,
+        key: bytes | bytearray,
         device: str,
         trusted: Root,
         promised: int | None = None,
@@ -282,12 +289,12 @@ class Device:
         keep = _Root(trusted.sequence, trusted.epoch, promised or trusted.epoch)
         keep.chain[:] = bytes.fromhex(trusted.chain)
         found = _Root()
-        check(
-            self._engine.sc_prepare(
-                descriptor, self._bound, _key(key), device_id(device), byref(keep),
+        with _key(key) as held:
+            answer = self._engine.sc_prepare(
+                descriptor, self._bound, held, device_id(device), byref(keep),
                 cache_bytes // 4096, byref(self._handle), byref(found),
-            )
-        )  # fmt: skip
+            )  # fmt: skip
+        check(answer)
         self.found = _root(found)
         self.next_epoch = max(self.found.epoch, promised or trusted.epoch) + 1
 

@@ -1,7 +1,7 @@
 """Keys of devices, wrapped for their user: AES Key Wrap (RFC 3394) with a 256-bit wrapping key.
 
-The control plane stores what is wrapped, next to what it belongs to, and holds the wrapping key. A new
-wrapping key means wrapping the few device keys again; no data is rewritten.
+The control plane stores what is wrapped, next to what it belongs to, and holds the wrapping key. A
+new wrapping key means wrapping the few device keys again; no data is rewritten.
 """
 
 import os

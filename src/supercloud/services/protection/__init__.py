@@ -1,4 +1,4 @@
-"""The user's data protection service: NBD in front of a provider's backing file that it never trusts.
+"""The user's data protection service: NBD in front of a provider's backing file.
 
 ::
 

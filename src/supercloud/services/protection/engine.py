@@ -27,11 +27,14 @@ from supercloud.model.errors import (
     SupercloudError,
     Temporary,
 )
+from supercloud.wire.volumes import Seal
 
 LIBRARY: Final = Path(__file__).with_name("libprotection.so")
 KEY_BYTES: Final = 32
 ID_BYTES: Final = 16
 CHAIN_BYTES: Final = 32
+_KEPT_BYTES: Final = 28
+LAST_EPOCH: Final = (1 << 32) - 1
 DEFAULT_CACHE_BYTES: Final = 64 << 20
 
 
@@ -71,19 +74,6 @@ class _State(Structure):
         ("root", _Root), *((name, c_uint64) for name in _FIGURES),
         ("dead", c_uint32), ("damaged", c_uint32),
     ]  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Root:
-    """A state of a device: what the user keeps, so that no older one passes for it.
-
-    ``sequence`` counts commits; ``chain`` (hex) is a hash over all of them; ``epoch`` is that of the
-    opening that made it.
-    """
-
-    epoch: int
-    sequence: int
-    chain: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +196,12 @@ class Backing(Protocol):
         """Bytes."""
 
 
+def _copy(target: int, data: bytes, length: int) -> None:
+    if len(data) != length:
+        raise OSError(errno.EIO, "short")
+    ctypes.memmove(target, data, length)
+
+
 def _bound(backing: Backing) -> _Backing:
     def errno_of(action: Callable[[], None]) -> int:
         try:
@@ -215,7 +211,7 @@ def _bound(backing: Backing) -> _Backing:
         return 0
 
     def read(_: Any, data: int, length: int, offset: int) -> int:
-        return errno_of(lambda: ctypes.memmove(data, backing.read(length, offset), length) and None)
+        return errno_of(lambda: _copy(data, backing.read(length, offset), length))
 
     def write(_: Any, data: int, length: int, offset: int) -> int:
         return errno_of(lambda: backing.write(ctypes.string_at(data, length), offset))
@@ -234,8 +230,19 @@ def device_id(device: str) -> bytes:
     return hashlib.sha256(b"supercloud device " + device.encode()).digest()[:ID_BYTES]
 
 
-def _root(found: _Root) -> Root:
-    return Root(found.epoch, found.sequence, bytes(found.chain).hex())
+def _seal(found: _Root) -> Seal:
+    """``root``: most of the chain's hash, and the epoch that it was made in (8 digits)."""
+    kept = bytes(found.chain)[:_KEPT_BYTES].hex()
+    return Seal(epoch=found.epoch, sequence=found.sequence, root=f"{kept}{found.epoch:08x}")
+
+
+def _kept(seal: Seal) -> _Root:
+    """What a seal says: it may promise an epoch that nothing was written in yet."""
+    if len(seal.root) != 2 * CHAIN_BYTES or not 0 < seal.epoch < LAST_EPOCH:
+        raise Invalid("a seal without a root or with an epoch out of bounds", where="root")
+    kept = _Root(seal.sequence, int(seal.root[2 * _KEPT_BYTES :], 16), seal.epoch)
+    kept.chain[:_KEPT_BYTES] = bytes.fromhex(seal.root[: 2 * _KEPT_BYTES])
+    return kept
 
 
 def _target(backing: int | Backing) -> tuple[int, Any]:
@@ -244,8 +251,8 @@ def _target(backing: int | Backing) -> tuple[int, Any]:
 
 def format_device(
     backing: int | Backing, key: bytes | bytearray, device: str, device_bytes: int, epoch: int = 1
-) -> Root:
-    """Make an empty device on a descriptor (it stays the caller's); the root to keep."""
+) -> Seal:
+    """Make an empty device on a descriptor (it stays the caller's); the seal to keep."""
     descriptor, bound = _target(backing)
     root = _Root()
     identity = device_id(device)
@@ -253,7 +260,7 @@ def format_device(
         check(
             library().sc_format(descriptor, bound, held, identity, device_bytes, epoch, byref(root))
         )
-    return _root(root)
+    return _seal(root)
 
 
 @contextlib.contextmanager
@@ -269,10 +276,10 @@ def _key(key: bytes | bytearray) -> Iterator[Any]:
 
 
 class Device:
-    """A device that was found to be no older than ``trusted``; nothing is written before ``serve``.
+    """A device that was found to be no older than ``seal``; nothing is written before ``serve``.
 
-    ``promised`` is the last epoch that the user wrote down for an opening, whether or not that
-    opening came to anything.
+    ``seal`` is the last that its user kept. Its epoch may be one that was kept for an opening that
+    came to nothing: ``next_epoch`` is always a new one.
     """
 
     def __init__(
@@ -280,29 +287,26 @@ class Device:
         backing: int | Backing,
         key: bytes | bytearray,
         device: str,
-        trusted: Root,
-        promised: int | None = None,
+        seal: Seal,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         descriptor, self._bound = _target(backing)
         self._engine, self._handle = library(), pointer()
-        keep = _Root(trusted.sequence, trusted.epoch, promised or trusted.epoch)
-        keep.chain[:] = bytes.fromhex(trusted.chain)
-        found = _Root()
+        keep, found = _kept(seal), _Root()
         with _key(key) as held:
             answer = self._engine.sc_prepare(
                 descriptor, self._bound, held, device_id(device), byref(keep),
                 cache_bytes // 4096, byref(self._handle), byref(found),
             )  # fmt: skip
         check(answer)
-        self.found = _root(found)
-        self.next_epoch = max(self.found.epoch, promised or trusted.epoch) + 1
+        self.found = _seal(found)
+        self.next_epoch = max(self.found.epoch, seal.epoch) + 1
 
-    def serve(self, epoch: int) -> Root:
-        """Take writes, in an epoch that was written down for this opening alone; the root."""
+    def serve(self, epoch: int) -> Seal:
+        """Take writes, in an epoch that was written down for this opening alone; the seal."""
         root = _Root()
         check(self._engine.sc_serve(self._handle, epoch, byref(root)))
-        return _root(root)
+        return _seal(root)
 
     def connect(self, descriptor: int) -> None:
         """Serve NBD on a connected stream socket, which is the engine's from then on."""
@@ -323,7 +327,7 @@ class Device:
         check(self._engine.sc_zero(self._handle, offset, length))
 
     def flush(self, *, checkpoint: bool = False) -> None:
-        """Make durable what was written; with ``checkpoint`` the whole tree, emptying the journal."""
+        """Make durable what was written; with ``checkpoint`` the tree is written too."""
         check(self._engine.sc_flush(self._handle, checkpoint))
 
     def grow(self, device_bytes: int) -> None:
@@ -331,12 +335,12 @@ class Device:
         check(self._engine.sc_grow(self._handle, device_bytes))
 
     @property
-    def root(self) -> Root:
+    def seal(self) -> Seal:
         """The newest durable state."""
-        return _root(self._state().root)
+        return _seal(self._state().root)
 
     def figures(self) -> dict[str, int]:
-        """Counters since the opening (bytes, ns), sizes in blocks of 4096; ``dead``, ``damaged``."""
+        """Counters since the opening (bytes, ns); sizes in blocks of 4096."""
         state = self._state()
         return {name: int(getattr(state, name)) for name in (*_FIGURES, "dead", "damaged")}
 
@@ -361,16 +365,14 @@ class Device:
 
     def drain(self) -> None:
         """Make ``fileno`` unreadable again."""
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.read(self.fileno(), 8)
-        except BlockingIOError:
-            pass
 
-    def close(self, *, commit: bool = True) -> Root | None:
-        """End all connections and make everything durable; the last root. None if closed before."""
+    def close(self, *, commit: bool = True) -> Seal | None:
+        """End all connections and make everything durable; the last seal. None if closed before."""
         if not self._handle:
             return None
         root, handle = _Root(), self._handle
         self._handle = pointer()
         check(self._engine.sc_close(handle, commit, byref(root)))
-        return _root(root)
+        return _seal(root)

@@ -6,9 +6,9 @@ The file is an array of blocks of 4096 bytes; all numbers are little-endian::
     2 .. 2049     the journal: records, from its start, since the superblock that counts
     2050 ..       slots: sealed blocks of the device and sealed pages of the tree, in any order
 
-An *entry* (32 bytes) says where a block lies and what it must be: slot, epoch, counter, tag. Slot 0 is
-nowhere: it reads as zeros. A *page* of the tree is 128 entries; five levels of pages lead from the
-root, whose entry is in the superblock, to the blocks: page ``(level, index)`` has the entries of
+An *entry* (32 bytes) says where a block lies and what it must be: slot, epoch, counter, tag. Slot
+0 is nowhere: it reads as zeros. A *page* of the tree is 128 entries; five levels of pages lead from
+the root, whose entry is in the superblock, to the blocks: page ``(level, index)`` has the entries of
 ``(level - 1, 128 * index ..)``, level 0 being the device's blocks. So every tag is authenticated by
 the tag of the page that holds it, up to the superblock.
 
@@ -19,8 +19,8 @@ count, an index, and for records the chain so far.
 
 A *record* is one commit: the new entries of the blocks that changed. A *superblock* is one too: the
 root of a tree written anew. The *chain* of a state is SHA-256 over the chain before it and the
-record or superblock that made it, as they lie on the disk; with sequence and epoch it is the root
-that the user keeps.
+record or superblock that made it, as they lie on the disk. The seal that the user keeps is the last
+promised epoch, the sequence, and 28 bytes of the chain with the state's epoch.
 """
 
 import struct

@@ -1,10 +1,11 @@
 """The protection service: what the user's domain may ask about its devices, and what it is told.
 
-Opening has two steps, because the epoch must be written down before anything is written in it:
-``device.prepare`` reads and judges the backing file against the root that the user keeps, and names
-the next epoch; the control plane keeps that; ``device.open`` begins it. From then on roots are told
-(``device.root``) at most ``ROOT_EVERY_S`` after they changed: how far back a provider could go
-unnoticed, after a crash. ``device.flush`` (before a snapshot) and ``device.close`` answer with theirs.
+Opening has two steps, because an epoch must be written down before anything is written in it:
+``device.prepare`` reads and judges the backing file against the seal that the user keeps, and names
+the next epoch; the control plane keeps that; ``device.open`` begins it. From then on seals are told
+(``device.seal``) at most ``SEAL_EVERY_S`` after they changed: how far back a provider could go
+unnoticed, after a crash. ``device.flush`` (before a snapshot) and ``device.close`` answer theirs.
+What the provider did not keep is told as ``device.evidence``.
 """
 
 import contextlib
@@ -13,17 +14,19 @@ import os
 import socket
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from supercloud.model.errors import BadState, Exists, Invalid, NotFound, SupercloudError
 from supercloud.services.base import Tell
 from supercloud.services.protection import engine
-from supercloud.services.protection.engine import KEY_BYTES, Device, Root
+from supercloud.services.protection.engine import KEY_BYTES, Device
+from supercloud.wire.codec import decode
 from supercloud.wire.portal import Handler, Reply, Request
 from supercloud.wire.reactor import Reactor
+from supercloud.wire.volumes import Seal
 
-ROOT_EVERY_S: Final = 2.0
+SEAL_EVERY_S: Final = 2.0
 MAX_DEVICES: Final = 64
 MAX_CACHE_BYTES: Final = 1 << 30
 _BUFFER_BYTES: Final = 1 << 20
@@ -44,7 +47,7 @@ _LEGAL: Final[Mapping[str, tuple[Phase, ...]]] = {
 class _Held:
     device: Device
     phase: Phase
-    told: Root
+    told: Seal
 
 
 class ProtectionService:
@@ -53,7 +56,7 @@ class ProtectionService:
     def __init__(self, reactor: Reactor, tell: Tell) -> None:
         self._reactor, self._tell = reactor, tell
         self._held: dict[str, _Held] = {}
-        reactor.every(ROOT_EVERY_S, self._tell_roots)
+        reactor.every(SEAL_EVERY_S, self._tell_seals)
 
     def handlers(self) -> Mapping[str, Handler]:
         """Method -> what serves it."""
@@ -72,7 +75,7 @@ class ProtectionService:
     # -- what may be asked
 
     def create(self, request: Request) -> dict[str, Any]:
-        """``{device, size_bytes}`` and [backing file, key]: make it; the root to keep.
+        """``{device, size_bytes}`` and [backing file, key]: make it; the seal to keep.
 
         The backing file has ``engine.backing_bytes(size_bytes)``. What was in it is lost.
         """
@@ -86,21 +89,17 @@ class ProtectionService:
             _wipe(key)
 
     def prepare(self, request: Request) -> dict[str, Any]:
-        """``{device, epoch, sequence, chain, promised?, cache_bytes?, direct?}`` and [backing, key].
+        """``{device, epoch, sequence, root}`` and [backing, key]: read it, judge it by that seal.
 
-        The first three are the root that the user keeps, ``promised`` the last epoch that was kept
-        for an opening. Answers the root that was found, and ``next_epoch`` to keep before ``open``.
-        Denied with ``details.evidence`` when the backing file is not what it should be.
+        Answers the seal to keep before ``device.open``: its epoch is for that opening alone. Denied,
+        with ``details.evidence``, when the backing file is not what it should be. Optional are
+        ``cache_bytes`` and ``direct`` (past the host's page cache; true if not said).
         """
-        name, trusted = request.name("device"), _root(request)
-        promised = (
-            request.number("promised", 1, (1 << 32) - 2)
-            if "promised" in request.untrusted
-            else None
-        )
-        cache = request.untrusted.get("cache_bytes", engine.DEFAULT_CACHE_BYTES)
-        if not isinstance(cache, int) or not 0 < cache <= MAX_CACHE_BYTES:
-            raise Invalid(f"cache_bytes must be 1..{MAX_CACHE_BYTES}", where="cache_bytes")
+        name = request.name("device")
+        seal = decode(Seal, _only(request, "epoch", "sequence", "root"), "seal")
+        cache = engine.DEFAULT_CACHE_BYTES
+        if "cache_bytes" in request.untrusted:
+            cache = request.number("cache_bytes", 1, MAX_CACHE_BYTES)
         held = self._held.get(name)
         if held is not None and held.phase == "open":
             raise BadState(f"device {name} is open", hint="close it first")
@@ -111,15 +110,15 @@ class ProtectionService:
             _go_direct(backing)
         self._forget(name)
         try:
-            device = Device(backing, key, name, trusted, promised, cache)
+            device = Device(backing, key, name, seal, cache)
         finally:
             _wipe(key)
         self._held[name] = _Held(device, "prepared", device.found)
         self._reactor.watch(device, lambda: self._tell_evidence(name))
-        return {**asdict(device.found), "next_epoch": device.next_epoch}
+        return asdict(replace(device.found, epoch=device.next_epoch))
 
     def open(self, request: Request) -> dict[str, Any]:
-        """``{device, epoch}``: serve it, in the epoch that was kept; the root to keep."""
+        """``{device, epoch}``: serve it, in the epoch that was kept; the seal to keep."""
         held = self._legal(request)
         epoch = request.number("epoch", held.device.next_epoch, (1 << 32) - 1)
         held.told = held.device.serve(epoch)
@@ -144,25 +143,25 @@ class ProtectionService:
         return Reply({}, [theirs.detach()])
 
     def flush(self, request: Request) -> dict[str, Any]:
-        """``{device}``: all that was written is durable; the root to keep."""
+        """``{device}``: all that was written is durable; the seal to keep."""
         held = self._legal(request)
         held.device.flush()
-        held.told = held.device.root
+        held.told = held.device.seal
         return asdict(held.told)
 
     def grow(self, request: Request) -> dict[str, Any]:
-        """``{device, size_bytes}``: its backing file has grown; the root to keep."""
+        """``{device, size_bytes}``: its backing file has grown; the seal to keep."""
         held = self._legal(request)
         held.device.grow(request.number("size_bytes", 4096))
-        held.told = held.device.root
+        held.told = held.device.seal
         return asdict(held.told)
 
     def state(self, request: Request) -> dict[str, Any]:
-        """``{device}``: phase, root, and figures since it was opened."""
+        """``{device}``: phase, seal, and figures since it was opened."""
         held = self._legal(request)
         return {
-            "phase": held.phase, **asdict(held.device.root), **held.device.figures(),
-            "root_every_s": ROOT_EVERY_S,
+            "phase": held.phase, **asdict(held.device.seal), **held.device.figures(),
+            "seal_every_s": SEAL_EVERY_S,
         }  # fmt: skip
 
     def list(self, _request: Request) -> dict[str, Any]:
@@ -170,31 +169,30 @@ class ProtectionService:
         return {name: held.phase for name, held in self._held.items()}
 
     def close_one(self, request: Request) -> dict[str, Any]:
-        """``{device}``: connections end, all is durable, the key is forgotten; the root to keep."""
+        """``{device}``: connections end, all is durable, the key is forgotten; the seal to keep."""
         held = self._legal(request)
         del self._held[request.name("device")]
         self._reactor.forget(held.device)
-        root = held.device.close()
-        return asdict(root or held.told)
+        return asdict(held.device.close() or held.told)
 
     def close(self) -> None:
-        """All devices are closed, as well as their backing files let them; their roots are told."""
+        """All devices are closed, as well as their backing files let them; their seals are told."""
         for name in list(self._held):
             held = self._held.pop(name)
             self._reactor.forget(held.device)
             with contextlib.suppress(SupercloudError):
-                root = held.device.close()
-                if root and held.phase == "open":
-                    self._tell("device.root", {"device": name, **asdict(root)})
+                seal = held.device.close()
+                if seal and held.phase == "open":
+                    self._tell("device.seal", {"device": name, **asdict(seal)})
 
     # -- what is told
 
-    def _tell_roots(self) -> None:
+    def _tell_seals(self) -> None:
         for name, held in self._held.items():
-            root = held.device.root
-            if held.phase == "open" and root != held.told:
-                held.told = root
-                self._tell("device.root", {"device": name, **asdict(root)})
+            seal = held.device.seal
+            if held.phase == "open" and seal != held.told:
+                held.told = seal
+                self._tell("device.seal", {"device": name, **asdict(seal)})
 
     def _tell_evidence(self, name: str) -> None:
         device = self._held[name].device
@@ -225,11 +223,8 @@ def make(reactor: Reactor, tell: Tell) -> ProtectionService:
     return ProtectionService(reactor, tell)
 
 
-def _root(request: Request) -> Root:
-    chain = request.text("chain", most=64)
-    if len(chain) != 64 or set(chain) - set("0123456789abcdef"):
-        raise Invalid("chain must be 64 hexadecimal digits", where="chain")
-    return Root(request.number("epoch", 1, (1 << 32) - 2), request.number("sequence", 1), chain)
+def _only(request: Request, *names: str) -> dict[str, Any]:
+    return {name: request.untrusted[name] for name in names if name in request.untrusted}
 
 
 def _descriptors(request: Request) -> tuple[int, bytearray]:

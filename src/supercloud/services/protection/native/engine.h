@@ -20,6 +20,7 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the format is written
 #define ID_BYTES 16u
 #define TAG_BYTES 16u
 #define CHAIN_BYTES 32u
+#define KEPT_BYTES 28u /* of the chain, in the root that the user keeps; its epoch is beside it */
 #define JOURNAL_AT 2u       /* in units of BLOCK, after two superblocks */
 #define JOURNAL_BLOCKS 2048u
 #define FIRST_SLOT (JOURNAL_AT + JOURNAL_BLOCKS)

@@ -149,7 +149,7 @@ static void apply(struct worker *w, const struct record *r)
 /* Does this state contradict the trusted root? */
 static int compare(const struct device *d, const struct sc_root *trusted)
 {
-    return d->sequence == trusted->sequence && memcmp(d->chain, trusted->chain, CHAIN_BYTES) ? SC_FORKED : 0;
+    return d->sequence == trusted->sequence && memcmp(d->chain, trusted->chain, KEPT_BYTES) ? SC_FORKED : 0;
 }
 
 static int replay(struct worker *w, uint8_t *journal, const struct sc_root *trusted)

@@ -110,7 +110,8 @@ static int merge_back(struct device *d, struct tx *tx)
         p->in_tx[at / 64] |= 1ull << (at % 64);
         d->tx.blocks[d->tx.block_count++] = block;
     }
-    memcpy(d->tx.freed + d->tx.freed_count, tx->freed, tx->freed_count * sizeof *tx->freed);
+    if (tx->freed_count)
+        memcpy(d->tx.freed + d->tx.freed_count, tx->freed, tx->freed_count * sizeof *tx->freed);
     d->tx.freed_count += tx->freed_count;
     return 0;
 }

@@ -165,7 +165,7 @@ def test_killed_under_load_it_keeps_what_was_flushed(tmp_path: Path, seed: int) 
         enough = threading.Event()
 
         def load(
-            thread: int, life: int = life, acknowledged=acknowledged, attempted=attempted
+            thread: int, life=life, enough=enough, acknowledged=acknowledged, attempted=attempted
         ) -> None:
             client = Client.__new__(Client)
             client.sock, client._cookie = sockets.socket(sockets.AF_UNIX), 0
@@ -306,7 +306,7 @@ def test_it_grows_with_its_file(backed: Backed) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, offset, length, error",
+    ("kind", "offset", "length", "error"),
     [
         (READ, SIZE, 1, EINVAL),
         (READ, (1 << 64) - 1, 2, EINVAL),

@@ -225,7 +225,7 @@ def test_descriptors_that_will_not_do_are_refused(caller: Caller, spoil: str) ->
 
 
 @pytest.mark.parametrize(
-    "method, parameters",
+    ("method", "parameters"),
     [
         ("device.create", {"size_bytes": 4097}),
         ("device.create", {"size_bytes": 1 << 60}),

@@ -91,9 +91,9 @@ class ProtectionService:
     def prepare(self, request: Request) -> dict[str, Any]:
         """``{device, epoch, sequence, root}`` and [backing, key]: read it, judge it by that seal.
 
-        Answers the seal to keep before ``device.open``: its epoch is for that opening alone. Denied,
-        with ``details.evidence``, when the backing file is not what it should be. Optional are
-        ``cache_bytes`` and ``direct`` (past the host's page cache; true if not said).
+        Answers the seal to keep before ``device.open``: its epoch is for that opening alone.
+        Denied, with ``details.evidence``, when the backing file is not what it should be. Optional
+        are ``cache_bytes`` and ``direct`` (past the host's page cache; true if not said).
         """
         name = request.name("device")
         seal = decode(Seal, _only(request, "epoch", "sequence", "root"), "seal")

@@ -126,7 +126,7 @@ struct device {
     /* commit.c */
     struct tx tx;
     uint64_t tx_number, durable_tx, tx_since_ns;
-    uint64_t sequence;
+    _Atomic uint64_t sequence;
     uint8_t chain[CHAIN_BYTES];
     uint32_t journal_at; /* next record, in blocks from the journal's start */
     unsigned super;      /* which superblock is the newest */

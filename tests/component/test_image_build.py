@@ -236,6 +236,30 @@ def test_every_module_of_ours_in_the_images_can_be_loaded_by_their_python(
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.root
+def test_the_protection_engine_runs_in_both_images(products: Path, tmp_path: Path) -> None:
+    """Compiled on the building host, it meets the image's C library and OpenSSL."""
+    program = (
+        "import os, sys\n"
+        "sys.path.insert(0, '/opt/supercloud/lib')\n"
+        "from supercloud.services.protection import engine, service\n"
+        "size = 1 << 20\n"
+        "file = os.memfd_create('backing')\n"
+        "os.truncate(file, engine.backing_bytes(size))\n"
+        "seal = engine.format_device(file, bytes(32), 'data', size)\n"
+        "device = engine.Device(file, bytes(32), 'data', seal)\n"
+        "device.serve(device.next_epoch)\n"
+        "device.write(5, b'hello')\n"
+        "seal = device.close()\n"
+        "print(engine.Device(file, bytes(32), 'data', seal).read(4, 7))\n"
+    )
+    for image in ("runtime", "root"):
+        root = extract(products / f"{image}.erofs", tmp_path / image, ToolTree())
+        done = run_in(root, "/usr/bin/python3.13", "-I", "-S", "-B", "-c", program)
+        assert (done.returncode, done.stdout) == (0, "b'\\x00hello\\x00'\n"), done.stderr
+        assert not list(root.rglob("*.[ch]"))
+
+
 def test_the_command_line_says_what_is_wrong(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "supercloud.upper.platform.image", "build"]
     done = subprocess.run([*command, "--product", "nothing"], capture_output=True, check=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from core_host import MIB, SRC, Console, driver, host, kind
-from supercloud.isolation.kinds import BLOCK_LIMITS, filters
+from supercloud.isolation.kinds import SERVICES, filters
 from supercloud.upper.platform.image.tools import ToolTree
 from support.nbd import Client, Device
 
@@ -43,7 +43,7 @@ def domain(tmp_path: Path) -> object:
         "block": kind(filter=filters()["block"], binds=binds),
     }
     with host(kinds) as made:
-        child = made.consoles["one"].child("block", "b", **BLOCK_LIMITS)
+        child = made.consoles["one"].child("block", "b", **SERVICES["block"])
         device = Device(tools, tmp_path / "device.img", 64 * MIB)
         try:
             child(SERVE)

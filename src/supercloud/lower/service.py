@@ -19,7 +19,10 @@ from supercloud.wire import portal
 
 CHANNEL: Final = "control"
 # name -> the module that has ``make``
-SERVICES: Final[Mapping[str, str]] = {"block": "supercloud.services.block.service"}
+SERVICES: Final[Mapping[str, str]] = {
+    "block": "supercloud.services.block.service",
+    "protection": "supercloud.services.protection.service",
+}
 
 log = logging.getLogger("supercloud.lower.service")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import supercloud
+from supercloud.model.errors import Permanent
 from supercloud.upper.platform.image import bytecode
 from supercloud.upper.platform.image import tree as trees
 from supercloud.upper.platform.image.recipe import FILES, PYTHON
@@ -14,17 +15,27 @@ from supercloud.upper.platform.image.tools import ToolTree
 
 PLACE = "opt/supercloud/lib/supercloud"
 PACKAGE = Path(supercloud.__file__).parent
+NOT_IN_IMAGES = {"__pycache__", "native"}  # by directory; the latter holds sources in C
+# part -> what it is of no use without
+COMPILED = {"services": "services/protection/libprotection.so"}
 
 
 def sources(parts: Iterable[str], package: Path = PACKAGE) -> trees.Tree:
-    """The files below ``package`` that ``parts`` name, at their place in the image."""
+    """The files below ``package`` that ``parts`` name, at their place in the image.
+
+    What is compiled is compiled already, by the installation. Permanent when it is missing.
+    """
     found: trees.Tree = {}
+    parts = tuple(parts)
     for part in parts:
         top = package / part
         for path in [top] if top.is_file() else sorted(top.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
+            if path.is_file() and not NOT_IN_IMAGES & set(path.parts):
                 name = path.relative_to(package).as_posix()
                 found[f"{PLACE}/{name}"] = trees.file(path.read_bytes())
+    for part, product in COMPILED.items():
+        if part in parts and f"{PLACE}/{product}" not in found:
+            raise Permanent(f"{product} was not compiled: scripts/engine.py does it")
     return found
 
 

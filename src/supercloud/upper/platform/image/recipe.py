@@ -56,7 +56,12 @@ SKIP = re.compile(
 )
 
 _PYTHON_ROOTS = (PYTHON, f"{PYTHON_LIB}/*.py", f"{PYTHON_LIB}/lib-dynload/*.so")
-_OPENSSL_ROOTS = ("usr/bin/openssl", "etc/ssl/openssl.cnf", "usr/lib/ssl/openssl.cnf")
+_OPENSSL_ROOTS = (
+    "usr/bin/openssl",
+    "etc/ssl/openssl.cnf",
+    "usr/lib/ssl/openssl.cnf",
+    f"{_LIB}/libcrypto.so.3",  # the protection engine's, which is no package's
+)
 _QEMU_ROOTS = (
     "usr/bin/qemu-system-x86_64",
     "usr/bin/qemu-img",

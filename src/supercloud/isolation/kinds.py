@@ -21,7 +21,8 @@ MANY_OBJECTS: Final = 4096
 
 # The user's, below the machines: kind, and what each is allowed.
 SERVICES: Final[Mapping[str, Mapping[str, int]]] = {
-    "protection": {"memory_bytes": 128 * MIB, "pids": 48},
+    # our process, the caches of some twelve devices, four threads for each connection
+    "protection": {"memory_bytes": 288 * MIB, "pids": 128},
     # our process, a daemon of 12 MB and three threads for each of some eight volumes, their caches
     "block": {"memory_bytes": 320 * MIB, "pids": 64},
 }

@@ -4,28 +4,32 @@ Each call goes through the layers in order; what failed half-way is taken back a
 The names of the methods are those of ``services.protection`` and ``services.block``.
 """
 
+import asyncio
 import contextlib
 import os
 from typing import Any, Final
 
 from supercloud.lower.user_domain.channel import Channel
 from supercloud.lower.user_domain.services import Services
-from supercloud.model.errors import Denied, SupercloudError
+from supercloud.model.errors import Busy, Denied, NotFound, SupercloudError, Temporary
+from supercloud.services.block import capacity
 from supercloud.services.protection.format import BLOCK, backing_blocks
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.volumes import Seal, VolumeFigures, VolumeSpec
 
 PROTECTION: Final = "protection"
 BLOCKS: Final = "block"
-TIMEOUT_S: Final = 90.0
 _MIB: Final = 1 << 20
+TIMEOUT_S: Final = 90.0
+CACHE_BYTES: Final = 16 * _MIB  # of the tree over a device: 2 GiB of blocks at hand
+UNPLUG_TRIES: Final = 5  # a guest that boots does not listen
+UNPLUG_LOOKS: Final = 40
+UNPLUG_LOOK_S: Final = 0.1
 
 
 def device_bytes(spec: VolumeSpec) -> int:
-    """Size of the device below a volume: with room for qcow2's tables and for snapshots."""
-    size = spec.size_bytes
-    if spec.format == "qcow2":
-        size += size // 2 + 16 * _MIB
+    """Size of the device below a volume; one of qcow2 has room for a snapshot of all of it."""
+    size = capacity.device_bytes(spec.size_bytes, spec.format, snapshots=1)
     return -(-size // _MIB) * _MIB
 
 
@@ -50,7 +54,7 @@ class Layers:
         facts: dict[str, Any] = {"seal": _seal(told), **_figures(told)}
         if state != "opened":
             listed = await self._ask(BLOCKS, "volume.snapshots", {"volume": name})
-            facts["snapshots"] = [str(one) for one in listed]
+            facts["snapshots"] = [str(one["snapshot"]) for one in listed["snapshots"]]
         return facts
 
     async def open(self, spec: VolumeSpec, key: bytes, seal: Seal) -> Seal:
@@ -70,24 +74,19 @@ class Layers:
             secret = _secret(key)
             opened.callback(os.close, secret)
             passed, device = [made.descriptors[0], secret], {"device": spec.name}
+            with contextlib.suppress(NotFound):  # of an opening that failed further up
+                await self._ask(PROTECTION, "device.close", device)
             if not seal.root:
                 asked = {**device, "size_bytes": size}
                 seal = _seal(await self._ask(PROTECTION, "device.create", asked, passed))
-            asked = {**device, **encode(seal)}
+            asked = {**device, "cache_bytes": CACHE_BYTES, **encode(seal)}
             return _seal(await self._ask(PROTECTION, "device.prepare", asked, passed))
 
     async def serve(self, spec: VolumeSpec, epoch: int, *, new: bool) -> None:
         """Let the block service have it."""
         name = spec.name
         await self._ask(PROTECTION, "device.open", {"device": name, "epoch": epoch})
-        connected = await self._call(PROTECTION, "device.connect", {"device": name})
-        try:
-            method = "volume.create" if new else "volume.open"
-            asked = {"volume": name, "format": spec.format, "size_bytes": spec.size_bytes}
-            await self._call(BLOCKS, method, asked, connected)
-        finally:
-            for descriptor in connected:
-                os.close(descriptor)
+        await self._open_volume("volume.create" if new else "volume.open", spec)
         await self._throttle(spec)
 
     async def close(self, name: str) -> Seal:
@@ -100,15 +99,15 @@ class Layers:
         """Give the backing file back."""
         await self._disk.result("disk.delete", {"use": "volume", "name": name})
 
-    async def attach(self, name: str, machine: Channel, slot: int) -> str:
+    async def attach(self, name: str, platform: str, machine: Channel, slot: int) -> str:
         """Into the machine's slot; how it is joined to it (vhost-user-blk | nbd)."""
         status = await machine.result("machine.status")
         shared = bool(status.get("ram_share", True))
         mode = "vhost-user-blk" if shared else "nbd"
-        asked = {"volume": name, "mode": mode, "ram_shared": shared}
+        asked = {"volume": name, "machine": platform, "mode": mode, "ram_shared": shared}
         joined = await self._call(BLOCKS, "volume.attach", asked)
         try:
-            parameters = {"volume": name, "slot": slot, "mode": mode, "read_only": False}
+            parameters = {"volume": name, "slot": slot, "mode": mode, "export": name}
             await machine.call("machine.attach", parameters, joined, timeout_s=TIMEOUT_S)
         except BaseException:
             with contextlib.suppress(SupercloudError):
@@ -122,17 +121,36 @@ class Layers:
     async def detach(self, name: str, machine: Channel | None) -> None:
         """Out of the machine, if it is still there."""
         if machine is not None:
-            await machine.call("machine.detach", {"volume": name}, timeout_s=TIMEOUT_S)
+            await self.unplug(name, machine)
         await self._ask(BLOCKS, "volume.detach", {"volume": name})
 
-    async def change(self, old: VolumeSpec, new: VolumeSpec) -> None:
-        """Grow every layer from below, and throttle."""
+    @staticmethod
+    async def unplug(name: str, machine: Channel) -> None:
+        """Ask the guest to let go until it has. Temporary when it does not."""
+        for _ in range(UNPLUG_TRIES):
+            with contextlib.suppress(NotFound):
+                await machine.result("machine.detach", {"volume": name})
+            for _ in range(UNPLUG_LOOKS):
+                listed = await machine.result("machine.disks")
+                if all(disk["volume"] != name for disk in listed["disks"]):
+                    return
+                await asyncio.sleep(UNPLUG_LOOK_S)
+        raise Temporary(f"the platform does not let go of volume {name}")
+
+    async def change(self, old: VolumeSpec, new: VolumeSpec, *, attached: bool) -> None:
+        """Grow every layer from below, and throttle. Busy: it cannot grow while it is attached."""
         name, size = new.name, device_bytes(new)
         if new.size_bytes > old.size_bytes:
+            if attached:  # the block service's connection to the device has the device's old size
+                raise Busy(f"volume {name} is attached", hint="it grows when nothing uses it")
             asked = {"use": "volume", "name": name, "size_bytes": _backing_bytes(size)}
             await self._disk.result("disk.grow", asked)
+            await self._ask(BLOCKS, "volume.close", {"volume": name})
             await self._ask(PROTECTION, "device.grow", {"device": name, "size_bytes": size})
-            await self._ask(BLOCKS, "volume.grow", {"volume": name, "size_bytes": new.size_bytes})
+            await self._open_volume("volume.open", old)
+            if new.format != "raw":  # a raw volume is its device
+                asked = {"volume": name, "size_bytes": new.size_bytes}
+                await self._ask(BLOCKS, "volume.grow", asked)
         await self._throttle(new)
 
     async def of_snapshot(self, what: str, name: str, snapshot: str) -> None:
@@ -140,6 +158,16 @@ class Layers:
         methods = {"snapshot": "snapshot", "revert": "revert", "forget": "snapshot-delete"}
         asked = {"volume": name, "snapshot": snapshot}
         await self._ask(BLOCKS, f"volume.{methods[what]}", asked)
+
+    async def _open_volume(self, method: str, spec: VolumeSpec) -> None:
+        name = spec.name
+        connected = await self._call(PROTECTION, "device.connect", {"device": name})
+        try:
+            asked = {"volume": name, "format": spec.format, "size_bytes": spec.size_bytes}
+            await self._call(BLOCKS, method, asked, connected)
+        finally:
+            for descriptor in connected:
+                os.close(descriptor)
 
     async def _throttle(self, spec: VolumeSpec) -> None:
         asked = {"volume": spec.name, "iops": spec.iops, "bytes_per_s": spec.bytes_per_s}

@@ -11,7 +11,7 @@ import binascii
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Final
 
 from supercloud.lower.user_domain.channel import Channel
@@ -55,6 +55,7 @@ class Volumes:
         self._feed, self._machine = feed, machine
         self._records = VolumeRecords(directory)
         self._locks: dict[str, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._services = Services(hub, user, self._told)
         self._layers = Layers(hub.join("disk"), self._services)
 
@@ -160,7 +161,7 @@ class Volumes:
             if volume.state != "served":
                 raise BadState(f"volume {asked.name} is {volume.state}", hint="open it first")
             machine, slot = self._machine(asked.platform), self._free_slot(asked.platform)
-            mode = await self._layers.attach(asked.name, machine, slot)
+            mode = await self._layers.attach(asked.name, asked.platform, machine, slot)
             self._go(volume, "attached")
             volume.platform, volume.slot, volume.mode = asked.platform, slot, mode
             self._records.put(volume)
@@ -208,7 +209,7 @@ class Volumes:
                 raise Invalid(f"volume {spec.name} can neither shrink nor change its format")
             if volume.state not in ("served", "attached"):
                 raise BadState(f"volume {spec.name} is {volume.state}", hint="open it first")
-            await self._layers.change(old, spec)
+            await self._layers.change(old, spec, attached=volume.state == "attached")
             volume.spec = replace(spec, tag=old.tag)
             self._records.put(volume)
             self._say(volume, "changed")
@@ -272,10 +273,29 @@ class Volumes:
         for descriptor in descriptors:
             os.close(descriptor)
         name = str(untrusted.get("volume") or untrusted.get("device"))
-        if method in ("volume.event", "device.evidence") and name in self._records.by_name:
-            code = str(untrusted.get("code", "evidence"))[:40]
-            message = str(untrusted.get("message", ""))[:1000]
-            self._feed.say(f"volume/{name}", f"host.volume.{code}", message, severity="error")
+        volume = self._records.by_name.get(name)
+        if volume is None:
+            return
+        reason = str(untrusted.get("reason", ""))[:1000]
+        if method == "device.evidence":
+            where = f"{untrusted.get('kind')} {untrusted.get('index')}"[:80]
+            self._warn(volume, "evidence", f"the provider's disk gave back a wrong {where}")
+        elif method == "volume.damaged":
+            self._warn(volume, "damaged", reason)
+        elif method == "volume.lost" and volume.state in IN_USE:
+            self._in_background(self._lost(volume, reason))
+
+    async def _lost(self, volume: Volume, reason: str) -> None:
+        """Its storage daemon has ended: its platform gets I/O errors until it is there again."""
+        async with self._lock(volume.spec.name):
+            if volume.state == "attached":
+                with contextlib.suppress(SupercloudError):
+                    await self._layers.unplug(volume.spec.name, self._machine(volume.platform))
+            self._go(volume, "failed", f"its storage daemon ended: {reason}")
+
+    def _warn(self, volume: Volume, code: str, message: str) -> None:
+        subject = f"volume/{volume.spec.name}"
+        self._feed.say(subject, f"host.volume.{code}", message, severity="error")
 
     # -- bookkeeping
 
@@ -296,6 +316,11 @@ class Volumes:
         severity: Severity = "error" if code == "failed" else "info"
         subject = f"volume/{volume.spec.name}"
         self._feed.say(subject, f"host.volume.{code}", volume.reason, severity=severity)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())

@@ -52,8 +52,8 @@ def test_different_platforms_have_different_names_and_macs(pairs: list[tuple[str
 def test_a_quota_survives_being_limits_and_an_unused_one_is_unused(quota: Quota) -> None:
     limits = quotas.to_limits(quota)
     assert quotas.from_limits(limits) == quota
-    own = quotas.USER_OWN_MEMORY_BYTES
-    assert quotas.used(own, 0, 0) == {"memory_bytes": 0, "disk_bytes": 0, "vms": 0}
+    own = quotas.to_limits(Quota(memory_bytes=0, vms=0))
+    assert quotas.used(own.memory_bytes, own.domains, 0) == {"memory_bytes": 0, "disk_bytes": 0, "vms": 0}
 
 
 @given(st.integers(0, 4), st.integers(64 << 20, 1 << 33))
@@ -61,10 +61,11 @@ def test_machines_that_fit_the_quota_fit_the_limits(vms: int, memory_bytes: int)
     quota = Quota(memory_bytes=vms * memory_bytes, vms=vms)
     limits = quotas.to_limits(quota)
     vmm, link = quotas.vmm_limits(memory_bytes, 1), quotas.link_limits()
-    booked = quotas.USER_OWN_MEMORY_BYTES + vms * (vmm.memory_bytes + link.memory_bytes)
+    own = quotas.to_limits(Quota(memory_bytes=0, vms=0))
+    booked = own.memory_bytes + vms * (vmm.memory_bytes + link.memory_bytes)
     assert booked == limits.memory_bytes
-    assert quotas.USER_OWN_PIDS + vms * (vmm.pids + link.pids) == limits.pids
-    used = quotas.used(booked, 2 * vms, 0)
+    assert own.pids + vms * (vmm.pids + link.pids) == limits.pids
+    used = quotas.used(booked, own.domains + 2 * vms, 0)
     assert (used["memory_bytes"], used["vms"]) == (quota.memory_bytes, vms)
 
 

@@ -147,7 +147,12 @@ class Multiplexing(Component):
             return {**row, "state": "failed", "reason": self._trouble.get(user.name, "")}
         usage = self.core.usage(domain.scheduling)
         booked = usage.booked_memory_bytes, usage.booked_domains, usage.booked_disk_bytes
-        used = {**quotas.used(*booked), "cpu_us": usage.cpu_us}
+        used = {
+            **quotas.used(*booked),  # as a user's domain of ours takes it; another may do otherwise
+            "booked_memory_bytes": usage.booked_memory_bytes,
+            "booked_domains": usage.booked_domains,
+            "cpu_us": usage.cpu_us,
+        }
         state = self.core.state(domain.selector).state.name.lower()
         return {**row, "state": state, "used": used}
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from supercloud.lower.user_domain.channel import Channel
 from supercloud.lower.user_domain.services import Services
-from supercloud.model.errors import Busy, Denied, NotFound, SupercloudError, Temporary
+from supercloud.model.errors import Busy, Denied, Exists, NotFound, SupercloudError, Temporary
 from supercloud.services.block import capacity
 from supercloud.services.protection.format import BLOCK, backing_blocks
 from supercloud.wire.codec import decode, encode
@@ -157,7 +157,11 @@ class Layers:
         """``snapshot``, ``revert`` or ``forget``."""
         methods = {"snapshot": "snapshot", "revert": "revert", "forget": "snapshot-delete"}
         asked = {"volume": name, "snapshot": snapshot}
-        await self._ask(BLOCKS, f"volume.{methods[what]}", asked)
+        try:
+            await self._ask(BLOCKS, f"volume.{methods[what]}", asked)
+        except Exists:
+            if what != "snapshot":  # one that is there is kept
+                raise
 
     async def _open_volume(self, method: str, spec: VolumeSpec) -> None:
         name = spec.name

@@ -177,6 +177,7 @@ class ObjectStore:
         with contextlib.suppress(OSError):
             while True:
                 outside, _ = listener.accept()
+                outside.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 try:
                     inside = self.connect()
                 except Exception:

@@ -125,14 +125,16 @@ class _Session:
         try:
             if asked.charge_bytes is not None:
                 await reservation.grow(asked.charge_bytes)
-            return await self._forward(head, reservation if asked.counts_body else None)
+            return await self._forward(head, reservation, asked.promised_bytes)
         finally:
             reservation.release()
 
-    async def _forward(self, head: http.Head, counted: Reservation | None) -> bool:
+    async def _forward(
+        self, head: http.Head, reservation: Reservation, promised_bytes: int | None
+    ) -> bool:
         reader, writer = await self._connected()
         writer.write(head.raw)
-        sending = asyncio.create_task(self._send(head, writer, counted))
+        sending = asyncio.create_task(self._send(head, writer, reservation, promised_bytes))
         try:
             return await self._answer(head, reader, sending)
         except BaseException:
@@ -145,11 +147,18 @@ class _Session:
                 await sending
 
     async def _send(
-        self, head: http.Head, writer: asyncio.StreamWriter, counted: Reservation | None
+        self,
+        head: http.Head,
+        writer: asyncio.StreamWriter,
+        reservation: Reservation,
+        promised_bytes: int | None,
     ) -> None:
+        sent_bytes = 0
         async for block in http.body(self._reader, head):
-            if counted is not None:
-                await counted.grow(len(block))
+            sent_bytes += len(block)
+            if promised_bytes is not None and sent_bytes > promised_bytes:
+                await reservation.grow(sent_bytes - promised_bytes)
+                promised_bytes = sent_bytes
             writer.write(block)
             await writer.drain()
 

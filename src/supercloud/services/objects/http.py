@@ -17,7 +17,7 @@ BLOCK_BYTES: Final = 256 << 10
 _REQUEST: Final = re.compile(rb"([A-Z]{3,10}) ([\x21-\x7e]{1,16384}) HTTP/1\.1")
 _STATUS: Final = re.compile(rb"HTTP/1\.1 ([1-5][0-9]{2}) [\x20-\x7e\x80-\xff]*")
 _FIELD: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\x80-\xff\t]*)")
-_MAX_LENGTH_BYTES: Final = 5 << 40
+MAX_LENGTH_BYTES: Final = 5 << 40
 _BODILESS: Final = frozenset((204, 304))
 
 
@@ -37,7 +37,7 @@ class Head:
         value = self.fields.get("content-length")
         if value is None:
             return 0 if self.method and not self.chunked else None
-        if not value.isascii() or not value.isdigit() or int(value) > _MAX_LENGTH_BYTES:
+        if not value.isascii() or not value.isdigit() or int(value) > MAX_LENGTH_BYTES:
             raise Invalid("a content-length that is no number")
         return int(value)
 

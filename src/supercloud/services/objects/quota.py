@@ -24,7 +24,7 @@ class Reservation:
 
     async def grow(self, wanted_bytes: int) -> None:
         """Reserve so much more; NoResources."""
-        await self._book.fit(self._bucket, wanted_bytes)
+        await self._book.fit(self._bucket, wanted_bytes, self._bytes)
         self._book.reserved[self._bucket] = self._book.reserved.get(self._bucket, 0) + wanted_bytes
         self._bytes += wanted_bytes
 
@@ -51,8 +51,11 @@ class Book:
         """An empty one."""
         return Reservation(self, bucket)
 
-    async def fit(self, bucket: str, wanted_bytes: int) -> None:
-        """Return, in the same turn, when so much fits; NoResources when it will not."""
+    async def fit(self, bucket: str, wanted_bytes: int, own_bytes: int) -> None:
+        """Return, in the same turn, when so much fits; NoResources when it will not.
+
+        ``own_bytes`` are reserved for the same request: no end of another will free them.
+        """
         deadline_s = time.monotonic() + _PATIENCE_S
         while True:
             quota, there = self.quotas.get(bucket, 0), self._charged(bucket)
@@ -60,9 +63,10 @@ class Book:
             if there + under_way + wanted_bytes <= quota:
                 return
             patience_s = deadline_s - time.monotonic()
-            if there + wanted_bytes > quota or not under_way or patience_s <= 0:
+            alone = there + own_bytes + wanted_bytes
+            if alone > quota or under_way <= own_bytes or patience_s <= 0:
                 raise NoResources(
-                    f"bucket {bucket}: {wanted_bytes} bytes more do not fit in its quota of {quota},"
+                    f"bucket {bucket}: {own_bytes + wanted_bytes} bytes more do not fit in its quota of {quota},"
                     f" {there} are taken",
                     hint="delete objects (all their versions), or raise the quota",
                 )

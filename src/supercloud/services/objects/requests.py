@@ -13,12 +13,13 @@ from typing import Final
 from urllib.parse import parse_qsl, unquote, unquote_to_bytes
 
 from supercloud.model.errors import Denied, Invalid
-from supercloud.services.objects.http import Head
+from supercloud.services.objects.http import MAX_LENGTH_BYTES, Head
 from supercloud.services.objects.tables import RECORD_BYTES
 
 BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")
 _METHODS: Final = frozenset(("GET", "HEAD", "PUT", "POST", "DELETE"))
 _CHUNKS_PART: Final = 12  # records of chunks: at most one part in 2**12 of the content
+_FRAMES_PART: Final = 6  # of chunks of 8 KiB or more, with their signatures
 # names in the query of a request for an object that change no content
 _NO_CONTENT: Final = frozenset(("tagging", "acl", "retention", "legal-hold"))
 _OBJECT_POSTS: Final = frozenset(("uploads", "uploadId"))
@@ -28,12 +29,12 @@ _OBJECT_POSTS: Final = frozenset(("uploads", "uploadId"))
 class Asked:
     """A request's bucket, and how many bytes it may take there (None: it writes nothing).
 
-    ``counts_body``: chunks tell no length before, so they are counted as they pass.
+    Of a body in chunks ``promised_bytes`` are in that; what comes beyond is counted as it passes.
     """
 
     bucket: str
     charge_bytes: int | None = None
-    counts_body: bool = False
+    promised_bytes: int | None = None
 
 
 def classify(head: Head, stored_bytes: Callable[[bytes], int]) -> Asked:
@@ -52,7 +53,7 @@ def classify(head: Head, stored_bytes: Callable[[bytes], int]) -> Asked:
     content = _content_bytes(head, query, stored_bytes)
     records = 2 * len(head.raw) + (3 + key.count("/")) * RECORD_BYTES
     charge = content + (content >> _CHUNKS_PART) + records
-    return Asked(bucket, charge, counts_body=head.chunked)
+    return Asked(bucket, charge, content if head.chunked else None)
 
 
 def _place(path: str) -> tuple[str, str]:
@@ -88,7 +89,15 @@ def _content_bytes(head: Head, query: set[str], stored_bytes: Callable[[bytes], 
         return 0  # a list of parts, tags: in the record
     if source := head.fields.get("x-amz-copy-source"):
         return _copied_bytes(source, stored_bytes)
-    return head.length or 0
+    return _promised_bytes(head) if head.chunked else head.length or 0
+
+
+def _promised_bytes(head: Head) -> int:
+    """Of a body in chunks: what it says to hold, and what chunks and signatures add to that."""
+    text = head.fields.get("x-amz-decoded-content-length", "0")
+    if not text.isascii() or not text.isdigit() or len(text) > len(str(MAX_LENGTH_BYTES)):
+        raise Invalid("x-amz-decoded-content-length is no number")
+    return int(text) + (int(text) >> _FRAMES_PART) + RECORD_BYTES
 
 
 def _copied_bytes(source: str, stored_bytes: Callable[[bytes], int]) -> int:

@@ -16,6 +16,7 @@ The key is 32 bytes, the TLS identity PEM of key and chain; both are read once a
 """
 
 import collections
+import contextlib
 import functools
 import hashlib
 import hmac
@@ -41,7 +42,7 @@ from supercloud.services.objects.records import (
     user_of,
 )
 from supercloud.services.objects.sigv4 import REGION
-from supercloud.services.objects.weed import RELOAD, VOLUME_MIB, Ports, Weed, credentials
+from supercloud.services.objects.weed import RELOAD, VOLUME_MIB, Ports, Weed, credentials, identity
 from supercloud.wire.children import Children, how_it_ended
 from supercloud.wire.portal import Handler, Reply, Request
 from supercloud.wire.reactor import Reactor
@@ -75,6 +76,7 @@ class ObjectService:
         self._weed: Weed | None = None
         self._front: Front | None = None
         self._records = Records()
+        self._revoked: set[str] = set()
         self._secret, self._capacity_bytes = b"", 0
         self._pid, self._backoff_s = 0, 0.0
         self._output, self._said = -1, collections.deque[str](maxlen=_LINES)
@@ -213,12 +215,15 @@ class ObjectService:
         weed, front = self._ready()
         user = self._records.users.pop(request.name("name"), None)
         if user is not None:
+            self._revoked.add(user.name)
             self._keep(front)
             theirs = credentials(self._secret, key_name(user))
             self._reload(weed, lambda: not administer.accepts(weed, theirs))
 
     def _reload(self, weed: Weed, done: Callable[[], bool]) -> None:
-        weed.write_identities([*self._records.identities(self._secret)])
+        gone = self._revoked - {*self._records.users}  # it forgets nobody but by another key
+        rows = [identity(name, credentials(os.urandom(KEY_BYTES), name), []) for name in gone]
+        weed.write_identities([*self._records.identities(self._secret), *rows])
         self._children.kill(self._pid, RELOAD)
         administer.wait_for(done)
 
@@ -260,9 +265,7 @@ class ObjectService:
 
     def _described(self) -> dict[str, Any]:
         front, weed = self._front, self._weed
-        disk = 0
-        if weed is not None:
-            disk = sum(entry.stat().st_blocks * 512 for entry in os.scandir(weed.data))
+        disk = _disk_bytes(weed.data) if weed is not None else 0
         return {
             "state": self._state,
             "why": self._why,
@@ -302,6 +305,15 @@ class _Descriptor:
 def make(reactor: Reactor, tell: Tell) -> Service:
     """The service as a host's launcher makes it."""
     return ObjectService(reactor, tell)
+
+
+def _disk_bytes(directory: str) -> int:
+    """What the files in a directory take; weed may remove some meanwhile."""
+    total = 0
+    for name in os.listdir(directory):
+        with contextlib.suppress(FileNotFoundError):
+            total += os.lstat(f"{directory}/{name}").st_blocks * 512
+    return total
 
 
 def _position(untrusted: object) -> tuple[int, int]:

@@ -28,7 +28,12 @@ _MEMORY_MIB: Final = 200  # what Go's collector aims at; the domain's limit is h
 _COLLECTION: Final = "o"  # one for all buckets: a collection's name is in the names of its files
 _TOKEN_S: Final = 60
 # what weed makes in its data directory and reads from there at start: it is told, not found
-_NOT_THE_DISKS: Final = ("mini.options", ".mini_sse_kek", "admin", "worker")
+_IN_MEMORY: Final = {
+    "worker": "worker",
+    "mini.options": "mini.options",
+    ".mini_kek_passphrase": "passphrase",
+}
+_NOT_THE_DISKS: Final = (*_IN_MEMORY, ".mini_sse_kek", "admin")
 _MASTER_TOML: Final = """[master.maintenance]
 scripts = ""
 sleep_minutes = 17
@@ -88,8 +93,9 @@ class Weed:
                     os.unlink(path)
         for name in ("worker", "admin"):
             os.makedirs(f"{self.run}/{name}", mode=0o700, exist_ok=True)
-        os.symlink(f"{self.run}/worker", f"{self.data}/worker")
-        os.symlink(f"{self.run}/mini.options", f"{self.data}/mini.options")
+        for name, target in _IN_MEMORY.items():
+            os.symlink(f"{self.run}/{target}", f"{self.data}/{name}")
+        _write(f"{self.run}/passphrase", self._key("passphrase"))
         _write(f"{self.run}/filer.toml", f'[redis2]\nenabled = true\naddress = "{self.store_socket}"\n')
         _write(f"{self.run}/master.toml", _MASTER_TOML)
         _write(f"{self.run}/security.toml", self._security())

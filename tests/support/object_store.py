@@ -127,21 +127,9 @@ class ObjectStore:
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
         return f"https://127.0.0.1:{listener.getsockname()[1]}"
 
-    def client(self, secret: dict[str, str], **config: Any) -> Any:
+    def client(self, secret: dict[str, str]) -> Any:
         """A boto3 client."""
-        import boto3
-        from botocore.config import Config
-
-        options = {"retries": {"max_attempts": 1}, "read_timeout": 120, "max_pool_connections": 16}
-        return boto3.client(
-            "s3",
-            endpoint_url=self.endpoint(),
-            aws_access_key_id=secret["access_key"],
-            aws_secret_access_key=secret["secret_key"],
-            region_name=secret["region"],
-            verify=str(self.identity),
-            config=Config(s3={"addressing_style": "path"}, **options, **config),
-        )
+        return client_of(self.endpoint(), secret, str(self.identity))
 
     def kill(self) -> None:
         """As a machine that dies: both at once, nothing is told."""
@@ -221,3 +209,61 @@ def object_store(place: Path, **start: Any) -> Iterator[ObjectStore]:
         yield store
     finally:
         store.close()
+
+
+@contextlib.contextmanager
+def plain_weed(place: Path, shift: int) -> Iterator[tuple[str, dict[str, str]]]:
+    """``weed mini`` as it comes, without anything of ours: (endpoint, root's credentials)."""
+    from supercloud.services.objects.weed import Ports
+
+    (place / "data").mkdir(parents=True)
+    secret = {"access_key": "plain", "secret_key": "plainplainplain", "region": "us-east-1"}
+    keys = [{"accessKey": "plain", "secretKey": secret["secret_key"]}]
+    identities = [{"name": "plain", "credentials": keys, "actions": ["Admin"]}]
+    (place / "s3.json").write_text(json.dumps({"identities": identities}))
+    ports = Ports.shifted(shift)
+    flags = [f"-{name}.port={getattr(ports, name)}" for name in vars(ports)]
+    flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={place}/data", "-webdav=false"]
+    flags += [f"-s3.config={place}/s3.json", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    flags += ["-volume.max=12", "-master.volumeSizeLimitMB=256", "-master.electionTimeout=1s"]
+    flags += ["-master.telemetry=false", "-admin.ui=false", f"-filer.localSocket={place}/f.sock"]
+    flags += [f"-s3.localSocket={place}/s.sock"]
+    environment = {"HOME": str(place), "PATH": "/usr/bin", "WEED_S3_SSE_KEK_PASSPHRASE": "x" * 32}
+    with (place / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [WEED, "-logtostderr", "mini", *flags], env=environment, stdout=log, stderr=log
+        )
+    try:
+        yield f"http://127.0.0.1:{ports.s3}", secret
+    finally:
+        process.kill()
+        process.wait()
+
+
+def client_of(endpoint: str, secret: dict[str, str], verify: str | bool = True) -> Any:
+    """A boto3 client."""
+    import boto3
+    from botocore.config import Config
+
+    options = {"retries": {"max_attempts": 1}, "read_timeout": 120, "max_pool_connections": 16}
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        aws_access_key_id=secret["access_key"],
+        aws_secret_access_key=secret["secret_key"],
+        region_name=secret["region"],
+        verify=verify,
+        config=Config(s3={"addressing_style": "path"}, **options),
+    )
+
+
+def eventually(action: Any) -> Any:
+    """The action's result, once it does not fail."""
+    deadline_s = time.monotonic() + 120
+    while True:
+        try:
+            return action()
+        except Exception:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.1)

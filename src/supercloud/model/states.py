@@ -57,6 +57,18 @@ ENVIRONMENT = _table(
     gone="",
 )
 
+# A volume on a host, as its user domain sees it: not in use, opened and its epoch not yet kept
+# by its owner, usable, part of a running platform.
+VOLUME = _table(
+    closed="opened failed deleting",
+    opened="served closed failed deleting",
+    served="attached closed failed deleting",
+    attached="served closed failed deleting",
+    failed="opened closed deleting",
+    deleting="gone failed",
+    gone="",
+)
+
 # A U-Cloud.
 UCLOUD = _table(
     applying="ready degraded deleting",

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from supercloud.model.errors import Exists
+from supercloud.wire.volumes import VolumeOpen, VolumeSpec, VolumeStatus
 
 Accept = Callable[[StreamReader, StreamWriter], Awaitable[None]]
 """Given the raw byte stream to an agent, which is about to send a TLS ClientHello over it."""
 
-FEATURES = ("platforms", "console", "rendezvous", "ports", "kvm")
+FEATURES = ("platforms", "console", "rendezvous", "ports", "kvm", "volumes")
 """Every provider says of each of these "" (it has it) or the reason why not."""
 
 
@@ -93,8 +94,63 @@ class Console(Protocol):
         ...
 
 
+class Volumes(Protocol):
+    """One U-Cloud's volumes at one provider: the host wire's calls; all may be repeated.
+
+    See ``wire.volumes`` for how a volume is opened.
+    """
+
+    async def open(self, host: str, asked: VolumeOpen) -> VolumeStatus:
+        """Have it, its epoch raised. Denied: it is not the one that ``asked.seal`` is of."""
+        ...
+
+    async def serve(self, host: str, name: str, epoch: int) -> VolumeStatus:
+        """Let it be used."""
+        ...
+
+    async def attach(self, host: str, name: str, platform: str) -> VolumeStatus:
+        """Give it to a running platform."""
+        ...
+
+    async def detach(self, host: str, name: str) -> VolumeStatus:
+        """Take it from its platform."""
+        ...
+
+    async def close(self, host: str, name: str) -> VolumeStatus:
+        """What was written is on the disk, and its seal final."""
+        ...
+
+    async def delete(self, host: str, name: str) -> None:
+        """With all that is in it. Gone already is fine."""
+        ...
+
+    async def change(self, host: str, spec: VolumeSpec) -> VolumeStatus:
+        """Grow it, or throttle it otherwise."""
+        ...
+
+    async def snapshot(self, host: str, name: str, snapshot: str) -> VolumeStatus:
+        """Make a snapshot; one of that name is kept as it is."""
+        ...
+
+    async def revert(self, host: str, name: str, snapshot: str) -> VolumeStatus:
+        """Go back to a snapshot; while it is not attached."""
+        ...
+
+    async def forget(self, host: str, name: str, snapshot: str) -> VolumeStatus:
+        """Delete a snapshot. Gone already is fine."""
+        ...
+
+    async def list(self) -> list[tuple[str, VolumeStatus]]:
+        """Host and status of every volume of this U-Cloud here, wanted or not."""
+        ...
+
+
 class Provider(Protocol):
     """One U-Cloud's access to one provider."""
+
+    @property
+    def volumes(self) -> Volumes | None:
+        """None where it has none; ``features`` says why."""
 
     async def features(self) -> dict[str, str]:
         """Feature (of ``FEATURES``) -> "" when it is there, otherwise the reason, for people."""

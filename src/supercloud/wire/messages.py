@@ -13,6 +13,16 @@ from supercloud.model.errors import Denied
 from supercloud.wire.codec import Limit, Name, Sha256, Text, decode, encode
 from supercloud.wire.peer import Call, Detach, Handler
 from supercloud.wire.quota import Bytes, Quota
+from supercloud.wire.volumes import (
+    VOLUME_SLOTS,
+    VolumeAttach,
+    VolumeList,
+    VolumeOpen,
+    VolumeServe,
+    VolumeSnapshot,
+    VolumeSpec,
+    VolumeStatus,
+)
 
 PROTOCOL = 1
 
@@ -208,6 +218,20 @@ class Nic:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeMount:
+    """A volume of an EE. ``slot`` is where the platform's machine has it (0: not attached yet).
+
+    ``path`` is where a container sees its file system; a VM has it as a disk whose serial is its
+    name.
+    """
+
+    volume: Name
+    path: Text = ""
+    read_only: bool = False
+    slot: Annotated[int, Limit(ge=0, le=VOLUME_SLOTS)] = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EnvironmentSpec:
     """One EE as its platform's agent is to run it."""
 
@@ -221,6 +245,7 @@ class EnvironmentSpec:
     restart: Literal["always", "on-failure", "never"] = "always"
     ports: list[PortMap] = field(default_factory=list)
     nics: list[Nic] = field(default_factory=list)
+    volumes: list[VolumeMount] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,6 +342,17 @@ HOST = {
         Method("platform.console", ByName, Empty, stream=True, doc="its serial console"),
         Method("rendezvous.accept", Empty, ByName, doc="park; then raw: one agent's connection"),
         Method("events.watch", Empty, Empty, stream=True, doc="events as JSON lines"),
+        Method("volume.open", VolumeOpen, VolumeStatus, doc="have it, its epoch raised"),
+        Method("volume.serve", VolumeServe, VolumeStatus, doc="let it be used"),
+        Method("volume.attach", VolumeAttach, VolumeStatus, doc="to a running platform"),
+        Method("volume.detach", ByName, VolumeStatus, doc="from its platform"),
+        Method("volume.close", ByName, VolumeStatus, doc="what was written is on the disk"),
+        Method("volume.delete", ByName, Empty, doc="with all that is in it"),
+        Method("volume.list", Empty, VolumeList),
+        Method("volume.change", VolumeSpec, VolumeStatus, doc="grow it, or throttle it otherwise"),
+        Method("volume.snapshot", VolumeSnapshot, VolumeStatus),
+        Method("volume.revert", VolumeSnapshot, VolumeStatus, doc="while it is not attached"),
+        Method("volume.forget", VolumeSnapshot, VolumeStatus, doc="delete a snapshot"),
     )
 }
 

@@ -14,6 +14,7 @@ from supercloud.providers.base import (
     HostCapacity,
     PlatformObservation,
     PlatformRequest,
+    Volumes,
 )
 from supercloud.providers.context import Context
 from supercloud.providers.fake.agent import FakeAgent, dial, raw_streams
@@ -36,10 +37,12 @@ class FakeProvider:
     def __init__(self, cloud: FakeCloud) -> None:
         self.cloud = cloud
         self._agents: dict[str, FakeAgent] = {}
+        self.volumes: Volumes | None = None
 
     async def features(self) -> dict[str, str]:
         """Everything but speed: there is no machine to have KVM."""
-        return dict.fromkeys(FEATURES, "") | {"kvm": "nothing really runs here"}
+        pretended = dict.fromkeys(FEATURES, "")
+        return pretended | {"kvm": "nothing really runs here", "volumes": "not pretended yet"}
 
     async def hosts(self) -> list[HostCapacity]:
         """The pretended hosts."""

@@ -19,6 +19,7 @@ from supercloud.providers.base import (
 from supercloud.providers.context import Context
 from supercloud.providers.lower_layer.dial import Connection, Dialer, Target, why_lost
 from supercloud.providers.lower_layer.rendezvous import Rendezvous
+from supercloud.providers.lower_layer.volumes import HostVolumes
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.messages import (
     HOST,
@@ -57,6 +58,7 @@ class LowerLayerProvider:
         self._entry, self._dialer = entry, dialer
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
+        self.volumes = HostVolumes(entry.name, self._call)
 
     async def features(self) -> dict[str, str]:
         """What the host says of itself."""

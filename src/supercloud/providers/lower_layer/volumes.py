@@ -1,0 +1,85 @@
+"""The volumes of a host, by the host wire."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from supercloud.model.errors import NotFound
+from supercloud.wire.messages import ByName, Empty
+from supercloud.wire.volumes import (
+    VolumeAttach,
+    VolumeList,
+    VolumeOpen,
+    VolumeServe,
+    VolumeSnapshot,
+    VolumeSpec,
+    VolumeStatus,
+)
+
+TIMEOUT_S: Final = 120.0
+Ask = Callable[[str, Any, float], Awaitable[Any]]
+"""Calls a declared method of the host wire: name, parameters, seconds."""
+
+
+class HostVolumes:
+    """Implements ``providers.base.Volumes`` for the one host of an entry."""
+
+    def __init__(self, host: str, ask: Ask) -> None:
+        self._host, self._ask = host, ask
+
+    async def open(self, host: str, asked: VolumeOpen) -> VolumeStatus:
+        """Have it, its epoch raised."""
+        return await self._status(host, "volume.open", asked)
+
+    async def serve(self, host: str, name: str, epoch: int) -> VolumeStatus:
+        """Let it be used."""
+        return await self._status(host, "volume.serve", VolumeServe(name=name, epoch=epoch))
+
+    async def attach(self, host: str, name: str, platform: str) -> VolumeStatus:
+        """Give it to a running platform."""
+        return await self._status(host, "volume.attach", VolumeAttach(name=name, platform=platform))
+
+    async def detach(self, host: str, name: str) -> VolumeStatus:
+        """Take it from its platform."""
+        return await self._status(host, "volume.detach", ByName(name=name))
+
+    async def close(self, host: str, name: str) -> VolumeStatus:
+        """What was written is on the disk."""
+        return await self._status(host, "volume.close", ByName(name=name))
+
+    async def delete(self, host: str, name: str) -> None:
+        """With all that is in it."""
+        self._check(host)
+        await self._ask("volume.delete", ByName(name=name), TIMEOUT_S)
+
+    async def change(self, host: str, spec: VolumeSpec) -> VolumeStatus:
+        """Grow it, or throttle it otherwise."""
+        return await self._status(host, "volume.change", spec)
+
+    async def snapshot(self, host: str, name: str, snapshot: str) -> VolumeStatus:
+        """Make a snapshot."""
+        return await self._of_snapshot(host, "volume.snapshot", name, snapshot)
+
+    async def revert(self, host: str, name: str, snapshot: str) -> VolumeStatus:
+        """Go back to a snapshot."""
+        return await self._of_snapshot(host, "volume.revert", name, snapshot)
+
+    async def forget(self, host: str, name: str, snapshot: str) -> VolumeStatus:
+        """Delete a snapshot."""
+        return await self._of_snapshot(host, "volume.forget", name, snapshot)
+
+    async def list(self) -> list[tuple[str, VolumeStatus]]:
+        """All that the user domain has."""
+        listed: VolumeList = await self._ask("volume.list", Empty(), TIMEOUT_S)
+        return [(self._host, status) for status in listed.volumes]
+
+    async def _of_snapshot(self, host: str, method: str, name: str, snapshot: str) -> VolumeStatus:
+        return await self._status(host, method, VolumeSnapshot(name=name, snapshot=snapshot))
+
+    async def _status(self, host: str, method: str, asked: Any) -> VolumeStatus:
+        self._check(host)
+        status: VolumeStatus = await self._ask(method, asked, TIMEOUT_S)
+        return status
+
+    def _check(self, host: str) -> None:
+        if host != self._host:
+            raise NotFound(f"{self._host} has no host {host}")

@@ -1,0 +1,122 @@
+"""Messages about volumes on the host wire: control plane -> user domain.
+
+A volume is opened in two steps, so that a copy of it from before the last opening never passes:
+``volume.open`` raises the device's epoch on the disk and says what it is now; the control plane
+keeps that; then ``volume.serve`` lets it be used. What is kept of a device there, and is compared
+at every opening, is its ``Seal``.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from supercloud.wire.codec import Limit, Name
+from supercloud.wire.quota import Bytes
+
+VOLUME_SLOTS = 8
+"""A platform takes so many volumes: free PCIe root ports, which are there from its start."""
+
+Root = Annotated[str, Limit(pattern=r"([0-9a-f]{64})?")]
+Key = Annotated[str, Limit(min_length=44, max_length=44)]  # 32 bytes, base64
+SnapshotName = Annotated[str, Limit(pattern=r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seal:
+    """The trusted root of a protected device: ``root`` (hex) covers every block of it.
+
+    ``epoch`` counts openings, ``sequence`` the states that were made durable in all of them. An
+    empty ``root`` is of a device that was never opened.
+    """
+
+    epoch: Annotated[int, Limit(ge=0, le=1 << 62)] = 0
+    sequence: Annotated[int, Limit(ge=0, le=1 << 62)] = 0
+    root: Root = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeSpec:
+    """A volume to have. ``iops`` and ``bytes_per_s`` 0: as fast as it goes."""
+
+    name: Name
+    size_bytes: Annotated[int, Limit(ge=1 << 20, le=1 << 44)]
+    format: Literal["qcow2", "raw"] = "qcow2"
+    iops: Annotated[int, Limit(ge=0, le=1 << 31)] = 0
+    bytes_per_s: Bytes = 0
+    tag: Annotated[str, Limit(max_length=256)] = ""  # whose it is; given back in its status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeOpen:
+    """Open a volume, or make it when ``seal`` has no root. ``key_base64`` is its data key."""
+
+    spec: VolumeSpec
+    key_base64: Key
+    seal: Seal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeServe:
+    """Let an opened volume be used: ``epoch``, which ``volume.open`` said, is kept by now."""
+
+    name: Name
+    epoch: Annotated[int, Limit(ge=1, le=1 << 62)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeAttach:
+    """Give a volume that is served to a running platform."""
+
+    name: Name
+    platform: Name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeSnapshot:
+    """A snapshot of a volume, by name."""
+
+    name: Name
+    snapshot: SnapshotName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeFigures:
+    """What went through it since it was opened; ``*_latency_us`` are means."""
+
+    read_bytes: int = 0
+    written_bytes: int = 0
+    reads: int = 0
+    writes: int = 0
+    flushes: int = 0
+    read_latency_us: float = 0.0
+    write_latency_us: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeStatus:
+    """A volume as its user domain sees it. ``state`` is one of ``model.states.VOLUME``.
+
+    ``slot`` (1..) and ``mode`` are of its attachment to ``platform``; ``evidence`` counts blocks
+    that were refused since it was opened, because they were not what was written.
+    """
+
+    name: str
+    state: str
+    size_bytes: int
+    format: str
+    platform: str = ""
+    slot: int = 0
+    mode: str = ""  # vhost-user-blk | nbd
+    seal: Seal = field(default_factory=Seal)
+    stored_bytes: int = 0  # on the provider's disk
+    snapshots: list[str] = field(default_factory=list)
+    figures: VolumeFigures = field(default_factory=VolumeFigures)
+    evidence: int = 0
+    reason: str = ""
+    tag: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeList:
+    """All volumes of the user on this host."""
+
+    volumes: list[VolumeStatus]

@@ -81,7 +81,7 @@ def test_neither_contents_nor_names_are_on_the_providers_disk_or_in_the_log(tmp_
 
 
 def test_that_search_finds_what_plain_weed_shows(tmp_path: Path) -> None:
-    with plain_weed(tmp_path / "plain", 137) as (endpoint, secret):
+    with plain_weed(tmp_path / "plain", 31_000) as (endpoint, secret):
         s3 = client_of(endpoint, secret)
         eventually(lambda: s3.create_bucket(Bucket=BUCKET))
         eventually(lambda: s3.put_object(Bucket=BUCKET, Key="ready", Body=b"1"))
@@ -220,12 +220,11 @@ def test_only_the_s3_port_can_be_reached(tmp_path: Path) -> None:
             for line in Path(inside).read_text().splitlines()[1:]
             if line.split()[3] == "0A"
         }
-        assert {8333, 8888, 9333} <= listening
+        assert {port + store.shift for port in (8333, 8888, 9333)} <= listening
         for port in listening:
             with socket.socket() as probe:
                 assert probe.connect_ex(("127.0.0.1", port)) != 0, port
         s3 = client(store)
-        for path in ("/etc/seaweedfs/filer.conf", "/.system/x", "/supercloud-ready/ready"):
-            bucket, _, key = path[1:].partition("/")
-            with pytest.raises((ClientError, Exception)):
+        for bucket, key in (("etc", "seaweedfs/filer.conf"), ("supercloud-ready", "ready")):
+            with pytest.raises(ClientError):
                 s3.get_object(Bucket=bucket, Key=key)

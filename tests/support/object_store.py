@@ -7,6 +7,7 @@ only by ``objects.connect``: a relay of ours joins accepted TCP connections to t
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ import ctypes, logging, os, socket, sys
 ctypes.CDLL(None).prctl(1, 9)  # it ends with the test
 from supercloud.lower.core import sandbox, system
 from supercloud.services.objects.service import ObjectService, Place
+from supercloud.services.objects.weed import Ports
 from supercloud.wire import portal
 from supercloud.wire.reactor import Reactor
 system.unshare(system.CLONE_NEWNET)
@@ -39,7 +41,9 @@ channel = socket.socket(fileno=int(sys.argv[1]))
 reactor = Reactor()
 def tell(method, parameters):
     portal.send(channel, {"m": method, "p": dict(parameters)})
-service = ObjectService(reactor, tell, Place(sys.argv[2], sys.argv[3]))
+# its sockets in /tmp are named by port, and here /tmp is shared
+place = Place(sys.argv[2], sys.argv[3], Ports.shifted(int(sys.argv[4])))
+service = ObjectService(reactor, tell, place)
 def serve():
     message = portal.receive(channel)
     if message is None:
@@ -65,6 +69,7 @@ class ObjectStore:
     def __init__(self, data: Path, run: Path, identity: Path) -> None:
         self.data, self.run, self.identity = data, run, identity
         self.log = data.parent / "service.log"
+        self.shift = random.randrange(1, 30_000)
         self._lock = threading.Lock()
         self._relays: list[socket.socket] = []
 
@@ -73,8 +78,9 @@ class ObjectStore:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.run.mkdir(mode=0o700, exist_ok=True)
         with theirs, self.log.open("ab") as log:
+            arguments = [str(theirs.fileno()), WEED, str(self.run), str(self.shift)]
             self.process = subprocess.Popen(
-                [sys.executable, "-c", SERVER, str(theirs.fileno()), WEED, str(self.run)],
+                [sys.executable, "-c", SERVER, *arguments],
                 pass_fds=[theirs.fileno()],
                 env={"PYTHONPATH": str(SRC), "PATH": "/usr/bin"},
                 stdout=log,

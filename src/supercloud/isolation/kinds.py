@@ -13,6 +13,7 @@ PYTHON: Final = ("/usr/bin/python3.13", "-I", "-S", "-B", "/opt/supercloud/main.
 PASST: Final = "/usr/bin/passt"
 COMPONENT_LIMITS: Final = {"memory_bytes": 64 * MIB, "pids": 8}
 UPLINK_NET_LIMITS: Final = {"memory_bytes": 40 * MIB, "pids": 8}
+OBJECTS_LIMITS: Final = {"memory_bytes": 448 * MIB, "pids": 96}
 USER_OWN: Final = {"memory_bytes": 160 * MIB, "pids": 48}
 UPLINK_GUEST: Final = "10.0.2.15"
 UPLINK_GATEWAY: Final = "10.0.2.2"
@@ -32,6 +33,7 @@ PEERS: Final = (
     ("uplink", "user", True),  # the right to connect a machine's uplink
     ("user", "vmm", True),  # RAM, disks, images, console
     ("user", "link", True),  # connections of the agent
+    ("user", "objects", True),  # keys, connections to the S3 port
     ("uplink-net", "vmm", False),
     ("uplink-net-closed", "vmm", False),
     ("link", "vmm", False),
@@ -60,7 +62,7 @@ def kinds(site: Site) -> dict[str, dict[str, Any]]:
 def filters() -> dict[str, str]:
     """The seccomp filter of each kind that has not the one of components (``base``)."""
     passt = dict.fromkeys(("uplink-net", "uplink-net-closed", "link"), "passt")
-    return {"vmm": "vmm", **passt}
+    return {"vmm": "vmm", "objects": "objects", **passt}
 
 
 def _provider_kinds(site: Site) -> dict[str, dict[str, Any]]:
@@ -97,7 +99,7 @@ def _user_kinds(site: Site) -> dict[str, dict[str, Any]]:
             environment={"SUPERCLOUD_HOST": site.facts},
             state=True,
             proc=True,
-            creates=["vmm", "link"],
+            creates=["vmm", "link", "objects"],
             own=USER_OWN,
             objects=MANY_OBJECTS,
             nofile=4096,
@@ -109,12 +111,25 @@ def _user_kinds(site: Site) -> dict[str, dict[str, Any]]:
             devices=["/dev/kvm"] if site.accelerator == "kvm" else [],
         ),
         "link": _component("vmm.link", restart=False, proc=True, nests=True, tcp=True),
+        "objects": _service(
+            "objects",
+            state=True,
+            proc=True,
+            tcp=True,  # of its own network namespace
+            tmp_bytes=64 * MIB,
+            nofile=4096,
+            limits=OBJECTS_LIMITS,
+        ),
     }
 
 
 def _component(module: str, **more: Any) -> dict[str, Any]:
     argv = [*PYTHON, f"supercloud.lower.{module}"]
     return {"argv": argv, "restart": True, "limits": COMPONENT_LIMITS, **more}
+
+
+def _service(name: str, **more: Any) -> dict[str, Any]:
+    return {**_component("service", **more), "argv": [*PYTHON, "supercloud.lower.service", name]}
 
 
 def _uplink_net(site: Site, ports: str, numbers: Sequence[Sequence[int]]) -> dict[str, Any]:

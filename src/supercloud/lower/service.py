@@ -19,7 +19,7 @@ from supercloud.wire import portal
 
 CHANNEL: Final = "control"
 # name -> the module that has ``make``
-SERVICES: Final[Mapping[str, str]] = {}
+SERVICES: Final[Mapping[str, str]] = {"objects": "supercloud.services.objects.service"}
 
 log = logging.getLogger("supercloud.lower.service")
 

@@ -143,7 +143,15 @@ def test_the_runtime_image_has_what_a_domain_needs_and_nothing_privileged(
     found = listing(root)
     for name in ("proc", "dev", "tmp", "run", "sys", "var/lib", "etc", "opt/supercloud/main.py"):
         assert name in found
-    for name in ("busybox", "passt", "passt.avx2", "qemu-system-x86_64", "swtpm", "openssl", "weed"):
+    for name in (
+        "busybox",
+        "passt",
+        "passt.avx2",
+        "qemu-system-x86_64",
+        "swtpm",
+        "openssl",
+        "weed",
+    ):
         assert f"usr/bin/{name}" in found
     assert f"{own.PLACE}/model/errors.pyc" in found
     assert not [name for name in found if name.startswith(own.PLACE) and name.endswith(".py")]

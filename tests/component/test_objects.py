@@ -225,7 +225,9 @@ def test_no_other_way_to_write_gets_past_the_quota(store: ObjectStore) -> None:
     refused(lambda: s3.upload_part_copy(**part, CopySource=source), "QuotaExceeded")
     s3.abort_multipart_upload(**place, UploadId=upload)
     assert row(store, "tight")["content_bytes"] == 3 * MIB
-    refused(lambda: s3.put_object(Bucket="tight", Key="x" * 500, Body=urandom(MIB)), "QuotaExceeded")
+    refused(
+        lambda: s3.put_object(Bucket="tight", Key="x" * 500, Body=urandom(MIB)), "QuotaExceeded"
+    )
 
 
 def test_a_body_in_chunks_of_http_is_counted_as_it_comes(store: ObjectStore) -> None:

@@ -1,5 +1,6 @@
 """The metadata journal under crashes and alterations at any point, against a plain model."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -194,8 +195,12 @@ def test_the_cipher_is_the_standards() -> None:
 
 NAMES = st.sampled_from([b"a", b"b", b"b0", b"c"])
 CHANGES = st.one_of(
-    st.builds(Change, st.just(SET), NAMES.map(lambda n: b"/buckets/one/" + n), st.just(b"\x4a\x03abc")),
-    st.builds(Change, st.just(SET), NAMES.map(lambda n: b"/buckets/two/" + n), st.just(b"\x4a\x01x")),
+    st.builds(
+        Change, st.just(SET), NAMES.map(lambda n: b"/buckets/one/" + n), st.just(b"\x4a\x03abc")
+    ),
+    st.builds(
+        Change, st.just(SET), NAMES.map(lambda n: b"/buckets/two/" + n), st.just(b"\x4a\x01x")
+    ),
     st.builds(Change, st.just(DELETE), NAMES.map(lambda n: b"/buckets/one/" + n)),
     st.builds(Change, st.just(ADD), st.just(b"/buckets/one\0"), NAMES),
     st.builds(Change, st.just(REMOVE), st.just(b"/buckets/one\0"), NAMES),
@@ -220,7 +225,10 @@ def test_tables_agree_with_a_model_and_their_usage_with_a_count(changes: list[Ch
             names.discard(change.value)
     assert tables.values == values
     assert tables.between(b"/buckets/one\0", b"-", b"+", -1) == sorted(names)
-    assert tables.between(b"/buckets/one\0", b"(b", b"+", 2) == sorted(n for n in names if n > b"b")[:2]
+    assert (
+        tables.between(b"/buckets/one\0", b"(b", b"+", 2)
+        == sorted(n for n in names if n > b"b")[:2]
+    )
     assert tables.between(b"/buckets/one\0", b"[b", b"[b0", 9) == sorted(
         n for n in names if b"b" <= n <= b"b0"
     )
@@ -239,7 +247,5 @@ def test_tables_agree_with_a_model_and_their_usage_with_a_count(changes: list[Ch
 
 @given(st.binary(max_size=200))
 def test_entries_that_are_none_are_refused_or_read(untrusted: bytes) -> None:
-    try:
+    with contextlib.suppress(Invalid):
         assert size_bytes(untrusted) >= 0
-    except Invalid:
-        pass

@@ -193,9 +193,11 @@ def make_identity(place: Path) -> Path:
     """A key and its certificate for loopback, PEM, in one file."""
     path = place / "identity.pem"
     made = subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
-        + ["-nodes", "-keyout", "-", "-days", "2", "-subj", "/CN=objects"]
-        + ["-addext", "subjectAltName=IP:127.0.0.1"],
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+            *("-nodes", "-keyout", "-", "-days", "2", "-subj", "/CN=objects"),
+            *("-addext", "subjectAltName=IP:127.0.0.1"),
+        ],
         capture_output=True,
         check=True,
     )

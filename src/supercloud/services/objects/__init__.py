@@ -1,8 +1,8 @@
-"""The user's object storage: an S3 server whose disk shows neither contents nor names.
+"""The user's object storage: an S3 server, whose disk shows neither contents nor names.
 
 ::
 
-    EE -- TLS --> gate (ours: one way in, quotas) --> weed (S3, on loopback) --> provider's directory
+    EE -- TLS --> gate (ours: one way in, quotas) --> weed (S3, on loopback) --> provider's disk
                     |                                   |                        volumes: ciphertext
                   usage <-- metadata (ours, RESP) <-----+ names, chunk keys      journal: ciphertext
 

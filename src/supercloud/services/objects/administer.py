@@ -52,8 +52,8 @@ def apply(weed: Weed, bucket: Bucket, before: Bucket | None) -> None:
     if bucket.versioning or before is None or before.versioning:
         status = "Enabled" if bucket.versioning else "Suspended"
         if bucket.versioning or before is not None:
-            text = f"<VersioningConfiguration {_XMLNS}><Status>{status}</Status></VersioningConfiguration>"
-            _must(weed, "PUT", path, "versioning", text)
+            inner = f"<Status>{status}</Status>"
+            _must(weed, "PUT", path, "versioning", _element("VersioningConfiguration", inner))
     if bucket.expire_days:
         _must(weed, "PUT", path, "lifecycle", _lifecycle(bucket))
     elif before is None or before.expire_days:
@@ -64,19 +64,26 @@ def delete(weed: Weed, name: str) -> None:
     """Remove an empty bucket; BadState when it is not empty."""
     status, answer = _call(weed, "DELETE", f"/{name}")
     if status == _CONFLICT:
-        raise BadState(f"bucket {name} is not empty", hint="delete its objects, all versions, first")
+        raise BadState(
+            f"bucket {name} is not empty", hint="delete its objects, all versions, first"
+        )
     if status not in _OK | {_MISSING}:
         raise _unexpected("DELETE", status, answer)
 
 
 def _lifecycle(bucket: Bucket) -> str:
     days = bucket.expire_days
-    older = f"<NoncurrentVersionExpiration><NoncurrentDays>{days}</NoncurrentDays></NoncurrentVersionExpiration>"
-    return (
-        f"<LifecycleConfiguration {_XMLNS}><Rule><ID>expire</ID><Filter><Prefix></Prefix></Filter>"
-        f"<Status>Enabled</Status><Expiration><Days>{days}</Days></Expiration>"
-        f"{older if bucket.versioning else ''}</Rule></LifecycleConfiguration>"
+    older = f"<NoncurrentDays>{days}</NoncurrentDays>"
+    older = f"<NoncurrentVersionExpiration>{older}</NoncurrentVersionExpiration>"
+    rule = (
+        "<ID>expire</ID><Filter><Prefix></Prefix></Filter><Status>Enabled</Status>"
+        f"<Expiration><Days>{days}</Days></Expiration>{older if bucket.versioning else ''}"
     )
+    return _element("LifecycleConfiguration", f"<Rule>{rule}</Rule>")
+
+
+def _element(name: str, inner: str) -> str:
+    return f"<{name} {_XMLNS}>{inner}</{name}>"
 
 
 def _must(

@@ -65,16 +65,12 @@ class Aead:
     def _start(
         self, cipher: int | None, key: bytes | None, nonce: bytes | None, sealing: int
     ) -> None:
-        self._check(
-            _crypto.EVP_CipherInit_ex(self._context, cipher, None, key, nonce, sealing)
-        )
+        self._check(_crypto.EVP_CipherInit_ex(self._context, cipher, None, key, nonce, sealing))
 
     def _update(self, out: ctypes.Array[ctypes.c_char] | None, data: bytes) -> None:
         length = ctypes.byref(self._length)
         if data:
-            self._check(
-                _crypto.EVP_CipherUpdate(self._context, out, length, data, len(data))
-            )
+            self._check(_crypto.EVP_CipherUpdate(self._context, out, length, data, len(data)))
 
     @staticmethod
     def _check(result: int) -> None:

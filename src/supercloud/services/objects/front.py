@@ -1,4 +1,4 @@
-"""Our half of the object store on an asyncio loop in a thread of its own: metadata, quotas, gate."""
+"""Our half of the object store, a loop in a thread of its own: metadata, quotas, gate."""
 
 import asyncio
 import contextlib
@@ -64,7 +64,7 @@ class Front:
     @property
     def journal_bytes(self) -> int:
         """Of the journal on the disk."""
-        return self._metadata.journal.bytes
+        return self._metadata.journal.size_bytes
 
     def connect(self) -> int:
         """The client's end of a new connection to the S3 port; the caller's."""

@@ -49,7 +49,7 @@ class Journal:
         self._oldest = 1
 
     @property
-    def bytes(self) -> int:
+    def size_bytes(self) -> int:
         """Of all segments."""
         return sum(self.sizes.values())
 

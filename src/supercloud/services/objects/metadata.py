@@ -47,7 +47,10 @@ class Metadata:
         self._flushing = self._cleaning = False
         self._disk = ThreadPoolExecutor(1, "objects-journal")
         self._tasks: set[asyncio.Task[None]] = set()
-        journal.replay(lambda record: self.tables.apply(from_bytes(record)) and None)
+        journal.replay(self._replayed)
+
+    def _replayed(self, record: bytes) -> None:
+        self.tables.apply(from_bytes(record))
 
     async def serve(self, path: str) -> asyncio.Server:
         """Listen at ``path``."""
@@ -105,7 +108,7 @@ class Metadata:
 
     def _worn(self) -> bool:
         """Whether the journal is more than twice what it could be."""
-        spare = self.journal.bytes - 2 * self.tables.live_bytes
+        spare = self.journal.size_bytes - 2 * self.tables.live_bytes
         return spare > 2 * SEGMENT_BYTES and self.journal.oldest < self.journal.segment
 
     async def _clean(self) -> None:

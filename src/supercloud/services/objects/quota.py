@@ -66,8 +66,8 @@ class Book:
             alone = there + own_bytes + wanted_bytes
             if alone > quota or under_way <= own_bytes or patience_s <= 0:
                 raise NoResources(
-                    f"bucket {bucket}: {own_bytes + wanted_bytes} bytes more do not fit in its quota of {quota},"
-                    f" {there} are taken",
+                    f"bucket {bucket}: {own_bytes + wanted_bytes} bytes more do not fit in"
+                    f" its quota of {quota}, {there} are taken",
                     hint="delete objects (all their versions), or raise the quota",
                 )
             await self._next_change(patience_s)

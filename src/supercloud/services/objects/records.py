@@ -81,7 +81,11 @@ def bucket_of(request: Request) -> Bucket:
     versioning = request.untrusted.get("versioning", False)
     if not isinstance(versioning, bool):
         raise Invalid("versioning must be true or false", where="versioning")
-    days = request.number("expire_days", 0, MAX_EXPIRE_DAYS) if "expire_days" in request.untrusted else 0
+    days = (
+        request.number("expire_days", 0, MAX_EXPIRE_DAYS)
+        if "expire_days" in request.untrusted
+        else 0
+    )
     return Bucket(bucket_name(request), request.number("quota_bytes"), versioning, days)
 
 
@@ -100,6 +104,8 @@ def user_of(request: Request, records: Records) -> User:
         raise Invalid("buckets must say read or write for each", where="buckets")
     for name, access in untrusted.items():
         if name not in records.buckets or not isinstance(access, str) or access not in _ACTIONS:
-            raise Invalid(f"{str(name)[:64]!r} is no bucket, or not to read or write", where="buckets")
+            raise Invalid(
+                f"{str(name)[:64]!r} is no bucket, or not to read or write", where="buckets"
+            )
     generation = request.number("generation", 1) if "generation" in request.untrusted else 1
     return User(request.name("name"), dict(untrusted), generation)

@@ -38,7 +38,7 @@ class Asked:
 
 
 def classify(head: Head, stored_bytes: Callable[[bytes], int]) -> Asked:
-    """What is asked; Denied, Invalid. ``stored_bytes(path)`` is the size of what is to be copied."""
+    """What is asked; Denied, Invalid. ``stored_bytes(path)``: the size of what is to be copied."""
     if head.method not in _METHODS:
         raise Denied(f"{head.method} is not served here")
     bucket, key = _place(head.target.partition("?")[0])

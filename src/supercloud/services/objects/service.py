@@ -2,22 +2,23 @@
 
 | call | parameters and descriptors | result |
 | --- | --- | --- |
-| ``objects.start`` | ``directory``, ``capacity_bytes``, ``durable``, ``least`` and, as descriptors, key and TLS identity | ``objects.state`` |
+| ``objects.start`` | ``directory``, ``capacity_bytes``, ``durable``, ``least`` | state |
 | ``objects.state`` | | state, position of the journal, bytes on the disk |
 | ``objects.connect`` | | a connected stream to the S3 port, which speaks TLS |
-| ``objects.credentials`` | ``name``, ``buckets`` name -> read or write, ``generation`` | access key; JSON with the secret behind a descriptor |
+| ``objects.credentials`` | ``name``, ``buckets``, ``generation`` | access key; the secret |
 | ``objects.revoke`` | ``name`` | |
 | ``bucket.apply`` | ``name``, ``quota_bytes``, ``versioning``, ``expire_days`` | the bucket's row |
 | ``bucket.list`` | | rows with usage |
 | ``bucket.delete`` | ``name`` | |
 
-The key is 32 bytes, the TLS identity PEM of key and chain; both are read once and in memory only.
+With ``objects.start`` come two descriptors: 32 bytes of key, and key and chain for TLS in PEM; both
+are read once and kept in memory only. A user's secret goes as a descriptor, too, of JSON.
+``buckets`` says ``read`` or ``write`` by name.
 ``least`` is a position as ``objects.state`` said it before: an older journal is refused.
 """
 
 import collections
 import contextlib
-import functools
 import hashlib
 import hmac
 import json
@@ -25,10 +26,16 @@ import os
 import signal
 import ssl
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from supercloud.model.errors import BadState, Busy, Exists, Invalid, NoResources, NotFound, Permanent
+from supercloud.model.errors import (
+    BadState,
+    Busy,
+    Exists,
+    Invalid,
+    NoResources,
+)
 from supercloud.services.base import Service, Tell
 from supercloud.services.objects import administer
 from supercloud.services.objects.front import Front
@@ -63,14 +70,14 @@ class Place:
 
     program: str = "/usr/bin/weed"
     run: str = "/run/objects"
-    ports: Ports = Ports()
+    ports: Ports = field(default_factory=Ports)
 
 
 class ObjectService:
     """One U-Cloud's object store; see the module."""
 
-    def __init__(self, reactor: Reactor, tell: Tell, place: Place = Place()) -> None:  # noqa: B008
-        self._reactor, self._tell, self._place = reactor, tell, place
+    def __init__(self, reactor: Reactor, tell: Tell, place: Place | None = None) -> None:
+        self._reactor, self._tell, self._place = reactor, tell, place or Place()
         self._children = Children(reactor)
         self._state, self._why = "new", ""
         self._weed: Weed | None = None

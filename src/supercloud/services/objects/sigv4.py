@@ -38,7 +38,7 @@ def call(
     """(status, body). ``query`` is one name without a value, or nothing. OSError."""
     host = f"{address[0]}:{address[1]}"
     path = quote(path)
-    headers = _signed(host, credentials, (method, path, f"{query}=" if query else ""), body)
+    headers = signed_headers(host, credentials, (method, path, f"{query}=" if query else ""), body)
     connection = http.client.HTTPConnection(*address, timeout=timeout_s)
     try:
         connection.request(method, f"{path}?{query}" if query else path, body, headers)
@@ -50,9 +50,10 @@ def call(
         connection.close()
 
 
-def _signed(
+def signed_headers(
     host: str, credentials: Credentials, request: tuple[str, str, str], body: bytes
 ) -> dict[str, str]:
+    """The headers of a request: ``request`` is its method, encoded path and canonical query."""
     when = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     digest = hashlib.sha256(body).hexdigest()
     scope = f"{when[:8]}/{REGION}/s3/aws4_request"

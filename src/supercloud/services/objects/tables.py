@@ -88,7 +88,10 @@ class Tables:
 
     def content_bytes(self, path: bytes) -> int:
         """The size of the entry of that path, or of the largest of its versions; 0 if none."""
-        paths = [path, *(path + b".versions/" + m for m in self._sets.get(path + b".versions\0", []))]
+        paths = [
+            path,
+            *(path + b".versions/" + m for m in self._sets.get(path + b".versions\0", [])),
+        ]
         return max(size_bytes(self.values[p]) if p in self.values else 0 for p in paths)
 
     def _put(self, key: bytes, value: bytes | None) -> bool:

@@ -96,7 +96,9 @@ class Weed:
         for name, target in _IN_MEMORY.items():
             os.symlink(f"{self.run}/{target}", f"{self.data}/{name}")
         _write(f"{self.run}/passphrase", self._key("passphrase"))
-        _write(f"{self.run}/filer.toml", f'[redis2]\nenabled = true\naddress = "{self.store_socket}"\n')
+        _write(
+            f"{self.run}/filer.toml", f'[redis2]\nenabled = true\naddress = "{self.store_socket}"\n'
+        )
         _write(f"{self.run}/master.toml", _MASTER_TOML)
         _write(f"{self.run}/security.toml", self._security())
         self.write_identities(identities)

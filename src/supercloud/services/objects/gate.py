@@ -22,6 +22,7 @@ MAX_CONNECTIONS: Final = 256
 _IDLE_S: Final = 120.0
 _HANDSHAKE_S: Final = 20.0
 _CLOSE_S: Final = 5.0
+_DRAIN_S: Final = 1.0
 _LIMIT_BYTES: Final = 1 << 20
 
 # what the client is told: S3's code and the status
@@ -226,11 +227,12 @@ class _Session:
         ).encode()
         self._writer.write(answer + (b"" if head and head.method == "HEAD" else body))
         await self._writer.drain()
-        await self._drain_body()
+        if head is None or head.chunked or head.length:
+            await self._drain_body()
 
     async def _drain_body(self) -> None:
         """Read on for a moment: a client that still sends would miss the answer."""
         with contextlib.suppress(TimeoutError, OSError):
-            async with asyncio.timeout(2.0):
+            async with asyncio.timeout(_DRAIN_S):
                 while await self._reader.read(http.BLOCK_BYTES):
                     pass

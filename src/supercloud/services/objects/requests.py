@@ -60,8 +60,10 @@ def _place(path: str) -> tuple[str, str]:
     """(bucket, key), empty where the path ends before."""
     if not path.startswith("/") or "#" in path:
         raise Invalid("a path must begin with /")
+    if path == "/":
+        return "", ""
     name, _, key = path[1:].partition("/")
-    if name and not BUCKET.fullmatch(name):
+    if not BUCKET.fullmatch(name):
         raise Invalid(f"{name[:64]!r} is not the name of a bucket")
     if any(unquote(part) in (".", "..") for part in re.split("/|%2[fF]", key)):
         raise Invalid("a key must not have . or .. between slashes")

@@ -170,6 +170,13 @@ def test_wrong_credentials_other_buckets_and_configuration_are_refused(
     assert [b["Name"] for b in mine.list_buckets()["Buckets"]] == ["mine"]
 
 
+def test_a_user_who_is_called_as_the_service_is_not_it(store: ObjectStore) -> None:
+    bucket(store, "of-root")
+    named = store.client(store.credentials("supercloud-root", {}))
+    refused(lambda: named.list_objects_v2(Bucket="of-root"), "AccessDenied")
+    assert store.call("bucket.apply", {"name": "of-root", "quota_bytes": MIB, "expire_days": 1})
+
+
 def test_readers_only_read_and_who_is_revoked_or_renewed_is_out(store: ObjectStore) -> None:
     writer = bucket(store, "shared")
     writer.put_object(Bucket="shared", Key="k", Body=b"1")

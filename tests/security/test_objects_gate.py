@@ -78,6 +78,8 @@ def test_what_could_be_read_in_two_ways_is_refused(store: ObjectStore, which: st
     "line",
     [
         b"POST /",  # the server's own administration
+        b"GET /?Action=ListUsers",
+        b"POST /?Action=AssumeRole",
         b"PUT /theirs",
         b"DELETE /theirs",
         b"PUT /theirs?versioning",

@@ -68,7 +68,12 @@ class Records:
                 for bucket, access in user.buckets.items()
                 for action in _ACTIONS[access]
             ]
-            yield identity(user.name, credentials(secret, key_name(user)), actions)
+            yield identity(identity_name(user.name), credentials(secret, key_name(user)), actions)
+
+
+def identity_name(user_name: str) -> str:
+    """A user's name at weed, where root has one as well."""
+    return f"user-{user_name}"
 
 
 def key_name(user: User) -> str:

@@ -17,6 +17,7 @@ from supercloud.services.objects.http import MAX_LENGTH_BYTES, Head
 from supercloud.services.objects.tables import RECORD_BYTES
 
 BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")
+_LIST_QUERY: Final = re.compile(r"x-id|max-buckets|prefix|continuation-token|X-Amz-[A-Za-z-]+")
 _METHODS: Final = frozenset(("GET", "HEAD", "PUT", "POST", "DELETE"))
 _CHUNKS_PART: Final = 12  # records of chunks: at most one part in 2**12 of the content
 _FRAMES_PART: Final = 6  # of chunks of 8 KiB or more, with their signatures
@@ -42,11 +43,11 @@ def classify(head: Head, stored_bytes: Callable[[bytes], int]) -> Asked:
     if head.method not in _METHODS:
         raise Denied(f"{head.method} is not served here")
     bucket, key = _place(head.target.partition("?")[0])
-    if not bucket:
-        if head.method == "GET":
-            return Asked("")  # the list of buckets
-        raise Denied("only the list of buckets is served here")
     query = {name for name, _ in parse_qsl(head.target.partition("?")[2], keep_blank_values=True)}
+    if not bucket:
+        if head.method == "GET" and all(map(_LIST_QUERY.fullmatch, query)):
+            return Asked("")
+        raise Denied("only the list of buckets is served here")
     writes = (_object if key else _of_bucket)(head.method, query)
     if not writes:
         return Asked(bucket)

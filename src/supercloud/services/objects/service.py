@@ -45,6 +45,7 @@ from supercloud.services.objects.records import (
     Records,
     bucket_name,
     bucket_of,
+    identity_name,
     key_name,
     user_of,
 )
@@ -229,7 +230,10 @@ class ObjectService:
 
     def _reload(self, weed: Weed, done: Callable[[], bool]) -> None:
         gone = self._revoked - {*self._records.users}  # it forgets nobody but by another key
-        rows = [identity(name, credentials(os.urandom(KEY_BYTES), name), []) for name in gone]
+        rows = [
+            identity(identity_name(name), credentials(os.urandom(KEY_BYTES), name), [])
+            for name in gone
+        ]
         weed.write_identities([*self._records.identities(self._secret), *rows])
         self._children.kill(self._pid, RELOAD)
         administer.wait_for(done)

@@ -27,6 +27,7 @@ ROOT: Final = "supercloud-root"
 _MEMORY_MIB: Final = 200  # what Go's collector aims at; the domain's limit is higher
 _COLLECTION: Final = "o"  # one for all buckets: a collection's name is in the names of its files
 _TOKEN_S: Final = 60
+_FILER_S: Final = 2.0
 # what weed makes in its data directory and reads from there at start: it is told, not found
 _IN_MEMORY: Final = {
     "worker": "worker",
@@ -158,7 +159,7 @@ class Weed:
             return False
 
     def _filer(self, method: str, path: str, body: bytes) -> int:
-        connection = http.client.HTTPConnection("127.0.0.1", self.ports.filer, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.ports.filer, timeout=_FILER_S)
         try:
             token = _token(self._key("filer"))
             connection.request(method, path, body, {"Authorization": f"BEARER {token}"})

@@ -185,6 +185,10 @@ def test_programs_of_the_runtime_image_run_from_it(products: Path, tmp_path: Pat
     for program in ("qemu-system-x86_64", "qemu-img", "qemu-storage-daemon", "swtpm", "mkfs.erofs"):
         done = run_in(root, f"/usr/bin/{program}", "--version")
         assert done.returncode == 0, (program, done.stderr)
+    services = "import sys; sys.path.insert(0, '/opt/supercloud/lib')"
+    services += "; import supercloud.services.objects.service"
+    done = run_in(root, *python, "-c", services)
+    assert done.returncode == 0, done.stderr
     assert "4.48" in run_in(root, "/usr/bin/weed", "version").stdout
     done = run_in(
         root,

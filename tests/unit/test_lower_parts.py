@@ -53,7 +53,11 @@ def test_a_quota_survives_being_limits_and_an_unused_one_is_unused(quota: Quota)
     limits = quotas.to_limits(quota)
     assert quotas.from_limits(limits) == quota
     own = quotas.to_limits(Quota(memory_bytes=0, vms=0))
-    assert quotas.used(own.memory_bytes, own.domains, 0) == {"memory_bytes": 0, "disk_bytes": 0, "vms": 0}
+    assert quotas.used(own.memory_bytes, own.domains, 0) == {
+        "memory_bytes": 0,
+        "disk_bytes": 0,
+        "vms": 0,
+    }
 
 
 @given(st.integers(0, 4), st.integers(64 << 20, 1 << 33))

@@ -21,10 +21,16 @@ MANY_OBJECTS: Final = 4096
 
 # The user's, below the machines: kind, and what each is allowed.
 SERVICES: Final[Mapping[str, Mapping[str, int]]] = {
-    # our process, the caches of some twelve devices, four threads for each connection
-    "protection": {"memory_bytes": 288 * MIB, "pids": 128},
+    # our process, the caches of some eight devices, four threads for each connection
+    "protection": {"memory_bytes": 192 * MIB, "pids": 96},
     # our process, a daemon of 12 MB and three threads for each of some eight volumes, their caches
     "block": {"memory_bytes": 320 * MIB, "pids": 64},
+    # our gate and metadata store, the S3 server
+    "objects": {"memory_bytes": 448 * MIB, "pids": 96},
+}
+# What a service needs beyond what every component has. Objects: files, and its own loopback.
+_SERVICE_FIELDS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "objects": {"state": True, "tcp": True, "tmp_bytes": 64 * MIB, "nofile": 4096},
 }
 
 # (kind, kind, whether descriptors and so capabilities may pass): who may be joined by a channel
@@ -42,6 +48,7 @@ PEERS: Final = (
     ("user", "link", True),  # connections of the agent
     ("user", "protection", True),  # backing files, data keys, streams of protected devices
     ("user", "block", True),  # those streams, and what a machine takes a volume by
+    ("user", "objects", True),  # keys, connections to the S3 port
     ("uplink-net", "vmm", False),
     ("uplink-net-closed", "vmm", False),
     ("link", "vmm", False),
@@ -70,7 +77,7 @@ def kinds(site: Site) -> dict[str, dict[str, Any]]:
 def filters() -> dict[str, str]:
     """The seccomp filter of each kind that has not the one of components (``base``)."""
     passt = dict.fromkeys(("uplink-net", "uplink-net-closed", "link"), "passt")
-    return {"vmm": "vmm", "block": "block", **passt}
+    return {"vmm": "vmm", "block": "block", "objects": "objects", **passt}
 
 
 def _provider_kinds(site: Site) -> dict[str, dict[str, Any]]:
@@ -123,15 +130,16 @@ def _user_kinds(site: Site) -> dict[str, dict[str, Any]]:
     }
 
 
-def _service(name: str, limits: Mapping[str, int]) -> dict[str, Any]:
-    """One of the user's services; what it had open is opened anew when it died."""
-    kind = _component("service", restart=False, proc=True, nofile=1024, limits=dict(limits))
-    return {**kind, "argv": [*kind["argv"], name]}
-
-
 def _component(module: str, **more: Any) -> dict[str, Any]:
     argv = [*PYTHON, f"supercloud.lower.{module}"]
     return {"argv": argv, "restart": True, "limits": COMPONENT_LIMITS, **more}
+
+
+def _service(name: str, limits: Mapping[str, int]) -> dict[str, Any]:
+    """One of the user's services; what it had open is opened anew when it died."""
+    more = {"nofile": 1024, **_SERVICE_FIELDS.get(name, {})}
+    kind = _component("service", proc=True, limits=dict(limits), **more)
+    return {**kind, "restart": False, "argv": [*kind["argv"], name]}
 
 
 def _uplink_net(site: Site, ports: str, numbers: Sequence[Sequence[int]]) -> dict[str, Any]:

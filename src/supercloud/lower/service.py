@@ -21,6 +21,7 @@ CHANNEL: Final = "control"
 # name -> the module that has ``make``
 SERVICES: Final[Mapping[str, str]] = {
     "block": "supercloud.services.block.service",
+    "objects": "supercloud.services.objects.service",
     "protection": "supercloud.services.protection.service",
 }
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from supercloud.wire.reactor import Reactor
 
@@ -22,13 +22,28 @@ class Children:
         reactor.watch(self._woken, self._reap)
 
     def start(
-        self, argv: list[str], descriptors: Sequence[int], ended: Callable[[int], None]
+        self,
+        argv: list[str],
+        descriptors: Sequence[int],
+        ended: Callable[[int], None],
+        *,
+        environment: Mapping[str, str] | None = None,
+        output: int | None = None,
     ) -> int:
-        """Run ``argv`` with these descriptors open; ``ended`` gets the wait status. The pid."""
+        """Run ``argv`` with these descriptors open; ``ended`` gets the wait status. The pid.
+
+        Without ``environment`` it has ours, without ``output`` it writes where we do.
+        """
+        actions = [(os.POSIX_SPAWN_DUP2, output, n) for n in (1, 2)] if output is not None else []
         for descriptor in descriptors:
             os.set_inheritable(descriptor, True)
         try:
-            pid = os.posix_spawn(argv[0], argv, os.environ)
+            pid = os.posix_spawn(
+                argv[0],
+                argv,
+                os.environ if environment is None else environment,
+                file_actions=actions,
+            )
         finally:
             for descriptor in descriptors:
                 os.set_inheritable(descriptor, False)

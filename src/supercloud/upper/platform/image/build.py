@@ -11,7 +11,7 @@ from typing import Any
 from supercloud.model.errors import Invalid
 from supercloud.model.images import L1_FILES, l1_digest
 from supercloud.upper.platform.image import base as bases
-from supercloud.upper.platform.image import bootdisk, erofs, own, recipe, tools
+from supercloud.upper.platform.image import bootdisk, erofs, own, recipe, tools, wheels
 from supercloud.upper.platform.image import tree as trees
 from supercloud.upper.platform.image.archive import Archive
 from supercloud.upper.platform.image.base import Base
@@ -20,6 +20,7 @@ from supercloud.upper.platform.image.locking import Locking, for_build
 from supercloud.upper.platform.image.progress import Progress
 from supercloud.upper.platform.image.scratch import expire, scratch, used
 from supercloud.upper.platform.image.tools import ToolTree
+from supercloud.upper.platform.image.wheels import WheelFile
 
 MANIFEST = "manifest.json"
 
@@ -37,10 +38,17 @@ class _Product:
     files: Callable[[], trees.Tree]
     also: tuple[str, ...] = ()
     disk: str = ""
+    wheel_files: tuple[WheelFile, ...] = ()
 
 
 _PRODUCTS = {
-    "runtime": _Product("runtime.erofs", bases.RUNTIME, recipe.OWN_RUNTIME, own.runtime_files),
+    "runtime": _Product(
+        "runtime.erofs",
+        bases.RUNTIME,
+        recipe.OWN_RUNTIME,
+        own.runtime_files,
+        wheel_files=recipe.RUNTIME_WHEEL_FILES,
+    ),
     "l1": _Product(
         "root.erofs",
         bases.L1,
@@ -56,6 +64,7 @@ PRODUCTS = tuple(_PRODUCTS)
 @dataclass(frozen=True)
 class _Job:
     out: Path
+    cache: Path
     scratch: Path
     lock: Lock
     base: Base
@@ -91,7 +100,8 @@ def build(
         tool_tree = ToolTree(cache, root=used(tools.place(cache, lock)))
         used(base.place)
         expire([*cache.glob("base-*"), *cache.glob("tools-*"), *cache.glob("debs/*.deb")])
-        job = _Job(out, place, lock, base, tool_tree, progress)
+        expire(cache.glob(f"{wheels.PLACE}/*"))
+        job = _Job(out, cache, place, lock, base, tool_tree, progress)
         made = {name: _make(job, name) for name in wanted}
         return _publish(job, made)
 
@@ -111,6 +121,7 @@ def _make(job: _Job, name: str) -> dict[str, Any]:
     """One product's entry for the manifest; its files are in scratch unless they are current."""
     product = _PRODUCTS[name]
     sources, files = own.sources(product.parts), product.files()
+    files |= wheels.tree(product.wheel_files, job.cache)
     code_sha256 = own.digest(sources | files)
     inputs = {"base": job.base.place.name, "code_sha256": code_sha256}
     previous: dict[str, Any] | None = _previous(job.out).get(name)

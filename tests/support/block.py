@@ -23,7 +23,7 @@ CONFINE = """
 import os, sys
 from supercloud.isolation import seccomp
 from supercloud.lower.core import system
-system.prctl(38, 1)  # no new privileges
+system.call("prctl", 38, 1, 0, 0, 0)  # no new privileges
 system.install_filter(seccomp.compiled(sys.argv[1])[0])
 os.execv(sys.argv[2], sys.argv[2:])
 """

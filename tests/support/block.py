@@ -18,15 +18,20 @@ from supercloud.wire.reactor import Reactor
 from support.nbd import MIB, Client, Device
 
 DEADLINE_S = 120.0
-# The service's children run under the filter of its domain here too.
+# The service's children (and the machine's QEMU) run under the filter of their domain here too.
 CONFINE = """
 import os, sys
 from supercloud.isolation import seccomp
 from supercloud.lower.core import system
-system.prctl(38, 1)  # no new privileges
-system.install_filter(seccomp.compiled("block")[0])
-os.execv(sys.argv[1], sys.argv[1:])
+system.call("prctl", 38, 1, 0, 0, 0)  # no new privileges
+system.install_filter(seccomp.compiled(sys.argv[1])[0])
+os.execv(sys.argv[2], sys.argv[2:])
 """
+
+
+def confined_by(name: str) -> tuple[str, ...]:
+    """The beginning of a command line that runs the rest under a filter."""
+    return (sys.executable, "-c", CONFINE, name)
 
 
 class Bench:
@@ -37,7 +42,7 @@ class Bench:
         self.reactor = Reactor()
         self.told: list[tuple[str, Mapping[str, Any]]] = []
         self.devices: dict[str, Device] = {}
-        confined = (sys.executable, "-c", CONFINE)
+        confined = confined_by("block")
         programs = Programs(
             (*confined, *self.tools.argv("qemu-storage-daemon")),
             (*confined, *self.tools.argv("qemu-img")),

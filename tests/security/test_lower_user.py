@@ -69,9 +69,9 @@ ATTACKS: list[tuple[str, str]] = [
         "core.create_channel(0, core.lookup('uplink-net:evil:a').selector, 'a', 'guest', 1)",
         "denied",
     ),
-    # as much as the quota has, and then no more
+    # as much as the quota has with what is meant for services, and then no more
     (vmm("one", 384 * MIB + GIB), ""),
-    (vmm("two", 384 * MIB + GIB), "no_resources"),
+    (vmm("two", 384 * MIB + 2 * GIB), "no_resources"),
     ("core.create_channel(0, core.lookup('one').selector, 'a', 'control')", ""),
     ("core.delegate(core.lookup('image.0.root').selector, core.lookup('disk').selector, 1, 'x')",
      "invalid"),

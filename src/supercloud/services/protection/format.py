@@ -7,10 +7,10 @@ The file is an array of blocks of 4096 bytes; all numbers are little-endian::
     2050 ..       slots: sealed blocks of the device and sealed pages of the tree, in any order
 
 An *entry* (32 bytes) says where a block lies and what it must be: slot, epoch, counter, tag. Slot
-0 is nowhere: it reads as zeros. A *page* of the tree is 128 entries; five levels of pages lead
-from the root, whose entry is in the superblock, to the blocks: page ``(level, index)`` has the
-entries of ``(level - 1, 128 * index ..)``, level 0 being the device's blocks. So every tag is
-authenticated by the tag of the page that holds it, up to the superblock.
+0 is nowhere: it reads as zeros. A *page* of the tree is 128 entries. Five levels of pages lead from
+the root, whose entry is in the superblock, to the blocks: page ``(level, index)`` has the entries
+of ``(level - 1, 128 * index ..)``, level 0 being the device's blocks. So every tag is authenticated
+by the tag of the page that holds it, up to the superblock.
 
 All sealing is AES-256-GCM under the device's one key. The nonce is epoch and counter: an epoch is
 promised to one opening only, by the user's control plane, and a counter is taken once in it.

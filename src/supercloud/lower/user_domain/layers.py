@@ -19,18 +19,20 @@ from supercloud.wire.volumes import Seal, VolumeFigures, VolumeSpec
 
 PROTECTION: Final = "protection"
 BLOCKS: Final = "block"
-_MIB: Final = 1 << 20
 TIMEOUT_S: Final = 90.0
-CACHE_BYTES: Final = 16 * _MIB  # of the tree over a device: 2 GiB of blocks at hand
+CACHE_BYTES: Final = 16 << 20  # of the tree over a device: 2 GiB of blocks at hand
 UNPLUG_TRIES: Final = 5  # a guest that boots does not listen
 UNPLUG_LOOKS: Final = 40
 UNPLUG_LOOK_S: Final = 0.1
 
 
 def device_bytes(spec: VolumeSpec) -> int:
-    """Size of the device below a volume; one of qcow2 has room for a snapshot of all of it."""
+    """Size of the device below a volume; one of qcow2 has room for a snapshot of all of it.
+
+    A raw volume is its device.
+    """
     size = capacity.device_bytes(spec.size_bytes, spec.format, snapshots=1)
-    return -(-size // _MIB) * _MIB
+    return -(-size // BLOCK) * BLOCK
 
 
 def _backing_bytes(size: int) -> int:

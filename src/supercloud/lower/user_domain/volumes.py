@@ -41,6 +41,7 @@ from supercloud.wire.volumes import (
     VolumeStatus,
 )
 
+SIZE_UNIT_BYTES: Final = 4096
 IN_USE: Final = ("opened", "served", "attached")
 Machine = Callable[[str], Channel]
 """The monitor of a running platform by name; NotFound, BadState."""
@@ -80,6 +81,7 @@ class Volumes:
     async def open(self, asked: VolumeOpen) -> VolumeStatus:
         """Have it, its epoch raised. Exists, NoResources, Denied (it is not what it was)."""
         key, spec = _key(asked), asked.spec
+        _check_size(spec)
         async with self._lock(spec.name):
             volume = self._records.by_name.get(spec.name)
             if volume is not None:
@@ -203,6 +205,7 @@ class Volumes:
 
     async def change(self, spec: VolumeSpec) -> VolumeStatus:
         """Grow it, or throttle it otherwise. Invalid when it would shrink."""
+        _check_size(spec)
         async with self._found(spec.name) as volume:
             old = volume.spec
             if spec.format != old.format or spec.size_bytes < old.size_bytes:
@@ -334,6 +337,11 @@ def _key(asked: VolumeOpen) -> bytes:
     if len(key) != 32:
         raise Invalid("a data key has 32 bytes", where="key_base64")
     return key
+
+
+def _check_size(spec: VolumeSpec) -> None:
+    if spec.size_bytes % SIZE_UNIT_BYTES:
+        raise Invalid(f"a volume is a multiple of {SIZE_UNIT_BYTES} bytes", where="size_bytes")
 
 
 def _check_alike(volume: Volume, spec: VolumeSpec) -> None:

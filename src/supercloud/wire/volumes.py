@@ -47,11 +47,17 @@ class VolumeSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeOpen:
-    """Open a volume, or make it when ``seal`` has no root. ``key_base64`` is its data key."""
+    """Open a volume, or make it when ``seal`` has no root. ``key_base64`` is its data key.
+
+    Its epoch becomes greater than ``above_epoch``, too: in a copy that is gone since, and which its
+    owner gave up, epochs up to that were used with this key. NotFound when there is none of that
+    seal at all, Denied when there is another: with ``details["found"]``, its seal.
+    """
 
     spec: VolumeSpec
-    key_base64: Key
+    key_base64: Key = field(repr=False)
     seal: Seal
+    above_epoch: Annotated[int, Limit(ge=0, le=1 << 62)] = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

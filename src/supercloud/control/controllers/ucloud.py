@@ -285,9 +285,9 @@ def summary(
     whole = len(wanted) == len(document.platforms)
     whole = whole and {item.name for item in environments} == document.assignments.keys()
     there = all(item.state == "ready" and not item.deleting for item in wanted)
-    if whole and there and all(good(item) for item in environments):
+    refused = any(item.error for item in volumes if item.name in document.volumes)
+    if whole and there and not refused and all(good(item) for item in environments):
         return "ready"
     bad = any(item.error or item.state == "failed" for item in environments)
-    bad = bad or any(item.error for item in wanted)
-    bad = bad or any(item.error for item in volumes if item.name in document.volumes)
+    bad = bad or refused or any(item.error for item in wanted)
     return "degraded" if bad or document.state in ("ready", "degraded") else "applying"

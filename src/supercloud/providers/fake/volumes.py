@@ -212,6 +212,12 @@ class FakeVolumes:
         loaded: Any = encode(self.volumes[name])
         return decode(Volume, loaded, name)
 
+    def lose(self, name: str) -> Volume:
+        """The disk is gone; what it was."""
+        volume = self.volumes.pop(name)
+        os.unlink(self._path(name))
+        return volume
+
     def put_back(self, copy: Volume) -> None:
         """Put a copy in the disk's place: in the state that its host thinks it is in."""
         now = self.volumes.get(copy.spec.name, copy)

@@ -54,7 +54,7 @@ def test_the_list_says_where_each_is_and_who_uses_it(line):
     assert re.match(r"data +1GiB +qcow2 +attached +cloud/cloud-\d +db", row)
     (shown,) = line.json("volumes", "list")
     assert (shown["ucloud"], shown["used_by"]) == ("stored", ["db"])
-    assert line.json("volumes", "--ucloud", "stored") == line.json("volumes") or shown
+    assert [row["name"] for row in line.json("volumes", "--ucloud", "stored")] == ["data"]
 
 
 def test_inspect_of_an_environment_and_of_a_volume_say_how_far_a_rollback_may_go(line):
@@ -113,7 +113,7 @@ def test_down_says_what_it_keeps_and_delete_deletes(line):
 def test_wrong_words_are_told(line, words, status, message):
     error = line.run(*words, status=status).stderr
     assert message in error
-    assert "what to do" in error or status == 6 or "No Name" in words
+    assert error.startswith("error: ")
 
 
 def test_completion_offers_actions_and_volumes(line):

@@ -21,15 +21,12 @@ DELETED_MAX_S = 120.0
 def run(arguments: argparse.Namespace) -> None:
     """Do what the first word says."""
     action = arguments.action
+    hint = f"supercloud volumes {action} {_usage(action)}"
     if action != "list" and not arguments.volume:
-        raise Invalid(
-            "a volume is missing" if action != "rotate-key" else "a U-Cloud is missing",
-            hint=f"supercloud volumes {action} {_usage(action)}",
-        )
+        what = "a U-Cloud" if action == "rotate-key" else "a volume"
+        raise Invalid(f"{what} is missing", hint=hint)
     if action in _WITH_SNAPSHOT and not arguments.snapshot:
-        raise Invalid(
-            "a snapshot's name is missing", hint=f"supercloud volumes {action} {_usage(action)}"
-        )
+        raise Invalid("a snapshot's name is missing", hint=hint)
     _ACTIONS[action](arguments)
 
 

@@ -7,18 +7,26 @@ import pytest
 
 from supercloud.model.errors import (
     BadState,
-    Denied,
     Invalid,
     NoResources,
     NotFound,
-    Temporary,
     Unsupported,
 )
 from support.control import World, environment, manifest_of
-
-VOLUMES = [{"name": "data", "size": "64MiB"}]
-DATA = environment("web", volumes=[{"name": "data", "path": "/data"}])
-PLAIN = environment("web")
+from support.volumes import (
+    DATA,
+    PLAIN,
+    document,
+    down,
+    host,
+    manifest,
+    reaches,
+    sealed,
+    spec_of,
+    told,
+    up,
+    vanishes,
+)
 
 
 @pytest.fixture
@@ -27,62 +35,6 @@ async def world(tmp_path):
     await made.start()
     yield made
     await made.stop()
-
-
-def manifest(world, wish=(DATA,), volumes=VOLUMES, **more):
-    return manifest_of(world.directory, list(wish), volumes=volumes, **more)
-
-
-async def up(world, wish=(DATA,), volumes=VOLUMES, **more):
-    applied = await world.app.service.up(manifest(world, wish, volumes, **more))
-    await world.ready()
-    return applied
-
-
-async def down(world, *, purge=False):
-    service = world.app.service
-    await (service.purge("test") if purge else service.down("test"))
-    await world.gone()
-
-
-async def host(world):
-    """The pretended host's side of volumes."""
-    (volume, *_) = await world.app.plane.state.volumes("test")
-    return world.app.plane.pool.get("test", volume.provider).cloud.volumes
-
-
-async def document(world, name="data"):
-    return await world.app.plane.state.volume("test", name)
-
-
-async def reaches(world, state, name="data"):
-    async def there():
-        volume = await document(world, name)
-        return volume is not None and volume.state == state
-
-    await world.until(there, f"volume {name} is {state}")
-    return await document(world, name)
-
-
-async def sealed(world, name="data"):
-    """Until the control plane knows the host's present seal."""
-    pretended = await host(world)
-
-    async def known():
-        return (await document(world, name)).seal == pretended.volumes[name].seal
-
-    await world.until(known, "the seal is known")
-
-
-def told(world, code):
-    return [e for e in world.app.plane.events.since() if e.code == f"control.volume.{code}"]
-
-
-async def spec_of(world, name="web"):
-    """The EE as its platform was told of it."""
-    (platform,) = await world.app.plane.state.platforms("test")
-    machine = world.app.plane.pool.get("test", platform.wish.provider).cloud.platforms
-    return next(spec for spec in machine[platform.name].specs if spec.name == name)
 
 
 async def test_up_makes_a_volume_where_its_user_is_and_gives_it_a_slot(world):
@@ -335,165 +287,6 @@ async def test_a_host_that_forgot_what_was_open_opens_it_again(world):
     assert (await document(world)).seal.epoch == 2
 
 
-async def test_a_rollback_while_it_is_used_is_evidence_and_halts_it(world):
-    await up(world)
-    pretended = await host(world)
-    old = pretended.copy("data")
-    pretended.write("data", "newer")
-    await sealed(world)
-    trusted = (await document(world)).seal
-    pretended.put_back(old)
-    await reaches(world, "failed")
-    await asyncio.sleep(0.3)
-    (event,) = told(world, "evidence")
-    assert event.severity == "error"
-    volume = await document(world)
-    assert volume.seal == trusted
-    assert volume.found == old.seal
-    view = await world.app.service.ucloud("test")
-    assert view.state == "degraded"
-    assert "accept" in view.error["hint"]
-
-
-async def test_another_state_under_the_same_number_is_evidence(world):
-    await up(world)
-    pretended = await host(world)
-    pretended.write("data", "one")
-    await sealed(world)
-    pretended.volumes["data"].words[-1] = "two"
-    volume = await reaches(world, "failed")
-    assert "another one than it was" in volume.halted
-    assert told(world, "evidence")
-
-
-async def test_blocks_that_fail_are_evidence_and_the_volume_goes_on(world):
-    await up(world)
-    pretended = await host(world)
-    pretended.volumes["data"].evidence = 3
-
-    async def said():
-        return bool(told(world, "evidence"))
-
-    await world.until(said, "an event tells of it")
-    (event,) = told(world, "evidence")
-    assert (event.severity, "3 blocks" in event.message) == ("error", True)
-    assert (await document(world)).state == "attached"
-
-
-async def rolled_back(world):
-    """A volume whose disk was put back, while it was closed, to before the last opening."""
-    await up(world)
-    pretended = await host(world)
-    pretended.write("data", "old")
-    await down(world)
-    old = pretended.copy("data")
-    await up(world)
-    pretended = await host(world)
-    pretended.write("data", "new")
-    await down(world)
-    pretended.put_back(old)
-    return old
-
-
-async def test_a_rolled_back_volume_is_not_opened_and_not_tried_again(world):
-    old = await rolled_back(world)
-    await world.app.service.up(manifest(world))
-    volume = await reaches(world, "failed")
-    assert "rolled back" in volume.halted
-    assert volume.found == old.seal
-    (event,) = told(world, "refused")
-    assert event.severity == "error"
-    opened = []
-    pretended = await host(world)
-    opening = pretended.open
-    pretended.open = lambda *asked: opened.append(asked) or opening(*asked)
-    await asyncio.sleep(0.3)
-    await world.stop()
-    await world.start()
-    await asyncio.sleep(0.3)
-    assert opened == []
-    assert len(told(world, "refused")) == 1
-    assert pretended.volumes["data"].state == "closed"
-    (row,) = await world.app.service.environments("test")
-    assert row.state != "serving"
-
-
-async def test_even_without_a_write_a_copy_from_before_the_last_opening_is_refused(world):
-    await up(world)
-    await down(world)
-    pretended = await host(world)
-    old = pretended.copy("data")
-    await up(world)
-    await down(world)
-    (await host(world)).put_back(old)
-    await world.app.service.up(manifest(world))
-    assert "rolled back" in (await reaches(world, "failed")).halted
-
-
-async def test_its_user_may_accept_what_is_there_and_is_told_what_that_costs(world):
-    old = await rolled_back(world)
-    await world.app.service.up(manifest(world))
-    trusted = (await reaches(world, "failed")).seal
-    volumes = world.app.service.volumes
-    with pytest.raises(Denied, match="would be lost") as caught:
-        await volumes.accept("test", "data", "")
-    assert old.seal.root[:12] in caught.value.hint
-    with pytest.raises(Denied):
-        await volumes.accept("test", "data", trusted.root[:12])
-    await volumes.accept("test", "data", old.seal.root[:12])
-    await world.ready()
-    assert (await host(world)).volumes["data"].words == ["old"]
-    volume = await document(world)
-    assert volume.seal.epoch > trusted.epoch  # no epoch is used twice
-    (event,) = told(world, "accepted")
-    assert (event.severity, event.details["before"]) == ("warning", trusted.root)
-    with pytest.raises(BadState, match="nothing to accept"):
-        await volumes.accept("test", "data", "")
-
-
-async def test_a_halted_one_does_not_stand_in_the_way_of_down(world):
-    await rolled_back(world)
-    await world.app.service.up(manifest(world))
-    trusted = (await reaches(world, "failed")).seal
-    await down(world)
-    volume = await document(world)
-    assert (volume.state, volume.seal, volume.opened) == ("failed", trusted, False)
-
-
-async def test_one_that_went_back_while_used_is_let_go_by_down(world):
-    await up(world)
-    pretended = await host(world)
-    old = pretended.copy("data")
-    pretended.write("data", "newer")
-    await sealed(world)
-    pretended.put_back(old)
-    trusted = (await reaches(world, "failed")).seal
-    await down(world)
-    assert pretended.volumes["data"].state == "closed"
-    assert (await document(world)).seal == trusted
-
-
-async def test_a_volume_that_its_host_lost_is_said_to_be_lost_and_not_made_anew(world):
-    await up(world)
-    await down(world)
-    lost = (await host(world)).lose("data")
-    await world.app.service.up(manifest(world))
-    volume = await reaches(world, "failed")
-    assert "has no volume data" in volume.halted
-    assert world.volume_creations() == ["data"]
-    (await host(world)).put_back(lost)  # its provider finds it again
-    await world.app.service.volumes.accept("test", "data", "")
-    await world.ready()
-    assert world.volume_creations() == ["data"]
-
-
-async def test_a_volume_that_vanishes_while_it_is_used_is_said_to(world):
-    await up(world)
-    (await host(world)).lose("data")
-    volume = await reaches(world, "failed")
-    assert "does not have it any more" in volume.halted
-
-
 async def test_delete_is_for_what_no_manifest_has(world):
     await up(world)
     volumes = world.app.service.volumes
@@ -501,11 +294,7 @@ async def test_delete_is_for_what_no_manifest_has(world):
         await volumes.delete("test", "data")
     await down(world)
     await volumes.delete("test", "data")
-
-    async def gone():
-        return await document(world) is None
-
-    await world.until(gone, "the volume is gone")
+    await vanishes(world)
     assert world.volumes() == {}
     with pytest.raises(NotFound):
         await volumes.delete("test", "data")
@@ -519,11 +308,7 @@ async def test_down_with_volumes_leaves_nothing_and_up_makes_a_new_one(world):
     assert world.volume_creations() == ["data", "data"]
     await down(world)
     assert await world.app.service.purge("test") is None
-
-    async def gone():
-        return await document(world) is None
-
-    await world.until(gone, "the kept one is gone")
+    await vanishes(world)
     with pytest.raises(NotFound):
         await world.app.service.purge("test")
 
@@ -604,22 +389,17 @@ async def test_inspect_tells_of_the_volumes_of_an_environment(world):
     assert view.seal.epoch == 1
 
 
-async def test_a_host_that_cannot_be_reached_makes_the_seal_old_and_nothing_else(world):
+async def test_kept_volumes_need_no_connection_to_their_host(world):
     await up(world)
-    pretended = await host(world)
-    listing = pretended.list
+    await down(world)
+    await world.app.service.volumes.task("test", "data", "snapshot", "one")
+    pool = world.app.plane.pool
 
-    async def silent():
-        raise Temporary("cannot be reached", delay_s=0.02)
+    async def closed():
+        return not pool._entries
 
-    pretended.list = silent
-    await asyncio.sleep(0.4)
-    row = (await world.app.service.volumes.rows())[0]
-    assert row.seal_age_s >= 0.3
-    assert row.state == "attached"
-    pretended.list = listing
-    pretended.write("data", "x")
-    await sealed(world)
+    await world.until(closed, "nobody holds a connection")
+    assert (await document(world)).state == "kept"
 
 
 async def test_keys_are_in_no_row_event_or_answer(world, caplog):

@@ -188,6 +188,8 @@ class ControlPlane:
         wire = to_wire(error, bug_id=bug)
 
         def failed(fresh: PlatformDocument | EnvironmentDocument | VolumeDocument) -> None:
+            if isinstance(fresh, VolumeDocument) and fresh.halted:
+                return  # that is the reason that its user is to see
             fresh.reason = str(wire["message"])
             fresh.error = wire if final else None
 

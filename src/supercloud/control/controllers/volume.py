@@ -12,7 +12,7 @@ import asyncio
 import base64
 import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from supercloud.control.controllers import learning
@@ -29,7 +29,15 @@ from supercloud.control.documents import (
     ucloud_key,
     volume_key,
 )
-from supercloud.model.errors import BadState, Denied, NotFound, Unsupported, UserError, to_wire
+from supercloud.model.errors import (
+    BadState,
+    Denied,
+    NotFound,
+    SupercloudError,
+    Unsupported,
+    UserError,
+    to_wire,
+)
 from supercloud.model.events import Severity
 from supercloud.providers.base import Volumes
 from supercloud.wire.volumes import VolumeOpen, VolumeSpec, VolumeStatus
@@ -51,6 +59,8 @@ class VolumeController:
         """Acts through ``plane``."""
         self._plane = plane
         self._calls: Counter[tuple[str, str]] = Counter()  # begun and ended: odd is under way
+        self._silent: set[tuple[str, str]] = set()  # U-Clouds and providers that do not answer
+        self._unknown: set[tuple[str, str]] = set()  # volumes of no record, told of already
 
     async def reconcile(self, ucloud: str, name: str) -> float | None:
         """One look; seconds until the next one, or None."""
@@ -202,6 +212,7 @@ class VolumeController:
         self._plane.seen.pop(self._id(volume), None)
         self._plane.tell(volume, "volume.deleted")
         self._plane.look(ucloud_key(volume.ucloud), 0.0)
+        self._plane.look(seals_key(volume.ucloud), self._plane.pace.seal_s)
         return None
 
     async def _delete_there(self, volume: VolumeDocument) -> None:
@@ -244,20 +255,36 @@ class VolumeController:
 
     async def poll(self, ucloud: str) -> float | None:
         """Ask all hosts of this U-Cloud's open volumes after them; when to ask again."""
+        volumes = await self._plane.state.volumes(ucloud)
         groups: dict[str, list[VolumeDocument]] = {}
-        for volume in await self._plane.state.volumes(ucloud):
+        for volume in volumes:
             if volume.opened and not volume.deleting and not volume.halted:
                 groups.setdefault(provider_key(volume.provider), []).append(volume)
-        asking = [self._ask(group) for group in groups.values()]
-        for result in await asyncio.gather(*asking, return_exceptions=True):
-            if isinstance(result, BaseException):
-                raise result
-        return self._plane.pace.seal_s if groups else None
+        await asyncio.gather(*(self._hear(group) for group in groups.values()))
+        if groups:
+            return self._plane.pace.seal_s
+        busy = any(volume.opened or volume.deleting for volume in volumes)
+        if not busy and await self._plane.state.ucloud(ucloud) is None:
+            await self._plane.pool.drop(ucloud)  # kept volumes need nobody's connection
+        return None
+
+    async def _hear(self, volumes: list[VolumeDocument]) -> None:
+        """Ask one provider. One that does not answer is told of once: the window grows."""
+        name = (volumes[0].ucloud, volumes[0].provider.name)
+        try:
+            await self._ask(volumes)
+        except SupercloudError as error:
+            for volume in volumes if name not in self._silent else ():
+                self._plane.tell(volume, "volume.silent", str(error), severity="warning")
+            self._silent.add(name)
+        else:
+            self._silent.discard(name)
 
     async def _ask(self, volumes: list[VolumeDocument]) -> None:
         calls = {self._id(volume): self._calls[self._id(volume)] for volume in volumes}
         there = await self._volumes(volumes[0])
         listed = {(host, status.name): status for host, status in await there.list()}
+        await self._strangers(volumes[0], listed.values())
         for volume in volumes:
             if self._calls[self._id(volume)] != calls[self._id(volume)]:
                 continue  # a call went on meanwhile, and tells more than this
@@ -268,6 +295,18 @@ class VolumeController:
                 await self._learn(volume, status)
             elif volume.seal.root:
                 await self._halt(volume, NotFound("its host does not have it any more"))
+
+    async def _strangers(self, volume: VolumeDocument, listed: Iterable[VolumeStatus]) -> None:
+        """Say of volumes that are marked as this U-Cloud's and have no record; touch none."""
+        ucloud = volume.ucloud
+        known = {item.name for item in await self._plane.state.volumes(ucloud)}
+        for status in listed:
+            if status.tag != tag_of(ucloud) or status.name in known:
+                continue
+            if (ucloud, status.name) not in self._unknown:
+                self._unknown.add((ucloud, status.name))
+                message = f"{volume.provider.name} has a volume {status.name} of no record"
+                self._plane.tell(volume, "volume.unknown", message, severity="warning")
 
     # -- helpers
 

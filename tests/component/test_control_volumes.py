@@ -389,19 +389,6 @@ async def test_inspect_tells_of_the_volumes_of_an_environment(world):
     assert view.seal.epoch == 1
 
 
-async def test_kept_volumes_need_no_connection_to_their_host(world):
-    await up(world)
-    await down(world)
-    await world.app.service.volumes.task("test", "data", "snapshot", "one")
-    pool = world.app.plane.pool
-
-    async def closed():
-        return not pool._entries
-
-    await world.until(closed, "nobody holds a connection")
-    assert (await document(world)).state == "kept"
-
-
 async def test_keys_are_in_no_row_event_or_answer(world, caplog):
     await up(world)
     await world.app.service.volumes.rotate_key("test")
@@ -427,3 +414,34 @@ async def rolled_back_in(world):
     await sealed(world)
     pretended.put_back(old)
     await reaches(world, "failed")
+
+
+async def test_a_volume_that_failed_at_its_host_is_opened_and_attached_again(world):
+    await up(world)
+    pretended = await host(world)
+    pretended.write("data", "x")
+    volume = pretended.volumes["data"]
+    volume.state, volume.reason, volume.platform, volume.slot = "failed", "its disk broke", "", 0
+
+    async def said():
+        return bool(told(world, "failed"))
+
+    await world.until(said, "an event tells of it")
+    assert told(world, "failed")[0].message == "its disk broke"
+    assert (await reaches(world, "attached")).seal.epoch == 2
+    await world.ready()
+    assert volume.words == ["x"]
+
+
+async def test_a_purge_is_not_undone_by_an_up_that_comes_at_once(world):
+    """What was asked for first is done first: the new wish gets a new volume, and is told so."""
+    await up(world)
+    (await host(world)).write("data", "old")
+    service = world.app.service
+    _, applied = await asyncio.gather(service.purge("test"), service.up(manifest(world)))
+    change = next(c for c in applied.plan.changes if c.subject == "volume/data")
+    assert change.action == "create"
+    await world.ready()
+    await reaches(world, "attached")
+    assert world.volumes()["data"]["words"] == []
+    assert world.volume_creations() == ["data", "data"]

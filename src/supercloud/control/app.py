@@ -15,7 +15,7 @@ from supercloud.control.controllers.environment import EnvironmentController
 from supercloud.control.controllers.plane import Pace, Plane
 from supercloud.control.controllers.platform import PlatformController
 from supercloud.control.controllers.ucloud import UCloudController
-from supercloud.control.controllers.volume import VolumeController, seals_key
+from supercloud.control.controllers.volume import VolumeController
 from supercloud.control.documents import (
     EnvironmentDocument,
     PlatformDocument,
@@ -132,8 +132,6 @@ class ControlPlane:
                 if kind == "ucloud":
                     self.known.add(row.key.partition("/")[2])
                     self.queue.add(f"sweep/{row.key.partition('/')[2]}")
-                elif kind == "volume":
-                    self.queue.add(seals_key(row.key.split("/")[1]))
         return revision
 
     async def _watch(self, revision: int) -> None:
@@ -172,7 +170,7 @@ class ControlPlane:
             if kind == "volume":
                 return await self._volumes.reconcile(ucloud, name)
             if kind == "seals":
-                return await self._volumes.poll(ucloud)
+                return await self._volumes.sealing.poll(ucloud, name)
             return await self._environments.reconcile(ucloud, name)
         except NotFound:
             if await self.store.get(key) is None:

@@ -91,12 +91,13 @@ class Service:
 
     async def purge(self, name: str) -> api.UCloudView | None:
         """Likewise, and its volumes go with all that is in them; None when only those were left."""
-        document = await self._plane.state.ucloud(name)
-        if document is not None:
-            return await self._down(document, drop_volumes=True)
-        if not await self.volumes.delete_all(name):
+        async with self._deciding:  # nobody decides to keep one of them meanwhile
+            document = await self._plane.state.ucloud(name)
+            view = await self._down(document, drop_volumes=True) if document else None
+            deleted = await self.volumes.delete_all(name)
+        if view is None and not deleted:
             raise NotFound(f"there is no U-Cloud {name}, and no volume of one", hint=_SHOWN)
-        return None
+        return view
 
     async def _down(self, document: UCloudDocument, *, drop_volumes: bool) -> api.UCloudView:
         name = document.name

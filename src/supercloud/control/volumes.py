@@ -1,6 +1,7 @@
 """What the API can be asked to do with volumes."""
 
 import asyncio
+import contextlib
 
 from supercloud.control import views
 from supercloud.control.controllers.learning import waits
@@ -117,18 +118,18 @@ class VolumeService:
             await self._delete(volume)
 
     async def delete_all(self, ucloud: str) -> int:
-        """All volumes of a U-Cloud that is not up; how many."""
-        async with self._deciding:
-            volumes = await self._plane.state.volumes(ucloud)
-            for volume in volumes:
-                await self._delete(volume)
+        """All volumes of a U-Cloud that is going or gone; how many. ``deciding`` is held."""
+        volumes = await self._plane.state.volumes(ucloud)
+        for volume in volumes:
+            await self._delete(volume)
         return len(volumes)
 
     async def _delete(self, volume: VolumeDocument) -> None:
         def absent(fresh: VolumeDocument) -> None:
             fresh.deleting = True
 
-        await self._plane.state.change(volume, absent)
+        with contextlib.suppress(NotFound):  # gone already is fine
+            await self._plane.state.change(volume, absent)
         self._plane.look(volume_key(volume.ucloud, volume.name), 0.0)
 
     async def accept(self, ucloud: str, name: str, root: str) -> api.VolumeView:

@@ -4,7 +4,7 @@ import time
 
 from supercloud.control import seals
 from supercloud.control.documents import Task, VolumeDocument
-from supercloud.model.errors import Denied, Invalid, UserError, to_wire
+from supercloud.model.errors import BadState, Denied, Invalid, UserError, to_wire
 from supercloud.model.events import Severity
 from supercloud.model.states import KEPT_VOLUME, observed
 from supercloud.wire.codec import decode
@@ -38,6 +38,8 @@ def take(volume: VolumeDocument, status: VolumeStatus) -> None:
         move(volume, STATES[status.state])
     volume.opened = status.state not in ("closed", "gone")
     volume.reason, volume.error = status.reason, None
+    if status.state == "failed":
+        volume.error = to_wire(BadState(f"volume {volume.name} failed: {status.reason}"))
 
 
 def halt(volume: VolumeDocument, message: str, found: Seal | None) -> None:

@@ -44,10 +44,18 @@ async def usage_of(plane: Plane, volume: VolumeDocument) -> Usage:
     platform = None
     if users:
         platform = await plane.state.platform(volume.ucloud, users[0].assignment.platform)
-    if platform is not None and (platform.deleting or platform.wish.host != volume.host):
+    if platform is not None and (platform.deleting or _place(platform) != _home(volume)):
         platform = None
     free = await _free(plane, volume, environments)
     return Usage(wanted=bool(users), platform=platform, free=free)
+
+
+def _place(platform: PlatformDocument) -> tuple[str, str]:
+    return platform.wish.provider.name, platform.wish.host
+
+
+def _home(volume: VolumeDocument) -> tuple[str, str]:
+    return volume.provider.name, volume.host
 
 
 async def _free(

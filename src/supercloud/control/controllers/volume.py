@@ -8,18 +8,17 @@ Every seal that a host shows goes through ``control.seals``. A volume whose host
 cannot be, or refuses to open it for that, is *halted*: left alone until its user acts.
 """
 
-import asyncio
 import base64
 import contextlib
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from supercloud.control.controllers import learning
-from supercloud.control.controllers.plane import Plane, Seen
+from supercloud.control.controllers.hostcalls import HostCalls
+from supercloud.control.controllers.plane import Plane
 from supercloud.control.controllers.platform import tag_of
+from supercloud.control.controllers.sealing import USABLE, Sealing, seals_key
 from supercloud.control.controllers.usage import Usage, usage_of
-from supercloud.control.desire import provider_key
 from supercloud.control.documents import (
     PlatformDocument,
     VolumeDocument,
@@ -27,40 +26,23 @@ from supercloud.control.documents import (
     step_begin,
     step_end,
     ucloud_key,
-    volume_key,
 )
-from supercloud.model.errors import (
-    BadState,
-    Denied,
-    NotFound,
-    SupercloudError,
-    Unsupported,
-    UserError,
-    to_wire,
-)
+from supercloud.model.errors import BadState, Denied, NotFound, Unsupported, UserError, to_wire
 from supercloud.model.events import Severity
-from supercloud.providers.base import Volumes
-from supercloud.wire.volumes import VolumeOpen, VolumeSpec, VolumeStatus
+from supercloud.wire.volumes import VolumeOpen, VolumeSpec
 
 OPEN, ATTACH = "open", "attach"
-USABLE = frozenset({"served", "attached"})
-Call = Callable[[Volumes], Awaitable[VolumeStatus]]
-
-
-def seals_key(ucloud: str) -> str:
-    """The work queue's key for asking after the seals of a U-Cloud's volumes."""
-    return f"seals/{ucloud}"
 
 
 class VolumeController:
-    """Reconciles one volume at a time, and asks after the seals; see ``reconcile`` and ``poll``."""
+    """Reconciles one volume at a time; see ``reconcile``. ``sealing`` asks after the seals."""
 
     def __init__(self, plane: Plane) -> None:
         """Acts through ``plane``."""
         self._plane = plane
-        self._calls: Counter[tuple[str, str]] = Counter()  # begun and ended: odd is under way
-        self._silent: set[tuple[str, str]] = set()  # U-Clouds and providers that do not answer
-        self._unknown: set[tuple[str, str]] = set()  # volumes of no record, told of already
+        self._calls = HostCalls(plane)
+        self._act = self._calls.act
+        self.sealing = Sealing(plane, self._calls)
 
     async def reconcile(self, ucloud: str, name: str) -> float | None:
         """One look; seconds until the next one, or None."""
@@ -73,6 +55,8 @@ class VolumeController:
         if volume.halted:
             return await self._let_go(volume, usage)
         volume = await self._keyed(volume)
+        if volume.opened:
+            self._plane.look(seals_key(volume), self._plane.pace.seal_s)
         wanted = usage.wanted or learning.waits(volume.task)
         if volume.state in USABLE:
             return await self._use(volume, usage, wanted=wanted)
@@ -110,13 +94,13 @@ class VolumeController:
             above_epoch=volume.above_epoch,
         )
         try:
-            status = await self._call(volume, "open", lambda host: host.open(volume.host, asked))
+            # What it tells is kept by then, its epoch above all: before it is used.
+            volume = await self._act(volume, "open", lambda host: host.open(volume.host, asked))
         except (Denied, NotFound) as error:
             if not volume.seal.root:
                 raise
-            await self._halt(volume, error)
+            await self._calls.halt(volume, error)
             return 0.0
-        volume = await self._learn(volume, status)  # its epoch is kept before it is used
         if volume.halted:
             return 0.0
         epoch = volume.seal.epoch
@@ -131,7 +115,6 @@ class VolumeController:
             step_end(fresh.steps, OPEN)
 
         await self._change(volume, served)
-        self._plane.look(seals_key(volume.ucloud), self._plane.pace.seal_s)
         return 0.0
 
     async def _use(self, volume: VolumeDocument, usage: Usage, *, wanted: bool) -> float | None:
@@ -190,8 +173,8 @@ class VolumeController:
         host, name = volume.host, volume.name
         try:
             if volume.platform:
-                await self._call(volume, "detach", lambda there: there.detach(host, name))
-            await self._call(volume, "close", lambda there: there.close(host, name))
+                await self._calls.call(volume, "detach", lambda there: there.detach(host, name))
+            await self._calls.call(volume, "close", lambda there: there.close(host, name))
         except (NotFound, BadState, Denied) as error:
             self._plane.tell(volume, "volume.close", str(error), severity="warning")
 
@@ -209,15 +192,14 @@ class VolumeController:
         if volume.opened or volume.seal.root:  # otherwise its host never heard of it
             await self._delete_there(volume)
         await self._plane.state.remove(volume)
-        self._plane.seen.pop(self._id(volume), None)
+        self._plane.seen.pop((volume.ucloud, volume.name), None)
         self._plane.tell(volume, "volume.deleted")
         self._plane.look(ucloud_key(volume.ucloud), 0.0)
-        self._plane.look(seals_key(volume.ucloud), self._plane.pace.seal_s)
         return None
 
     async def _delete_there(self, volume: VolumeDocument) -> None:
         host, name = volume.host, volume.name
-        there = await self._volumes(volume)
+        there = await self._calls.volumes(volume)
         if volume.platform:
             with contextlib.suppress(NotFound):
                 await self._plane.seam("provider.volume_detach", lambda: there.detach(host, name))
@@ -251,110 +233,12 @@ class VolumeController:
         self._plane.tell(volume, f"volume.{task.what}", message, severity)
         return 0.0
 
-    # -- seals
-
-    async def poll(self, ucloud: str) -> float | None:
-        """Ask all hosts of this U-Cloud's open volumes after them; when to ask again."""
-        volumes = await self._plane.state.volumes(ucloud)
-        groups: dict[str, list[VolumeDocument]] = {}
-        for volume in volumes:
-            if volume.opened and not volume.deleting and not volume.halted:
-                groups.setdefault(provider_key(volume.provider), []).append(volume)
-        await asyncio.gather(*(self._hear(group) for group in groups.values()))
-        if groups:
-            return self._plane.pace.seal_s
-        busy = any(volume.opened or volume.deleting for volume in volumes)
-        if not busy and await self._plane.state.ucloud(ucloud) is None:
-            await self._plane.pool.drop(ucloud)  # kept volumes need nobody's connection
-        return None
-
-    async def _hear(self, volumes: list[VolumeDocument]) -> None:
-        """Ask one provider. One that does not answer is told of once: the window grows."""
-        name = (volumes[0].ucloud, volumes[0].provider.name)
-        try:
-            await self._ask(volumes)
-        except SupercloudError as error:
-            for volume in volumes if name not in self._silent else ():
-                self._plane.tell(volume, "volume.silent", str(error), severity="warning")
-            self._silent.add(name)
-        else:
-            self._silent.discard(name)
-
-    async def _ask(self, volumes: list[VolumeDocument]) -> None:
-        calls = {self._id(volume): self._calls[self._id(volume)] for volume in volumes}
-        there = await self._volumes(volumes[0])
-        listed = {(host, status.name): status for host, status in await there.list()}
-        await self._strangers(volumes[0], listed.values())
-        for volume in volumes:
-            if self._calls[self._id(volume)] != calls[self._id(volume)]:
-                continue  # a call went on meanwhile, and tells more than this
-            if calls[self._id(volume)] % 2:
-                continue
-            status = listed.get((volume.host, volume.name))
-            if status is not None:
-                await self._learn(volume, status)
-            elif volume.seal.root:
-                await self._halt(volume, NotFound("its host does not have it any more"))
-
-    async def _strangers(self, volume: VolumeDocument, listed: Iterable[VolumeStatus]) -> None:
-        """Say of volumes that are marked as this U-Cloud's and have no record; touch none."""
-        ucloud = volume.ucloud
-        known = {item.name for item in await self._plane.state.volumes(ucloud)}
-        for status in listed:
-            if status.tag != tag_of(ucloud) or status.name in known:
-                continue
-            if (ucloud, status.name) not in self._unknown:
-                self._unknown.add((ucloud, status.name))
-                message = f"{volume.provider.name} has a volume {status.name} of no record"
-                self._plane.tell(volume, "volume.unknown", message, severity="warning")
-
     # -- helpers
-
-    async def _act(self, volume: VolumeDocument, what: str, call: Call) -> VolumeDocument:
-        return await self._learn(volume, await self._call(volume, what, call))
-
-    async def _call(self, volume: VolumeDocument, what: str, call: Call) -> VolumeStatus:
-        there = await self._volumes(volume)
-        self._calls[self._id(volume)] += 1
-        try:
-            return await self._plane.seam(f"provider.volume_{what}", lambda: call(there))
-        finally:
-            self._calls[self._id(volume)] += 1
-
-    async def _volumes(self, volume: VolumeDocument) -> Volumes:
-        provider = self._plane.pool.get(volume.ucloud, volume.provider)
-        if provider.volumes is None:
-            reason = (await provider.features()).get("volumes", "")
-            raise Unsupported(f"provider {volume.provider.name} has no volumes: {reason}")
-        return provider.volumes
-
-    async def _learn(self, volume: VolumeDocument, status: VolumeStatus) -> VolumeDocument:
-        """Keep what the host says of it; an event for each thing that is worth one."""
-        before = volume
-        volume = await self._change(volume, lambda fresh: learning.take(fresh, status))
-        self._plane.seen[self._id(volume)] = Seen(status)
-        for code, message, severity in learning.news(before, volume, status):
-            self._plane.tell(volume, f"volume.{code}", message, severity)
-        if volume.platform != before.platform or volume.slot != before.slot:
-            for name in {volume.platform, before.platform} - {""}:
-                self._plane.look(platform_key(volume.ucloud, name), 0.0)
-        if volume.state != before.state:
-            self._plane.look(volume_key(volume.ucloud, volume.name), 0.0)
-        return volume
-
-    async def _halt(self, volume: VolumeDocument, error: UserError) -> None:
-        found = learning.found_in(error)
-        await self._change(volume, lambda fresh: learning.halt(fresh, error.message, found))
-        self._plane.tell(volume, "volume.refused", error.message, severity="error")
 
     async def _change(
         self, volume: VolumeDocument, mutate: Callable[[VolumeDocument], object]
     ) -> VolumeDocument:
         return await self._plane.state.change(volume, mutate)
-
-    @staticmethod
-    def _id(volume: VolumeDocument) -> tuple[str, str]:
-        return volume.ucloud, volume.name
 
 
 def wire_spec(volume: VolumeDocument) -> VolumeSpec:

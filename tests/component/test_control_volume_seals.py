@@ -8,6 +8,7 @@ import pytest
 from supercloud.model.errors import BadState, Denied, Temporary
 from support.control import World
 from support.volumes import (
+    PLAIN,
     document,
     down,
     host,
@@ -226,3 +227,29 @@ async def test_a_volume_of_no_record_is_told_of_and_not_touched(world):
     assert len(told(world, "unknown")) == 1
     await down(world)
     assert world.volumes().keys() == {"data", "stranger"}
+
+
+async def test_a_list_that_comes_late_is_no_evidence(world):
+    """It tells of a moment before the calls that went on meanwhile, and is not believed."""
+    await up(world)
+    volumes_of = type(await host(world))
+    listing = volumes_of.list
+
+    async def slow(self):
+        listed = await listing(self)
+        await asyncio.sleep(0.03)
+        return listed
+
+    volumes_of.list = slow
+    try:
+        for number in range(4):
+            (await host(world)).write("data", f"word {number}")
+            await world.app.service.volumes.task("test", "data", "snapshot", f"s{number}")
+            await up(world, [PLAIN])
+            await reaches(world, "kept")
+            await up(world)
+            await reaches(world, "attached")
+    finally:
+        volumes_of.list = listing
+    assert told(world, "evidence") == told(world, "refused") == []
+    assert len((await host(world)).volumes["data"].words) == 4

@@ -165,13 +165,12 @@ async def test_every_state_is_one_of_the_table(provider, owner):
     assert (await only(provider)).state in VOLUME
 
 
-@pytest.mark.parametrize("what", ["epoch", "sequence", "root"])
+@pytest.mark.parametrize("what", ["sequence", "root"])
 async def test_what_is_older_than_its_owner_knows_is_refused_and_shown(provider, owner, what):
     await owner.serve()
     await owner.do("close")
     true = owner.seal
     newer = {
-        "epoch": replace(true, epoch=true.epoch + 1),
         "sequence": replace(true, sequence=true.sequence + 1, root="a" * 64),
         "root": replace(true, root="b" * 64),
     }[what]
@@ -185,8 +184,18 @@ async def test_what_is_older_than_its_owner_knows_is_refused_and_shown(provider,
 async def test_accepted_as_it_is_it_begins_with_an_epoch_that_was_never_used(owner):
     await owner.serve()
     await owner.do("close")
-    above = owner.seal.epoch + 7
-    assert (await owner.open(above_epoch=above)).seal.epoch > above
+    given_up = replace(owner.seal, epoch=owner.seal.epoch + 7)
+    assert (await owner.open(seal=given_up)).seal.epoch > given_up.epoch
+
+
+async def test_serving_makes_a_state_so_that_one_from_before_is_older(owner):
+    await owner.serve()
+    await owner.do("close")
+    before = owner.seal
+    opened = await owner.open()
+    assert (opened.seal.sequence, opened.seal.root) == (before.sequence, before.root)
+    served = await owner.do("serve", owner.seal.epoch)
+    assert served.seal.sequence > before.sequence
 
 
 async def test_another_key_opens_nothing(owner):

@@ -38,17 +38,24 @@ def status(state, seal=KEPT, **fields):
         (KEPT, ""),
         (Seal(epoch=4, sequence=21, root=B), ""),
         (Seal(epoch=5, sequence=20, root=A), ""),
-        (Seal(epoch=5, sequence=20, root=B), ""),
+        (Seal(epoch=3, sequence=20, root=A), ""),  # the same state, by one that only reads it
         (Seal(), ""),
         (Seal(epoch=3, sequence=21, root=B), "epoch 3, and was at 4"),
         (Seal(epoch=4, sequence=19, root=B), "state 19, and was at 20"),
         (Seal(epoch=5, sequence=19, root=B), "state 19, and was at 20"),
         (Seal(epoch=4, sequence=20, root=B), "another one than it was"),
+        (Seal(epoch=5, sequence=20, root=B), "another one than it was"),
     ],
 )
 def test_what_cannot_follow_is_objected_to(shown, objection):
     found = seals.objection(KEPT, shown)
     assert objection in found if objection else found == ""
+
+
+def test_the_epoch_does_not_go_back_with_what_is_accepted():
+    older = Seal(epoch=2, sequence=9, root=B)
+    assert seals.accepted(KEPT, older) == Seal(epoch=4, sequence=9, root=B)
+    assert seals.newest(KEPT, replace(KEPT, epoch=3)) == KEPT
 
 
 def test_one_that_was_never_opened_may_become_anything():
@@ -68,11 +75,7 @@ def test_whatever_a_host_shows_the_trusted_seal_never_goes_back(series, states):
         learning.take(volume, status(state, seal))
         assert volume.seal.epoch >= before.seal.epoch
         assert volume.seal.sequence >= before.seal.sequence
-        same = (volume.seal.epoch, volume.seal.sequence) == (
-            before.seal.epoch,
-            before.seal.sequence,
-        )
-        if same and before.seal.root:
+        if volume.seal.sequence == before.seal.sequence and before.seal.root:
             assert volume.seal.root == before.seal.root
         assert volume.state in KEPT_VOLUME
         if before.halted:
@@ -85,7 +88,7 @@ def replace_of(volume):
 
 def test_a_halted_one_learns_nothing_until_its_user_acts():
     volume = document(state="attached", opened=True, seal=KEPT, platform="p1", slot=2)
-    learning.take(volume, status("attached", replace(KEPT, epoch=1), platform="p1", slot=2))
+    learning.take(volume, status("attached", replace(KEPT, root=B), platform="p1", slot=2))
     assert volume.state == "failed"
     assert (volume.platform, volume.slot) == ("p1", 2)  # what uses it is not torn out
     assert "supercloud volumes accept u/v" in volume.error["hint"]

@@ -283,8 +283,8 @@ async def test_volumes_survive_the_process_and_are_counted(tmp_path):
     key = "A" * 43 + "="
     spec = VolumeSpec(name="data", size_bytes=1 << 20, tag="t")
     first = world(tmp_path).volumes
-    made = await first.open("fake-0", VolumeOpen(spec=spec, key_base64=key, seal=Seal()))
-    await first.serve("fake-0", "data", made.seal.epoch)
+    opened = await first.open("fake-0", VolumeOpen(spec=spec, key_base64=key, seal=Seal()))
+    made = await first.serve("fake-0", "data", opened.seal.epoch)
     second = world(tmp_path).volumes
     ((host, status),) = await second.list()
     assert (host, status.state, status.seal) == ("fake-0", "served", made.seal)

@@ -172,7 +172,6 @@ class VolumeDocument:
     ``seal`` is the newest one that is trusted; it never goes back. ``wrapped_key`` is the data key
     under the U-Cloud's wrapping key. ``opened``: its host may have it open. ``halted`` says why it
     is not opened any more until its user acts; ``found`` is the seal that the host showed then.
-    Epochs up to ``above_epoch`` were used in a copy that the user gave up.
     ``slot`` is of its attachment to that ``incarnation`` of ``platform``.
     """
 
@@ -189,7 +188,6 @@ class VolumeDocument:
     wrapped_key: str = field(default="", repr=False)
     seal: Seal = field(default_factory=Seal)
     sealed_s: float = 0.0
-    above_epoch: int = 0
     given: Volume | None = None  # what the host was last told
     opened: bool = False
     platform: str = ""

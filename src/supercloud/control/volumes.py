@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 
-from supercloud.control import views
+from supercloud.control import seals, views
 from supercloud.control.controllers.learning import waits
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.documents import (
@@ -145,9 +145,7 @@ class VolumeService:
         def taken(fresh: VolumeDocument) -> None:
             _check_accept(fresh, root)
             if fresh.found is not None:
-                # The device's next epoch is not to be one under which other data was encrypted.
-                fresh.above_epoch = max(fresh.above_epoch, fresh.seal.epoch)
-                fresh.seal = fresh.found
+                fresh.seal = seals.accepted(fresh.seal, fresh.found)
             fresh.halted, fresh.found, fresh.reason, fresh.error = "", None, "", None
 
         volume = await self._plane.state.change(volume, taken)

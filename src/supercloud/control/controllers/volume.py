@@ -27,7 +27,7 @@ from supercloud.control.documents import (
     step_end,
     ucloud_key,
 )
-from supercloud.model.errors import BadState, Denied, NotFound, Unsupported, UserError, to_wire
+from supercloud.model.errors import BadState, Denied, NotFound, UserError, to_wire
 from supercloud.model.events import Severity
 from supercloud.wire.volumes import VolumeOpen, VolumeSpec
 
@@ -91,7 +91,6 @@ class VolumeController:
             spec=wire_spec(volume),
             key_base64=base64.b64encode(key).decode(),
             seal=volume.seal,
-            above_epoch=volume.above_epoch,
         )
         try:
             # What it tells is kept by then, its epoch above all: before it is used.
@@ -104,10 +103,6 @@ class VolumeController:
         if volume.halted:
             return 0.0
         epoch = volume.seal.epoch
-        if epoch <= volume.above_epoch:
-            raise Unsupported(
-                f"the host of volume {volume.name} opens it at epoch {epoch}, which was used before"
-            )
         await self._act(volume, "serve", lambda host: host.serve(volume.host, volume.name, epoch))
 
         def served(fresh: VolumeDocument) -> None:

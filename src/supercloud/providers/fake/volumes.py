@@ -96,7 +96,7 @@ class FakeVolumes:
         if volume.state in ("served", "attached"):
             return volume.status()
         volume.spec = asked.spec
-        volume.epoch = max(volume.epoch, asked.above_epoch) + 1
+        volume.epoch = max(volume.epoch, asked.seal.epoch) + 1
         return self._to(volume, "opened")
 
     async def serve(self, host: str, name: str, epoch: int) -> VolumeStatus:
@@ -107,6 +107,7 @@ class FakeVolumes:
         if volume.state in ("served", "attached"):
             return volume.status()
         volume.used = True
+        volume.sequence += 1  # its epoch is made durable
         return self._to(volume, "served")
 
     async def attach(self, host: str, name: str, platform: str) -> VolumeStatus:
@@ -297,11 +298,15 @@ def _check(volume: Volume, asked: VolumeOpen) -> None:
         if volume.used:
             raise Denied(f"volume {volume.spec.name} was used, which its owner does not know")
         return
-    same = (found.sequence, found.root) == (kept.sequence, kept.root)
-    if found.epoch < kept.epoch or (found.sequence <= kept.sequence and not same):
+    if found.sequence < kept.sequence:
         raise Denied(
             f"volume {volume.spec.name} is at epoch {found.epoch}, state {found.sequence}, and was "
             f"at epoch {kept.epoch}, state {kept.sequence} already: it was rolled back",
+            details={"found": encode(found)},
+        )
+    if found.sequence == kept.sequence and found.root != kept.root:
+        raise Denied(
+            f"volume {volume.spec.name} has another state {found.sequence} than it had",
             details={"found": encode(found)},
         )
 

@@ -87,11 +87,8 @@ class VolumeController:
 
         volume = await self._change(volume, opening)
         key = self._plane.keys(volume.ucloud).unwrap(volume.wrapped_key)
-        asked = VolumeOpen(
-            spec=wire_spec(volume),
-            key_base64=base64.b64encode(key).decode(),
-            seal=volume.seal,
-        )
+        spec, encoded = volume.spec, base64.b64encode(key).decode()
+        asked = VolumeOpen(spec=wire_spec(volume), key_base64=encoded, seal=volume.seal)
         try:
             # What it tells is kept by then, its epoch above all: before it is used.
             volume = await self._act(volume, "open", lambda host: host.open(volume.host, asked))
@@ -106,7 +103,7 @@ class VolumeController:
         await self._act(volume, "serve", lambda host: host.serve(volume.host, volume.name, epoch))
 
         def served(fresh: VolumeDocument) -> None:
-            fresh.given = volume.spec
+            fresh.given = spec
             step_end(fresh.steps, OPEN)
 
         await self._change(volume, served)

@@ -1,19 +1,13 @@
 """What every provider keeps to: the same suite over each kind that can be had here."""
 
 import asyncio
-import contextlib
 import dataclasses
-import os
-import secrets
 
 import pytest
 
 from supercloud.model.errors import Exists, NoResources, NotFound, Unsupported
 from supercloud.model.states import MACHINE
 from supercloud.providers.base import FEATURES
-from supercloud.providers.fake.cloud import FakeCloud
-from supercloud.providers.fake.options import Options
-from supercloud.providers.fake.provider import FakeProvider
 from supercloud.wire.messages import (
     Apply,
     EnvironmentSpec,
@@ -21,79 +15,14 @@ from supercloud.wire.messages import (
     ImageRef,
     Logs,
 )
-from support.host import LoopbackHost, provider_of
-from support.link import Link, at_rendezvous
-from support.link import request as request_for
-from support.lower import running_host
-
-
-@pytest.fixture
-def link(tmp_path):
-    return Link(tmp_path / "trust")
-
-
-@contextlib.asynccontextmanager
-async def _fake(_request, tmp_path, _link):
-    provider = FakeProvider(FakeCloud("fake", Options(), str(tmp_path / "fake")))
-    yield provider
-    await provider.close()
-
-
-@contextlib.asynccontextmanager
-async def _wire(_request, tmp_path, link):
-    """The lower layer's provider over its wire to a user domain whose machines are pretended."""
-    async with LoopbackHost(tmp_path / "host", link.authority.root_pem).running() as host:
-        provider = provider_of(link, host)
-        yield provider
-        await provider.close()
-
-
-@contextlib.asynccontextmanager
-async def _real(request, _tmp_path, link):
-    """A host that really runs; every test is a user of its own there."""
-    host = request.getfixturevalue("real_host")
-    user = f"u{secrets.token_hex(3)}"
-    host.admin("user.add", user=user, ca_pem=link.authority.root_pem, quota={})
-    provider = provider_of(link, host, user=user)
-    yield provider
-    for platform in await provider.platforms():
-        await provider.delete_platform(platform.name)
-    await provider.close()
-    host.admin("user.remove", user=user)
-
-
-@pytest.fixture(scope="module")
-def real_host(tmp_path_factory):
-    """One host for all the tests here: a second to start, and nothing is left of it."""
-    directory = tmp_path_factory.mktemp("host")
-    with running_host(directory, f"contract{os.getpid()}") as host:
-        yield host
-
-
-KINDS = {"fake": _fake, "lower_layer over the wire": _wire, "lower_layer": _real}
-PRETENDED = ["fake", "lower_layer over the wire"]
-REAL = pytest.param(
-    "lower_layer", marks=[pytest.mark.vm, pytest.mark.root, pytest.mark.timeout(900)]
-)
+from support.link import at_rendezvous
+from support.providers import KINDS, PRETENDED, REAL
 
 
 @pytest.fixture(params=[*PRETENDED, REAL])
 async def provider(request, tmp_path, link):
     async with KINDS[request.param](request, tmp_path, link) as made:
         yield made
-
-
-@pytest.fixture
-async def ask(request, provider, link):
-    """Makes requests that fit the first host."""
-    if request.node.get_closest_marker("vm"):
-        request.getfixturevalue("vm_lock")
-    host = (await provider.hosts())[0]
-
-    def make(name="p1", **changes):
-        return request_for(link, host.name, name, **{"image": host.images[0], **changes})
-
-    return make
 
 
 async def test_each_feature_is_there_or_has_a_reason(provider):

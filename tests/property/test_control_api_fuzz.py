@@ -24,7 +24,15 @@ PATHS = st.one_of(
         NAMES.map(quote),
         st.sampled_from(["", "logs", "exec", "console"]),
     ),
+    st.builds(
+        "/v1/uclouds/{}/volumes/{}{}".format,
+        NAMES.map(quote),
+        (NAMES | st.just("data")).map(quote),
+        st.sampled_from(["", "/snapshot", "/revert", "/forget", "/delete", "/accept"]),
+    ),
+    st.builds("/v1/uclouds/{}/rotate-key".format, NAMES.map(quote)),
     st.sampled_from(["/v1/plan", "/v1/up", "/v1/environments", "/v1/version", "/v1/ca"]),
+    st.just("/v1/volumes"),
 )
 QUERIES = st.dictionaries(
     st.sampled_from(["ucloud", "tail", "since", "x"]), st.text(max_size=20), max_size=3
@@ -49,7 +57,9 @@ BODIES = st.one_of(
 def process(tmp_path_factory):
     running = Process(tmp_path_factory.mktemp("fuzz"))
     running.start()
-    asked = manifest_of(running.directory, [environment("web")])
+    stored = environment("web", volumes=[{"name": "data", "path": "/data"}])
+    volumes = [{"name": "data", "size": "1MiB"}]
+    asked = manifest_of(running.directory, [stored], volumes=volumes)
     body = {"manifest": asked.manifest, "file": asked.file, "directory": asked.directory}
     assert ask(running, "POST", "/v1/up", json.dumps(body))[0] == 200
     yield running

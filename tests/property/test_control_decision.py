@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from supercloud.control.desire import Offer, decide
 from supercloud.control.documents import UCloudDocument, dump, load
 from supercloud.control.plan import plan
-from supercloud.model.errors import NoResources
+from supercloud.model.errors import Invalid, NoResources
 from supercloud.model.resources import (
     GIB,
     MIB,
@@ -20,6 +20,9 @@ from supercloud.model.resources import (
     Port,
     Provider,
     UCloud,
+    Volume,
+    VolumeUse,
+    replica_names,
 )
 from supercloud.providers.base import HostCapacity
 
@@ -54,6 +57,11 @@ environments = st.lists(
         ),
         placement=st.builds(Placement, spread=st.sampled_from(["none", "host"])),
         network=st.sampled_from(["default", "other"]),
+        volumes=st.lists(
+            st.builds(VolumeUse, name=st.sampled_from(["v", "w"]), read_only=st.just(True)),
+            max_size=2,
+            unique_by=lambda use: use.name,
+        ),
     ),
     max_size=4,
     unique_by=lambda item: item.name,
@@ -63,6 +71,11 @@ wishes = st.builds(
     name=st.just("u"),
     providers=st.just([Provider(name="p", kind="fake"), Provider(name="q", kind="fake")]),
     environments=environments,
+    volumes=st.builds(
+        lambda v, w: [Volume(name="v", size_bytes=v), Volume(name="w", size_bytes=w)],
+        st.sampled_from([MIB, GIB]),
+        st.sampled_from([MIB, GIB]),
+    ),
     networks=st.sampled_from(
         [
             [Network(name="default"), Network(name="other")],
@@ -84,6 +97,7 @@ def document_of(decision):
     return UCloudDocument(
         name=decision.spec.name, spec=decision.spec, networks=decision.networks,
         platforms=decision.platforms, assignments=decision.assignments, marks=decision.marks,
+        volumes=decision.volumes,
     )  # fmt: skip
 
 
@@ -109,19 +123,36 @@ def check(decision):
     assert len(set(indexes)) == len(indexes)
     ranges = [ipaddress.IPv4Network(item) for item in decision.networks.values()]
     assert not any(a.overlaps(b) for n, a in enumerate(ranges) for b in ranges[n + 1 :])
+    for name, item in decision.assignments.items():
+        platform = decision.platforms[item.platform]
+        for use in spec_of(decision, name).volumes:
+            home = decision.volumes[use.name]
+            assert (home.provider.name, home.host) == (platform.provider.name, platform.host)
+
+
+def spec_of(decision, name):
+    for item in decision.spec.environments:
+        if name in replica_names(item):
+            return item
+    raise AssertionError(name)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(wishes, min_size=1, max_size=4), st.integers(2, 4))
 def test_any_series_of_manifests_is_decided_soundly_and_stably(series, hosts):
-    before = None
+    before, kept = None, {}
     for spec in series:
         try:
-            decision = decide(spec, offers(spec, hosts), before, ["10.65.0.0/16"], {})
-        except NoResources as error:
+            decision = decide(spec, offers(spec, hosts), before, ["10.65.0.0/16"], {}, kept)
+        except (NoResources, Invalid) as error:
             assert error.message
             continue
         check(decision)
+        for name, wish in decision.volumes.items():
+            was = kept.get(name, wish)
+            assert (was.provider.name, was.host) == (wish.provider.name, wish.host)
+            assert was.spec.size_bytes <= wish.spec.size_bytes
+        kept |= decision.volumes
         if before is not None:
             for name, old in before.assignments.items():
                 new = decision.assignments.get(name)
@@ -131,9 +162,10 @@ def test_any_series_of_manifests_is_decided_soundly_and_stably(series, hosts):
                     assert new.address == old.address
                 for port in new.slots.keys() & old.slots.keys():
                     assert new.slots[port] == old.slots[port]
-        again = decide(spec, offers(spec, hosts), document_of(decision), ["10.65.0.0/16"], {})
+        old = document_of(decision)
+        again = decide(spec, offers(spec, hosts), old, ["10.65.0.0/16"], {}, kept)
         assert again == decision
-        assert plan(again, document_of(decision), []).changes == []
+        assert plan(again, old, [], kept).changes == []
         before = document_of(decision)
 
 

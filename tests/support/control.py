@@ -29,6 +29,8 @@ QUICK = Pace(
     sweep_s=0.2,
     recreate_first_s=0.02,
     recreate_longest_s=0.1,
+    seal_s=0.05,
+    release_s=0.01,
 )
 CONVERGES_S = 20.0
 
@@ -183,6 +185,20 @@ class World:
         for path in sorted(self.directory.glob("state/providers/*/*/creations.jsonl")):
             lines += [msgspec.json.decode(line)["name"] for line in path.read_bytes().splitlines()]
         return lines
+
+    def volume_creations(self) -> list[str]:
+        """The volumes that were ever made, by name, in order."""
+        lines = []
+        for path in sorted(self.directory.glob("state/providers/*/*/volumes/creations.jsonl")):
+            lines += [msgspec.json.decode(line)["name"] for line in path.read_bytes().splitlines()]
+        return lines
+
+    def volumes(self) -> dict[str, dict[str, Any]]:
+        """The volumes that are there now, up or not."""
+        found = {}
+        for path in self.directory.glob("state/providers/*/*/volumes/*.json"):
+            found[path.stem] = msgspec.json.decode(path.read_bytes())
+        return found
 
     def platforms(self) -> dict[str, dict[str, Any]]:
         """The platforms that are there now."""

@@ -17,6 +17,7 @@ from supercloud.providers.context import Context
 from supercloud.providers.fake.agent import FakeAgent, dial
 from supercloud.providers.fake.cloud import FakeCloud
 from supercloud.providers.fake.options import Options
+from supercloud.providers.fake.volumes import FakeVolumes
 from supercloud.providers.lower_layer.provider import LowerLayerProvider, from_context
 from supercloud.trust import tls
 from supercloud.wire.messages import (
@@ -33,6 +34,15 @@ from supercloud.wire.messages import (
     handlers,
 )
 from supercloud.wire.peer import Call, Detach, Peer
+from supercloud.wire.volumes import (
+    VolumeAttach,
+    VolumeList,
+    VolumeOpen,
+    VolumeServe,
+    VolumeSnapshot,
+    VolumeSpec,
+    VolumeStatus,
+)
 from support.link import Link
 
 
@@ -55,6 +65,7 @@ class LoopbackHost:
             "platform.list": self._list, "platform.delete": self._delete,
             "platform.console": self._console, "rendezvous.accept": self._accept,
         }  # fmt: skip
+        self.calls |= volume_calls(self.cloud.volumes, "loop-0")
         self.forget("identity")
 
     def forget(self, where: str) -> None:
@@ -122,7 +133,7 @@ class LoopbackHost:
                 cpu_permille=int(1000 * host.cpus_total), memory_bytes=host.memory_total_bytes,
                 disk_bytes=host.disk_total_bytes, vms=self.cloud.options.platforms,
             ),
-            used=used,
+            used=used, features={"volumes": ""},
         )  # fmt: skip
 
     async def _request(self, _call: Call, _params: Empty) -> CsrResult:
@@ -181,6 +192,49 @@ class LoopbackHost:
             self.rendezvous.agent(name, ours)
             await dial(agent, theirs)
             await asyncio.sleep(0.02)
+
+
+def volume_calls(volumes: FakeVolumes, host: str) -> dict[str, Any]:
+    """The host wire's methods of volumes, over pretended ones."""
+
+    async def opened(_call: Call, asked: VolumeOpen) -> VolumeStatus:
+        return await volumes.open(host, asked)
+
+    async def served(_call: Call, asked: VolumeServe) -> VolumeStatus:
+        return await volumes.serve(host, asked.name, asked.epoch)
+
+    async def attached(_call: Call, asked: VolumeAttach) -> VolumeStatus:
+        return await volumes.attach(host, asked.name, asked.platform)
+
+    async def detached(_call: Call, asked: ByName) -> VolumeStatus:
+        return await volumes.detach(host, asked.name)
+
+    async def closed(_call: Call, asked: ByName) -> VolumeStatus:
+        return await volumes.close(host, asked.name)
+
+    async def deleted(_call: Call, asked: ByName) -> Empty:
+        await volumes.delete(host, asked.name)
+        return Empty()
+
+    async def changed(_call: Call, spec: VolumeSpec) -> VolumeStatus:
+        return await volumes.change(host, spec)
+
+    async def listed(_call: Call, _params: Empty) -> VolumeList:
+        return VolumeList(volumes=[status for _, status in await volumes.list()])
+
+    def of_snapshot(what: str) -> Any:
+        async def act(_call: Call, asked: VolumeSnapshot) -> VolumeStatus:
+            status: VolumeStatus = await getattr(volumes, what)(host, asked.name, asked.snapshot)
+            return status
+
+        return act
+
+    return {
+        "volume.open": opened, "volume.serve": served, "volume.attach": attached,
+        "volume.detach": detached, "volume.close": closed, "volume.delete": deleted,
+        "volume.change": changed, "volume.list": listed,
+        **{f"volume.{what}": of_snapshot(what) for what in ("snapshot", "revert", "forget")},
+    }  # fmt: skip
 
 
 def entry_of(host: LoopbackHost, **changes: Any) -> Entry:

@@ -3,7 +3,15 @@
 import pytest
 
 from supercloud.model.errors import NoResources
-from supercloud.model.resources import GIB, MIB, Environment, Placement, PlatformSize, Port
+from supercloud.model.resources import (
+    GIB,
+    MIB,
+    Environment,
+    Placement,
+    PlatformSize,
+    Port,
+    VolumeUse,
+)
 from supercloud.upper.federation.placement import (
     PLATFORM_RESERVE_BYTES,
     VM_OVERHEAD_BYTES,
@@ -24,6 +32,12 @@ def ee(name, memory=64 * MIB, kind="container", replicas=1, ports=0, cpus=1.0, *
         name=name, kind=kind, image="x", memory_bytes=memory, replicas=replicas, cpus=cpus,
         ports=[Port(port=1000 + n) for n in range(ports)], placement=Placement(**placement),
     )  # fmt: skip
+
+
+def stored(name, *volumes, **more):
+    from dataclasses import replace
+
+    return replace(ee(name, **more), volumes=[VolumeUse(name=v, path=f"/{v}") for v in volumes])
 
 
 def where(placed):
@@ -188,3 +202,44 @@ def test_no_environments_need_no_hosts():
 
 def test_no_hosts_at_all():
     assert "no hosts" in str(refused([ee("a")], []))
+
+
+# -- volumes
+
+
+def test_what_uses_a_volume_goes_where_it_is_whatever_else_is_nicer():
+    hosts = [host("h1", standing=True), host("h2")]
+    placed = place([stored("a", "data")], hosts, {"a": ("p", "h1")}, {"data": ("p", "h2")})
+    assert where(placed) == {"a": "h2"}
+
+
+def test_a_volume_that_is_elsewhere_is_the_reason_of_a_refusal():
+    with pytest.raises(NoResources) as caught:
+        place([stored("a", "data")], [host("h1")], {}, {"data": ("q", "h9")})
+    assert "p/h1: its volume data is at q/h9" in str(caught.value)
+    assert "supercloud volumes" in caught.value.hint
+
+
+def test_those_that_share_one_are_together_also_when_the_first_choice_does_not_allow_it():
+    big = (GIB - PLATFORM_RESERVE_BYTES) - 100 * MIB
+    hosts = [host("h1"), host("h2")]
+    environments = [ee("big", memory=big), stored("a", "s", memory=80 * MIB), stored("b", "s")]
+    placed = place(environments, hosts, {"big": ("p", "h1")})
+    assert placed["a"] == placed["b"] == ("p", "h2")
+
+
+def test_a_platform_takes_eight_volumes_and_a_shared_one_counts_once():
+    hosts = [host("h1"), host("h2")]
+    environments = [stored("a", *"abcde"), stored("b", *"fgh"), stored("c", "a", "h")]
+    assert len(set(place(environments, hosts).values())) == 1
+    apart = place([*environments[:2], stored("d", "i")], hosts)
+    assert apart["d"] != apart["a"]
+    with pytest.raises(NoResources, match="a platform takes 8 volumes, 8 are in use there"):
+        place([*environments[:2], stored("d", "i")], hosts[:1])
+
+
+def test_a_provider_without_volumes_takes_only_what_has_none():
+    hosts = [host("h1", standing=True, volumes="its disks are of paper"), host("h2")]
+    assert where(place([stored("a", "data"), ee("b")], hosts))["a"] == "h2"
+    with pytest.raises(NoResources, match="no volumes: its disks are of paper"):
+        place([stored("a", "data")], hosts[:1])

@@ -14,6 +14,7 @@ from supercloud.providers.fake.options import IMAGE, Options, options_of
 from supercloud.providers.fake.provider import FakeProvider
 from supercloud.providers.registry import Context, make
 from supercloud.wire.messages import Apply, EnvironmentSpec, ImageRef, Process
+from supercloud.wire.volumes import Seal, VolumeOpen, VolumeSpec
 from support.link import Link, at_rendezvous, request
 
 
@@ -276,3 +277,26 @@ async def test_a_token_is_kept_where_only_its_owner_reads_it(tmp_path, link):
     path = tmp_path / "world" / "p1.json"
     assert path.stat().st_mode & 0o077 == 0
     assert json.loads(path.read_text())["boot"]["token"]
+
+
+async def test_volumes_survive_the_process_and_are_counted(tmp_path):
+    key = "A" * 43 + "="
+    spec = VolumeSpec(name="data", size_bytes=1 << 20, tag="t")
+    first = world(tmp_path).volumes
+    opened = await first.open("fake-0", VolumeOpen(spec=spec, key_base64=key, seal=Seal()))
+    made = await first.serve("fake-0", "data", opened.seal.epoch)
+    second = world(tmp_path).volumes
+    ((host, status),) = await second.list()
+    assert (host, status.state, status.seal) == ("fake-0", "served", made.seal)
+    assert second.creations == {"data": 1}
+    text = "".join(path.read_text() for path in (tmp_path / "world" / "volumes").iterdir())
+    assert key not in text
+    await second.delete("fake-0", "data")
+    assert await world(tmp_path).volumes.list() == []
+    assert world(tmp_path).volumes.creations == {"data": 1}
+
+
+async def test_its_options_may_take_its_volumes_away(tmp_path):
+    provider = FakeProvider(world(tmp_path, volumes=0))
+    assert provider.volumes is None
+    assert (await provider.features())["volumes"] == "its options say so"

@@ -52,10 +52,11 @@ def up(arguments: argparse.Namespace) -> None:
 
 
 def down(arguments: argparse.Namespace) -> None:
-    """Take a U-Cloud down, and wait until nothing of it is left."""
+    """Take a U-Cloud down, and wait until nothing of it is left but, if wished, its volumes."""
     name = _ucloud(arguments.ucloud)
     began_s = time.monotonic()
-    client.call("POST", client.path("uclouds", name, "down"), {})
+    how = "purge" if arguments.volumes else "down"
+    client.call("POST", client.path("uclouds", name, how), {})
     if not arguments.no_wait:
         with progress(as_json=arguments.json) as show:
             for view in _views(name, arguments.timeout):
@@ -68,6 +69,14 @@ def down(arguments: argparse.Namespace) -> None:
         print(f"{name} is being taken down")
     else:
         print(f"{name} is gone ({time.monotonic() - began_s:.1f} s)")
+        _print_kept(name)
+
+
+def _print_kept(ucloud: str) -> None:
+    kept = [row for row in client.get(client.path("volumes")) if row["ucloud"] == ucloud]
+    kept = [row["name"] for row in kept if row["state"] != "deleting"]
+    if kept:
+        print(printable(f"kept, with their data: {', '.join(kept)} (supercloud volumes)"))
 
 
 def _manifest(path: str) -> dict[str, str]:

@@ -74,11 +74,15 @@ UCLOUD_OPTION = Argument(
     "-u", "--ucloud", default="", metavar="UCLOUD", help="only this U-Cloud", completes="uclouds"
 )
 
+VOLUME_ACTIONS = (
+    "list", "inspect", "snapshot", "revert", "forget-snapshot", "delete", "accept", "rotate-key",
+)  # fmt: skip
+
 COMMANDS = {
     "plan": Command("Show what `up` would change; change nothing.", "apply:plan", MANIFEST),
     "up": Command("Make a manifest so, and wait until it serves.", "apply:up", MANIFEST, *WAIT),
     "down": Command(
-        "Take a U-Cloud down; nothing of it is left at its providers.",
+        "Take a U-Cloud down; nothing but its volumes is left at its providers.",
         "apply:down",
         Argument(
             "ucloud",
@@ -86,7 +90,38 @@ COMMANDS = {
             help="its name, or its manifest",
             completes="uclouds",
         ),
+        Argument(
+            "--volumes", action="store_true", help="its volumes go too, with all that is in them"
+        ),
         *WAIT,
+    ),
+    "volumes": Command(
+        "List volumes, or do something with one: they outlive what uses them.",
+        "volumes:run",
+        Argument(
+            "action",
+            nargs="?",
+            default="list",
+            choices=VOLUME_ACTIONS,
+            metavar="ACTION",
+            help="one of " + ", ".join(VOLUME_ACTIONS),
+        ),
+        Argument(
+            "volume",
+            nargs="?",
+            default="",
+            metavar="[UCLOUD/]NAME",
+            help="a volume; for rotate-key a U-Cloud",
+            completes="volumes",
+        ),
+        Argument("snapshot", nargs="?", default="", metavar="SNAPSHOT", help="its name"),
+        Argument(
+            "--root",
+            default="",
+            metavar="HEX",
+            help="accept: the beginning of the root that the volume was found with",
+        ),
+        UCLOUD_OPTION,
     ),
     "ps": Command(
         "List environments: what runs where, and how it is reached.", "listing:ps", UCLOUD_OPTION

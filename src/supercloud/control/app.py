@@ -15,7 +15,13 @@ from supercloud.control.controllers.environment import EnvironmentController
 from supercloud.control.controllers.plane import Pace, Plane
 from supercloud.control.controllers.platform import PlatformController
 from supercloud.control.controllers.ucloud import UCloudController
-from supercloud.control.documents import EnvironmentDocument, PlatformDocument, ucloud_key
+from supercloud.control.controllers.volume import VolumeController
+from supercloud.control.documents import (
+    EnvironmentDocument,
+    PlatformDocument,
+    VolumeDocument,
+    ucloud_key,
+)
 from supercloud.control.effects import Seam, SeamedStore
 from supercloud.control.events import EventLog
 from supercloud.control.images import Convert, Images
@@ -28,6 +34,7 @@ from supercloud.model.errors import NotFound, Permanent, UserError, to_wire
 from supercloud.model.resources import Provider as Entry
 from supercloud.providers.base import PinStore, Provider
 from supercloud.trust import tls
+from supercloud.trust.wrapping import VolumeKeys
 from supercloud.wire.api import Check
 
 RENDEZVOUS = "169.254.77.1:7444"
@@ -80,6 +87,7 @@ class ControlPlane:
             look=self.queue.add,
             authority=self.authority,
             endpoints=self._endpoints,
+            keys=functools.cache(functools.partial(VolumeKeys.ensure, str(self._trust))),
             pace=pace or Pace(),
         )
         self.service = Service(self.plane, self.authority.root_pem)
@@ -87,6 +95,7 @@ class ControlPlane:
         self._uclouds = UCloudController(self.plane)
         self._platforms = PlatformController(self.plane)
         self._environments = EnvironmentController(self.plane)
+        self._volumes = VolumeController(self.plane)
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -158,6 +167,10 @@ class ControlPlane:
                 return await self._uclouds.sweep(ucloud)
             if kind == "platform":
                 return await self._platforms.reconcile(ucloud, name)
+            if kind == "volume":
+                return await self._volumes.reconcile(ucloud, name)
+            if kind == "seals":
+                return await self._volumes.sealing.poll(ucloud, name)
             return await self._environments.reconcile(ucloud, name)
         except NotFound:
             if await self.store.get(key) is None:
@@ -172,7 +185,9 @@ class ControlPlane:
         final = isinstance(error, UserError | Permanent)
         wire = to_wire(error, bug_id=bug)
 
-        def failed(fresh: PlatformDocument | EnvironmentDocument) -> None:
+        def failed(fresh: PlatformDocument | EnvironmentDocument | VolumeDocument) -> None:
+            if isinstance(fresh, VolumeDocument) and fresh.halted:
+                return  # that is the reason that its user is to see
             fresh.reason = str(wire["message"])
             fresh.error = wire if final else None
 
@@ -182,6 +197,8 @@ class ControlPlane:
                 await state.change(platform, failed)
             elif kind == "environment" and (item := await state.environment(ucloud, name)):
                 await state.change(item, failed)
+            elif kind == "volume" and (volume := await state.volume(ucloud, name)):
+                await state.change(volume, failed)
 
     # -- what it is made of
 

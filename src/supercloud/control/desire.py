@@ -10,21 +10,13 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from supercloud.control import allot
-from supercloud.control.documents import Assignment, PlatformWish, UCloudDocument
+from supercloud.control.documents import Assignment, PlatformWish, UCloudDocument, VolumeWish
+from supercloud.control.homes import check_volumes, homes_of
+from supercloud.control.offers import Offer
 from supercloud.model.errors import NoResources
 from supercloud.model.resources import PlatformSize, Provider, UCloud
 from supercloud.providers.base import HostCapacity
 from supercloud.upper.federation.placement import Host, HostKey, instances_of, place
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """A provider entry and what it offers now; ``unreachable`` says why it offers nothing."""
-
-    provider: Provider
-    hosts: Sequence[HostCapacity]
-    features: Mapping[str, str] = field(default_factory=dict)
-    unreachable: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +28,7 @@ class Decision:
     platforms: dict[str, PlatformWish]
     assignments: dict[str, Assignment]
     marks: dict[str, str]  # of images, by reference
+    volumes: dict[str, VolumeWish] = field(default_factory=dict)
 
 
 def provider_key(provider: Provider) -> str:
@@ -55,18 +48,21 @@ def decide(
     before: UCloudDocument | None,
     taken: Iterable[str],
     marks: dict[str, str],
+    kept: Mapping[str, VolumeWish] | None = None,
 ) -> Decision:
     """The decision for ``spec``; ``taken`` are network ranges of other U-Clouds.
 
-    ``marks`` are those of the images as they are now.
+    ``marks`` are those of the images as they are now, ``kept`` the volumes that there are.
 
-    Raises NoResources, saying of each host why not.
+    Raises NoResources, saying of each host why not; Invalid and Unsupported for volumes.
     """
+    kept = kept or {}
+    check_volumes(spec, offers, kept)
     platforms = before.platforms if before else {}
     assignments = before.assignments if before else {}
     networks = allot.ranges(spec.networks, before.networks if before else {}, taken)
     hosts = _hosts(spec, offers, platforms)
-    placed = _place(spec, offers, hosts, assignments, platforms)
+    placed = _place(spec, offers, hosts, assignments, platforms, kept)
     wishes = _wishes(spec, offers, set(placed.values()), platforms, networks)
     addresses = allot.Addresses(networks, assignments)
     return Decision(
@@ -78,6 +74,7 @@ def decide(
             for item in instances_of(spec.environments)
         },
         marks=marks,
+        volumes=homes_of(spec, placed, kept),
     )
 
 
@@ -87,14 +84,16 @@ def _place(
     hosts: Sequence[Host],
     assignments: Mapping[str, Assignment],
     platforms: Mapping[str, PlatformWish],
+    kept: Mapping[str, VolumeWish],
 ) -> dict[str, HostKey]:
     standing = {
         name: (platforms[item.platform].provider.name, platforms[item.platform].host)
         for name, item in assignments.items()
         if item.platform in platforms
     }
+    volumes = {name: (wish.provider.name, wish.host) for name, wish in kept.items()}
     try:
-        return place(spec.environments, hosts, standing)
+        return place(spec.environments, hosts, standing, volumes)
     except NoResources as error:
         silent = "; ".join(f"{o.provider.name}: {o.unreachable}" for o in offers if o.unreachable)
         if silent and not hosts:
@@ -124,6 +123,7 @@ def _hosts(
                     jurisdiction=host.jurisdiction or offer.provider.jurisdiction,
                     size=spec.platform,
                     standing=name in platforms,
+                    volumes=offer.features.get("volumes", ""),
                     refusal=_refusal(spec.platform, host, _freed(offer, host, platforms)),
                 )
             )

@@ -2,7 +2,8 @@
 
 ``ucloud/U`` holds the wish and what was decided once for it (placement, addresses, port slots), in
 one row, so that a decision is taken whole or not at all. ``platform/U/P`` and ``environment/U/E``
-follow from it and hold how far each object is. A document is JSON; ``kind`` and the fields are
+follow from it and hold how far each object is; so does ``volume/U/V``, which outlives its U-Cloud
+for as long as it has data. A document is JSON; ``kind`` and the fields are
 stable names, and a field that was added later has a default.
 """
 
@@ -14,8 +15,9 @@ from typing import Any, TypeVar
 import msgspec
 
 from supercloud.model.errors import Permanent
-from supercloud.model.resources import Environment, PlatformSize, Provider, UCloud
+from supercloud.model.resources import Environment, PlatformSize, Provider, UCloud, Volume
 from supercloud.wire.messages import EnvironmentSpec, ImageRef
+from supercloud.wire.volumes import Seal
 
 Document = TypeVar("Document")
 
@@ -64,6 +66,15 @@ class PlatformWish:
 
 
 @dataclass(slots=True, kw_only=True)
+class VolumeWish:
+    """A volume that the U-Cloud is to have, and where: decided when it is first used."""
+
+    spec: Volume
+    provider: Provider
+    host: str
+
+
+@dataclass(slots=True, kw_only=True)
 class UCloudDocument:
     """A U-Cloud: the wish of ``generation``, and all that was decided for it."""
 
@@ -80,6 +91,8 @@ class UCloudDocument:
     networks: dict[str, str] = field(default_factory=dict)  # name -> range
     platforms: dict[str, PlatformWish] = field(default_factory=dict)
     assignments: dict[str, Assignment] = field(default_factory=dict)  # by EE
+    volumes: dict[str, VolumeWish] = field(default_factory=dict)
+    drop_volumes: bool = False  # going down, it takes its volumes with it
     marks: dict[str, str] = field(default_factory=dict)  # of images, by reference: their content
     providers: dict[str, Provider] = field(default_factory=dict)  # that may have platforms, by key
     applied_s: float = field(default_factory=time.time)
@@ -138,16 +151,72 @@ class EnvironmentDocument:
     steps: list[Step] = field(default_factory=list)
 
 
+@dataclass(slots=True, kw_only=True)
+class Task:
+    """Something that the user asked for once: ``snapshot``, ``revert`` or ``forget``.
+
+    ``done`` when it was tried; ``error`` says why it failed.
+    """
+
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    what: str
+    snapshot: str
+    done: bool = False
+    error: dict[str, Any] | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class VolumeDocument:
+    """A volume. ``state`` is one of ``model.states.KEPT_VOLUME``.
+
+    ``seal`` is the newest one that is trusted; it never goes back. ``wrapped_key`` is the data key
+    under the U-Cloud's wrapping key. ``opened``: its host may have it open. ``halted`` says why it
+    is not opened any more until its user acts; ``found`` is the seal that the host showed then.
+    ``slot`` is of its attachment to that ``incarnation`` of ``platform``.
+    """
+
+    ucloud: str
+    name: str
+    spec: Volume
+    provider: Provider
+    host: str
+    state: str = "pending"
+    since_s: float = field(default_factory=time.time)
+    reason: str = ""
+    error: dict[str, Any] | None = None  # it will not get better without a change
+    deleting: bool = False
+    wrapped_key: str = field(default="", repr=False)
+    seal: Seal = field(default_factory=Seal)
+    sealed_s: float = 0.0
+    given: Volume | None = None  # what the host was last told
+    opened: bool = False
+    platform: str = ""
+    incarnation: int = 0
+    slot: int = 0
+    mode: str = ""
+    halted: str = ""
+    found: Seal | None = None
+    evidence: int = 0
+    snapshots: list[str] = field(default_factory=list)
+    stored_bytes: int = 0
+    task: Task | None = None
+    created_s: float = field(default_factory=time.time)
+    steps: list[Step] = field(default_factory=list)
+
+
+AnyDocument = UCloudDocument | PlatformDocument | EnvironmentDocument | VolumeDocument
+
 KINDS: dict[type, str] = {
     UCloudDocument: "ucloud",
     PlatformDocument: "platform",
     EnvironmentDocument: "environment",
+    VolumeDocument: "volume",
 }
 _DECODERS: dict[type, msgspec.json.Decoder[Any]] = {cls: msgspec.json.Decoder(cls) for cls in KINDS}
 _ENCODER = msgspec.json.Encoder()
 
 
-def key_of(document: UCloudDocument | PlatformDocument | EnvironmentDocument) -> str:
+def key_of(document: AnyDocument) -> str:
     """The document's key in the store."""
     if isinstance(document, UCloudDocument):
         return ucloud_key(document.name)
@@ -167,6 +236,11 @@ def platform_key(ucloud: str, name: str) -> str:
 def environment_key(ucloud: str, name: str) -> str:
     """The key of an EE."""
     return f"environment/{ucloud}/{name}"
+
+
+def volume_key(ucloud: str, name: str) -> str:
+    """The key of a volume."""
+    return f"volume/{ucloud}/{name}"
 
 
 def dump(document: object) -> bytes:

@@ -3,11 +3,13 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from supercloud.control.desire import Offer
 from supercloud.control.manifest import where
+from supercloud.control.offers import Offer
 from supercloud.model.errors import Invalid, UserError
 from supercloud.model.resources import UCloud
 from supercloud.model.sizes import format_size
+
+PLACES = ("platform", "environments", "providers", "networks", "volumes")
 
 
 def check_sizes(spec: UCloud, offers: Sequence[Offer]) -> None:
@@ -40,6 +42,6 @@ def at_its_place(text: str, file: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if error.where.partition(".")[0] in ("platform", "environments", "providers", "networks"):
+        if error.where.partition(".")[0] in PLACES:
             error.where = where(text, file=file, path=error.where)
         raise

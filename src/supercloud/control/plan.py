@@ -4,20 +4,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from supercloud.control.desire import Decision, Offer
-from supercloud.control.documents import UCloudDocument
+from supercloud.control.desire import Decision
+from supercloud.control.documents import UCloudDocument, VolumeWish
+from supercloud.control.offers import Offer
 from supercloud.model.resources import Environment, replica_names
 from supercloud.wire.api import Change, Plan
 
 _OF_THE_GROUP = ("name", "replicas", "placement")  # what does not make an EE anew
 
 
-def plan(decision: Decision, before: UCloudDocument | None, offers: Sequence[Offer]) -> Plan:
-    """The changes from ``before`` (None: nothing is there) to ``decision``."""
+def plan(
+    decision: Decision,
+    before: UCloudDocument | None,
+    offers: Sequence[Offer],
+    kept: Mapping[str, VolumeWish] | None = None,
+) -> Plan:
+    """The changes from ``before`` (None: nothing is there) to ``decision``.
+
+    ``kept`` are the volumes that there are, whether ``before`` has them or not.
+    """
     old = before if before is not None and not before.deleting else None
     changes = [
         *_networks(decision.networks, old.networks if old else {}),
         *_platforms(decision, old),
+        *_volumes(decision.volumes, old.volumes if old else {}, kept or {}),
         *_environments(decision, old),
     ]
     return Plan(ucloud=decision.spec.name, changes=changes, warnings=_warnings(decision, offers))
@@ -64,6 +74,42 @@ def _environments(decision: Decision, old: UCloudDocument | None) -> list[Change
     return changes + [Change(action="delete", subject=f"environment/{name}") for name in gone]
 
 
+def _volumes(
+    new: Mapping[str, VolumeWish], old: Mapping[str, VolumeWish], kept: Mapping[str, VolumeWish]
+) -> list[Change]:
+    changes = []
+    for name, wish in new.items():
+        subject, before = f"volume/{name}", old.get(name)
+        if before is not None:
+            details = _volume_differences(before, wish)
+            if details:
+                changes.append(Change(action="change", subject=subject, details=details))
+        elif name in kept:
+            details = ["the kept one, with its data", *_volume_details(wish)]
+            changes.append(Change(action="change", subject=subject, details=details))
+        else:
+            details = _volume_details(wish)
+            changes.append(Change(action="create", subject=subject, details=details))
+    gone = [name for name in old if name not in new]
+    details = ["is kept with its data until supercloud volumes delete"]
+    return changes + [
+        Change(action="change", subject=f"volume/{name}", details=details) for name in gone
+    ]
+
+
+def _volume_details(wish: VolumeWish) -> list[str]:
+    spec = wish.spec
+    return [size_text(spec.size_bytes), spec.format, f"at {wish.provider.name}/{wish.host}"]
+
+
+def _volume_differences(old: VolumeWish, new: VolumeWish) -> list[str]:
+    return [
+        _difference(item.name, before, after)
+        for item in fields(new.spec)
+        if (before := getattr(old.spec, item.name)) != (after := getattr(new.spec, item.name))
+    ]
+
+
 def _by_replica(environments: Sequence[Environment]) -> dict[str, Environment]:
     return {name: item for item in environments for name in replica_names(item)}
 
@@ -80,8 +126,9 @@ def _differences(old: Environment, new: Environment) -> list[str]:
 def _difference(name: str, before: Any, after: Any) -> str:
     if name == "env":  # may hold secrets
         return f"env of {', '.join(sorted(before.keys() | after.keys()))}"
-    if name == "ports":
-        before, after = [p.port for p in before], [p.port for p in after]
+    if name in ("ports", "volumes"):
+        key = "port" if name == "ports" else "name"
+        before, after = [getattr(p, key) for p in before], [getattr(p, key) for p in after]
     if name.endswith("_bytes"):
         return f"{name.removesuffix('_bytes')} {size_text(before)} -> {size_text(after)}"
     return f"{name} {before} -> {after}"
@@ -101,7 +148,11 @@ def _compare(kind: str, new: Mapping[str, list[str]], old: Mapping[str, list[str
 
 def _warnings(decision: Decision, offers: Sequence[Offer]) -> list[str]:
     used = {wish.provider.name for wish in decision.platforms.values()}
-    warnings = []
+    warnings = [
+        f"volume {volume.name} is used by no environment: it is made when one does"
+        for volume in decision.spec.volumes
+        if volume.name not in decision.volumes
+    ]
     for offer in offers:
         name = offer.provider.name
         if offer.unreachable:
@@ -109,7 +160,7 @@ def _warnings(decision: Decision, offers: Sequence[Offer]) -> list[str]:
         if name not in used:
             continue
         for feature, reason in sorted(offer.features.items()):
-            if reason:
+            if reason and (feature != "volumes" or decision.spec.volumes):
                 warnings.append(f"provider {name} has no {feature}: {reason}")
         warnings += _disagreements(offer)
     return warnings

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from supercloud.control import views
 from supercloud.control.controllers.plane import Plane
-from supercloud.control.desire import Decision, Offer, decide, provider_key
-from supercloud.control.documents import UCloudDocument, ucloud_key
+from supercloud.control.desire import Decision, decide, provider_key
+from supercloud.control.documents import UCloudDocument, VolumeWish, ucloud_key
 from supercloud.control.fits import at_its_place, check_sizes
 from supercloud.control.images import mark_of
 from supercloud.control.manifest import parse
+from supercloud.control.offers import Offer
 from supercloud.control.plan import plan
 from supercloud.control.store import Conflict
+from supercloud.control.volumes import VolumeService
 from supercloud.model.errors import Busy, Invalid, NotFound, Temporary
 from supercloud.model.resources import Provider, UCloud
 from supercloud.model.states import UCLOUD, observed
@@ -22,6 +24,7 @@ from supercloud.wire import api
 
 OFFER_TIMEOUT_S = 20.0
 TRIES = 5
+_SHOWN = "supercloud ps shows what there is"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,7 @@ class Service:
         self._plane, self._look, self.ca_pem = plane, plane.look, ca_pem
         self.events = plane.events
         self._deciding = asyncio.Lock()  # two U-Clouds must not get the same range
+        self.volumes = VolumeService(plane, self._deciding)
 
     # -- changing
 
@@ -57,8 +61,9 @@ class Service:
         may(spec.name)
         offers, marks = await self._offers(spec), await self._marks(spec)
         before = await self._plane.state.ucloud(spec.name)
-        taken = await self._taken(spec.name)
-        return plan(_decided(asked, spec, offers, before, taken, marks), before, offers)
+        taken, kept = await self._taken(spec.name), await self.volumes.kept(spec.name, before)
+        decision = _decided(asked, spec, offers, before, taken, marks, kept)
+        return plan(decision, before, offers, kept)
 
     async def up(self, asked: Manifest, may: May = anything) -> api.Applied:
         """Store the wish and the decision for it; the reconcilers do the rest."""
@@ -69,21 +74,36 @@ class Service:
             for _ in range(TRIES):
                 before = await self._plane.state.ucloud(spec.name)
                 taken = await self._taken(spec.name)
-                decision = _decided(asked, spec, offers, before, taken, marks)
+                kept = await self.volumes.kept(spec.name, before)
+                decision = _decided(asked, spec, offers, before, taken, marks, kept)
                 try:
                     document = await self._store(decision, before, asked)
                 except (Conflict, NotFound):  # it was changed, or went away, meanwhile
                     continue
                 self._look(ucloud_key(spec.name), 0.0)
-                done = plan(decision, before, offers)
+                done = plan(decision, before, offers, kept)
                 return api.Applied(ucloud=spec.name, generation=document.generation, plan=done)
         raise Busy(f"U-Cloud {spec.name} is being changed by others; try again")
 
     async def down(self, name: str) -> api.UCloudView:
-        """The desired state is absence."""
-        document = await self._ucloud(name)
+        """The desired state is absence; volumes with data are kept."""
+        return await self._down(await self._ucloud(name), drop_volumes=False)
+
+    async def purge(self, name: str) -> api.UCloudView | None:
+        """Likewise, and its volumes go with all that is in them; None when only those were left."""
+        async with self._deciding:  # nobody decides to keep one of them meanwhile
+            document = await self._plane.state.ucloud(name)
+            view = await self._down(document, drop_volumes=True) if document else None
+            deleted = await self.volumes.delete_all(name)
+        if view is None and not deleted:
+            raise NotFound(f"there is no U-Cloud {name}, and no volume of one", hint=_SHOWN)
+        return view
+
+    async def _down(self, document: UCloudDocument, *, drop_volumes: bool) -> api.UCloudView:
+        name = document.name
 
         def absent(fresh: UCloudDocument) -> None:
+            fresh.drop_volumes = fresh.drop_volumes or drop_volumes
             if not fresh.deleting:
                 fresh.deleting = True
                 fresh.generation += 1
@@ -184,6 +204,7 @@ class Service:
             "accelerator": platform.accelerator if platform else "",
             "memory_used_bytes": status.memory_bytes if status else 0,
             "cpu_used_s": status.cpu_s if status else 0.0,
+            "volumes": await self.volumes.mounted(document),
         }
 
     async def session(self, ucloud: str, name: str) -> AgentSession:
@@ -199,13 +220,15 @@ class Service:
     async def _ucloud(self, name: str) -> UCloudDocument:
         document = await self._plane.state.ucloud(name)
         if document is None:
-            raise NotFound(f"there is no U-Cloud {name}", hint="supercloud ps shows what there is")
+            raise NotFound(f"there is no U-Cloud {name}", hint=_SHOWN)
         return document
 
     async def _view(self, document: UCloudDocument) -> api.UCloudView:
         platforms = await self._plane.state.platforms(document.name)
         environments = await self._plane.state.environments(document.name)
-        return views.ucloud_view(document, platforms, environments, self._plane.fractions)
+        volumes = await self._plane.state.volumes(document.name)
+        fractions, seen = self._plane.fractions, self._plane.seen
+        return views.ucloud_view(document, platforms, environments, fractions, volumes, seen)
 
 
 def _decided(
@@ -215,15 +238,16 @@ def _decided(
     before: UCloudDocument | None,
     taken: list[str],
     marks: dict[str, str],
+    kept: dict[str, VolumeWish],
 ) -> Decision:
     """The decision; what refuses it is told with its place in the manifest."""
     with at_its_place(asked.manifest, asked.file):
         check_sizes(spec, offers)
-        return decide(spec, offers, before, taken, marks)
+        return decide(spec, offers, before, taken, marks, kept)
 
 
 def _decide(document: UCloudDocument, decision: Decision, asked: Manifest) -> None:
-    document.deleting = False
+    document.deleting = document.drop_volumes = False
     document.manifest, document.file, document.directory = (
         asked.manifest,
         asked.file,
@@ -231,7 +255,7 @@ def _decide(document: UCloudDocument, decision: Decision, asked: Manifest) -> No
     )
     document.spec, document.networks = decision.spec, decision.networks
     document.platforms, document.assignments = decision.platforms, decision.assignments
-    document.marks = decision.marks
+    document.marks, document.volumes = decision.marks, decision.volumes
     document.providers |= {provider_key(item): item for item in decision.spec.providers}
 
 
@@ -243,4 +267,5 @@ def _same(document: UCloudDocument, decision: Decision) -> bool:
         and document.assignments == decision.assignments
         and document.networks == decision.networks
         and document.marks == decision.marks
+        and document.volumes == decision.volumes
     )

@@ -1,12 +1,12 @@
 """From documents to what a platform's agent is told."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import msgspec
 
-from supercloud.control.documents import EnvironmentDocument, PlatformDocument
+from supercloud.control.documents import EnvironmentDocument, PlatformDocument, VolumeDocument
 from supercloud.wire.messages import (
     Apply,
     EnvironmentSpec,
@@ -14,11 +14,12 @@ from supercloud.wire.messages import (
     Nic,
     PortMap,
     Process,
+    VolumeMount,
 )
 
 
 def environment_spec(document: EnvironmentDocument, image: ImageRef) -> EnvironmentSpec:
-    """The EE as its platform is to run it, without host ports.
+    """The EE as its platform is to run it, without host ports and slots of volumes.
 
     The uid is a hash of everything that makes it what it is: another wish is another EE.
     """
@@ -41,18 +42,26 @@ def environment_spec(document: EnvironmentDocument, image: ImageRef) -> Environm
                 mac=place.mac,
             )
         ],
+        volumes=[
+            VolumeMount(volume=use.name, path=use.path, read_only=use.read_only)
+            for use in wish.volumes
+        ],
     )
     return replace(spec, uid="e" + _digest([document.ucloud, spec])[:20])
 
 
 def apply_for(
-    platform: PlatformDocument, environments: Sequence[EnvironmentDocument], generation: int
+    platform: PlatformDocument,
+    environments: Sequence[EnvironmentDocument],
+    generation: int,
+    volumes: Sequence[VolumeDocument] = (),
 ) -> Apply:
-    """All that ``platform`` is to run, of all the EEs of its U-Cloud."""
+    """All that ``platform`` is to run, of all the EEs and with the volumes of its U-Cloud."""
+    slots = slots_of(platform, volumes)
     here = [item for item in environments if runs_on(item, platform.name)]
     return Apply(
         generation=generation,
-        environments=[_published(item, platform) for item in here],
+        environments=[_published(item, platform, slots) for item in here],
         names=names_for(platform.name, environments),
     )
 
@@ -67,7 +76,15 @@ def fingerprint(apply: Apply) -> str:
     return _digest(replace(apply, generation=0))
 
 
-def _published(document: EnvironmentDocument, platform: PlatformDocument) -> EnvironmentSpec:
+def slots_of(platform: PlatformDocument, volumes: Sequence[VolumeDocument]) -> dict[str, int]:
+    """Where this incarnation of the platform has volumes."""
+    here = (platform.name, platform.incarnation)
+    return {item.name: item.slot for item in volumes if (item.platform, item.incarnation) == here}
+
+
+def _published(
+    document: EnvironmentDocument, platform: PlatformDocument, slots: Mapping[str, int]
+) -> EnvironmentSpec:
     spec = document.ready
     if spec is None:
         raise ValueError(f"{document.name} is not ready")
@@ -75,7 +92,8 @@ def _published(document: EnvironmentDocument, platform: PlatformDocument) -> Env
         replace(item, host_port=host_port(document, platform, item.port, item.protocol))
         for item in spec.ports
     ]
-    return replace(spec, ports=ports)
+    mounts = [replace(mount, slot=slots.get(mount.volume, 0)) for mount in spec.volumes]
+    return replace(spec, ports=ports, volumes=mounts)
 
 
 def host_port(

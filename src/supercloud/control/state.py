@@ -3,22 +3,27 @@
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from supercloud.control import documents
 from supercloud.control.documents import (
     KINDS,
     EnvironmentDocument,
     PlatformDocument,
     UCloudDocument,
+    VolumeDocument,
     dump,
     environment_key,
     key_of,
     load,
     platform_key,
     ucloud_key,
+    volume_key,
 )
 from supercloud.control.store import Conflict, Row, Store
 from supercloud.model.errors import NotFound
 
-AnyDocument = TypeVar("AnyDocument", UCloudDocument, PlatformDocument, EnvironmentDocument)
+AnyDocument = TypeVar(
+    "AnyDocument", UCloudDocument, PlatformDocument, EnvironmentDocument, VolumeDocument
+)
 
 
 class State:
@@ -44,6 +49,10 @@ class State:
         """An EE, or None."""
         return await self._get(EnvironmentDocument, environment_key(ucloud, name))
 
+    async def volume(self, ucloud: str, name: str) -> VolumeDocument | None:
+        """A volume, or None."""
+        return await self._get(VolumeDocument, volume_key(ucloud, name))
+
     async def uclouds(self) -> list[UCloudDocument]:
         """All U-Clouds, by name."""
         return await self._list(UCloudDocument, "ucloud/")
@@ -57,7 +66,11 @@ class State:
         prefix = environment_key(ucloud, "") if ucloud else "environment/"
         return await self._list(EnvironmentDocument, prefix)
 
-    async def add(self, document: UCloudDocument | PlatformDocument | EnvironmentDocument) -> None:
+    async def volumes(self, ucloud: str = "") -> list[VolumeDocument]:
+        """The volumes of a U-Cloud, or of all, by U-Cloud and name."""
+        return await self._list(VolumeDocument, volume_key(ucloud, "") if ucloud else "volume/")
+
+    async def add(self, document: documents.AnyDocument) -> None:
         """Write a document that must not be there yet. Raises Conflict."""
         await self.store.put_if_version(key_of(document), dump(document), 0)
 
@@ -84,9 +97,7 @@ class State:
                 continue
             return fresh
 
-    async def remove(
-        self, document: UCloudDocument | PlatformDocument | EnvironmentDocument
-    ) -> None:
+    async def remove(self, document: documents.AnyDocument) -> None:
         """Delete the document, whatever its version; gone already is fine."""
         key = key_of(document)
         self._read.pop(key, None)

@@ -1,22 +1,30 @@
 """What the API shows of the documents: rows, steps, summaries (``wire.api``)."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from supercloud.control.controllers.plane import Seen
+from supercloud.control.controllers.usage import users_of
 from supercloud.control.documents import (
     EnvironmentDocument,
     PlatformDocument,
     Step,
     UCloudDocument,
+    VolumeDocument,
     environment_key,
 )
+from supercloud.control.seals import WINDOW_S
 from supercloud.control.specs import host_port
 from supercloud.model.errors import BadState, to_wire
 from supercloud.wire import api
+from supercloud.wire.volumes import VolumeFigures
 
 MESSAGES = {
     ("platform", "create"): "create the platform",
     ("platform", "boot"): "boot it and wait for its agent",
+    ("volume", "open"): "open it",
+    ("volume", "attach"): "attach it to its platform",
     ("environment", "image"): "prepare the image",
     ("environment", "start"): "start it",
 }
@@ -28,17 +36,21 @@ def ucloud_view(
     platforms: Sequence[PlatformDocument],
     environments: Sequence[EnvironmentDocument],
     fractions: Mapping[str, float],
+    volumes: Sequence[VolumeDocument] = (),
+    seen: Mapping[tuple[str, str], Seen] | None = None,
 ) -> api.UCloudView:
     """A U-Cloud with all that is in it."""
     by_name = {platform.name: platform for platform in platforms}
+    wanted = [volume for volume in volumes if volume.name in ucloud.volumes]
     return api.UCloudView(
         name=ucloud.name,
         state=ucloud.state,
         generation=ucloud.generation,
         platforms=[platform_row(item) for item in platforms],
         environments=[environment_row(item, by_name) for item in environments],
-        steps=_steps(platforms, environments, fractions),
-        error=_error(platforms, environments),
+        steps=_steps(platforms, environments, fractions, wanted),
+        error=_error(platforms, environments, wanted),
+        volumes=[volume_row(item, environments, (seen or {}).get(id_of(item))) for item in volumes],
     )
 
 
@@ -84,6 +96,102 @@ def environment_row(
     )
 
 
+def id_of(volume: VolumeDocument) -> tuple[str, str]:
+    """U-Cloud and name."""
+    return volume.ucloud, volume.name
+
+
+def volume_row(
+    volume: VolumeDocument, environments: Sequence[EnvironmentDocument], seen: Seen | None
+) -> api.VolumeRow:
+    """A row of ``volumes``; ``seen`` is what its host last said of it."""
+    return api.VolumeRow(**_volume_fields(volume, environments, seen))
+
+
+def volume_view(
+    volume: VolumeDocument, environments: Sequence[EnvironmentDocument], seen: Seen | None
+) -> api.VolumeView:
+    """A volume in all detail."""
+    shown = _volume_fields(volume, environments, seen)
+    return api.VolumeView(
+        **shown,
+        iops=volume.spec.iops,
+        bytes_per_s=volume.spec.bytes_per_s,
+        figures=seen.status.figures if seen else VolumeFigures(),
+        seal=volume.seal,
+        undetected_rollback=rollback_text(shown["seal_age_s"]),
+        halted=volume.halted,
+        found=volume.found,
+        wrapping_key=volume.wrapped_key.partition(":")[0],
+        steps=[_step(f"volume/{volume.name}", "volume", step, -1.0) for step in volume.steps],
+    )
+
+
+def _volume_fields(
+    volume: VolumeDocument, environments: Sequence[EnvironmentDocument], seen: Seen | None
+) -> dict[str, Any]:
+    return {
+        "ucloud": volume.ucloud,
+        "name": volume.name,
+        "state": volume.state,
+        "reason": volume.reason,
+        "size_bytes": volume.spec.size_bytes,
+        "format": volume.spec.format,
+        "provider": volume.provider.name,
+        "host": volume.host,
+        "platform": volume.platform,
+        "slot": volume.slot,
+        "mode": volume.mode,
+        "used_by": [item.name for item in users_of(volume.name, environments)],
+        "stored_bytes": volume.stored_bytes,
+        "snapshots": volume.snapshots,
+        "seal_age_s": seal_age_s(volume, seen),
+        "evidence": volume.evidence,
+        "created_s": volume.created_s,
+    }
+
+
+def seal_age_s(volume: VolumeDocument, seen: Seen | None) -> float:
+    """How long ago its host showed its seal; -1 while it is not open."""
+    if not volume.opened or not volume.seal.root:
+        return -1.0
+    return round(max(0.0, time.time() - (seen.time_s if seen else volume.sealed_s)), 1)
+
+
+def rollback_text(age_s: float) -> str:
+    """How far back a copy of the volume may be that would pass for it."""
+    if age_s < 0:
+        return "none: its last state is known"
+    return f"at most {max(WINDOW_S, age_s):g} s"
+
+
+def mounted(
+    item: EnvironmentDocument,
+    volumes: Mapping[str, VolumeDocument],
+    seen: Mapping[tuple[str, str], Seen],
+) -> list[api.Mounted]:
+    """The volumes of an EE."""
+    found = []
+    for use in item.spec.volumes:
+        if (volume := volumes.get(use.name)) is None:
+            continue
+        age_s = seal_age_s(volume, seen.get(id_of(volume)))
+        found.append(
+            api.Mounted(
+                name=use.name,
+                path=use.path,
+                read_only=use.read_only,
+                state=volume.state,
+                size_bytes=volume.spec.size_bytes,
+                slot=volume.slot,
+                mode=volume.mode,
+                seal_age_s=age_s,
+                undetected_rollback=rollback_text(age_s),
+            )
+        )
+    return found
+
+
 def urls(item: EnvironmentDocument, platform: PlatformDocument) -> list[str]:
     """Where its published ports are reached: ``http://`` for TCP, ``udp://`` for UDP."""
     found = []
@@ -100,8 +208,12 @@ def _steps(
     platforms: Sequence[PlatformDocument],
     environments: Sequence[EnvironmentDocument],
     fractions: Mapping[str, float],
+    volumes: Sequence[VolumeDocument],
 ) -> list[api.Step]:
     steps = []
+    for volume in volumes:
+        subject = f"volume/{volume.name}"
+        steps += [_step(subject, "volume", item, -1.0) for item in volume.steps]
     for platform in platforms:
         subject = f"platform/{platform.name}"
         steps += [_step(subject, "platform", item, -1.0) for item in platform.steps]
@@ -129,10 +241,12 @@ def _step(subject: str, kind: str, step: Step, fraction: float) -> api.Step:
 
 
 def _error(
-    platforms: Sequence[PlatformDocument], environments: Sequence[EnvironmentDocument]
+    platforms: Sequence[PlatformDocument],
+    environments: Sequence[EnvironmentDocument],
+    volumes: Sequence[VolumeDocument],
 ) -> dict[str, Any] | None:
-    errors = [item.error for item in platforms] + [item.error for item in environments]
-    for error in errors:
+    errors = [item.error for item in platforms] + [item.error for item in volumes]
+    for error in errors + [item.error for item in environments]:
         if error:
             return error
     for item in environments:

@@ -16,7 +16,7 @@ MIB, GIB = 1 << 20, 1 << 30
 DEFAULT_NETWORK = "default"
 
 # Words that later versions give a meaning to; now they are refused, rather than ignored.
-RESERVED = ("volumes", "buckets", "services", "isolation", "mobility", "survive")
+RESERVED = ("buckets", "services", "isolation", "mobility", "survive")
 
 # The forms of an image. A path is relative to the manifest's directory.
 TRANSPORTS = ("oci", "docker-archive", "docker")
@@ -68,7 +68,8 @@ class Provider:
     options: dict[str, str] = declared(
         Rule(
             doc="of the fake provider: `hosts`, `cpus`, `memory_gib`, `regions`; delays "
-            "(`boot_ms`, `start_ms`, `latency_ms`), failures (`fail_create`, `fail_delete`)",
+            "(`boot_ms`, `start_ms`, `latency_ms`), failures (`fail_create`, `fail_delete`), "
+            "`volumes` (0: it has none)",
             key_pattern=r"[a-z][a-z0-9_]{0,62}",
             max_length=256,
             max_items=64,
@@ -130,6 +131,67 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Volume:
+    """A disk of the U-Cloud that outlives what uses it, protected from the provider that holds it.
+
+    It is made on the host of the first environment that uses it, and stays there: what uses it
+    later is placed where it is. `down`, and leaving it out of the manifest, keep it with its data;
+    `supercloud volumes delete` does not.
+    """
+
+    name: str = declared(
+        Rule(
+            doc="its name; for virtual machines at most 20 characters: it is their disk's serial",
+            pattern=SHORT_NAME,
+            wanted=SHORT_LABEL,
+        )
+    )
+    size_bytes: int = declared(
+        Rule(
+            doc="how large it is; may be raised later, not lowered",
+            key="size",
+            size=True,
+            ge=MIB,
+            le=1 << 44,
+        )
+    )
+    format: Literal["qcow2", "raw"] = declared(
+        Rule(doc="how it is stored; `qcow2` can have snapshots, `raw` is quicker"), "qcow2"
+    )
+    iops: int = declared(
+        Rule(doc="reads and writes a second, at most; 0 is no limit", ge=0, le=1 << 31), 0
+    )
+    bytes_per_s: int = declared(
+        Rule(
+            doc="bytes read and written a second, at most; 0 is no limit",
+            key="bandwidth",
+            size=True,
+            ge=0,
+            le=1 << 44,
+        ),
+        0,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeUse:
+    """A volume in an environment. Only one environment may use it, unless all only read it."""
+
+    name: str = declared(
+        Rule(doc="the volume's name in this manifest", pattern=SHORT_NAME, wanted=SHORT_LABEL)
+    )
+    path: str = declared(
+        Rule(
+            doc="where a container has its file system: absolute; not for a vm, which has a disk",
+            max_length=1024,
+            example="/var/lib/data",
+        ),
+        "",
+    )
+    read_only: bool = declared(Rule(doc="it cannot be written to here"), default=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
     """An execution environment: a container or a virtual machine."""
 
@@ -179,6 +241,9 @@ class Environment:
         ),
         "",
     )
+    volumes: list[VolumeUse] = declared(
+        Rule(doc="the volumes that it uses; it has no replicas then", max_items=8), factory=list
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +282,7 @@ class UCloud:
     networks: list[Network] = declared(
         Rule(doc="its networks; one called `default` if none is given", max_items=64), factory=list
     )
+    volumes: list[Volume] = declared(Rule(doc="its volumes", max_items=256), factory=list)
     platform: PlatformSize = declared(Rule(doc="the size of its platforms"), factory=PlatformSize)
 
 

@@ -69,6 +69,21 @@ VOLUME = _table(
     gone="",
 )
 
+# A volume of a U-Cloud, as the control plane sees it: to be made; being opened; usable by its host;
+# in a platform; being closed; with its data on the provider's disk, and nobody uses it.
+# ``failed`` waits for its user when that is said in its document.
+KEPT_VOLUME = _table(
+    pending="opening failed deleting",
+    opening="served closing failed deleting",
+    served="attached opening closing failed deleting",
+    attached="served opening failed deleting",
+    closing="kept opening failed deleting",
+    kept="opening failed deleting",
+    failed="opening closing kept deleting",
+    deleting="gone failed",
+    gone="",
+)
+
 # A U-Cloud.
 UCLOUD = _table(
     applying="ready degraded deleting",

@@ -7,6 +7,8 @@ Times are seconds since the epoch, 0 when it has not happened.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from supercloud.wire.volumes import Seal, VolumeFigures
+
 API_PROTOCOL = 1
 
 
@@ -52,10 +54,77 @@ class PlatformRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeRow:
+    """One volume, a row of ``volumes``: the answer to ``GET /v1/volumes`` is a list of these.
+
+    ``state`` is one of ``model.states.KEPT_VOLUME``; ``used_by`` are EEs. ``seal_age_s`` is how
+    long ago its host showed its seal, -1 when it is not open; ``stored_bytes`` are on the
+    provider's disk, ``evidence`` blocks that were not what had been written.
+    """
+
+    ucloud: str
+    name: str
+    state: str
+    size_bytes: int
+    format: str
+    provider: str
+    host: str
+    reason: str = ""
+    platform: str = ""
+    slot: int = 0
+    mode: str = ""
+    used_by: list[str] = field(default_factory=list)
+    stored_bytes: int = 0
+    snapshots: list[str] = field(default_factory=list)
+    seal_age_s: float = -1.0
+    evidence: int = 0
+    created_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeView(VolumeRow):
+    """A volume in all detail. ``found`` is the seal of a volume that was refused for it."""
+
+    iops: int = 0
+    bytes_per_s: int = 0
+    figures: VolumeFigures = field(default_factory=VolumeFigures)
+    seal: Seal = field(default_factory=Seal)
+    undetected_rollback: str = ""
+    halted: str = ""
+    found: Seal | None = None
+    wrapping_key: str = ""  # its name
+    steps: list["Step"] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mounted:
+    """A volume of an EE, as ``inspect`` shows it; ``slot`` 0 is not attached."""
+
+    name: str
+    path: str
+    read_only: bool
+    state: str
+    size_bytes: int
+    slot: int = 0
+    mode: str = ""
+    seal_age_s: float = -1.0
+    undetected_rollback: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotated:
+    """``POST /v1/uclouds/U/rotate-key``: how many data keys are wrapped under the new key."""
+
+    ucloud: str
+    wrapping_key: str
+    volumes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """Something that is being done or has been done for the present generation, in order of start.
 
-    ``subject`` is ``platform/NAME`` or ``environment/NAME`` (or ``image/...``); ``message`` what is
+    ``subject`` is ``platform/NAME``, ``volume/NAME`` or ``environment/NAME``; ``message`` what is
     being done, in words. ``fraction`` is from 0 to 1 where it is known, else -1.
     """
 
@@ -83,6 +152,7 @@ class UCloudView:
     environments: list[EnvironmentRow]
     steps: list[Step] = field(default_factory=list)
     error: dict[str, Any] | None = None
+    volumes: list[VolumeRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +160,7 @@ class Change:
     """One difference between what is and what is wanted. ``details``: ``memory 64MiB -> 1GiB``."""
 
     action: Literal["create", "change", "delete"]
-    subject: str  # as in Step, and network/NAME, provider/NAME
+    subject: str  # as in Step, and network/NAME
     details: list[str] = field(default_factory=list)
 
 

@@ -24,8 +24,8 @@ SnapshotName = Annotated[str, Limit(pattern=r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?
 class Seal:
     """The trusted root of a protected device: ``root`` (hex) covers every block of it.
 
-    ``epoch`` counts openings, ``sequence`` the states that were made durable in all of them. An
-    empty ``root`` is of a device that was never opened.
+    ``epoch`` counts openings, ``sequence`` the states that were made durable in all of them;
+    serving makes one. An empty ``root`` is of a device that was never opened.
     """
 
     epoch: Annotated[int, Limit(ge=0, le=1 << 62)] = 0
@@ -47,10 +47,15 @@ class VolumeSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeOpen:
-    """Open a volume, or make it when ``seal`` has no root. ``key_base64`` is its data key."""
+    """Open a volume, or make it when ``seal`` has no root. ``key_base64`` is its data key.
+
+    Its epoch becomes greater than the seal's, which the volume may not have seen: in a copy that
+    its owner gave up it was used with this key. NotFound when ``seal`` has a root and there is no
+    such volume; Denied when it is not the one that is meant: ``details["found"]`` is its seal.
+    """
 
     spec: VolumeSpec
-    key_base64: Key
+    key_base64: Key = field(repr=False)
     seal: Seal
 
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
@@ -15,7 +15,9 @@ from supercloud.control.service import Manifest, Service
 from supercloud.control.snapshot import Snapshot
 from supercloud.model.resources import Environment
 from supercloud.wire import api
+from supercloud.wire.codec import Limit
 from supercloud.wire.messages import Logs
+from supercloud.wire.volumes import SnapshotName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,20 @@ class EventsQuery:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OfSnapshot:
+    """A snapshot of the volume, by name."""
+
+    snapshot: SnapshotName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """``root`` is the beginning of the root that the volume was found with."""
+
+    root: Annotated[str, Limit(max_length=64)] = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inspected(api.EnvironmentRow):
     """An EE in all detail: its row, and its wish."""
 
@@ -54,6 +70,7 @@ class Inspected(api.EnvironmentRow):
     accelerator: str = ""
     memory_used_bytes: int = 0
     cpu_used_s: float = 0.0
+    volumes: list[api.Mounted] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +92,16 @@ class Routes:
     def __post_init__(self) -> None:
         """Declare."""
         environment = "/v1/uclouds/{ucloud}/environments/{environment}"
+        volume = "/v1/uclouds/{ucloud}/volumes/{volume}"
         self.all = (
             Route(method="POST", path="/v1/plan", params=Manifest, result=api.Plan,
                   handle=self._plan, doc="what `up` would change"),
             Route(method="POST", path="/v1/up", params=Manifest, result=api.Applied,
                   handle=self._up, doc="store the wish; it is worked on from then on"),
             Route(method="POST", path="/v1/uclouds/{ucloud}/down", result=api.UCloudView,
-                  handle=self._down, doc="the wish is that it is not there"),
+                  handle=self._down, doc="the wish is that it is not there; volumes are kept"),
+            Route(method="POST", path="/v1/uclouds/{ucloud}/purge",
+                  handle=self._purge, doc="likewise, and its volumes with all that is in them"),
             Route(method="GET", path="/v1/uclouds", result=list[api.UCloudView],
                   handle=self._uclouds, doc="all U-Clouds"),
             Route(method="GET", path="/v1/uclouds/{ucloud}", result=api.UCloudView,
@@ -97,6 +117,24 @@ class Routes:
                   handle=self._exec, doc="run a program in it"),
             Route(method="GET", path=environment + "/console", stream="websocket",
                   handle=self._console, doc="a VM's serial console"),
+            Route(method="GET", path="/v1/volumes", params=OfUCloud, result=list[api.VolumeRow],
+                  handle=self._volumes, doc="all volumes, also of U-Clouds that are not up"),
+            Route(method="GET", path=volume, result=api.VolumeView,
+                  handle=self._volume, doc="one volume in all detail"),
+            Route(method="POST", path=volume + "/snapshot", params=OfSnapshot,
+                  result=api.VolumeView, handle=self._snapshot, doc="make a snapshot"),
+            Route(method="POST", path=volume + "/revert", params=OfSnapshot,
+                  result=api.VolumeView, handle=self._revert,
+                  doc="go back to a snapshot; while nobody uses the volume"),
+            Route(method="POST", path=volume + "/forget", params=OfSnapshot,
+                  result=api.VolumeView, handle=self._forget, doc="delete a snapshot"),
+            Route(method="POST", path=volume + "/delete", handle=self._delete,
+                  doc="with all that is in it"),
+            Route(method="POST", path=volume + "/accept", params=Accepted,
+                  result=api.VolumeView, handle=self._accept,
+                  doc="take a volume that was refused as it is, without what is missing in it"),
+            Route(method="POST", path="/v1/uclouds/{ucloud}/rotate-key", result=api.Rotated,
+                  handle=self._rotate_key, doc="wrap the keys of its volumes anew"),
             Route(method="GET", path="/v1/events", params=EventsQuery,
                   stream="application/jsonl", handle=self._events, doc="what happened"),
             Route(method="GET", path="/v1/ca", result=Ca, handle=self._ca,
@@ -118,6 +156,11 @@ class Routes:
     async def _down(self, asked: Asked[Nothing]) -> api.UCloudView:
         return await self.service.down(asked.at["ucloud"])
 
+    async def _purge(self, asked: Asked[Nothing]) -> dict[str, str]:
+        name = asked.at["ucloud"]
+        view = await self.service.purge(name)
+        return {"ucloud": name, "state": view.state if view else "gone"}
+
     async def _uclouds(self, asked: Asked[Nothing]) -> list[api.UCloudView]:
         return await self.service.uclouds(asked.caller.scope)
 
@@ -133,6 +176,38 @@ class Routes:
 
     async def _environment(self, asked: Asked[Nothing]) -> dict[str, object]:
         return await self.service.environment(asked.at["ucloud"], asked.at["environment"])
+
+    async def _volumes(self, asked: Asked[OfUCloud]) -> list[api.VolumeRow]:
+        ucloud = asked.params.ucloud
+        if ucloud:
+            asked.caller.may(ucloud)
+        return await self.service.volumes.rows(ucloud or asked.caller.scope)
+
+    async def _volume(self, asked: Asked[Nothing]) -> api.VolumeView:
+        return await self.service.volumes.volume(*_volume_of(asked))
+
+    async def _snapshot(self, asked: Asked[OfSnapshot]) -> api.VolumeView:
+        return await self._task(asked, "snapshot")
+
+    async def _revert(self, asked: Asked[OfSnapshot]) -> api.VolumeView:
+        return await self._task(asked, "revert")
+
+    async def _forget(self, asked: Asked[OfSnapshot]) -> api.VolumeView:
+        return await self._task(asked, "forget")
+
+    async def _task(self, asked: Asked[OfSnapshot], what: str) -> api.VolumeView:
+        volumes = self.service.volumes
+        return await volumes.task(*_volume_of(asked), what, asked.params.snapshot)
+
+    async def _delete(self, asked: Asked[Nothing]) -> dict[str, str]:
+        await self.service.volumes.delete(*_volume_of(asked))
+        return {"volume": asked.at["volume"], "state": "deleting"}
+
+    async def _accept(self, asked: Asked[Accepted]) -> api.VolumeView:
+        return await self.service.volumes.accept(*_volume_of(asked), asked.params.root)
+
+    async def _rotate_key(self, asked: Asked[Nothing]) -> api.Rotated:
+        return await self.service.volumes.rotate_key(asked.at["ucloud"])
 
     async def _logs(self, asked: Asked[LogsQuery]) -> web.StreamResponse:
         query = asked.params
@@ -164,6 +239,10 @@ class Routes:
 
     async def _openapi(self, _asked: Asked[Nothing]) -> dict[str, Any]:
         return openapi.document(self.all)
+
+
+def _volume_of(asked: Asked[Any]) -> tuple[str, str]:
+    return asked.at["ucloud"], asked.at["volume"]
 
 
 def encode(result: object) -> bytes:

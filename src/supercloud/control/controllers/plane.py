@@ -1,5 +1,6 @@
 """What all reconcilers share: state, effects, providers, agents, images, events, and the pace."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,13 +8,15 @@ from typing import Any
 from supercloud.control.agents import Agents
 from supercloud.control.authorities import Authorities
 from supercloud.control.bootdata import Tokens
-from supercloud.control.documents import EnvironmentDocument, PlatformDocument, UCloudDocument
+from supercloud.control.documents import KINDS, AnyDocument, UCloudDocument
 from supercloud.control.effects import Seam
 from supercloud.control.events import EventLog
 from supercloud.control.images import Images
 from supercloud.control.pool import ProviderPool
 from supercloud.control.state import State
 from supercloud.model.events import Event, Severity
+from supercloud.trust.wrapping import VolumeKeys
+from supercloud.wire.volumes import VolumeStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,9 +31,19 @@ class Pace:
     settle_s: float = 0.02
     apply_gap_s: float = 0.25
     sweep_s: float = 60.0
+    seal_s: float = 2.0
+    release_s: float = 0.25
     token_lifetime_s: float = 3600.0
     recreate_first_s: float = 1.0
     recreate_longest_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a host last said of a volume, and when."""
+
+    status: VolumeStatus
+    time_s: float = field(default_factory=time.time)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,12 +60,14 @@ class Plane:
     look: Callable[[str, float], None]
     authority: Authorities
     endpoints: Callable[[str], list[str]]  # of an agent, by the kind of its provider
+    keys: Callable[[str], VolumeKeys]  # of a U-Cloud's volumes
     pace: Pace = field(default_factory=Pace)
     fractions: dict[str, float] = field(default_factory=dict)  # of image preparations, by EE key
+    seen: dict[tuple[str, str], Seen] = field(default_factory=dict)  # by U-Cloud and volume
 
     def tell(
         self,
-        document: PlatformDocument | EnvironmentDocument | UCloudDocument,
+        document: AnyDocument,
         code: str,
         message: str = "",
         severity: Severity = "info",
@@ -73,11 +88,8 @@ class Plane:
         )
 
 
-def subject_of(
-    document: PlatformDocument | EnvironmentDocument | UCloudDocument,
-) -> tuple[str, str]:
+def subject_of(document: AnyDocument) -> tuple[str, str]:
     """The U-Cloud's name, and the subject for events and steps."""
     if isinstance(document, UCloudDocument):
         return document.name, f"ucloud/{document.name}"
-    kind = "platform" if isinstance(document, PlatformDocument) else "environment"
-    return document.ucloud, f"{kind}/{document.name}"
+    return document.ucloud, f"{KINDS[type(document)]}/{document.name}"

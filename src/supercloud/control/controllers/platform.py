@@ -209,7 +209,8 @@ class PlatformController:
             return wait_s
         environments = await self._plane.state.environments(platform.ucloud)
         _, revision = await self._plane.state.store.list("lease/none/")
-        apply = specs.apply_for(platform, environments, revision)
+        volumes = await self._plane.state.volumes(platform.ucloud)
+        apply = specs.apply_for(platform, environments, revision, volumes)
         agents, wanted = self._plane.agents, specs.fingerprint(apply)
         if agents.applied.get(session) == wanted:
             return None

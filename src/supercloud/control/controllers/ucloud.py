@@ -10,9 +10,12 @@ from supercloud.control.documents import (
     EnvironmentDocument,
     PlatformDocument,
     UCloudDocument,
+    VolumeDocument,
+    VolumeWish,
     environment_key,
     platform_key,
     step_begin,
+    volume_key,
 )
 from supercloud.model.events import Severity
 from supercloud.model.resources import Environment, Provider, replica_names
@@ -37,6 +40,7 @@ class UCloudController:
         if document.deleting:
             await self._take_down(document, platforms, environments)
             return None
+        await self._have_volumes(document)
         await self._have_platforms(document, platforms)
         await self._have_environments(document, environments)
         await self._retire_platforms(platforms, document.platforms.keys())
@@ -45,6 +49,49 @@ class UCloudController:
         return None
 
     # -- what is to be there
+
+    async def _have_volumes(self, document: UCloudDocument) -> None:
+        """Before what uses them. One that the manifest has no more is kept as it is."""
+        there = {item.name: item for item in await self._plane.state.volumes(document.name)}
+        for name, wish in document.volumes.items():
+            if name not in there:
+                new = VolumeDocument(
+                    ucloud=document.name,
+                    name=name,
+                    spec=wish.spec,
+                    provider=wish.provider,
+                    host=wish.host,
+                )
+                await self._plane.state.add(new)
+            else:
+                await self._have_volume(there[name], wish)
+        for name in there:
+            self._plane.look(volume_key(document.name, name), 0.0)
+
+    async def _have_volume(self, volume: VolumeDocument, wish: VolumeWish) -> None:
+        same = (volume.spec, volume.provider) == (wish.spec, wish.provider)
+        if volume.deleting or volume.host != wish.host or same:
+            return  # one that is going goes first, then it is made anew
+
+        def changed(fresh: VolumeDocument) -> None:
+            fresh.spec, fresh.provider = wish.spec, wish.provider
+            if not fresh.halted:
+                fresh.error = None
+
+        await self._plane.state.change(volume, changed)
+
+    async def _release_volumes(self, document: UCloudDocument) -> bool:
+        """Whether all volumes are closed, and those that go with the U-Cloud gone.
+
+        One that was never used holds nothing, and goes too.
+        """
+        volumes = await self._plane.state.volumes(document.name)
+        for volume in volumes:
+            if not volume.deleting and (document.drop_volumes or not volume.seal.root):
+                await self._plane.state.change(volume, _mark)
+            self._plane.look(volume_key(document.name, volume.name), 0.0)
+        volumes = await self._plane.state.volumes(document.name)
+        return not any(volume.deleting or volume.opened for volume in volumes)
 
     async def _have_platforms(
         self, document: UCloudDocument, platforms: Sequence[PlatformDocument]
@@ -128,7 +175,8 @@ class UCloudController:
             return
         platforms = await self._plane.state.platforms(name)
         environments = await self._plane.state.environments(name)
-        state = summary(document, platforms, environments)
+        volumes = await self._plane.state.volumes(name)
+        state = summary(document, platforms, environments, volumes)
 
         def moved(fresh: UCloudDocument) -> None:
             if fresh.generation == document.generation and not fresh.deleting:
@@ -153,7 +201,7 @@ class UCloudController:
         for item in environments:
             await self._retire_environment(item)
         await self._retire_platforms(platforms, ())
-        if platforms or environments:
+        if not await self._release_volumes(document) or platforms or environments:
             return
         await self._sweep(document.name, document.providers.values())
         if not await self._removed(document):
@@ -201,7 +249,7 @@ def _ours(seen: PlatformObservation, ucloud: str) -> bool:
     return seen.tag in ("", tag_of(ucloud))
 
 
-def _mark(document: PlatformDocument | EnvironmentDocument) -> None:
+def _mark(document: PlatformDocument | EnvironmentDocument | VolumeDocument) -> None:
     document.deleting = True
 
 
@@ -230,14 +278,16 @@ def summary(
     document: UCloudDocument,
     platforms: Sequence[PlatformDocument],
     environments: Sequence[EnvironmentDocument],
+    volumes: Sequence[VolumeDocument] = (),
 ) -> str:
     """``ready`` when everything is as wished; ``degraded`` when it was or will not become so."""
     wanted = [item for item in platforms if item.name in document.platforms]
     whole = len(wanted) == len(document.platforms)
     whole = whole and {item.name for item in environments} == document.assignments.keys()
     there = all(item.state == "ready" and not item.deleting for item in wanted)
-    if whole and there and all(good(item) for item in environments):
+    refused = any(item.error for item in volumes if item.name in document.volumes)
+    if whole and there and not refused and all(good(item) for item in environments):
         return "ready"
     bad = any(item.error or item.state == "failed" for item in environments)
-    bad = bad or any(item.error for item in wanted)
+    bad = bad or refused or any(item.error for item in wanted)
     return "degraded" if bad or document.state in ("ready", "degraded") else "applying"

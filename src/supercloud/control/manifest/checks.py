@@ -4,6 +4,7 @@ import ipaddress
 from collections.abc import Callable
 from typing import Any
 
+from supercloud.control.manifest import volumes
 from supercloud.control.manifest.decode import BAD
 from supercloud.control.manifest.problems import Problems, did_you_mean, listed
 from supercloud.model.resources import (
@@ -25,7 +26,8 @@ PREFIX_MIN, PREFIX_MAX = 8, 24  # a platform takes a /24
 
 def check(values: dict[str, Any], problems: Problems) -> None:
     """Note every problem between fields of a UCloud; ``values`` are BAD where one is wrong."""
-    names = {kind: _names(kind, problems) for kind in ("providers", "networks", "environments")}
+    kinds = ("providers", "networks", "environments", "volumes")
+    names = {kind: _names(kind, problems) for kind in kinds}
     for kind, there in names.items():
         _unique(kind, there, problems)
     _ranges(_good(values, "networks"), problems)
@@ -39,8 +41,11 @@ def check(values: dict[str, Any], problems: Problems) -> None:
         _environment(path, environment, problems)
         _references(path, environment, names, problems)
         _wishes(path, environment, values, problems)
+        for number, use in enumerate(environment.volumes):
+            _known(f"{path}.volumes[{number}].name", use.name, names["volumes"], problems)
         if platform is not BAD:
             _fits(path, environment, platform, problems)
+    volumes.check(environments, problems)
 
 
 def _good(values: dict[str, Any], name: str) -> list[tuple[int, Any]]:

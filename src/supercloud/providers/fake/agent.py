@@ -168,16 +168,17 @@ class FakeAgent:
 
     async def _settle(self) -> None:
         """Take everything that starts to where it belongs, one state for all at a time."""
-        while any(status.state in ("starting", "running") for status in self.platform.statuses):
+        while self._next() != self.platform.statuses:
             await asyncio.sleep(self.cloud.options.start_ms / 2000)
-            specs = {spec.uid: spec for spec in self.platform.specs}
-            self.platform.statuses = [
-                _advance(status, specs[status.uid]) for status in self.platform.statuses
-            ]
+            self.platform.statuses = self._next()
             self.cloud.save(self.platform)
             self._report()
         for status in self.platform.statuses:
             self._event(status.name, f"environment.{status.kind}.{status.state}")
+
+    def _next(self) -> list[EnvironmentStatus]:
+        specs = {spec.uid: spec for spec in self.platform.specs}
+        return [_advance(status, specs[status.uid]) for status in self.platform.statuses]
 
     def _find(self, name: str) -> EnvironmentStatus:
         for status in self.platform.statuses:
@@ -253,7 +254,11 @@ def _status(spec: EnvironmentSpec) -> EnvironmentStatus:
 
 def _advance(status: EnvironmentStatus, spec: EnvironmentSpec) -> EnvironmentStatus:
     """The next state on the way: ``false`` and ``true`` end, what never restarts stays ended."""
+    missing = [mount.volume for mount in spec.volumes if not mount.slot]
+    if status.state == "starting" and missing:
+        return replace(status, reason=f"waits for volume {', '.join(missing)}")
     if status.state == "starting":
+        status = replace(status, reason="")
         return replace(status, state="running", pid=1, memory_bytes=spec.memory_bytes // 4)
     program = (spec.process.argv or [""])[0]
     if status.state == "running" and spec.restart == "never" and program in ("true", "false"):

@@ -5,6 +5,7 @@
     DIRECTORY/creations.jsonl   one line for every platform that was ever made
     DIRECTORY/NAME.json         a platform (mode 0600: it holds its token)
     DIRECTORY/NAME.key .pem     its agent's key, and its certificate once it enrolled
+    DIRECTORY/volumes           see ``volumes``
 """
 
 import asyncio
@@ -21,7 +22,9 @@ from supercloud.model.errors import Exists, Invalid, NoResources, NotFound, Temp
 from supercloud.model.states import MACHINE, step
 from supercloud.providers.base import HostCapacity, PlatformObservation, PlatformRequest
 from supercloud.providers.fake import bootdata
+from supercloud.providers.fake.files import write_private
 from supercloud.providers.fake.options import Options
+from supercloud.providers.fake.volumes import FakeVolumes
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.messages import EnvironmentSpec, EnvironmentStatus
 
@@ -86,6 +89,7 @@ class FakeCloud:
             hosts=self.options.fail_hosts,
         )
         self._load()
+        self.volumes = FakeVolumes(self)
 
     # -- what a provider does
 
@@ -142,6 +146,7 @@ class FakeCloud:
             path = self.path(name, suffix)
             if os.path.exists(path):
                 os.unlink(path)
+        self.volumes.released(name)
         self._announce()
         self.hook("after", "delete", name)
 
@@ -241,11 +246,3 @@ def shape_of(request: PlatformRequest) -> str:
     """What makes two requests of one name the same: everything but the config disk."""
     shape = {k: v for k, v in encode(request).items() if k != "config_iso"}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
-
-
-def write_private(path: str, data: bytes) -> None:
-    """Put ``data`` at ``path`` (mode 0600), whole or not at all."""
-    part = f"{path}.part"
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(data)
-    os.replace(part, path)

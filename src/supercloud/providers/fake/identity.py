@@ -6,7 +6,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
 
-from supercloud.providers.fake.cloud import write_private
+from supercloud.providers.fake.files import write_private
 from supercloud.trust import builder
 
 

@@ -37,12 +37,13 @@ class FakeProvider:
     def __init__(self, cloud: FakeCloud) -> None:
         self.cloud = cloud
         self._agents: dict[str, FakeAgent] = {}
-        self.volumes: Volumes | None = None
+        self.volumes: Volumes | None = cloud.volumes if cloud.options.volumes else None
 
     async def features(self) -> dict[str, str]:
         """Everything but speed: there is no machine to have KVM."""
         pretended = dict.fromkeys(FEATURES, "")
-        return pretended | {"kvm": "nothing really runs here", "volumes": "not pretended yet"}
+        volumes = "" if self.volumes else "its options say so"
+        return pretended | {"kvm": "nothing really runs here", "volumes": volumes}
 
     async def hosts(self) -> list[HostCapacity]:
         """The pretended hosts."""

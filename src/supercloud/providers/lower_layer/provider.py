@@ -64,7 +64,8 @@ class LowerLayerProvider:
         """What the host says of itself."""
         info = await self._info()
         kvm = "" if info.accelerator == "kvm" else f"its accelerator is {info.accelerator}"
-        return dict.fromkeys(FEATURES, "") | {"kvm": kvm} | info.features
+        silent = {"kvm": kvm, "volumes": "the host does not say that it has any"}
+        return dict.fromkeys(FEATURES, "") | silent | info.features
 
     async def hosts(self) -> list[HostCapacity]:
         """The one host, as far as the quota goes. Its name is the entry's."""

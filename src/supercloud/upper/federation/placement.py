@@ -2,7 +2,8 @@
 
 Pure: from hosts, environments and where things stand to an assignment, or to NoResources that
 says of each host why not. An EE that stands where it may stand is never moved. What fits anywhere
-is put where a platform stands already, on the emptiest one; the search takes back a choice when a
+is put where a platform stands already, on the emptiest one. What uses a volume goes where that is,
+and what shares one goes where the other is. The search takes back a choice when a
 later EE finds no room because of it, within a bounded number of steps.
 """
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 
 from supercloud.model.errors import NoResources
 from supercloud.model.resources import Environment, PlatformSize, replica_names
+from supercloud.wire.volumes import VOLUME_SLOTS
 
 PLATFORM_RESERVE_BYTES = 192 << 20
 """Of a platform's memory, what its kernel, agent and page cache need."""
@@ -35,6 +37,7 @@ class Host:
     standing: bool = False
     refusal: str = ""
     features: Mapping[str, str] = field(default_factory=dict)  # EE kind -> "" or why not
+    volumes: str = ""  # why it has no volumes, or ""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -60,6 +63,11 @@ class Instance:
         """How many host ports it takes."""
         return sum(port.publish for port in self.environment.ports)
 
+    @property
+    def volumes(self) -> set[str]:
+        """The volumes that it uses."""
+        return {use.name for use in self.environment.volumes}
+
 
 @dataclass(slots=True)
 class _Load:
@@ -82,19 +90,25 @@ def place(
     environments: Sequence[Environment],
     hosts: Sequence[Host],
     standing: Mapping[str, HostKey] | None = None,
+    volumes: Mapping[str, HostKey] | None = None,
 ) -> dict[str, HostKey]:
     """EE name -> (provider, host name) for every EE. Raises NoResources, with why per host.
 
-    ``standing`` is where EEs are; one that may stay there does.
+    ``standing`` is where EEs are; one that may stay there does. ``volumes`` is where volumes are.
     """
-    return _Search(hosts, standing or {}).run(instances_of(environments))
+    return _Search(hosts, standing or {}, volumes or {}).run(instances_of(environments))
 
 
 class _Search:
-    def __init__(self, hosts: Sequence[Host], standing: Mapping[str, HostKey]) -> None:
+    def __init__(
+        self,
+        hosts: Sequence[Host],
+        standing: Mapping[str, HostKey],
+        volumes: Mapping[str, HostKey],
+    ) -> None:
         self._hosts = list(hosts)
         self._by_key = {host.key: host for host in hosts}
-        self._standing = standing
+        self._standing, self._volumes = standing, volumes
         self._loads = {host.key: _Load() for host in hosts}
         self._placed: dict[str, HostKey] = {}
         self._worst: tuple[int, NoResources] | None = None
@@ -168,12 +182,33 @@ class _Search:
             _wish_refused(instance, host)
             or self._platform_refused(host)
             or _size_refused(instance, host)
+            or self._volumes_refused(instance, host)
             or self._full(instance, host)
             or self._crowded(instance, host)
         )
 
     def _platform_refused(self, host: Host) -> str:
         return "" if host.standing else host.refusal
+
+    def _volumes_refused(self, instance: Instance, host: Host) -> str:
+        wanted = instance.volumes
+        if wanted and host.volumes:
+            return f"its provider has no volumes: {host.volumes}"
+        for name in sorted(wanted):
+            place = self._volumes.get(name) or self._shared(name)
+            if place is not None and place != host.key:
+                return f"its volume {name} is at {'/'.join(place)}"
+        there = {name for other in self._loads[host.key].instances for name in other.volumes}
+        if len(there | wanted) > VOLUME_SLOTS:
+            return f"a platform takes {VOLUME_SLOTS} volumes, {len(there)} are in use there"
+        return ""
+
+    def _shared(self, volume: str) -> HostKey | None:
+        """Where another EE that shares the volume has been put."""
+        for key, load in self._loads.items():
+            if any(volume in other.volumes for other in load.instances):
+                return key
+        return None
 
     def _full(self, instance: Instance, host: Host) -> str:
         load = self._loads[host.key]
@@ -231,10 +266,13 @@ def _size_refused(instance: Instance, host: Host) -> str:
 def _no_resources(instance: Instance, refusals: Mapping[HostKey, str]) -> NoResources:
     reasons = [f"{provider}/{name}: {why}" for (provider, name), why in sorted(refusals.items())]
     shown = reasons[:16] + ([f"... and {len(reasons) - 16} more"] if len(reasons) > 16 else [])
+    hint = "relax its placement, ask for less memory or fewer processors, "
+    hint += "or enlarge `platform` or the quota"
+    if instance.volumes:
+        hint += "; a volume stays where it is until it is deleted (supercloud volumes)"
     return NoResources(
         f"no host can take environment {instance.name}: " + ("; ".join(shown) or "no hosts"),
-        hint="relax its placement, ask for less memory or fewer processors, "
-        "or enlarge `platform` or the quota",
+        hint=hint,
         where=f"environments.{instance.environment.name}",
         details={"candidates": reasons},
     )

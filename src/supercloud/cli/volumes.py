@@ -1,0 +1,159 @@
+"""``volumes``: list them, and do something with one."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from supercloud.cli import client
+from supercloud.cli.failure import printable
+from supercloud.cli.table import table, tree
+from supercloud.model.errors import Invalid, NotFound, Temporary
+from supercloud.model.sizes import format_size
+
+HEADER = ("NAME", "SIZE", "FORMAT", "STATE", "PROVIDER/HOST", "USED BY", "STORED", "SNAPSHOTS")
+LOOK_AGAIN_S = 0.1
+DELETED_MAX_S = 120.0
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the first word says."""
+    action = arguments.action
+    hint = f"supercloud volumes {action} {_usage(action)}"
+    if action != "list" and not arguments.volume:
+        what = "a U-Cloud" if action == "rotate-key" else "a volume"
+        raise Invalid(f"{what} is missing", hint=hint)
+    if action in _WITH_SNAPSHOT and not arguments.snapshot:
+        raise Invalid("a snapshot's name is missing", hint=hint)
+    _ACTIONS[action](arguments)
+
+
+def _usage(action: str) -> str:
+    if action == "rotate-key":
+        return "UCLOUD"
+    return "[UCLOUD/]NAME SNAPSHOT" if action in _WITH_SNAPSHOT else "[UCLOUD/]NAME"
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    rows = client.get(client.path("volumes", ucloud=arguments.ucloud))
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return
+    several = len({row["ucloud"] for row in rows}) > 1
+    print(table(HEADER, (_row(row, several=several) for row in rows)))
+
+
+def _row(row: dict[str, Any], *, several: bool) -> tuple[str, ...]:
+    return (
+        f"{row['ucloud']}/{row['name']}" if several else row["name"],
+        format_size(row["size_bytes"]),
+        row["format"],
+        row["state"],
+        f"{row['provider']}/{row['host']}",
+        " ".join(row["used_by"]),
+        _rounded(row["stored_bytes"]),
+        " ".join(row["snapshots"]),
+    )
+
+
+def _rounded(size_bytes: int) -> str:
+    """In the largest unit of which there is one, with one digit."""
+    for unit, factor in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.1f}{unit}"
+    return f"{size_bytes}B" if size_bytes else ""
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    shown = client.get(_path(arguments))
+    print(json.dumps(shown, indent=2) if arguments.json else "\n".join(tree(shown)))
+
+
+def _snapshot(arguments: argparse.Namespace) -> None:
+    _task(arguments, "snapshot", "has the snapshot")
+
+
+def _revert(arguments: argparse.Namespace) -> None:
+    _task(arguments, "revert", "is back at the snapshot")
+
+
+def _forget(arguments: argparse.Namespace) -> None:
+    _task(arguments, "forget", "has no more the snapshot")
+
+
+def _task(arguments: argparse.Namespace, what: str, done: str) -> None:
+    body = {"snapshot": arguments.snapshot}
+    view = client.call("POST", f"{_path(arguments)}/{what}", body)
+    text = f"{view['ucloud']}/{view['name']} {done} {arguments.snapshot}"
+    print(json.dumps(view) if arguments.json else printable(text))
+
+
+def _delete(arguments: argparse.Namespace) -> None:
+    """Wait until it is gone."""
+    path = _path(arguments)
+    client.call("POST", f"{path}/delete", {})
+    end_s = time.monotonic() + DELETED_MAX_S
+    while _reason(path) is not None:
+        if time.monotonic() > end_s:
+            raise Temporary(f"{arguments.volume} is not gone yet; it is still being deleted")
+        time.sleep(LOOK_AGAIN_S)
+    if arguments.json:
+        print(json.dumps({"volume": arguments.volume, "state": "gone"}))
+    else:
+        print(printable(f"{arguments.volume} is gone, with all that was in it"))
+
+
+def _reason(path: str) -> str | None:
+    """Why it is not gone; None when it is."""
+    try:
+        return str(client.get(path)["reason"])
+    except NotFound:
+        return None
+
+
+def _accept(arguments: argparse.Namespace) -> None:
+    view = client.call("POST", f"{_path(arguments)}/accept", {"root": arguments.root})
+    if arguments.json:
+        print(json.dumps(view))
+        return
+    seal = view["seal"]
+    print(f"{view['name']} is taken as it is: epoch {seal['epoch']}, state {seal['sequence']}")
+    sys.stdout.flush()
+
+
+def _rotate_key(arguments: argparse.Namespace) -> None:
+    done = client.call("POST", client.path("uclouds", arguments.volume, "rotate-key"), {})
+    if arguments.json:
+        print(json.dumps(done))
+    else:
+        print(f"the keys of {done['volumes']} volumes are wrapped under {done['wrapping_key']}")
+
+
+def _path(arguments: argparse.Namespace) -> str:
+    """Of the volume that is named; without ``UCLOUD/`` the only one of that name is found."""
+    ucloud, slash, name = arguments.volume.rpartition("/")
+    if slash:
+        return client.path("uclouds", ucloud, "volumes", name)
+    rows = client.get(client.path("volumes", ucloud=arguments.ucloud))
+    found = sorted(row["ucloud"] for row in rows if row["name"] == name)
+    if len(found) == 1:
+        return client.path("uclouds", found[0], "volumes", name)
+    if found:
+        names = ", ".join(f"{ucloud}/{name}" for ucloud in found)
+        raise NotFound(f"several U-Clouds have a volume {name!r:.80}", hint=f"one of {names}")
+    raise NotFound(f"no volume {name!r:.80}", hint="supercloud volumes lists them")
+
+
+_WITH_SNAPSHOT = ("snapshot", "revert", "forget-snapshot")
+_ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "list": _list,
+    "inspect": _inspect,
+    "snapshot": _snapshot,
+    "revert": _revert,
+    "forget-snapshot": _forget,
+    "delete": _delete,
+    "accept": _accept,
+    "rotate-key": _rotate_key,
+}

@@ -1,0 +1,110 @@
+"""Calls to the hosts of volumes, and what is learned from what they answer.
+
+A host's list of its volumes is asked for beside the calls. What it says of a volume counts only
+while no call on that volume goes on: that call's answer is newer, or will be.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+
+from supercloud.control.controllers import learning
+from supercloud.control.controllers.plane import Plane, Seen
+from supercloud.control.documents import VolumeDocument, platform_key, volume_key
+from supercloud.model.errors import Unsupported, UserError
+from supercloud.providers.base import Volumes
+from supercloud.wire.volumes import VolumeStatus
+
+Call = Callable[[Volumes], Awaitable[VolumeStatus]]
+Valid = Callable[[], bool]
+"""Asked at the moment at which something is written."""
+
+
+def always() -> bool:
+    """It is valid."""
+    return True
+
+
+class HostCalls:
+    """The way to the hosts of all volumes."""
+
+    def __init__(self, plane: Plane) -> None:
+        """Acts through ``plane``."""
+        self._plane = plane
+        self._calls: Counter[tuple[str, str]] = Counter()  # begun and ended: odd is under way
+
+    def quiet(self, volume: VolumeDocument) -> Valid:
+        """Valid for as long as no call on the volume goes on, from now."""
+        name = (volume.ucloud, volume.name)
+        calls = self._calls[name]
+        return lambda: calls % 2 == 0 and self._calls[name] == calls
+
+    async def volumes(self, volume: VolumeDocument) -> Volumes:
+        """Those of the volume's provider. Unsupported, with its reason."""
+        provider = self._plane.pool.get(volume.ucloud, volume.provider)
+        if provider.volumes is None:
+            reason = (await provider.features()).get("volumes", "")
+            raise Unsupported(f"provider {volume.provider.name} has no volumes: {reason}")
+        return provider.volumes
+
+    async def act(self, volume: VolumeDocument, what: str, call: Call) -> VolumeDocument:
+        """Call, and keep what the host answers."""
+        with self._calling(volume):
+            return await self.learn(volume, await self.call(volume, what, call))
+
+    async def call(self, volume: VolumeDocument, what: str, call: Call) -> VolumeStatus:
+        """Only call."""
+        there = await self.volumes(volume)
+        return await self._plane.seam(f"provider.volume_{what}", lambda: call(there))
+
+    @contextlib.contextmanager
+    def _calling(self, volume: VolumeDocument) -> Iterator[None]:
+        """While a call is under way, and until what it told is kept."""
+        name = (volume.ucloud, volume.name)
+        self._calls[name] += 1
+        try:
+            yield
+        finally:
+            self._calls[name] += 1
+
+    async def learn(
+        self, volume: VolumeDocument, status: VolumeStatus, valid: Valid = always
+    ) -> VolumeDocument:
+        """Keep what the host says of it; events, and looks, for what is new."""
+        before = volume
+
+        def taken(fresh: VolumeDocument) -> None:
+            nonlocal before
+            before = replace(fresh)
+            if valid():
+                learning.take(fresh, status)
+
+        volume = await self._plane.state.change(volume, taken)
+        if valid():
+            self._plane.seen[volume.ucloud, volume.name] = Seen(status)
+        for code, message, severity in learning.news(before, volume, status):
+            self._plane.tell(volume, f"volume.{code}", message, severity)
+        self._look(before, volume)
+        return volume
+
+    def _look(self, before: VolumeDocument, after: VolumeDocument) -> None:
+        if (after.platform, after.slot) != (before.platform, before.slot):
+            for name in {after.platform, before.platform} - {""}:
+                self._plane.look(platform_key(after.ucloud, name), 0.0)
+        if after.state != before.state:
+            self._plane.look(volume_key(after.ucloud, after.name), 0.0)
+
+    async def halt(self, volume: VolumeDocument, error: UserError, valid: Valid = always) -> None:
+        """Leave it alone until its user acts; an event the first time."""
+        found, new = learning.found_in(error), False
+
+        def halted(fresh: VolumeDocument) -> None:
+            nonlocal new
+            new = valid() and not fresh.halted
+            if new:
+                learning.halt(fresh, error.message, found)
+
+        volume = await self._plane.state.change(volume, halted)
+        if new:
+            self._plane.tell(volume, "volume.refused", error.message, severity="error")

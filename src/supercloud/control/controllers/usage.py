@@ -1,0 +1,81 @@
+"""Who uses a volume: what is to have it, and whether its platform has let go of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from supercloud.control import specs
+from supercloud.control.controllers.plane import Plane
+from supercloud.control.documents import EnvironmentDocument, PlatformDocument, VolumeDocument
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """``wanted``: an EE is to have it, on ``platform`` (None: not there yet, or going).
+
+    ``free``: nothing in the platform that it is attached to uses it any more.
+    """
+
+    wanted: bool
+    platform: PlatformDocument | None
+    free: bool
+
+    def attached(self, volume: VolumeDocument) -> bool:
+        """Whether it is attached where it is wanted."""
+        wanted = self.platform
+        return wanted is not None and (volume.platform, volume.incarnation) == (
+            wanted.name,
+            wanted.incarnation,
+        )
+
+
+def users_of(volume: str, environments: Sequence[EnvironmentDocument]) -> list[EnvironmentDocument]:
+    """The EEs that are to have it."""
+    return [
+        item
+        for item in environments
+        if not item.deleting and any(use.name == volume for use in item.spec.volumes)
+    ]
+
+
+async def usage_of(plane: Plane, volume: VolumeDocument) -> Usage:
+    """The usage as the documents and the agents' reports have it."""
+    environments = await plane.state.environments(volume.ucloud)
+    users = users_of(volume.name, environments)
+    platform = None
+    if users:
+        platform = await plane.state.platform(volume.ucloud, users[0].assignment.platform)
+    if platform is not None and (platform.deleting or _place(platform) != _home(volume)):
+        platform = None
+    free = await _free(plane, volume, environments)
+    return Usage(wanted=bool(users), platform=platform, free=free)
+
+
+def _place(platform: PlatformDocument) -> tuple[str, str]:
+    return platform.wish.provider.name, platform.wish.host
+
+
+def _home(volume: VolumeDocument) -> tuple[str, str]:
+    return volume.provider.name, volume.host
+
+
+async def _free(
+    plane: Plane, volume: VolumeDocument, environments: Sequence[EnvironmentDocument]
+) -> bool:
+    if not volume.platform:
+        return True
+    platform = await plane.state.platform(volume.ucloud, volume.platform)
+    if platform is None or platform.incarnation != volume.incarnation:
+        return True  # the machine is gone, and with it what ran there
+    here = [item.ready for item in environments if specs.runs_on(item, platform.name)]
+    ready = [spec for spec in here if spec is not None]
+    if any(mount.volume == volume.name for spec in ready for mount in spec.volumes):
+        return False
+    session = plane.agents.session(volume.ucloud, platform.name)
+    report = plane.agents.reports.get((volume.ucloud, platform.name))
+    if session is None or report is None:
+        return False
+    volumes = await plane.state.volumes(volume.ucloud)
+    wanted = specs.fingerprint(specs.apply_for(platform, environments, 0, volumes))
+    if plane.agents.applied.get(session) != wanted:
+        return False  # it was told something else, and may yet begin with that
+    return {status.uid for status in report.environments} <= {spec.uid for spec in ready}

@@ -1,0 +1,246 @@
+"""The reconciler of volumes: open while somebody wants it, attached where it is wanted.
+
+::
+
+    open (its epoch is kept) -> serve -> attach (its slot is published) -> detach -> close
+
+Every seal that a host shows goes through ``control.seals``. A volume whose host shows one that
+cannot be, or refuses to open it for that, is *halted*: left alone until its user acts.
+"""
+
+import base64
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from supercloud.control.controllers import learning
+from supercloud.control.controllers.hostcalls import HostCalls
+from supercloud.control.controllers.plane import Plane
+from supercloud.control.controllers.platform import tag_of
+from supercloud.control.controllers.sealing import USABLE, Sealing, seals_key
+from supercloud.control.controllers.usage import Usage, usage_of
+from supercloud.control.documents import (
+    PlatformDocument,
+    VolumeDocument,
+    platform_key,
+    step_begin,
+    step_end,
+    ucloud_key,
+)
+from supercloud.model.errors import BadState, Denied, NotFound, UserError, to_wire
+from supercloud.model.events import Severity
+from supercloud.wire.volumes import VolumeOpen, VolumeSpec
+
+OPEN, ATTACH = "open", "attach"
+
+
+class VolumeController:
+    """Reconciles one volume at a time; see ``reconcile``. ``sealing`` asks after the seals."""
+
+    def __init__(self, plane: Plane) -> None:
+        """Acts through ``plane``."""
+        self._plane = plane
+        self._calls = HostCalls(plane)
+        self._act = self._calls.act
+        self.sealing = Sealing(plane, self._calls)
+
+    async def reconcile(self, ucloud: str, name: str) -> float | None:
+        """One look; seconds until the next one, or None."""
+        volume = await self._plane.state.volume(ucloud, name)
+        if volume is None:
+            return None
+        usage = await usage_of(self._plane, volume)
+        if volume.deleting:
+            return await self._delete(volume, usage)
+        if volume.halted:
+            return await self._let_go(volume, usage)
+        volume = await self._keyed(volume)
+        if volume.opened:
+            self._plane.look(seals_key(volume), self._plane.pace.seal_s)
+        wanted = usage.wanted or learning.waits(volume.task)
+        if volume.state in USABLE:
+            return await self._use(volume, usage, wanted=wanted)
+        if wanted:
+            return await self._open(volume)
+        return await self._close(volume) if volume.opened else None
+
+    # -- towards use
+
+    async def _keyed(self, volume: VolumeDocument) -> VolumeDocument:
+        """With a data key, under the present wrapping key."""
+        keys, before = self._plane.keys(volume.ucloud), volume.wrapped_key
+        wrapped = keys.rewrapped(before) if before else keys.make()
+        if wrapped == before:
+            return volume
+
+        def keyed(fresh: VolumeDocument) -> None:
+            if fresh.wrapped_key == before:
+                fresh.wrapped_key = wrapped
+
+        return await self._change(volume, keyed)
+
+    async def _open(self, volume: VolumeDocument) -> float:
+        def opening(fresh: VolumeDocument) -> None:
+            learning.move(fresh, "opening")
+            fresh.opened = True
+            step_begin(fresh.steps, OPEN)
+
+        volume = await self._change(volume, opening)
+        key = self._plane.keys(volume.ucloud).unwrap(volume.wrapped_key)
+        spec, encoded = volume.spec, base64.b64encode(key).decode()
+        asked = VolumeOpen(spec=wire_spec(volume), key_base64=encoded, seal=volume.seal)
+        try:
+            # What it tells is kept by then, its epoch above all: before it is used.
+            volume = await self._act(volume, "open", lambda host: host.open(volume.host, asked))
+        except (Denied, NotFound) as error:
+            if not volume.seal.root:
+                raise
+            await self._calls.halt(volume, error)
+            return 0.0
+        if volume.halted:
+            return 0.0
+        epoch = volume.seal.epoch
+        await self._act(volume, "serve", lambda host: host.serve(volume.host, volume.name, epoch))
+
+        def served(fresh: VolumeDocument) -> None:
+            fresh.given = spec
+            step_end(fresh.steps, OPEN)
+
+        await self._change(volume, served)
+        return 0.0
+
+    async def _use(self, volume: VolumeDocument, usage: Usage, *, wanted: bool) -> float | None:
+        if volume.given != volume.spec:
+            return await self._grow(volume)
+        if learning.waits(volume.task):
+            return await self._task(volume)
+        if volume.platform:
+            if usage.attached(volume):
+                return None
+            return await self._detach(volume) if usage.free else self._plane.pace.release_s
+        if usage.platform is not None and usage.platform.state == "ready":
+            return await self._attach(volume, usage.platform)
+        return None if wanted else await self._close(volume)
+
+    async def _grow(self, volume: VolumeDocument) -> float:
+        spec = volume.spec
+        await self._act(volume, "change", lambda host: host.change(volume.host, wire_spec(volume)))
+
+        def given(fresh: VolumeDocument) -> None:
+            fresh.given = spec
+
+        await self._change(volume, given)
+        return 0.0
+
+    async def _attach(self, volume: VolumeDocument, platform: PlatformDocument) -> float:
+        def attaching(fresh: VolumeDocument) -> None:
+            fresh.incarnation = platform.incarnation
+            step_begin(fresh.steps, ATTACH)
+
+        volume = await self._change(volume, attaching)
+        name = platform.name
+        await self._act(volume, "attach", lambda host: host.attach(volume.host, volume.name, name))
+        await self._change(volume, lambda fresh: step_end(fresh.steps, ATTACH))
+        self._plane.look(platform_key(volume.ucloud, name), 0.0)
+        return 0.0
+
+    # -- away from use
+
+    async def _detach(self, volume: VolumeDocument) -> float:
+        await self._act(volume, "detach", lambda host: host.detach(volume.host, volume.name))
+        return 0.0
+
+    async def _close(self, volume: VolumeDocument) -> float:
+        volume = await self._change(volume, lambda fresh: learning.move(fresh, "closing"))
+        await self._act(volume, "close", lambda host: host.close(volume.host, volume.name))
+        self._plane.look(ucloud_key(volume.ucloud), self._plane.pace.settle_s)
+        return 0.0
+
+    async def _let_go(self, volume: VolumeDocument, usage: Usage) -> float | None:
+        """Nobody uses a halted one any more: its host closes it, whatever its seal."""
+        if usage.wanted or not volume.opened:
+            return None
+        if not usage.free:
+            return self._plane.pace.release_s
+        host, name = volume.host, volume.name
+        try:
+            if volume.platform:
+                await self._calls.call(volume, "detach", lambda there: there.detach(host, name))
+            await self._calls.call(volume, "close", lambda there: there.close(host, name))
+        except (NotFound, BadState, Denied) as error:
+            self._plane.tell(volume, "volume.close", str(error), severity="warning")
+
+        def closed(fresh: VolumeDocument) -> None:
+            fresh.opened, fresh.platform, fresh.slot = False, "", 0
+
+        await self._change(volume, closed)
+        self._plane.look(ucloud_key(volume.ucloud), self._plane.pace.settle_s)
+        return None
+
+    async def _delete(self, volume: VolumeDocument, usage: Usage) -> float | None:
+        if not usage.free:
+            return self._plane.pace.release_s
+        volume = await self._change(volume, lambda fresh: learning.move(fresh, "deleting"))
+        if volume.opened or volume.seal.root:  # otherwise its host never heard of it
+            await self._delete_there(volume)
+        await self._plane.state.remove(volume)
+        self._plane.seen.pop((volume.ucloud, volume.name), None)
+        self._plane.tell(volume, "volume.deleted")
+        self._plane.look(ucloud_key(volume.ucloud), 0.0)
+        return None
+
+    async def _delete_there(self, volume: VolumeDocument) -> None:
+        host, name = volume.host, volume.name
+        there = await self._calls.volumes(volume)
+        if volume.platform:
+            with contextlib.suppress(NotFound):
+                await self._plane.seam("provider.volume_detach", lambda: there.detach(host, name))
+        await self._plane.seam("provider.volume_delete", lambda: there.delete(host, name))
+
+    # -- what the user asks for once
+
+    async def _task(self, volume: VolumeDocument) -> float:
+        task = volume.task
+        if task is None:
+            raise BadState(f"nothing is asked of volume {volume.name}")
+        error: dict[str, Any] | None = None
+        try:
+            if task.what == "revert" and volume.platform:
+                raise BadState(f"volume {volume.name} is in use: nothing is reverted under that")
+            volume = await self._act(
+                volume,
+                task.what,
+                lambda host: getattr(host, task.what)(volume.host, volume.name, task.snapshot),
+            )
+        except UserError as refused:
+            error = to_wire(refused)
+
+        def done(fresh: VolumeDocument) -> None:
+            if fresh.task is not None and fresh.task.id == task.id:
+                fresh.task.done, fresh.task.error = True, error
+
+        volume = await self._change(volume, done)
+        message = str(error["message"]) if error else task.snapshot
+        severity: Severity = "warning" if error else "info"
+        self._plane.tell(volume, f"volume.{task.what}", message, severity)
+        return 0.0
+
+    # -- helpers
+
+    async def _change(
+        self, volume: VolumeDocument, mutate: Callable[[VolumeDocument], object]
+    ) -> VolumeDocument:
+        return await self._plane.state.change(volume, mutate)
+
+
+def wire_spec(volume: VolumeDocument) -> VolumeSpec:
+    """The volume as its host is told of it."""
+    spec = volume.spec
+    return VolumeSpec(
+        name=volume.name,
+        size_bytes=spec.size_bytes,
+        format=spec.format,
+        iops=spec.iops,
+        bytes_per_s=spec.bytes_per_s,
+        tag=tag_of(volume.ucloud),
+    )

@@ -1,0 +1,315 @@
+"""Pretended volumes: epochs, seals, slots and snapshots as a real host has them, without a disk.
+
+::
+
+    DIRECTORY/volumes/creations.jsonl   one line for every volume that was ever made
+    DIRECTORY/volumes/NAME.json         a volume (of its key only a hash)
+
+What a user would have written is a list of words, so that a test can see whether it is lost.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from supercloud.model.errors import BadState, Denied, Invalid, NoResources, NotFound
+from supercloud.model.states import VOLUME, step
+from supercloud.providers.fake.files import write_private
+from supercloud.wire.codec import decode, encode
+from supercloud.wire.volumes import (
+    VOLUME_SLOTS,
+    Seal,
+    VolumeFigures,
+    VolumeOpen,
+    VolumeSpec,
+    VolumeStatus,
+)
+
+if TYPE_CHECKING:
+    from supercloud.providers.fake.cloud import FakeCloud
+
+OPEN = ("opened", "served", "attached")
+
+
+@dataclass(slots=True, kw_only=True)
+class Volume:
+    """A volume; ``used`` once it was served. ``words`` is what is on it."""
+
+    host: str
+    spec: VolumeSpec
+    key_sha256: str
+    state: str = "closed"
+    epoch: int = 0
+    sequence: int = 0
+    used: bool = False
+    platform: str = ""
+    slot: int = 0
+    words: list[str] = field(default_factory=list)
+    snapshots: dict[str, list[Any]] = field(default_factory=dict)
+    evidence: int = 0
+    reason: str = ""
+
+    @property
+    def seal(self) -> Seal:
+        """Covers all that is on it; the epoch is beside it."""
+        content = json.dumps([self.spec.name, self.sequence, self.words, self.snapshots])
+        root = hashlib.sha256(content.encode()).hexdigest()
+        return Seal(epoch=self.epoch, sequence=self.sequence, root=root)
+
+    def status(self) -> VolumeStatus:
+        """As its host shows it."""
+        written = sum(map(len, self.words))
+        return VolumeStatus(
+            name=self.spec.name, state=self.state, size_bytes=self.spec.size_bytes,
+            format=self.spec.format, platform=self.platform, slot=self.slot,
+            mode="vhost-user-blk" if self.slot else "", seal=self.seal,
+            stored_bytes=written, snapshots=list(self.snapshots),
+            figures=VolumeFigures(written_bytes=written, writes=len(self.words)),
+            evidence=self.evidence, reason=self.reason, tag=self.spec.tag,
+        )  # fmt: skip
+
+
+class FakeVolumes:
+    """Implements ``providers.base.Volumes`` on one ``FakeCloud``; state is in its files."""
+
+    def __init__(self, cloud: "FakeCloud") -> None:
+        self._cloud = cloud
+        self.creations: Counter[str] = Counter()
+        self.volumes: dict[str, Volume] = {}
+        self._directory = os.path.join(cloud.directory, "volumes")
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        self._load()
+
+    async def open(self, host: str, asked: VolumeOpen) -> VolumeStatus:
+        """Have it, its epoch raised; refused when it is not what ``asked.seal`` is of."""
+        await self._cloud.pretend("open")
+        volume = self.volumes.get(asked.spec.name)
+        if volume is None:
+            volume = self._make(host, asked)
+        elif volume.host != host:
+            raise NotFound(f"host {host} has no volume {asked.spec.name}")
+        else:
+            _check(volume, asked)
+        if volume.state in ("served", "attached"):
+            return volume.status()
+        volume.spec = asked.spec
+        volume.epoch = max(volume.epoch, asked.seal.epoch) + 1
+        return self._to(volume, "opened")
+
+    async def serve(self, host: str, name: str, epoch: int) -> VolumeStatus:
+        """Let it be used; Denied for another epoch than its own."""
+        volume = await self._find("serve", host, name)
+        if epoch != volume.epoch:
+            raise Denied(f"volume {name} is at epoch {volume.epoch}, not {epoch}")
+        if volume.state in ("served", "attached"):
+            return volume.status()
+        volume.used = True
+        volume.sequence += 1  # its epoch is made durable
+        return self._to(volume, "served")
+
+    async def attach(self, host: str, name: str, platform: str) -> VolumeStatus:
+        """Give it to a running platform."""
+        volume = await self._find("attach", host, name)
+        machine = self._cloud.platforms.get(platform)
+        if machine is None or machine.state != "running" or machine.host != host:
+            raise BadState(f"platform {platform} does not run on host {host}")
+        if volume.state == "attached":
+            if volume.platform != platform:
+                raise BadState(f"volume {name} is attached to {volume.platform}")
+            return volume.status()
+        step(VOLUME, volume.state, "attached")
+        volume.slot = self._free_slot(platform)
+        volume.platform = platform
+        return self._to(volume, "attached")
+
+    async def detach(self, host: str, name: str) -> VolumeStatus:
+        """Take it from its platform."""
+        volume = await self._find("detach", host, name)
+        if volume.state != "attached":
+            return volume.status()
+        volume.platform, volume.slot = "", 0
+        return self._to(volume, "served")
+
+    async def close(self, host: str, name: str) -> VolumeStatus:
+        """Not while it is attached."""
+        volume = await self._find("close", host, name)
+        if volume.state == "attached":
+            raise BadState(f"volume {name} is attached to {volume.platform}: detach it first")
+        return self._to(volume, "closed")
+
+    async def delete(self, host: str, name: str) -> None:
+        """Likewise. Gone already is fine."""
+        await self._cloud.pretend("delete_volume")
+        volume = self.volumes.get(name)
+        if volume is None or volume.host != host:
+            return
+        if volume.state == "attached":
+            raise BadState(f"volume {name} is attached to {volume.platform}: detach it first")
+        del self.volumes[name]
+        os.unlink(self._path(name))
+
+    async def change(self, host: str, spec: VolumeSpec) -> VolumeStatus:
+        """Grow it, or throttle it otherwise."""
+        volume = await self._find("change", host, spec.name)
+        if spec.size_bytes < volume.spec.size_bytes or spec.format != volume.spec.format:
+            raise Invalid(f"volume {spec.name} can grow only, and stays {volume.spec.format}")
+        volume.spec = spec
+        return self._to(volume, volume.state)
+
+    async def snapshot(self, host: str, name: str, snapshot: str) -> VolumeStatus:
+        """One of that name is kept as it is."""
+        volume = await self._opened("snapshot", host, name)
+        if snapshot not in volume.snapshots:
+            volume.snapshots[snapshot] = list(volume.words)
+            volume.sequence += 1
+        return self._to(volume, volume.state)
+
+    async def revert(self, host: str, name: str, snapshot: str) -> VolumeStatus:
+        """While it is not attached."""
+        volume = await self._opened("revert", host, name)
+        if volume.state == "attached":
+            raise BadState(f"volume {name} is attached to {volume.platform}: detach it first")
+        if snapshot not in volume.snapshots:
+            raise NotFound(f"volume {name} has no snapshot {snapshot}")
+        volume.words = list(volume.snapshots[snapshot])
+        volume.sequence += 1
+        return self._to(volume, volume.state)
+
+    async def forget(self, host: str, name: str, snapshot: str) -> VolumeStatus:
+        """Gone already is fine."""
+        volume = await self._opened("forget", host, name)
+        if volume.snapshots.pop(snapshot, None) is not None:
+            volume.sequence += 1
+        return self._to(volume, volume.state)
+
+    async def list(self) -> list[tuple[str, VolumeStatus]]:
+        """All of them."""
+        await self._cloud.pretend("volumes")
+        return [(volume.host, volume.status()) for volume in self.volumes.values()]
+
+    # -- what happens to them
+
+    def write(self, name: str, word: str) -> None:
+        """What its user writes, and makes durable; BadState while it has none."""
+        volume = self.volumes[name]
+        if volume.state != "attached":
+            raise BadState(f"volume {name} is {volume.state}: nobody can write to it")
+        volume.words.append(word)
+        volume.sequence += 1
+        self._save(volume)
+
+    def released(self, platform: str) -> None:
+        """The platform is gone: its volumes are not attached any more."""
+        for volume in self.volumes.values():
+            if volume.platform == platform:
+                volume.platform, volume.slot = "", 0
+                self._to(volume, "served")
+
+    def copy(self, name: str) -> Volume:
+        """A copy of the disk as it is, which whoever has the disk can make."""
+        loaded: Any = encode(self.volumes[name])
+        return decode(Volume, loaded, name)
+
+    def lose(self, name: str) -> Volume:
+        """The disk is gone; what it was."""
+        volume = self.volumes.pop(name)
+        os.unlink(self._path(name))
+        return volume
+
+    def put_back(self, copy: Volume) -> None:
+        """Put a copy in the disk's place: in the state that its host thinks it is in."""
+        now = self.volumes.get(copy.spec.name, copy)
+        self.volumes[copy.spec.name] = replace(
+            copy, state=now.state, platform=now.platform, slot=now.slot
+        )
+        self._save(self.volumes[copy.spec.name])
+
+    # -- how
+
+    def _make(self, host: str, asked: VolumeOpen) -> Volume:
+        if asked.seal.root:
+            raise NotFound(f"host {host} has no volume {asked.spec.name}")
+        there = next((item for item in self._cloud.hosts() if item.name == host), None)
+        if there is None:
+            raise NotFound(f"{self._cloud.name} has no host {host}")
+        if asked.spec.size_bytes > there.disk_total_bytes:
+            raise NoResources(f"{host}: {asked.spec.size_bytes} bytes of disk do not fit")
+        name = asked.spec.name
+        self.creations[name] += 1
+        with open(os.path.join(self._directory, "creations.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps({"name": name}) + "\n")
+        volume = Volume(host=host, spec=asked.spec, key_sha256=_hash(asked.key_base64))
+        self.volumes[name] = volume
+        return volume
+
+    async def _find(self, operation: str, host: str, name: str) -> Volume:
+        await self._cloud.pretend(operation)
+        volume = self.volumes.get(name)
+        if volume is None or volume.host != host:
+            raise NotFound(f"host {host} has no volume {name}")
+        return volume
+
+    async def _opened(self, operation: str, host: str, name: str) -> Volume:
+        volume = await self._find(operation, host, name)
+        if volume.state not in OPEN[1:]:
+            raise BadState(f"volume {name} is {volume.state}, not in use")
+        if volume.spec.format != "qcow2":
+            raise BadState(f"volume {name} is {volume.spec.format}: only qcow2 has snapshots")
+        return volume
+
+    def _free_slot(self, platform: str) -> int:
+        taken = {item.slot for item in self.volumes.values() if item.platform == platform}
+        for slot in range(1, VOLUME_SLOTS + 1):
+            if slot not in taken:
+                return slot
+        raise NoResources(f"platform {platform} has {VOLUME_SLOTS} volumes already")
+
+    def _to(self, volume: Volume, state: str) -> VolumeStatus:
+        volume.state, volume.reason = step(VOLUME, volume.state, state), ""
+        self._save(volume)
+        return volume.status()
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._directory, name + ".json")
+
+    def _save(self, volume: Volume) -> None:
+        write_private(self._path(volume.spec.name), json.dumps(encode(volume)).encode())
+
+    def _load(self) -> None:
+        for entry in sorted(os.listdir(self._directory)):
+            with open(os.path.join(self._directory, entry), encoding="utf-8") as file:
+                if entry.endswith(".json"):
+                    loaded: Any = json.load(file)
+                    volume = decode(Volume, loaded, entry)
+                    self.volumes[volume.spec.name] = volume
+                elif entry.endswith(".jsonl"):
+                    self.creations.update(json.loads(line)["name"] for line in file)
+
+
+def _check(volume: Volume, asked: VolumeOpen) -> None:
+    """Whether it is the one that its owner means: the state kept, or a later one."""
+    if volume.key_sha256 != _hash(asked.key_base64):
+        raise Denied(f"volume {volume.spec.name} was made with another key")
+    kept, found = asked.seal, volume.seal
+    if not kept.root:
+        if volume.used:
+            raise Denied(f"volume {volume.spec.name} was used, which its owner does not know")
+        return
+    if found.sequence < kept.sequence:
+        raise Denied(
+            f"volume {volume.spec.name} is at epoch {found.epoch}, state {found.sequence}, and was "
+            f"at epoch {kept.epoch}, state {kept.sequence} already: it was rolled back",
+            details={"found": encode(found)},
+        )
+    if found.sequence == kept.sequence and found.root != kept.root:
+        raise Denied(
+            f"volume {volume.spec.name} has another state {found.sequence} than it had",
+            details={"found": encode(found)},
+        )
+
+
+def _hash(key: str) -> str:
+    return hashlib.sha256(b"pretended" + key.encode()).hexdigest()

@@ -198,10 +198,12 @@ async def test_growing_is_done_shrinking_and_another_format_are_refused(world):
     pretended = await host(world)
 
     async def grown():
-        spec = pretended.volumes["data"].spec
-        return (spec.size_bytes, spec.iops, spec.bytes_per_s) == (128 << 20, 50, 1 << 20)
+        now = await document(world)
+        return now.given == now.spec and now.spec.size_bytes == 128 << 20
 
     await world.until(grown, "it is larger")
+    spec = pretended.volumes["data"].spec
+    assert (spec.size_bytes, spec.iops, spec.bytes_per_s) == (128 << 20, 50, 1 << 20)
     assert (await document(world)).state == "attached"
     for field, wish in (("size", {"size": "64MiB"}), ("format", {"size": "1GiB", "format": "raw"})):
         with pytest.raises(Invalid) as caught:

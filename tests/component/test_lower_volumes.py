@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from supercloud.model.errors import Busy, Denied, Exists, Invalid, NoResources, NotFound
+from supercloud.model.errors import Denied, Exists, Invalid, NoResources, NotFound
 from support.lower import ControlPlane, RunningHost, patient, running_host
 
 pytestmark = [pytest.mark.root]
@@ -113,7 +113,7 @@ async def test_a_backing_that_is_gone_is_not_replaced_by_an_empty_one(
     await served(user)
     closed = await user.call("volume.close", {"name": "data"})
     backing(host).unlink()
-    with pytest.raises(Denied, match="gone"):
+    with pytest.raises(NotFound, match="gone"):
         await opened(user, closed["seal"])
 
 
@@ -219,6 +219,4 @@ async def test_volumes_that_are_not_there_are_said_to_be(user: ControlPlane) -> 
 async def test_an_attachment_needs_a_running_platform(user: ControlPlane) -> None:
     await served(user)
     with pytest.raises(NotFound, match="platform"):
-        await user.call("volume.attach", {"name": "data", "platform": "nowhere"})
-    with pytest.raises((Busy, NotFound)):
         await user.call("volume.attach", {"name": "data", "platform": "nowhere"})

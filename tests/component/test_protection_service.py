@@ -151,7 +151,8 @@ def test_a_rollback_is_refused_with_its_evidence(caller: Caller) -> None:
     (caller.place / "backing").write_bytes(old)
     with pytest.raises(Denied) as refused:
         caller.with_files("device.prepare", **closed)
-    assert refused.value.details == {"evidence": "rolled_back"}
+    assert refused.value.details["evidence"] == "rolled_back"
+    assert 0 < refused.value.details["found"]["sequence"] < closed["sequence"]
     assert caller.call("device.list") == {}
     client.close()
 

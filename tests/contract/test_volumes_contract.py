@@ -1,8 +1,4 @@
-"""What every provider's volumes keep to.
-
-A host whose volumes are real is plugged in by adding ``REAL`` to ``WITH_VOLUMES``: nothing here
-knows that the others are pretended, but the test of slots, which wants nine volumes.
-"""
+"""What every provider's volumes keep to; the test of slots, which wants nine, is for pretended ones."""
 
 import base64
 import contextlib
@@ -14,9 +10,9 @@ import pytest
 from supercloud.model.errors import BadState, Denied, Invalid, NoResources, NotFound
 from supercloud.model.states import VOLUME
 from supercloud.wire.volumes import VOLUME_SLOTS, Seal, VolumeOpen, VolumeSpec
-from support.providers import KINDS, PRETENDED
+from support.providers import KINDS, PRETENDED, REAL
 
-WITH_VOLUMES = PRETENDED
+WITH_VOLUMES = [*PRETENDED, REAL]
 MIB = 1 << 20
 SPEC = VolumeSpec(name="data", size_bytes=16 * MIB, tag="supercloud:demo")
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from supercloud.lower.user_domain.channel import Channel
 from supercloud.lower.user_domain.services import Services
-from supercloud.model.errors import Busy, Denied, Exists, NotFound, SupercloudError, Temporary
+from supercloud.model.errors import BadState, Exists, NotFound, SupercloudError, Temporary
 from supercloud.services.block import capacity
 from supercloud.services.protection.format import BLOCK, backing_blocks
 from supercloud.wire.codec import decode, encode
@@ -62,7 +62,7 @@ class Layers:
     async def open(self, spec: VolumeSpec, key: bytes, seal: Seal) -> Seal:
         """The device, made if ``seal`` is of none; the seal to keep before it is served.
 
-        Denied when it is not the device that ``seal`` is of.
+        Denied when it is not the device that ``seal`` is of, NotFound when there is none.
         """
         size = device_bytes(spec)
         asked = {"use": "volume", "name": spec.name, "size_bytes": _backing_bytes(size)}
@@ -72,7 +72,7 @@ class Layers:
                 opened.callback(os.close, descriptor)
             if seal.root and made.result["made"]:
                 await self.delete(spec.name)
-                raise Denied(f"the backing of volume {spec.name} is gone from this host")
+                raise NotFound(f"the backing of volume {spec.name} is gone from this host")
             secret = _secret(key)
             opened.callback(os.close, secret)
             passed, device = [made.descriptors[0], secret], {"device": spec.name}
@@ -140,11 +140,11 @@ class Layers:
         raise Temporary(f"the platform does not let go of volume {name}")
 
     async def change(self, old: VolumeSpec, new: VolumeSpec, *, attached: bool) -> None:
-        """Grow every layer from below, and throttle. Busy: it cannot grow while it is attached."""
+        """Grow every layer from below, and throttle. BadState: attached, it cannot grow."""
         name, size = new.name, device_bytes(new)
         if new.size_bytes > old.size_bytes:
             if attached:  # the block service's connection to the device has the device's old size
-                raise Busy(f"volume {name} is attached", hint="it grows when nothing uses it")
+                raise BadState(f"volume {name} is attached", hint="it grows when nothing uses it")
             asked = {"use": "volume", "name": name, "size_bytes": _backing_bytes(size)}
             await self._disk.result("disk.grow", asked)
             await self._ask(BLOCKS, "volume.close", {"volume": name})

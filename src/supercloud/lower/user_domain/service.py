@@ -129,6 +129,7 @@ class Service:
             kernel=facts["kernel"], runtime_sha256=facts["runtime_sha256"],
             images=facts["images"], quota=quota, used=used, cpus=facts["cpus"],
             features={
+                "volumes": "",
                 "kvm": "" if facts["accelerator"] == "kvm" else kvm,
                 "attestation": "not implemented: the domain's key is trusted at first use",
             },

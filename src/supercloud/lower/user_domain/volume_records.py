@@ -13,7 +13,10 @@ _KEPT = ("state", "reason", "platform", "slot", "mode", "used")
 
 @dataclass(slots=True)
 class Volume:
-    """One volume. ``used``: it was served once, so that there is something in it."""
+    """One volume. ``used``: it was served once, so that there is something in it.
+
+    ``wanted`` is what it becomes when it is served, as it was opened.
+    """
 
     spec: VolumeSpec
     state: str = "closed"
@@ -22,6 +25,7 @@ class Volume:
     slot: int = 0
     mode: str = ""
     used: bool = False
+    wanted: VolumeSpec | None = None
 
     def go(self, state: str, reason: str = "") -> None:
         """To another state, if the table of volumes has that; BadState."""

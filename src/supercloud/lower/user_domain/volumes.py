@@ -22,15 +22,14 @@ from supercloud.lower.user_domain.services import Services
 from supercloud.lower.user_domain.volume_records import Volume, VolumeRecords
 from supercloud.model.errors import (
     BadState,
-    Busy,
     Exists,
     Invalid,
+    NoResources,
     NotFound,
     SupercloudError,
     Unsupported,
 )
 from supercloud.model.events import Severity
-from supercloud.wire.codec import replace
 from supercloud.wire.volumes import (
     VOLUME_SLOTS,
     VolumeAttach,
@@ -93,6 +92,8 @@ class Volumes:
                         f"volume {spec.name} holds data, and its seal was not given",
                         hint="only who has its seal and key can open it; delete it, or use another",
                     )
+            if volume is None and asked.seal.root:
+                raise NotFound(f"no volume {spec.name} here")
             fresh = volume is None
             volume = volume or Volume(spec)
             self._records.put(volume)  # before anything is made of it
@@ -101,6 +102,7 @@ class Volumes:
             except BaseException as error:
                 await self._not_opened(volume, error, fresh=fresh)
                 raise
+            volume.wanted = spec
             self._go(volume, "opened")
             return volume.status(seal=seal)
 
@@ -119,15 +121,16 @@ class Volumes:
                 await self._layers.serve(volume.spec, asked.epoch, new=not volume.used)
                 volume.used = True
                 self._go(volume, "served")
+                await self._change(volume, volume.wanted or volume.spec)
             if volume.state not in IN_USE:
                 raise BadState(f"volume {asked.name} is {volume.state}", hint="open it first")
             return await self._status(volume)
 
     async def close(self, name: str) -> VolumeStatus:
-        """What was written is on the disk; the status has the final seal. Busy when attached."""
+        """What was written is on the disk, and the seal final. BadState when attached."""
         async with self._found(name) as volume:
             if volume.state == "attached":
-                raise Busy(f"volume {name} is attached to {volume.platform}")
+                raise BadState(f"volume {name} is attached to {volume.platform}")
             if volume.state not in IN_USE:
                 return volume.status()
             seal = await self._layers.close(name)
@@ -135,13 +138,13 @@ class Volumes:
             return volume.status(seal=seal)
 
     async def delete(self, name: str) -> None:
-        """With all that is in it; nothing when it is not there. Busy when attached."""
+        """With all that is in it; nothing when it is not there. BadState when attached."""
         async with self._lock(name):
             volume = self._records.by_name.get(name)
             if volume is None:
                 return
             if volume.state == "attached":
-                raise Busy(f"volume {name} is attached to {volume.platform}")
+                raise BadState(f"volume {name} is attached to {volume.platform}")
             if volume.state in IN_USE:
                 with contextlib.suppress(SupercloudError):  # what is in it is not wanted any more
                     await self._layers.close(name)
@@ -154,11 +157,11 @@ class Volumes:
     # -- attach and detach
 
     async def attach(self, asked: VolumeAttach) -> VolumeStatus:
-        """Give it to a running platform. Busy when another one has it, NoResources: no slot."""
+        """Give it to a running platform. BadState when another one has it, NoResources: no slot."""
         async with self._found(asked.name) as volume:
             if volume.state == "attached":
                 if volume.platform != asked.platform:
-                    raise Busy(f"volume {asked.name} is attached to {volume.platform}")
+                    raise BadState(f"volume {asked.name} is attached to {volume.platform}")
                 return await self._status(volume)
             if volume.state != "served":
                 raise BadState(f"volume {asked.name} is {volume.state}", hint="open it first")
@@ -174,7 +177,7 @@ class Volumes:
         for slot in range(1, VOLUME_SLOTS + 1):
             if slot not in taken:
                 return slot
-        raise Unsupported(f"{platform} has {VOLUME_SLOTS} volumes, which is as many as it takes")
+        raise NoResources(f"{platform} has {VOLUME_SLOTS} volumes, which is as many as it takes")
 
     async def detach(self, name: str) -> VolumeStatus:
         """Take it from its platform, if one has it."""
@@ -207,23 +210,26 @@ class Volumes:
         """Grow it, or throttle it otherwise. Invalid when it would shrink."""
         _check_size(spec)
         async with self._found(spec.name) as volume:
-            old = volume.spec
-            if spec.format != old.format or spec.size_bytes < old.size_bytes:
-                raise Invalid(f"volume {spec.name} can neither shrink nor change its format")
+            _check_alike(volume, spec)
             if volume.state not in ("served", "attached"):
                 raise BadState(f"volume {spec.name} is {volume.state}", hint="open it first")
-            await self._layers.change(old, spec, attached=volume.state == "attached")
-            volume.spec = replace(spec, tag=old.tag)
-            self._records.put(volume)
-            self._say(volume, "changed")
+            await self._change(volume, spec)
             return await self._status(volume)
+
+    async def _change(self, volume: Volume, spec: VolumeSpec) -> None:
+        if volume.spec == spec:
+            return
+        await self._layers.change(volume.spec, spec, attached=volume.state == "attached")
+        volume.spec = spec
+        self._records.put(volume)
+        self._say(volume, "changed")
 
     async def snapshot(self, asked: VolumeSnapshot) -> VolumeStatus:
         """Make a snapshot; one of that name is kept as it is."""
         return await self._of_snapshot("snapshot", asked, ("served", "attached"))
 
     async def revert(self, asked: VolumeSnapshot) -> VolumeStatus:
-        """Go back to a snapshot. Busy while a platform has the volume."""
+        """Go back to a snapshot. BadState while a platform has the volume."""
         return await self._of_snapshot("revert", asked, ("served",))
 
     async def forget(self, asked: VolumeSnapshot) -> VolumeStatus:
@@ -237,7 +243,7 @@ class Volumes:
             if volume.spec.format == "raw":
                 raise Unsupported("a raw volume has no snapshots", hint="format: qcow2 has them")
             if volume.state == "attached" and "attached" not in states:
-                raise Busy(f"volume {asked.name} is attached to {volume.platform}")
+                raise BadState(f"volume {asked.name} is attached to {volume.platform}")
             if volume.state not in states:
                 raise BadState(f"volume {asked.name} is {volume.state}", hint="open it first")
             await self._layers.of_snapshot(what, asked.name, asked.snapshot)
@@ -345,9 +351,11 @@ def _check_size(spec: VolumeSpec) -> None:
 
 
 def _check_alike(volume: Volume, spec: VolumeSpec) -> None:
+    """It may be larger than the one that is there, and throttled otherwise."""
     old = volume.spec
-    if (old.size_bytes, old.format) != (spec.size_bytes, spec.format):
-        raise Exists(
-            f"volume {spec.name} is there: {old.size_bytes} bytes, {old.format}",
-            hint="open it as it is, then change it",
+    if spec.format != old.format:
+        raise Exists(f"volume {spec.name} is there: {old.size_bytes} bytes, {old.format}")
+    if spec.size_bytes < old.size_bytes:
+        raise Invalid(
+            f"volume {spec.name} has {old.size_bytes} bytes and does not shrink", where="size_bytes"
         )

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_size_t, c_uint8, c_uint32, c_uint64
 from ctypes import c_void_p as pointer
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, Protocol
 
@@ -94,6 +94,8 @@ class Evidence:
 
 
 EVIDENCE: Final = ("", "block", "page", "dead", "space", "discarded")
+
+_CONTRADICTED: Final = (1001, 1002, 1005)  # answers to a device that is not the one that is meant
 
 # the answers of engine.h, and errno where a caller can do something about it
 _ERRORS: Final[dict[int, Callable[[], SupercloudError]]] = {
@@ -278,6 +280,7 @@ def _key(key: bytes | bytearray) -> Iterator[Any]:
 class Device:
     """A device that was found to be no older than ``seal``; nothing is written before ``serve``.
 
+    Denied when it is older or another one; ``details["found"]`` is what its own seal would be then.
     ``seal`` is the last that its user kept. Its epoch may be one that was kept for an opening that
     came to nothing: ``next_epoch`` is always a new one.
     """
@@ -298,7 +301,12 @@ class Device:
                 descriptor, self._bound, held, device_id(device), byref(keep),
                 cache_bytes // 4096, byref(self._handle), byref(found),
             )  # fmt: skip
-        check(answer)
+        try:
+            check(answer)
+        except Denied as error:
+            if answer in _CONTRADICTED:
+                error.details["found"] = asdict(_seal(found))
+            raise
         self.found = _seal(found)
         self.next_epoch = max(self.found.epoch, seal.epoch) + 1
 

@@ -152,9 +152,11 @@ static int compare(const struct device *d, const struct sc_root *trusted)
     return d->sequence == trusted->sequence && memcmp(d->chain, trusted->chain, KEPT_BYTES) ? SC_FORKED : 0;
 }
 
+/* To its end, also when it contradicts the trusted root: so that what was found can be said. */
 static int replay(struct worker *w, uint8_t *journal, const struct sc_root *trusted)
 {
     struct device *d = w->device;
+    int forked = compare(d, trusted);
     uint8_t chain[CHAIN_BYTES], after[CHAIN_BYTES];
     size_t size = record_open(w, journal, 0, d->sequence + 1, d->chain, chain);
     while (size) {
@@ -170,11 +172,10 @@ static int replay(struct worker *w, uint8_t *journal, const struct sc_root *trus
         d->journal_at += (uint32_t)size;
         memcpy(d->chain, chain, CHAIN_BYTES);
         memcpy(chain, after, CHAIN_BYTES);
-        if (compare(d, trusted))
-            return SC_FORKED;
+        forked = forked ? forked : compare(d, trusted);
         size = next;
     }
-    return 0;
+    return forked;
 }
 
 static void mark(struct device *d, const struct page *leaf)
@@ -221,12 +222,13 @@ static int judge(const struct device *d, const struct sc_root *trusted, uint32_t
     return d->found_epoch > promised ? SC_EPOCH : 0;
 }
 
-/* ``trusted->reserved`` is the last epoch that was promised to an opening. The lock is held. */
+/* ``trusted->reserved`` is the last epoch that was promised to an opening. ``found`` is also set
+ * where the trusted root contradicts it. The lock is held. */
 int recover(struct worker *w, const struct sc_root *trusted, struct sc_root *found)
 {
     struct device *d = w->device;
     int error = newest_super(w);
-    if (error || (error = compare(d, trusted)) || (error = slots_resize(d, d->blocks)))
+    if (error || (error = slots_resize(d, d->blocks)))
         return error;
     uint8_t *journal = aligned(JOURNAL_BLOCKS * (size_t)BLOCK);
     if (!journal)
@@ -236,11 +238,11 @@ int recover(struct worker *w, const struct sc_root *trusted, struct sc_root *fou
         error = replay(w, journal, trusted);
     wipe(journal, JOURNAL_BLOCKS * (size_t)BLOCK);
     free(journal);
+    *found = (struct sc_root){.sequence = d->sequence, .epoch = d->found_epoch};
+    memcpy(found->chain, d->chain, CHAIN_BYTES);
     if (error || (error = judge(d, trusted, trusted->reserved)))
         return error;
     walk(w, LEVELS, 0);
     mark_new_leaves(d);
-    *found = (struct sc_root){.sequence = d->sequence, .epoch = d->found_epoch};
-    memcpy(found->chain, d->chain, CHAIN_BYTES);
     return 0;
 }

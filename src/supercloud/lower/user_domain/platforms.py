@@ -38,6 +38,7 @@ from supercloud.wire.quota import Quota
 
 MAX_CONFIG_BYTES: Final = 1 << 20
 GRACE_S: Final = 2.0
+START_WAIT_S: Final = 20.0
 SWEEP_S: Final = 60.0
 DEAD: Final = ("failed", "stopped")
 
@@ -76,9 +77,15 @@ class Platforms:
         """All of them, by name."""
         return [record.status() for _, record in sorted(self._records.by_name.items())]
 
-    def machine(self, name: str) -> Channel:
-        """The channel to a running platform's monitor. NotFound, BadState."""
+    async def machine(self, name: str) -> Channel:
+        """The channel to a running platform's monitor. NotFound, BadState.
+
+        One that is being started is waited for: that is a matter of a second.
+        """
         record = self._find(name)
+        with contextlib.suppress(TimeoutError):
+            async with self._changed, asyncio.timeout(START_WAIT_S):
+                await self._changed.wait_for(lambda: record.state not in ("creating", "starting"))
         if record.state != "running":
             raise BadState(f"platform {name} is {record.state}")
         return self._assembly.control(name)

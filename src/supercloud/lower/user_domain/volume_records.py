@@ -15,7 +15,8 @@ _KEPT = ("state", "reason", "platform", "slot", "mode", "used")
 class Volume:
     """One volume. ``used``: it was served once, so that there is something in it.
 
-    ``wanted`` is what it becomes when it is served, as it was opened.
+    ``wanted`` is what it becomes when it is served, in the epoch that was ``promised``, as it was
+    opened; a restart in between forgets them, and it is opened again.
     """
 
     spec: VolumeSpec
@@ -26,6 +27,7 @@ class Volume:
     mode: str = ""
     used: bool = False
     wanted: VolumeSpec | None = None
+    promised: int = 0
 
     def go(self, state: str, reason: str = "") -> None:
         """To another state, if the table of volumes has that; BadState."""

@@ -11,7 +11,7 @@ import binascii
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 from supercloud.lower.user_domain.channel import Channel
@@ -42,7 +42,7 @@ from supercloud.wire.volumes import (
 
 SIZE_UNIT_BYTES: Final = 4096
 IN_USE: Final = ("opened", "served", "attached")
-Machine = Callable[[str], Channel]
+Machine = Callable[[str], Awaitable[Channel]]
 """The monitor of a running platform by name; NotFound, BadState."""
 
 log = logging.getLogger("supercloud.lower.user_domain.volumes")
@@ -102,7 +102,7 @@ class Volumes:
             except BaseException as error:
                 await self._not_opened(volume, error, fresh=fresh)
                 raise
-            volume.wanted = spec
+            volume.wanted, volume.promised = spec, seal.epoch
             self._go(volume, "opened")
             return volume.status(seal=seal)
 
@@ -118,6 +118,8 @@ class Volumes:
         """Let it be used: its epoch is kept. BadState when another epoch is open."""
         async with self._found(asked.name) as volume:
             if volume.state == "opened":
+                if asked.epoch != volume.promised:
+                    raise BadState(f"volume {asked.name} was opened for epoch {volume.promised}")
                 await self._layers.serve(volume.spec, asked.epoch, new=not volume.used)
                 volume.used = True
                 self._go(volume, "served")
@@ -165,11 +167,12 @@ class Volumes:
                 return await self._status(volume)
             if volume.state != "served":
                 raise BadState(f"volume {asked.name} is {volume.state}", hint="open it first")
-            machine, slot = self._machine(asked.platform), self._free_slot(asked.platform)
-            mode = await self._layers.attach(asked.name, asked.platform, machine, slot)
-            self._go(volume, "attached")
-            volume.platform, volume.slot, volume.mode = asked.platform, slot, mode
-            self._records.put(volume)
+            machine = await self._machine(asked.platform)
+            async with self._lock(f"slots of {asked.platform}"):
+                slot = self._free_slot(asked.platform)
+                mode = await self._layers.attach(asked.name, asked.platform, machine, slot)
+                volume.platform, volume.slot, volume.mode = asked.platform, slot, mode
+                self._go(volume, "attached")
             return await self._status(volume)
 
     def _free_slot(self, platform: str) -> int:
@@ -188,7 +191,7 @@ class Volumes:
 
     async def _detach(self, volume: Volume) -> None:
         try:
-            machine = self._machine(volume.platform)
+            machine = await self._machine(volume.platform)
         except SupercloudError:
             machine = None  # its platform has ended
         await self._layers.detach(volume.spec.name, machine)
@@ -299,7 +302,9 @@ class Volumes:
         async with self._lock(volume.spec.name):
             if volume.state == "attached":
                 with contextlib.suppress(SupercloudError):
-                    await self._layers.unplug(volume.spec.name, self._machine(volume.platform))
+                    await self._layers.unplug(
+                        volume.spec.name, await self._machine(volume.platform)
+                    )
             self._go(volume, "failed", f"its storage daemon ended: {reason}")
 
     def _warn(self, volume: Volume, code: str, message: str) -> None:

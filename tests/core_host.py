@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from supercloud.isolation import seccomp
-from supercloud.lower.core.cgroup import hierarchies
+from supercloud.lower.host.hierarchies import for_manifest, hierarchies
 from supercloud.model.errors import BY_CODE
 
 SRC = Path(__file__).parents[1] / "src"
@@ -179,6 +179,7 @@ class Host:
             "instance": self.instance,
             "uids": {"first": first, "count": 100},
             "runtime": {"path": "/", "sha256": None},
+            "groups": for_manifest(),
             "limits": {
                 "memory_bytes": 1 << 40,
                 "pids": 1 << 20,

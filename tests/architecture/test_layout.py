@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SRC = ROOT / "src" / "supercloud"
-CORE_BUDGET_LINES = 2500
+CORE_BUDGET_CODE_LINES = 2000
+CORE_MOST_LINES = 2750  # wanted are 2,500: docs/critiques says what is between; never to be raised
 
 BOXES = {
     "keeper": "lower/core/keeper.py",
@@ -63,7 +64,7 @@ def test_the_core_keeps_to_its_closure() -> None:
     outside = {
         str(p.relative_to(SRC)) for p in core_closure() if SRC / "lower" / "core" not in p.parents
     }
-    assert outside <= {"model/capability.py", "model/errors.py", "wire/frames.py"}
+    assert outside <= {"model/capability.py", "model/refusals.py", "wire/frames.py"}
 
 
 LAYOUT = (
@@ -87,8 +88,10 @@ def code_lines(path: Path) -> int:
 
 
 def test_the_core_keeps_to_its_budget() -> None:
-    lines = sum(map(code_lines, core_closure()))
-    assert 300 < lines <= CORE_BUDGET_LINES
+    """Lines as ``wc -l`` counts them, and those of them that are code."""
+    lines = sum(len(path.read_text().splitlines()) for path in core_closure())
+    assert 300 < lines <= CORE_MOST_LINES
+    assert sum(map(code_lines, core_closure())) <= CORE_BUDGET_CODE_LINES
 
 
 def test_no_line_of_the_core_is_wider_than_100() -> None:

@@ -18,6 +18,7 @@ OURS = {
     "supercloud.cli.user",
     "supercloud.model",
     "supercloud.model.errors",
+    "supercloud.model.refusals",
     "supercloud.model.sizes",
 }
 HEAVY = {

@@ -13,8 +13,10 @@ import termios
 import time
 from pathlib import Path
 
+import aiohttp
 import pytest
 
+from supercloud.cli.terminal import _Session
 from support.commandline import CommandLine, control_plane, dying_with_us, wait_for
 
 SERVER = Path(__file__).parents[1] / "support" / "terminal_server.py"
@@ -164,6 +166,36 @@ def test_an_interrupt_reaches_a_program_on_pipes_and_the_second_leaves_it(line):
 
 def test_a_program_killed_by_a_signal(line):
     assert line.run("exec", "web", "sh", "-c", "kill -KILL $$", status=137).stderr == ""
+
+
+async def test_the_end_of_input_is_too_late_for_a_program_that_has_ended():
+    """Its exit status has come already, and is not lost because nobody hears us any more."""
+
+    class Ended:
+        async def send_str(self, text):
+            if "eof" in text:
+                raise aiohttp.ClientConnectionResetError("Cannot write to closing transport")
+
+        async def __aiter__(self):
+            yield aiohttp.WSMessage(aiohttp.WSMsgType.TEXT, '{"exit_status": 137}', None)
+
+    assert await _Session({}, reads=False, raw=False).run(Ended()) == 137
+
+
+def test_a_slow_client_still_learns_the_exit_status(line):
+    """The program is dead, and its status said, long before the client is done with its part."""
+    slow = (
+        "import sys, time; from supercloud.cli import terminal; from supercloud.cli.user import main\n"
+        "handle = terminal._Session._handle_signals\n"
+        "terminal._Session._handle_signals = lambda *a: (time.sleep(0.7), handle(*a))\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    words = ("exec", "web", "sh", "-c", "kill -KILL $$")
+    done = subprocess.run(
+        [sys.executable, "-c", slow, *words],
+        env=line.environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (137, "")
 
 
 def test_a_reader_that_goes_away(line):

@@ -5,6 +5,7 @@ import datetime as dt
 import secrets
 import ssl
 import struct
+from contextlib import suppress
 
 import pytest
 
@@ -12,6 +13,7 @@ from supercloud.model.errors import Denied, Invalid
 from supercloud.trust import keys
 from supercloud.trust.authority import Authority
 from supercloud.trust.names import Identity
+from supercloud.upper.platform.link import upgrade
 from supercloud.upper.platform.link.upgrade import accept_tls
 from supercloud.wire.messages import AGENT_TO_CONTROL
 from supercloud.wire.peer import HEADER, MAX_JSON_BYTES, REQUEST
@@ -198,6 +200,36 @@ async def test_what_is_no_tls_ends_at_once(link, garbage):
         with pytest.raises(Denied, match="handshake failed"):
             await link.hub.serve_relayed(*await accepted)
     assert link.hub.sessions == {}
+
+
+@pytest.mark.parametrize("inside_tls", [False, True])
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_who_never_shakes_hands_is_refused_in_time(link, monkeypatch, inside_tls, leaves):
+    """Silent, or silent and then gone; over a plain stream and, as relayed, inside another TLS."""
+    monkeypatch.setattr(upgrade, "HANDSHAKE_TIMEOUT_S", 0.3)
+    faults = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
+    accepted = asyncio.get_running_loop().create_future()
+    outer = {"ssl": link.hub.server_context} if inside_tls else {}
+    server = await asyncio.start_server(
+        lambda r, w: accepted.set_result((r, w)), "127.0.0.1", 0, **outer
+    )
+    name = "control.control.demo.supercloud.internal"
+    theirs = {"ssl": link.context(), "server_hostname": name} if inside_tls else {}
+    async with server, asyncio.timeout(15):
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname(), **theirs)
+        streams = await accepted
+        refused = asyncio.ensure_future(accept_tls(*streams, link.hub.server_context))
+        if leaves:
+            await asyncio.sleep(0.05)
+            writer.transport.abort()
+        with pytest.raises(Denied, match="handshake failed"):
+            await refused
+        with suppress(ConnectionError):
+            assert await reader.read() == b""  # we hung up
+        writer.close()
+        await asyncio.sleep(1)  # asyncio's own time limit is past
+    assert not faults
 
 
 @pytest.mark.parametrize("enrolled", [False, True])

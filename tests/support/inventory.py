@@ -7,8 +7,8 @@ from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
-from supercloud.lower.core.cgroup import hierarchies
 from supercloud.lower.host import registry
+from supercloud.lower.host.hierarchies import hierarchies
 from supercloud.wire import admin
 
 _LISTEN = "0A"

@@ -120,10 +120,13 @@ async def run(request):
         await program.process.wait()
     status = await program.process.wait()
     program.end()
+    # As the product does: aiohttp cuts the connection when it closes while another task receives,
+    # and what a client has not read when it writes again is lost then, its exit status too.
+    inputs.cancel()
+    await asyncio.gather(inputs, return_exceptions=True)
     if not socket.closed:
         await socket.send_json({"exit_status": 128 - status if status < 0 else status})
         await socket.close()
-    inputs.cancel()
     return socket
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from supercloud.lower.core.cgroup import Hierarchy, hierarchies
+from supercloud.lower.core.cgroup import Hierarchy
+from supercloud.lower.host.hierarchies import hierarchies
 from supercloud.model.capability import Limits
 from supercloud.model.errors import Unsupported
 

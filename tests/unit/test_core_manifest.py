@@ -14,6 +14,9 @@ GOOD = {
     "instance": "one",
     "uids": {"first": 200000, "count": 100},
     "runtime": {"path": "/images/runtime.erofs", "sha256": "ab" * 32},
+    "groups": [
+        {"root": "/sys/fs/cgroup", "controllers": ["cpu", "memory", "pids"], "unified": True}
+    ],
     "limits": {"memory_bytes": 1 << 30, "pids": 100},
     "kinds": {
         "user": {
@@ -102,6 +105,8 @@ def test_the_place_of_a_fault_is_said(where):
         (["channels", 0, "b"], "ghost"),
         (["grants", 0, "to"], "ghost"),
         (["instance"], "a/b"),
+        (["groups"], []),
+        (["groups", 0, "controllers"], ["cpu", "memory"]),
     ],
 )
 def test_what_does_not_fit_together_is_refused(path, value):
@@ -114,7 +119,9 @@ def test_what_does_not_fit_together_is_refused(path, value):
         parse(json.dumps(bad).encode())
 
 
-@pytest.mark.parametrize("field", ["version", "instance", "uids", "runtime", "limits", "kinds"])
+@pytest.mark.parametrize(
+    "field", ["version", "instance", "uids", "runtime", "groups", "limits", "kinds"]
+)
 def test_a_missing_field_is_named(field):
     bad = {key: value for key, value in GOOD.items() if key != field}
     with pytest.raises(Invalid, match=field):

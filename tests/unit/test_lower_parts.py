@@ -196,6 +196,7 @@ def test_the_table_of_kinds_is_a_manifest_that_the_core_takes(accelerator: str) 
         "instance": "x",
         "uids": {"first": 2_000_000, "count": 64},
         "runtime": {"path": "/x", "sha256": "0" * 64},
+        "groups": [{"root": "/g", "controllers": ["cpu", "memory", "pids"], "unified": True}],
         "limits": {"memory_bytes": 1 << 34, "pids": 1000, "domains": 100},
         "kinds": table,
     }

@@ -141,7 +141,7 @@ class _Session:
             arguments = (socket, asyncio.get_running_loop())
             threading.Thread(target=self._read_input, args=arguments, daemon=True).start()
         elif not self._escape:
-            await socket.send_str('{"eof": true}')
+            await _tell(socket, {"eof": True})
         output = asyncio.ensure_future(self._output(socket))
         await asyncio.wait((output, self._left), return_when=asyncio.FIRST_COMPLETED)
         if self._left.done():
@@ -195,7 +195,7 @@ class _Session:
         tasks: set[asyncio.Task[None]] = set()
 
         def tell(message: dict[str, Any]) -> None:
-            task = asyncio.ensure_future(socket.send_str(json.dumps(message)))
+            task = asyncio.ensure_future(_tell(socket, message))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
@@ -214,6 +214,12 @@ class _Session:
             loop.add_signal_handler(number, end, number)
         if self.raw:
             loop.add_signal_handler(signal.SIGWINCH, lambda: tell({"resize": list(_size())}))
+
+
+async def _tell(socket: aiohttp.ClientWebSocketResponse, message: dict[str, Any]) -> None:
+    """Say something to the other side, unless it has ended: how, is among what it said."""
+    with contextlib.suppress(ConnectionError):
+        await socket.send_str(json.dumps(message))
 
 
 def _told(text: str) -> int | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field
 from enum import IntEnum, IntFlag
 
-from supercloud.model.errors import Denied, Exists, NoResources, NotFound
+from supercloud.model.refusals import Denied, Exists, NoResources, NotFound
 
 MAX_TABLE_ENTRIES = 4096
 SELF, SCHEDULING = 0, 1  # selectors of the domain and of its scheduling context in its own table

@@ -15,90 +15,44 @@
     ├── Temporary            try again after ``delay_s``
     └── Permanent            trying again will not help
 
+The user errors are in ``model.refusals``, which the core shares; everybody else finds them here.
 Anything else that is raised is a bug: it is logged under an id and the user is shown the id only.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
+from supercloud.model.refusals import (
+    ALL,
+    BadState,
+    Busy,
+    Denied,
+    Exists,
+    Invalid,
+    NoResources,
+    NotFound,
+    SupercloudError,
+    Unsupported,
+    UserError,
+)
 
-class SupercloudError(Exception):
-    """Root of the tree."""
-
-
-class UserError(SupercloudError):
-    """An error that its user can understand and act on.
-
-    ``message`` says what was asked and what is wrong; ``hint`` what to do about it;
-    ``where`` locates it (a field path, ``file:line``); ``details`` is for machines, JSON-able.
-    """
-
-    code: ClassVar[str] = "error"
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        hint: str = "",
-        where: str = "",
-        details: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-        self.where = where
-        self.details = details or {}
-
-    def __str__(self) -> str:
-        place = f"{self.where}: " if self.where else ""
-        return f"{place}{self.message}"
-
-
-class Invalid(UserError):
-    """The request is malformed."""
-
-    code = "invalid"
-
-
-class NotFound(UserError):
-    """What was asked for is not there."""
-
-    code = "not_found"
-
-
-class Exists(UserError):
-    """It is there already, and differs from what was asked for."""
-
-    code = "exists"
-
-
-class Busy(UserError):
-    """Another operation on it is under way."""
-
-    code = "busy"
-
-
-class BadState(UserError):
-    """Not legal in the present state."""
-
-    code = "bad_state"
-
-
-class Denied(UserError):
-    """The caller lacks the right."""
-
-    code = "denied"
-
-
-class NoResources(UserError):
-    """It does not fit: a quota or a capacity."""
-
-    code = "no_resources"
-
-
-class Unsupported(UserError):
-    """Cannot be done here; the message says why."""
-
-    code = "unsupported"
+__all__ = [
+    "BY_CODE",
+    "STATUS",
+    "BadState",
+    "Busy",
+    "Denied",
+    "Exists",
+    "Invalid",
+    "NoResources",
+    "NotFound",
+    "Permanent",
+    "SupercloudError",
+    "Temporary",
+    "Unsupported",
+    "UserError",
+    "from_wire",
+    "to_wire",
+]
 
 
 class Temporary(SupercloudError):
@@ -113,10 +67,7 @@ class Permanent(SupercloudError):
     """Could not be done, and trying again will not help."""
 
 
-BY_CODE: dict[str, type[UserError]] = {
-    cls.code: cls
-    for cls in (Invalid, NotFound, Exists, Busy, BadState, Denied, NoResources, Unsupported)
-}
+BY_CODE: dict[str, type[UserError]] = {cls.code: cls for cls in ALL}
 
 # code -> (HTTP status, exit status of the command line)
 STATUS: dict[str, tuple[int, int]] = {

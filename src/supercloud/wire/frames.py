@@ -14,7 +14,7 @@ import re
 import struct
 from enum import IntEnum
 
-from supercloud.model.errors import BY_CODE, Invalid, UserError
+from supercloud.model.refusals import ALL, Invalid, UserError
 
 VERSION = 1
 CORE_DESCRIPTOR = 3  # where every domain that speaks to the core finds its socket
@@ -26,7 +26,7 @@ ENTRIES_PER_PAGE = MAX_PAYLOAD_BYTES // ENTRY.size
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@/+-]{0,62}\Z")
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,54}\Z")
 NO_VALUES, _NO_NAME = (0,) * 8, bytes(64)
-CODES = tuple(BY_CODE)  # status n is the n-th of these errors; 0 is none
+CODES = tuple(error.code for error in ALL)  # status n is the n-th of these errors; 0 is none
 BUG_STATUS = 99
 
 

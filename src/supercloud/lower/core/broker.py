@@ -7,17 +7,19 @@ everything that may be refused is refused before that.
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NamedTuple
 
 from supercloud.lower.core import descriptors
 from supercloud.lower.core import state as tables
 from supercloud.lower.core.domain import Domains
+from supercloud.lower.core.keeper import Vault
 from supercloud.lower.core.loop import Link
 from supercloud.lower.core.manifest import Kind
 from supercloud.lower.core.measure import Chain, Measurements, say
 from supercloud.lower.core.state import Context, Domain, Object, State, Values
-from supercloud.lower.core.vault import Vault
-from supercloud.model import errors
+from supercloud.model import refusals as errors
 from supercloud.model.capability import KILLS, Capability, Limits, ObjectType, Rights
 from supercloud.wire import frames
 from supercloud.wire.frames import DomainState, Event, Op, pack_answer
@@ -25,12 +27,27 @@ from supercloud.wire.frames import DomainState, Event, Op, pack_answer
 MAX_DEPTH = 8
 MAX_SEALED_BYTES = 512 << 20
 _START_FAILED = 127 << 8  # as a wait status
-_MAX_INT = 1 << 62
-_ANY = Rights.NONE
 
 
-class Call(NamedTuple):
-    """One request of one domain."""
+class _Need(NamedTuple):
+    """What the capability that an argument selects must carry and be."""
+
+    right: Rights
+    type: ObjectType | None = None
+
+
+_CONTEXT, _NUMBER, _ANY = ObjectType.SCHEDULING_CONTEXT, None, _Need(Rights.NONE)
+_CHARGED, _READABLE = _Need(Rights.CHARGE, _CONTEXT), _Need(Rights.READ, _CONTEXT)
+_CONTROLLED = _Need(Rights.CONTROL, ObjectType.DOMAIN)
+_CONNECTED = _Need(Rights.CONNECT, ObjectType.DOMAIN)
+
+
+@dataclass(slots=True)
+class Call:
+    """One request of one domain, and what answers it besides the values that its method returns.
+
+    ``later``: nothing answers it now, it will be answered when it is done.
+    """
 
     caller: Domain
     link: Link
@@ -39,12 +56,6 @@ class Call(NamedTuple):
     args: Values
     first: str
     second: str
-
-
-class Reply(NamedTuple):
-    """What answers a call; ``later``: nothing now, it will be answered when it is done."""
-
-    values: Values = ()
     payload: bytes = b""
     descriptor: int = -1
     later: bool = False
@@ -59,26 +70,26 @@ class Broker:
         self.state, self._graph, self._log, self._measured = state, state.graph, log, measured
         self._vault, self._domains = vault, domains
         domains.on_request, domains.on_exit = self.answer, self.exited
-        # op -> what carries it out, how many arguments and names it takes
-        self._calls: dict[int, tuple[Callable[[Call], Reply], int, int]] = {
-            Op.PING: (lambda _: _NOTHING, 0, 0),
-            Op.LOOKUP: (self._lookup, 0, 1),
-            Op.LIST: (self._list, 1, 0),
-            Op.CREATE_DOMAIN: (self._create_domain, 7, 2),
-            Op.START: (self._start, 8, 0),
-            Op.DESTROY: (self._destroy, 2, 0),
-            Op.CREATE_CHANNEL: (self._create_channel, 3, 2),
-            Op.CREATE_MEMORY: (self._create_memory, 2, 1),
-            Op.SEAL: (self._seal, 1, 0),
-            Op.CREATE_SEMAPHORE: (self._create_semaphore, 1, 1),
-            Op.DELEGATE: (self._delegate, 3, 1),
-            Op.REVOKE: (self._revoke, 1, 0),
-            Op.TAKE: (self._take, 1, 0),
-            Op.SET_LIMITS: (self._set_limits, 7, 0),
-            Op.USAGE: (self._usage, 1, 0),
-            Op.LIMITS: (lambda c: Reply(self._need_context(c, Rights.READ).limits.values()), 1, 0),
-            Op.CHARGE: (self._charge, 2, 0),
-            Op.STATE: (self._state, 1, 0),
+        # op -> what carries it out, what each argument must be, how many names it takes
+        self._calls: dict[int, tuple[Callable[..., Values], tuple[_Need | None, ...], int]] = {
+            Op.PING: (lambda _: (), (), 0),
+            Op.LOOKUP: (self._lookup, (), 1),
+            Op.LIST: (self._list, (_NUMBER,), 0),
+            Op.CREATE_DOMAIN: (self._create_domain, (_CHARGED, *[_NUMBER] * 6), 2),
+            Op.START: (self._start, (_CONTROLLED, *[_NUMBER] * 7), 0),
+            Op.DESTROY: (self._destroy, (_Need(Rights.CONTROL), _NUMBER), 0),
+            Op.CREATE_CHANNEL: (self._create_channel, (_CONNECTED, _CONNECTED, _NUMBER), 2),
+            Op.CREATE_MEMORY: (self._create_memory, (_CHARGED, _NUMBER), 1),
+            Op.SEAL: (self._seal, (_Need(Rights.WRITE, ObjectType.MEMORY),), 0),
+            Op.CREATE_SEMAPHORE: (self._create_semaphore, (_NUMBER,), 1),
+            Op.DELEGATE: (self._delegate, (_ANY, _CONNECTED, _NUMBER), 1),
+            Op.REVOKE: (self._revoke, (_ANY,), 0),
+            Op.TAKE: (self._take, (_ANY,), 0),
+            Op.SET_LIMITS: (self._set_limits, (_Need(Rights.CONTROL, _CONTEXT), *[_NUMBER] * 6), 0),
+            Op.USAGE: (self._usage, (_READABLE,), 0),
+            Op.LIMITS: (lambda _, context: context.limits.values(), (_READABLE,), 0),
+            Op.CHARGE: (self._charge, (_CHARGED, _NUMBER), 0),
+            Op.STATE: (self._state, (_Need(Rights.NONE, ObjectType.DOMAIN),), 0),
         }
 
     def answer(self, caller: Domain, link: Link, untrusted: bytes) -> None:
@@ -87,10 +98,9 @@ class Broker:
         try:
             call = Call(caller, link, *frames.unpack_request(untrusted))
             sequence = call.sequence
-            reply = self._carry(call)
-            if not reply.later:
-                frame = pack_answer(op, 0, sequence, reply.values, reply.payload)
-                link.send(frame, reply.descriptor)
+            values = self._carry(call)
+            if not call.later:
+                link.send(pack_answer(op, 0, sequence, values, call.payload), call.descriptor)
         except errors.UserError as error:
             if isinstance(error, errors.Invalid):
                 link.offend(str(error))
@@ -100,25 +110,23 @@ class Broker:
             say("bug", op=op, domain=caller.name, error=traceback.format_exc())
             link.send(pack_answer(op, frames.BUG_STATUS, sequence, (), b"see the core's log"))
 
-    def _carry(self, call: Call) -> Reply:
-        method, arguments, names = self._calls.get(call.op, (None, 0, 0))
-        if method is None:
+    def _carry(self, call: Call) -> Values:
+        if call.op not in self._calls:
             raise errors.Invalid(f"no call {call.op}")
-        if any(call.args[arguments:]) or bool(call.first) + bool(call.second) != names:
+        method, needs, names = self._calls[call.op]
+        if any(call.args[len(needs) :]) or bool(call.first) + bool(call.second) != names:
             raise errors.Invalid("an argument too many, or a name that is missing")
-        if call.sequence == call.caller.last[0]:
-            return self._again(call)
-        return method(call)
-
-    def _again(self, call: Call) -> Reply:
-        """A call that was done already, before the core was replaced."""
-        _, values, sha256 = call.caller.last
+        last, values, sha256 = call.caller.last
+        if call.sequence != last:
+            return method(call, *map(self._resolve, repeat(call.caller.id), needs, call.args))
+        call.payload = bytes.fromhex(sha256)  # it was done already, before the core was replaced
         if call.op == Op.START:
-            process = self._domains.running.get(self._need(call, 0).object_id)
+            domain = self._resolve(call.caller.id, needs[0], call.args[0])
+            process = self._domains.running.get(domain.id)
             if process is None:
                 raise errors.BadState("it did not start, or has ended")
-            values = (process.pid,)
-        return Reply(values, bytes.fromhex(sha256))
+            return (process.pid,)
+        return values
 
     def commit(self, op: str, call: Call | None = None, **what: Any) -> Values:
         """Log a checked record and apply it; nothing is carried out yet."""
@@ -127,59 +135,48 @@ class Broker:
         self._log.append(record)
         return self.state.apply(record)
 
-    def _need(
-        self, call: Call, index: int, right: Rights = _ANY, type_: ObjectType | None = None
-    ) -> Capability:
-        """The caller's capability at the selector that an argument gives, with that right."""
-        capability = self._graph.get(call.caller.id, call.args[index])
-        if type_ is not None and capability.type is not type_:
-            raise errors.Invalid(
-                f"{capability.name!r} is a {capability.type.name}, not a {type_.name}"
-            )
-        if right & ~capability.rights:
-            raise errors.Denied(f"{capability.name!r} does not carry {right.name}")
-        return capability
-
-    def _need_domain(self, call: Call, index: int, right: Rights) -> Domain:
-        return self.state.domains[self._need(call, index, right, ObjectType.DOMAIN).object_id]
-
-    def _need_context(self, call: Call, right: Rights) -> Context:
-        capability = self._need(call, 0, right, ObjectType.SCHEDULING_CONTEXT)
-        return self.state.contexts[capability.object_id]
+    def _resolve(self, holder: int, need: "_Need | None", argument: int) -> Any:
+        """An argument as a number, or what is behind the selector that it is."""
+        if need is None:
+            return argument
+        capability = self._graph.get(holder, argument)
+        name, is_a = capability.name, capability.type
+        if need.type is not None and is_a is not need.type:
+            raise errors.Invalid(f"{name!r} is a {is_a.name}, not a {need.type.name}")
+        if need.right & ~capability.rights:
+            raise errors.Denied(f"{name!r} does not carry {need.right.name}")
+        return self.state.behind[is_a][capability.object_id] if need.type else capability
 
     # ---- calls that only look
 
-    def _lookup(self, call: Call) -> Reply:
+    def _lookup(self, call: Call) -> Values:
         found = self._graph.find(call.caller.id, call.first)
-        return Reply((found.selector, found.type, found.rights, found.object_id, found.end))
+        return found.selector, found.type, found.rights, found.object_id, found.end
 
-    def _list(self, call: Call) -> Reply:
-        entries = [e for e in self._graph.entries(call.caller.id) if e.selector >= call.args[0]]
+    def _list(self, call: Call, first: int) -> Values:
+        entries = [e for e in self._graph.entries(call.caller.id) if e.selector >= first]
         page, rest = entries[: frames.ENTRIES_PER_PAGE], entries[frames.ENTRIES_PER_PAGE :]
-        packed = b""
         for e in page:
             what = e.selector, e.object_id, e.type, e.rights, e.end, 0, e.name.encode()
-            packed += frames.ENTRY.pack(*what)
-        return Reply((len(page), rest[0].selector if rest else 0), packed)
+            call.payload += frames.ENTRY.pack(*what)
+        return len(page), rest[0].selector if rest else 0
 
-    def _usage(self, call: Call) -> Reply:
-        context = self._need_context(call, Rights.READ)
-        return Reply((*self._domains.groups.usage(context.path), *context.booked.values()))
+    def _usage(self, _: Call, context: Context) -> Values:
+        return *self._domains.groups.usage(context.path), *context.booked.values()
 
-    def _state(self, call: Call) -> Reply:
-        domain = self._need_domain(call, 0, _ANY)
-        return Reply((domain.state, domain.starts, domain.wait_status))
+    def _state(self, _: Call, domain: Domain) -> Values:
+        return domain.state, domain.starts, domain.wait_status
 
     # ---- domains
 
-    def _create_domain(self, call: Call) -> Reply:
-        context, name = self._need_context(call, Rights.CHARGE), call.second
+    def _create_domain(self, call: Call, context: Context, *figures: int) -> Values:
+        name = call.second
         if call.first not in call.caller.kind.creates:
             raise errors.Denied(f"a {call.caller.kind.name} may not make a {call.first}")
         self._graph.check_room(call.caller.id, name, f"sched:{name}")
-        kind, figures = self.state.manifest.kinds[call.first], call.args[1:7]
+        kind = self.state.manifest.kinds[call.first]
         limits = tables.checked_limits(figures) if any(figures) else kind.limits
-        return Reply(self.make_domain(kind, name, limits, context, call))
+        return self.make_domain(kind, name, limits, context, call)
 
     def make_domain(
         self, kind: Kind, name: str, limits: Limits, context: Context, call: Call | None = None
@@ -198,15 +195,11 @@ class Broker:
         context.check(limits.cpu_permille, **tables.booking(limits))
         own = kind.own if kind.creates else limits
         if own.memory_bytes > limits.memory_bytes or own.pids > limits.pids:
-            raise errors.NoResources(
-                f"a {kind.name} needs {own.memory_bytes} bytes, {own.pids} pids"
-            )
+            raise errors.NoResources(f"a {kind.name} itself needs {own}")
         slot = self._domains.choose_slot(name, {d.slot for d in others}, keep=kind.state)
-        number = self.state.next_id
-        values = self.commit(
-            "domain", call, id=number, kind=kind.name, name=name, context=context.id, slot=slot,
-            parent=call.caller.id if call else 0, limits=limits.values(),
-        )  # fmt: skip
+        number, parent = self.state.next_id, call.caller.id if call else 0
+        what = {"kind": kind.name, "name": name, "slot": slot, "limits": limits.values()}
+        values = self.commit("domain", call, id=number, parent=parent, context=context.id, **what)
         try:
             self._domains.prepare(self.state.domains[number])
         except OSError as error:
@@ -214,23 +207,19 @@ class Broker:
             raise errors.NoResources(f"could not make {name}: {error}") from error
         return values
 
-    def _start(self, call: Call) -> Reply:
-        domain, numbers = self._need_domain(call, 0, Rights.CONTROL), call.args[1:]
+    def _start(self, call: Call, domain: Domain, *numbers: int) -> Values:
         if domain.state is not DomainState.CREATED:
             raise errors.BadState(f"{domain.name} is {domain.state.name.lower()}")
         ranges = domain.kind.numbers
         fits = all(a <= n <= b for n, (a, b) in zip(numbers, ranges, strict=False))
         if any(numbers[len(ranges) :]) or not fits:
             raise errors.Invalid(f"numbers must be in {list(ranges)}")
-        return Reply((self.start(domain, numbers[: len(ranges)], call),))
-
-    def start(self, domain: Domain, numbers: Values = (), call: Call | None = None) -> int:
-        """Run a domain's program; its process id. BadState when it does not start."""
         self._wired(domain)  # refused before anything is logged
-        self.commit("start", call, id=domain.id, numbers=numbers)
-        return self._run(domain)
+        self.commit("start", call, id=domain.id, numbers=numbers[: len(ranges)])
+        return (self._run(domain),)
 
     def _run(self, domain: Domain) -> int:
+        """Its process id; BadState, which is noted, when it does not start."""
         try:
             return self._domains.start(domain, self._wired(domain)).pid
         except (OSError, errors.UserError) as error:
@@ -248,13 +237,16 @@ class Broker:
         """Start a domain that should run; ``logged`` when only the process is missing."""
         if self.state.domains.get(domain.id) is not domain or domain.id in self._domains.running:
             return
+        if not logged:
+            self.commit("start", id=domain.id, numbers=domain.numbers)
         try:
-            self._run(domain) if logged else self.start(domain, domain.numbers)
+            self._run(domain)
         except errors.UserError:
             self.exited(domain, _START_FAILED, 0.0)
             return
-        if domain.starts > 1:
-            self._tell_maker(domain, Event.STARTED, domain.starts)
+        if domain.starts > 1 and domain.parent is not None:
+            values = self.state.at_parent(domain, domain.id), domain.starts
+            self._tell(domain.parent, Event.STARTED, values, domain.name)
 
     def exited(self, domain: Domain, status: int, lasted_s: float) -> None:
         """A domain's program ended by itself or by us."""
@@ -263,28 +255,22 @@ class Broker:
             waiting = DomainState.WAITING
             self.commit("stopped", id=domain.id, state=waiting, status=status)
             self._renew_channels(domain)
-            self._domains.restart_later(domain, lasted_s, lambda: self.resume(domain))
+            self._domains.restart_later(lasted_s, lambda: self.resume(domain))
         else:
             domain.wait_status = status
             self.destroy(domain.id)
 
-    def _tell(self, holder: int, event: Event, values: Values, name: str) -> None:
-        process = self._domains.running.get(holder)
-        if process is not None:
-            process.link.event(event, values, name)
+    def _tell(self, domain: Domain, event: Event, values: Values, name: str) -> None:
+        if domain.id in self._domains.running:
+            self._domains.running[domain.id].link.event(event, values, name)
 
-    def _tell_maker(self, domain: Domain, event: Event, value: int) -> None:
-        if domain.parent is not None:
-            values = (self.state.at_parent(domain, domain.id), value)
-            self._tell(domain.parent.id, event, values, domain.name)
-
-    def _destroy(self, call: Call) -> Reply:
-        capability, purge = self._need(call, 0, Rights.CONTROL), call.args[1]
-        if capability.type is ObjectType.SCHEDULING_CONTEXT or purge not in (0, 1):
+    def _destroy(self, call: Call, capability: Capability, purge: int) -> Values:
+        if capability.type is _CONTEXT or purge not in (0, 1):
             raise errors.Invalid("a scheduling context ends with its domain")
         domain = self.state.domains.get(capability.object_id)
         self.commit("destroy", call, id=capability.object_id)
-        return self._carry_out(call, domain if purge else None)
+        self._carry_out(call, domain if purge else None)
+        return ()
 
     def destroy(self, number: int) -> None:
         """End a domain or object for reasons of our own."""
@@ -293,57 +279,54 @@ class Broker:
 
     # ---- what a record took out of the tables
 
-    def _carry_out(self, call: Call | None = None, purged: Domain | None = None) -> Reply:
-        gone, caller = self.state.take_gone(), call.caller if call else None
-        for domain, selector, context_selector in gone.domains:
+    def _carry_out(self, call: Call | None = None, purged: Domain | None = None) -> None:
+        gone, caller = self.state.gone, call.caller if call else None
+        for domain, *selectors in gone.domains:
             if domain.parent and domain.parent is not caller:
-                values = (selector, domain.wait_status, context_selector)
-                self._tell(domain.parent.id, Event.DIED, values, domain.name)
+                values = (selectors[0], domain.wait_status, selectors[1])
+                self._tell(domain.parent, Event.DIED, values, domain.name)
         self._tell_revoked(gone, caller)
         for ended in gone.objects:
-            self._close_object(ended)
-        left = {domain.id for domain, _, _ in gone.domains}
+            self._vault.drop(f"o{ended.id}")
+            is_portal = ended.type is ObjectType.PORTAL
+            descriptors.close_all(ended.descriptors, shut_down=is_portal)
+        left = {domain for domain, *_ in gone.domains}
 
         def one_is_dead(domain: Domain) -> None:
             if domain is purged:
                 self._domains.purge(domain)
-            left.discard(domain.id)
+            left.discard(domain)
             if not left and call:
                 call.link.send(pack_answer(call.op, 0, call.sequence))
 
-        for domain, _, _ in gone.domains:
+        if call:
+            call.later = bool(left)
+        for domain, *_ in gone.domains:
             self._domains.end(domain, one_is_dead)
-        return Reply(later=True) if gone.domains else _NOTHING
 
     def _tell_revoked(self, gone: tables.Gone, caller: Domain | None) -> None:
-        ended = {n: d for d, _, _ in gone.domains for n in (d.id, d.context.id)}
+        ended = {n: d for d, *_ in gone.domains for n in (d.id, d.context.id)}
         for lost in gone.capabilities:
             holder, domain = self.state.domains.get(lost.holder), ended.get(lost.object_id)
             if holder is None or (domain is not None and domain.parent is holder):
                 continue  # gone as well, or told by DIED
             if holder is not caller:
-                self._tell(lost.holder, Event.REVOKED, (lost.selector, lost.type), lost.name)
+                self._tell(holder, Event.REVOKED, (lost.selector, lost.type), lost.name)
             if lost.taken and lost.parent and lost.type in KILLS:
                 self._domains.kill(holder, f"{lost.type.name.lower()} {lost.name!r} was revoked")
 
-    def _close_object(self, ended: Object) -> None:
-        for number in range(len(ended.descriptors)):
-            self._vault.drop(f"o{ended.id}.{number}")
-        descriptors.close_all(ended.descriptors, shut_down=ended.type is ObjectType.PORTAL)
-
     # ---- portals, memory, semaphores
 
-    def _create_channel(self, call: Call) -> Reply:
-        a, b = (self._need_domain(call, n, Rights.CONNECT) for n in (0, 1))
+    def _create_channel(self, call: Call, a: Domain, b: Domain, type_: int) -> Values:
         names, entries = (call.first, call.second), {call.caller.id: [""]}  # the whole has no name
         for end, name in zip((a, b), names, strict=True):
             entries.setdefault(end.id, []).append(name)
         self._check_budget(call, entries)
-        values = self.make_channel(a, b, call.args[2], names, call)
+        values = self.make_channel(a, b, type_, names, call)
         for end, name, selector in zip((a, b), names, values[1:], strict=True):
             if end is not call.caller:
-                self._tell(end.id, Event.ARRIVED, (selector, ObjectType.PORTAL), name)
-        return Reply(values)
+                self._tell(end, Event.ARRIVED, (selector, ObjectType.PORTAL), name)
+        return values
 
     def make_channel(
         self, a: Domain, b: Domain, type_: int, names: tuple[str, str], call: Call | None = None
@@ -355,27 +338,27 @@ class Broker:
         if type_ not in descriptors.SOCKETS.values():
             raise errors.Invalid("a channel is a stream or seqpacket")
         ends = {"a": a.id, "b": b.id, "name_a": names[0], "name_b": names[1]}
-        return self._make("channel", call, **ends, type=type_, descriptors=peer.descriptors)
+        return self._make("portal", call, **ends, number=type_, descriptors=peer.descriptors)
 
-    def _create_memory(self, call: Call) -> Reply:
-        context, size = self._need_context(call, Rights.CHARGE), call.args[1]
-        if not 0 < size <= _MAX_INT or size % descriptors.PAGE_BYTES:
+    def _create_memory(self, call: Call, context: Context, size: int) -> Values:
+        if not 0 < size <= tables.MAX_INT or size % descriptors.PAGE_BYTES:
             raise errors.Invalid(f"the size must be a multiple of {descriptors.PAGE_BYTES}")
         context.check(memory_bytes=size)
         self._check_budget(call, {call.caller.id: [call.first]})
-        return Reply(self._make("memory", call, name=call.first, context=context.id, bytes=size))
+        return self._make("memory", call, name=call.first, context=context.id, number=size)
 
-    def _create_semaphore(self, call: Call) -> Reply:
-        if not 0 <= call.args[0] < 1 << 31:
+    def _create_semaphore(self, call: Call, value: int) -> Values:
+        if not 0 <= value < 1 << 31:
             raise errors.Invalid("the value must be 0..2^31-1")
         self._check_budget(call, {call.caller.id: [call.first]})
-        return Reply(self._make("semaphore", call, name=call.first, value=call.args[0]))
+        return self._make("semaphore", call, name=call.first, number=value)
 
     def _check_budget(self, call: Call, entries: dict[int, list[str]]) -> None:
         """Refuse one more object of the caller, or these entries in these tables."""
         for holder, names in entries.items():
             self._graph.check_room(holder, *names)
-        if call.caller.made >= call.caller.kind.objects:
+        made = [o for o in self.state.objects.values() if o.maker is call.caller]
+        if len(made) >= call.caller.kind.objects:
             raise errors.NoResources(f"{call.caller.name} has made as many objects as it may")
 
     def _make(self, op: str, call: Call | None, **what: Any) -> Values:
@@ -391,8 +374,7 @@ class Broker:
     def open(self, made: Object) -> None:
         """Give an object descriptors (new ones for a channel), kept by the keeper as well."""
         made.descriptors = descriptors.OPEN[made.type](made.number)
-        for number, descriptor in enumerate(made.descriptors):
-            self._vault.put(f"o{made.id}.{number}", descriptor)
+        self._vault.put(f"o{made.id}", *made.descriptors)
 
     def _renew_channels(self, domain: Domain) -> None:
         """A dead domain's channels: end-of-file on the old ends, new ones for who takes them."""
@@ -400,12 +382,11 @@ class Broker:
             descriptors.close_all(portal.descriptors, shut_down=True)
             self.open(portal)
             for end in self._graph.of_object(portal.id):
-                if end.end >= 0 and end.holder != domain.id:
-                    self._tell(end.holder, Event.RENEWED, (end.selector,), end.name)
+                holder = self.state.domains[end.holder]
+                if end.end >= 0 and holder is not domain:
+                    self._tell(holder, Event.RENEWED, (end.selector,), end.name)
 
-    def _seal(self, call: Call) -> Reply:
-        capability = self._need(call, 0, Rights.WRITE, ObjectType.MEMORY)
-        memory = self.state.objects[capability.object_id]
+    def _seal(self, call: Call, memory: Object) -> Values:
         if not memory.sha256:
             if memory.number > MAX_SEALED_BYTES:
                 raise errors.Invalid(f"only up to {MAX_SEALED_BYTES} bytes can be sealed")
@@ -415,38 +396,32 @@ class Broker:
                 raise errors.Busy("it is mapped for writing somewhere") from error
             self._measured.extend("memory", digest, f"{call.caller.name}/{memory.name}")
             self.commit("seal", call, id=memory.id, sha256=digest)
-        return Reply((), bytes.fromhex(memory.sha256))
+        call.payload = bytes.fromhex(memory.sha256)
+        return ()
 
     # ---- capabilities
 
-    def _delegate(self, call: Call) -> Reply:
-        capability, rights, caller = self._need(call, 0), call.args[2], call.caller
-        target = self._need_domain(call, 1, Rights.CONNECT)
-        peer = caller.kind.peers.get(target.kind.name)
+    def _delegate(self, call: Call, held: Capability, target: Domain, rights: int) -> Values:
+        caller, ours, theirs = call.caller, call.caller.kind, target.kind.name
         if not 0 < rights < 128:
             raise errors.Invalid("no such rights")
-        if target is not caller and not (peer and peer.descriptors):
-            raise errors.Denied(
-                f"nothing may pass from a {caller.kind.name} to a {target.kind.name}"
-            )
-        self._graph.check_derive(capability, target.id, Rights(rights), call.first)
-        source = {"holder": caller.id, "selector": capability.selector}
-        values = self.commit(
-            "delegate", call, **source, to=target.id, rights=rights, name=call.first
-        )
+        if target is not caller and not (theirs in ours.peers and ours.peers[theirs].descriptors):
+            raise errors.Denied(f"nothing may pass from a {ours.name} to a {theirs}")
+        self._graph.check_derive(held, target.id, Rights(rights), call.first)
+        what = {"selector": held.selector, "rights": rights, "name": call.first}
+        values = self.commit("delegate", call, holder=caller.id, to=target.id, **what)
         if target is not caller:
-            self._tell(target.id, Event.ARRIVED, (values[0], capability.type), call.first)
-        return Reply(values)
+            self._tell(target, Event.ARRIVED, (values[0], held.type), call.first)
+        return values
 
-    def _revoke(self, call: Call) -> Reply:
-        selector = self._need(call, 0).selector
-        values = self.commit("revoke", call, holder=call.caller.id, selector=selector)
+    def _revoke(self, call: Call, held: Capability) -> Values:
+        values = self.commit("revoke", call, holder=call.caller.id, selector=held.selector)
         self._carry_out()
-        return Reply(values)
+        return values
 
-    def _take(self, call: Call) -> Reply:
-        capability = self._need(call, 0)
-        return Reply((capability.type,), b"", self._descriptor(call.caller, capability))
+    def _take(self, call: Call, held: Capability) -> Values:
+        call.descriptor = self._descriptor(call.caller, held)
+        return (held.type,)
 
     def _descriptor(self, domain: Domain, capability: Capability) -> int:
         """The descriptor behind a capability, noting that it is out; refusals as ``TAKE``."""
@@ -464,33 +439,25 @@ class Broker:
 
     # ---- scheduling contexts
 
-    def _set_limits(self, call: Call) -> Reply:
-        context, new = (
-            self._need_context(call, Rights.CONTROL),
-            tables.checked_limits(call.args[1:7]),
-        )
-        old, groups = context.limits, self._domains.groups
-        for what in context.booked:
-            if getattr(new, what) < context.booked[what]:
-                raise errors.Busy(f"{what}: {context.booked[what]} is in use")
+    def _set_limits(self, call: Call, context: Context, *new: int) -> Values:
+        old, limits, groups = context.limits, tables.checked_limits(new), self._domains.groups
+        more = {what: getattr(limits, what) - getattr(old, what) for what in context.booked}
+        for what, booked in context.booked.items():
+            if getattr(limits, what) < booked:
+                raise errors.Busy(f"{what}: {booked} is in use")
         if context.parent is not None:
-            more = {what: getattr(new, what) - getattr(old, what) for what in context.booked}
-            context.parent.check(new.cpu_permille, **more)
-        self.commit("limits", call, id=context.id, limits=new.values())
+            context.parent.check(limits.cpu_permille, **more)
+        self.commit("limits", call, id=context.id, limits=new)
         try:
-            groups.limit(context.path, new)
+            groups.limit(context.path, limits)
         except OSError as error:
             self.commit("limits", id=context.id, limits=old.values())
             groups.limit(context.path, old)
             raise errors.Busy(f"more than that is in use: {error}") from error
-        return _NOTHING
+        return ()
 
-    def _charge(self, call: Call) -> Reply:
-        context, more = self._need_context(call, Rights.CHARGE), call.args[1]
+    def _charge(self, call: Call, context: Context, more: int) -> Values:
         if context.charges.get(call.caller.id, 0) + more < 0:
             raise errors.Invalid("more released than this domain has booked")
         context.check(disk_bytes=max(more, 0))
-        return Reply(self.commit("charge", call, id=context.id, bytes=more))
-
-
-_NOTHING = Reply()
+        return self.commit("charge", call, id=context.id, bytes=more)

@@ -1,4 +1,4 @@
-"""Control groups: one group per scheduling context in every hierarchy found (v1, v2, hybrid).
+"""Control groups: one group per scheduling context in every hierarchy of the manifest (v1, v2).
 
 Groups nest as scheduling contexts do, under ``supercloud/<instance>``; their paths are relative to
 that. A context that may have children keeps its own processes in a leaf ``own``, since v2 wants
@@ -10,17 +10,16 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from supercloud.model.capability import Limits
-from supercloud.model.errors import Unsupported
 
 TOP, OWN = "supercloud", "own"
-_WANTED = frozenset({"cpu", "cpuacct", "memory", "pids"})
 _PERIOD_US = 100_000
 
 
-class Hierarchy(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Hierarchy:
     """One mounted tree of groups and those controllers of it that we use."""
 
     root: str
@@ -48,29 +47,11 @@ class Hierarchy(NamedTuple):
             _write(f"{directory}/cgroup.subtree_control", wanted)
 
 
-def hierarchies(mountinfo: str = "") -> list[Hierarchy]:
-    """All trees where a controller of ours is; Unsupported when one is nowhere."""
-    found: dict[frozenset[str], Hierarchy] = {}
-    for line in (mountinfo or _read("/proc/self/mountinfo")).splitlines():
-        before, _, after = line.partition(" - ")
-        kind, _, options = after.split(" ", 2)
-        root, unified = before.split(" ")[4], kind == "cgroup2"
-        if unified:
-            options = ",".join(_read(f"{root}/cgroup.controllers").split())
-        controllers = _WANTED & set(options.split(","))
-        if kind.startswith("cgroup") and controllers:
-            found.setdefault(controllers, Hierarchy(root, controllers, unified))
-    if missing := {"cpu", "memory", "pids"} - {name for tree in found for name in tree}:
-        raise Unsupported(f"no control groups for {missing}", hint="see supercloud doctor")
-    return list(found.values())
-
-
 class Groups:
     """The groups of one instance."""
 
-    def __init__(self, instance: str) -> None:
-        self._trees, self._base = hierarchies(), f"{TOP}/{instance}"
-        self.make_top()
+    def __init__(self, instance: str, trees: tuple[Hierarchy, ...]) -> None:
+        self._trees, self._base = trees, f"{TOP}/{instance}"
 
     def make_top(self) -> None:
         """Make the instance's top group in every hierarchy."""
@@ -102,16 +83,9 @@ class Groups:
             _write(f"{directory}/cgroup.procs", str(pid))
 
     def remove(self, path: str) -> bool:
-        """Remove a group with what is below; False while something in it is alive."""
-        return all(_remove(directory) for _, directory in self._each(path))
-
-    def kill(self, path: str) -> None:
-        """Kill every process in a group and below."""
-        for _, directory in self._each(path):
-            for group, _, _ in os.walk(directory):
-                for pid in _read(f"{group}/cgroup.procs").split():
-                    with suppress(ProcessLookupError):
-                        os.kill(int(pid), signal.SIGKILL)
+        """Remove a group with what is below; False when something had to be killed first."""
+        removed = [_removed(directory) for _, directory in self._each(path)]  # in every tree
+        return all(removed)
 
     def usage(self, path: str) -> tuple[int, int, int]:
         """(memory bytes, cpu microseconds, processes) of a group and below, now."""
@@ -130,9 +104,8 @@ class Groups:
 
     def paths(self) -> set[str]:
         """Every group there is, without the leaves ``own``."""
-        found = set()
-        for _, base in self._each(""):
-            found |= {os.path.relpath(group, base) for group, _, _ in os.walk(base)}
+        bases = [base for _, base in self._each("")]
+        found = {os.path.relpath(group, base) for base in bases for group, _, _ in os.walk(base)}
         return {path for path in found if path != "." and os.path.basename(path) != OWN}
 
     def sweep(self, path: str = "", timeout_s: float = 10.0) -> bool:
@@ -141,7 +114,6 @@ class Groups:
         while not self.remove(path):
             if time.monotonic() > deadline_s:
                 return False
-            self.kill(path)
             time.sleep(0.005)
         for tree in self._trees if not path else ():
             with suppress(OSError):  # another instance is up
@@ -153,13 +125,15 @@ class Groups:
             yield tree, f"{tree.root}/{self._base}/{path}".rstrip("/")
 
 
-def _remove(directory: str) -> bool:
-    try:
-        for group, _, _ in os.walk(directory, topdown=False):
+def _removed(directory: str) -> bool:
+    for group, _, _ in os.walk(directory, topdown=False):
+        with suppress(OSError):
             os.rmdir(group)
-    except OSError:
-        return not os.path.exists(directory)
-    return True
+            continue
+        for pid in _read(f"{group}/cgroup.procs").split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+    return not os.path.exists(directory)
 
 
 def _read(path: str) -> str:
@@ -168,8 +142,5 @@ def _read(path: str) -> str:
 
 
 def _write(path: str, value: str) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(descriptor, value.encode())
-    finally:
-        os.close(descriptor)
+    with open(path, "wb", buffering=0) as file:
+        file.write(value.encode())

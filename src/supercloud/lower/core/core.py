@@ -5,6 +5,7 @@ at boot onto a tmpfs in the keeper's private mount namespace, where the runtime 
 too; both outlive the core.
 """
 
+import hashlib
 import os
 import signal
 import socket
@@ -14,18 +15,21 @@ from supercloud.lower.core import descriptors, sandbox, system
 from supercloud.lower.core.broker import Broker
 from supercloud.lower.core.cgroup import Groups
 from supercloud.lower.core.domain import Domains
-from supercloud.lower.core.keeper import CONFIGURATION_STATUS, RESTART_STATUS, reap, wake_on_signals
+from supercloud.lower.core.keeper import (
+    CONFIGURATION_STATUS,
+    RESTART_STATUS,
+    Vault,
+    wake_on_signals,
+)
 from supercloud.lower.core.loop import Loop
 from supercloud.lower.core.manifest import Sealed, parse
 from supercloud.lower.core.measure import Chain, Measurements, hash_tree, read_chain, say
-from supercloud.lower.core.measure import read_sealed as read
 from supercloud.lower.core.state import Domain, Object, State
-from supercloud.lower.core.vault import Vault
 from supercloud.model.capability import ObjectType
-from supercloud.model.errors import NotFound, UserError
+from supercloud.model.refusals import Invalid, NotFound, UserError
 from supercloud.wire.frames import DomainState, Event
 
-_STOP_TIMEOUT_S = 15.0
+_STOP_TIMEOUT_S, _MAX_COPIED_BYTES = 15.0, 1 << 21
 _COPY, _READY = f"{sandbox.STAGE}/sealed", f"{sandbox.STAGE}/ready"
 
 
@@ -37,19 +41,19 @@ class Core:
         self._ready, self._status = f"{options['--run']}/ready", 0
         self._fresh, self._woken = not os.path.exists(_READY), wake_on_signals()
         self._loop, self._vault = Loop(), Vault(link)
-        self._stored, self._ends = self._vault.load()
+        self._stored = self._vault.load()
+        self._loop.watch(link.fileno(), lambda _: os._exit(1))  # the keeper is gone
         if self._fresh:
             _cover_stage()
         self._manifest = parse(self._copied("manifest.json", Sealed(self._source, None)))
         os.makedirs(directory, mode=0o711, exist_ok=True)
-        self._groups = Groups(self._manifest.instance)
+        self._groups = Groups(self._manifest.instance, self._manifest.groups)
         self._measured = Measurements(f"{directory}/measurements.log", fresh=self._fresh)
         self._grants = f"{directory}/grants.log"
         self._log = Chain(self._grants, fresh=self._fresh)
         self._domains = Domains(self._loop, self._vault, self._groups, self._manifest, directory)
         self._state = State(self._manifest)
-        parts = self._log, self._measured, self._vault, self._domains
-        self._broker = Broker(self._state, *parts)
+        self._broker = Broker(self._state, self._log, self._measured, self._vault, self._domains)
 
     def run(self) -> int:
         """Boot or take over, then serve until told to stop; the exit status."""
@@ -68,7 +72,6 @@ class Core:
         else:
             self._take_over()
         self._loop.watch(self._woken.fileno(), lambda _: self._on_signals(self._woken.recv(4096)))
-        self._loop.watch(self._vault.fileno(), lambda _: self._hear_keeper())
         self._tick()
         say("ready", fresh=self._fresh, domains=len(self._state.domains))
         while self._loop.running:
@@ -78,10 +81,13 @@ class Core:
     def _copied(self, name: str, source: Sealed) -> bytes:
         """A file's content as it was at boot, checked against its hash then and now."""
         path = f"{_COPY}/{name}"
-        content = read(source if self._fresh else Sealed(path, source.sha256))
+        with open(source.path if self._fresh else path, "rb") as file:
+            content = file.read(_MAX_COPIED_BYTES)
+        if source.sha256 and hashlib.sha256(content).hexdigest() != source.sha256:
+            raise Invalid(f"{name} is not what the manifest says")
         if self._fresh:
-            with open(path, "wb") as file:
-                file.write(content)
+            with open(path, "wb") as copy:
+                copy.write(content)
         return content
 
     # ---- boot
@@ -105,38 +111,32 @@ class Core:
             limits = initial.limits or kind.limits
             broker.make_domain(kind, initial.name, limits, self._state.root)
         made = {domain.name: domain for domain in self._state.domains.values()}
+        things: dict[str, tuple[int, int]] = {}  # what a grant may name, with id and type
+        for name, domain in made.items():
+            things[f"domain:{name}"] = domain.id, ObjectType.DOMAIN
+            things[f"sched:{name}"] = domain.context.id, ObjectType.SCHEDULING_CONTEXT
+        for kept in list(self._stored):  # what the keeper was started with
+            number = self._state.next_id
+            broker.commit("device", id=number, name=kept[1:])
+            self._reattach(self._state.objects[number])
+            things[f"inherited:{kept[1:]}"] = number, ObjectType.DEVICE
         for c in manifest.channels:
             type_ = descriptors.SOCKETS[c.type]
             broker.make_channel(made[c.a], made[c.b], type_, (c.name_a, c.name_b))
         for grant in manifest.grants:
-            number, type_ = self._granted(made, *grant.object.split(":", 1))
-            to, rights, name = made[grant.to].id, int(grant.rights), grant.name
-            broker.commit("grant", id=number, type=type_, to=to, rights=rights, name=name)
+            if grant.object not in things:
+                raise NotFound(f"a grant names {grant.object}, which is not there")
+            number, type_ = things[grant.object]
+            to, rights = made[grant.to].id, int(grant.rights)
+            broker.commit("grant", id=number, type=type_, to=to, rights=rights, name=grant.name)
         for domain in made.values():
             broker.resume(domain)
-
-    def _granted(self, made: dict[str, Domain], sort: str, name: str = "") -> tuple[int, int]:
-        """Id and type of the object that a grant of the manifest names."""
-        if sort == "inherited" and f"i{name}" in self._stored:
-            known = [o for o in self._state.objects.values() if o.name == name]
-            if not known:
-                number = self._state.next_id
-                self._broker.commit("device", id=number, name=name)
-                known = [self._state.objects[number]]
-                known[0].descriptors = [self._stored[f"i{name}"]]
-            return known[0].id, ObjectType.DEVICE
-        if sort == "domain" and name in made:
-            return made[name].id, ObjectType.DOMAIN
-        if sort == "sched" and name in made:
-            return made[name].context.id, ObjectType.SCHEDULING_CONTEXT
-        raise NotFound(f"a grant names {sort}:{name}, which is not there")
 
     # ---- taking over from a dead core
 
     def _take_over(self) -> None:
         for record in read_chain(self._grants):
             self._state.apply(record)
-        self._state.take_gone()
         for made in self._state.objects.values():
             self._reattach(made)
         lost = [d for d in self._state.domains.values() if not self._adopt(d)]
@@ -150,35 +150,31 @@ class Core:
             self._domains.prepare(domain)
         for process in self._domains.running.values():
             process.link.event(Event.RESTARTED)
-        for pid, status in self._ends:
-            self._domains.ended(pid, status)
         for domain in lost:
             if domain.state is not DomainState.CREATED:
                 self._broker.resume(domain, logged=domain.state is DomainState.RUNNING)
 
     def _reattach(self, made: Object) -> None:
-        names = [f"o{made.id}.0", f"o{made.id}.1"][: 2 if made.ends else 1]
-        if made.type is ObjectType.DEVICE:
-            names = [f"i{made.name}"]
-        if all(name in self._stored for name in names):
-            made.descriptors = [self._stored.pop(name) for name in names]
+        name = f"i{made.name}" if made.type is ObjectType.DEVICE else f"o{made.id}"
+        if name in self._stored:
+            made.descriptors = self._stored.pop(name)
         else:  # the core died before it had stored them, so that nobody has them
             self._broker.open(made)
 
     def _adopt(self, domain: Domain) -> bool:
         """Take up the process that the dead core started for a domain, if it came to that."""
-        end = f"s{domain.id}"
         process = next((n for n in self._stored if n.startswith(f"p{domain.id}.")), "")
-        if domain.state is not DomainState.RUNNING or end not in self._stored or not process:
+        if domain.state is not DomainState.RUNNING or not process:
             return False
-        started = sandbox.Started(int(process.split(".")[1]), self._stored.pop(process))
-        self._domains.watch(domain, started, socket.socket(fileno=self._stored.pop(end)))
+        pidfd, end = self._stored.pop(process)
+        started = sandbox.Started(int(process.split(".")[1]), pidfd)
+        self._domains.watch(domain, started, socket.socket(fileno=end))
         return True
 
     def _clear_stored(self) -> None:
         for name in [name for name in self._stored if not name.startswith("i")]:
             self._vault.drop(name)
-            os.close(self._stored.pop(name))
+            descriptors.close_all(self._stored.pop(name))
 
     # ---- life
 
@@ -187,18 +183,12 @@ class Core:
             self._stop()
         elif signal.SIGHUP in numbers:
             self._status, self._loop.running = RESTART_STATUS, False
-        self._reap()
-
-    def _reap(self) -> None:
-        for pid, status in reap():
-            self._domains.ended(pid, status)
 
     def _stop(self) -> None:
         """End all domains and leave nothing behind."""
         say("stopping")
-        for domain in list(self._state.domains.values()):
-            if domain.id in self._state.domains:
-                self._broker.destroy(domain.id)
+        while self._state.domains:
+            self._broker.destroy(next(iter(self._state.domains)))
         deadline_s = time.monotonic() + _STOP_TIMEOUT_S
         while self._domains.dying and time.monotonic() < deadline_s:
             self._loop.turn(0.1)
@@ -209,13 +199,8 @@ class Core:
         os.unlink(self._ready)
         self._loop.running = False
 
-    def _hear_keeper(self) -> None:
-        if not self._vault.read_ends(self._domains.ended):
-            self._loop.running = False
-
     def _tick(self) -> None:
         self._log.sync()
-        self._reap()
         self._domains.tick()
         self._loop.later(1.0, self._tick)
 
@@ -232,7 +217,6 @@ def _cover_stage() -> None:
 
 def main(options: dict[str, str], link: socket.socket) -> int:
     """Run as the core; the exit status tells the keeper what to do next."""
-    system.prctl(system.PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         return Core(options, link).run()
     except UserError as error:

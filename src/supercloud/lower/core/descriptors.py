@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 from supercloud.lower.core import system
 from supercloud.lower.core.manifest import Sealed
-from supercloud.lower.core.measure import ZERO, hash_descriptor
+from supercloud.lower.core.measure import ZERO, hash_file
 from supercloud.model.capability import ObjectType
-from supercloud.model.errors import Invalid
+from supercloud.model.refusals import Invalid
 
 PAGE_BYTES = 4096
-SOCKETS = {"seqpacket": int(socket.SOCK_SEQPACKET), "stream": int(socket.SOCK_STREAM)}
 _MFD_NOEXEC_SEAL = 8
+SOCKETS = {"seqpacket": int(socket.SOCK_SEQPACKET), "stream": int(socket.SOCK_STREAM)}
 _READ_ONLY = system.MS_RDONLY | system.MS_NOSUID | system.MS_NODEV
 
 
@@ -42,7 +42,7 @@ def seal(descriptor: int) -> str:
     """No more writing by anybody; its SHA-256. OSError while it is mapped for writing."""
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
     os.fchmod(descriptor, 0o444)
-    return hash_descriptor(descriptor)
+    return hash_file(f"/proc/self/fd/{descriptor}")
 
 
 def close_all(descriptors: list[int], *, shut_down: bool = False) -> None:
@@ -62,22 +62,18 @@ def mount_runtime(runtime: Sealed, target: str) -> str:
         system.bind(runtime.path, target, _READ_ONLY)
         return ZERO
     with open(runtime.path, "rb") as file:
-        digest = hash_descriptor(file.fileno())
+        image = f"/proc/self/fd/{file.fileno()}"
+        digest = hash_file(image)
         if digest != runtime.sha256:
             raise Invalid(f"{runtime.path} has the hash {digest}", where="manifest.runtime")
         try:
-            system.mount(f"/proc/self/fd/{file.fileno()}", target, "erofs", _READ_ONLY)
+            system.mount(image, target, "erofs", _READ_ONLY)
         except OSError as error:
             if error.errno not in (errno.ENOTBLK, errno.EINVAL, errno.ENOSYS):
                 raise
-            mount_by_loop(file.fileno(), target)
+            os.set_inheritable(file.fileno(), True)  # before Linux 6.12: by a loop device
+            options = ["-t", "erofs", "-o", "ro,nosuid,nodev,loop", image, target]
+            words = ["mount", "--no-canonicalize", *options]
+            if os.spawnvp(os.P_WAIT, "mount", words):  # noqa: S606  no shell is the point
+                raise
     return digest
-
-
-def mount_by_loop(descriptor: int, target: str) -> None:
-    """Before Linux 6.12 only devices can be mounted: a loop device, which mount(8) sets up."""
-    import subprocess  # noqa: PLC0415  costs memory, seldom needed
-
-    options = ["--no-canonicalize", "-t", "erofs", "-o", "ro,nosuid,nodev,loop"]
-    command = ["mount", *options, f"/proc/self/fd/{descriptor}", target]
-    subprocess.run(command, check=True, pass_fds=[descriptor])

@@ -7,29 +7,29 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from supercloud.lower.core import sandbox
 from supercloud.lower.core.cgroup import OWN, Groups
+from supercloud.lower.core.keeper import Vault
 from supercloud.lower.core.loop import Link, Loop
 from supercloud.lower.core.manifest import Bind, Manifest
 from supercloud.lower.core.measure import say
 from supercloud.lower.core.state import Domain
-from supercloud.lower.core.vault import Vault
-from supercloud.model.errors import BadState, NoResources
+from supercloud.model.refusals import BadState, NoResources
 
-_BACKOFF_S, _STEADY_S = (0.1, 5.0), 10.0
+_AGAIN_S, _SPACING_S = 0.1, 2.0  # a domain that lasted longer is started again at once
 _LOG_BYTES, _LOG_KEEP_BYTES, _LOG_FLOOD_BYTES = 1 << 20, 256 << 10, 256 << 20
 
 
 @dataclass(slots=True, eq=False)
 class Process:
-    """The program of a domain; ``over`` is called when it is dead, if nobody wants it to live."""
+    """The program of a domain."""
 
     domain: Domain
     pid: int
     pidfd: int
     link: Link
-    over: Callable[[], None] | None = None
     started_s: float = field(default_factory=time.monotonic)
 
 
@@ -42,26 +42,24 @@ class Domains:
     def __init__(
         self, loop: Loop, vault: Vault, groups: Groups, manifest: Manifest, directory: str
     ) -> None:
-        self._loop, self._vault, self.groups, self._manifest = loop, vault, groups, manifest
-        self._directory = directory
-        self._backoff_s: dict[int, float] = {}
-        self._by_pid: dict[int, Process] = {}
+        self._loop, self._vault, self.groups, self._uids = loop, vault, groups, manifest.uids
+        self._logs, self._private = f"{directory}/log", f"{directory}/domains"
         self.filters: dict[str, bytes] = {}
         self.running: dict[int, Process] = {}
+        self._unreaped: set[Domain] = set()
         self.dying: dict[Domain, Callable[[Domain], None]] = {}
-        for name in ("log", "domains"):
-            os.makedirs(f"{directory}/{name}", mode=0o711, exist_ok=True)
+        for path in (self._logs, self._private):
+            os.makedirs(path, mode=0o711, exist_ok=True)
 
     def choose_slot(self, name: str, taken: set[int], *, keep: bool) -> int:
         """Which uid a domain gets: that of its private directory if it has one, else a free one."""
-        uids, private = self._manifest.uids, os.scandir(f"{self._directory}/domains")
-        kept = {entry.name: entry.stat().st_uid - uids.first for entry in private}
+        private = os.scandir(self._private)
+        kept = {entry.name: entry.stat().st_uid - self._uids.first for entry in private}
         if keep and name in kept:
             return kept[name]
         taken |= {domain.slot for domain in self.dying} | set(kept.values())
-        for slot in range(uids.count):
-            if slot not in taken:
-                return slot
+        if free := set(range(self._uids.count)) - taken:
+            return min(free)
         raise NoResources("all uids of this host are taken")
 
     def prepare(self, domain: Domain) -> None:
@@ -69,16 +67,16 @@ class Domains:
         kind, context = domain.kind, domain.context
         self.groups.create(context.path, context.limits, kind.own if kind.creates else None)
         if kind.state:
-            os.makedirs(self._private(domain), mode=0o700, exist_ok=True)
-            uid = self._manifest.uids.first + domain.slot
-            os.chown(self._private(domain), uid, uid)
+            private, uid = f"{self._private}/{domain.name}", self._uids.first + domain.slot
+            os.makedirs(private, mode=0o700, exist_ok=True)
+            os.chown(private, uid, uid)
 
     def purge(self, domain: Domain) -> None:
         """Remove a domain's private directory, and with it the claim to its uid."""
         import shutil  # noqa: PLC0415  costs memory, seldom needed
 
         if domain.kind.state:
-            shutil.rmtree(self._private(domain))
+            shutil.rmtree(f"{self._private}/{domain.name}")
 
     def start(self, domain: Domain, descriptors: list[int]) -> Process:
         """Run a domain's program; BadState or OSError when it could not be executed."""
@@ -86,8 +84,8 @@ class Domains:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             ends.enter_context(theirs)
             undo.enter_context(ours)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            output, null = os.open(self._log(domain), flags, 0o600), os.open(os.devnull, os.O_RDWR)
+            log, flags = f"{self._logs}/{domain.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            output, null = os.open(log, flags, 0o600), os.open(os.devnull, os.O_RDWR)
             for descriptor in (output, null):
                 ends.callback(os.close, descriptor)
 
@@ -95,9 +93,8 @@ class Domains:
                 """Held at the gate: into its groups, and noted where a later core finds it."""
                 path = domain.context.path
                 self.groups.add(f"{path}/{OWN}" if domain.kind.creates else path, made.pid)
-                undo.callback(self._drop, domain, made.pid)
-                self._vault.put(f"p{domain.id}.{made.pid}", made.pidfd)
-                self._vault.put(f"s{domain.id}", ours.fileno())
+                undo.callback(self._vault.drop, f"p{domain.id}.{made.pid}")
+                self._vault.put(f"p{domain.id}.{made.pid}", made.pidfd, ours.fileno())
 
             third = theirs.fileno() if domain.kind.speaks else null
             plan = self._plan(domain, [third, *descriptors], output)
@@ -107,14 +104,12 @@ class Domains:
 
     def watch(self, domain: Domain, started: sandbox.Started, ours: socket.socket) -> Process:
         """Serve a program that runs; also one that a core before this started."""
-        link = Link(
-            self._loop,
-            ours,
-            lambda link, data: self.on_request(domain, link, data),
-            lambda what: self.kill(domain, what),
-        )
+        answer, abuse = partial(self.on_request, domain), partial(self.kill, domain)
+        link = Link(self._loop, ours, answer, abuse)
         process = Process(domain, *started, link)
-        self.running[domain.id] = self._by_pid[process.pid] = process
+        self.running[domain.id] = process
+        self._unreaped.add(domain)
+        self._loop.watch(process.pidfd, lambda _: self._ended(process))
         return process
 
     def kill(self, domain: Domain, why: str) -> None:
@@ -123,93 +118,75 @@ class Domains:
             say("domain.killed", domain=domain.name, why=why)
             _kill(self.running[domain.id].pidfd)
 
-    def ended(self, pid: int, status: int) -> None:
-        """A child was reaped, by us or (one that was adopted) by the keeper."""
-        process = self._by_pid.pop(pid, None)
-        if process is None:
-            return
+    def _ended(self, process: Process) -> None:
+        """It is dead: ours to reap, or (one that was adopted) the keeper's."""
+        domain = process.domain
+        self._loop.forget(process.pidfd)
+        try:
+            status = os.waitpid(process.pid, 0)[1]
+        except ChildProcessError:
+            status = self._vault.wait_status(process.pid)
         os.close(process.pidfd)
-        if process.over is not None:
-            process.over()
+        self._unreaped.discard(domain)
+        if domain in self.dying:
+            self._bury(domain)
         else:  # logged before the keeper forgets it: a new core must not start it again
             process.link.close()
-            del self.running[process.domain.id]
-            self.on_exit(process.domain, status, time.monotonic() - process.started_s)
-        self._drop(process.domain, pid)
+            del self.running[domain.id]
+            self.on_exit(domain, status, time.monotonic() - process.started_s)
+        self._vault.drop(f"p{domain.id}.{process.pid}")
 
     def end(self, domain: Domain, done: Callable[[Domain], None]) -> None:
         """Kill a domain that is gone from the tables; ``done`` when nothing of it is left."""
         process = self.running.pop(domain.id, None)
-        self._backoff_s.pop(domain.id, None)
         self.dying[domain] = done
         if process is None:
             self._bury(domain)
-            return
-        process.over = lambda: self._bury(domain)
-        process.link.close()
-        _kill(process.pidfd)
+        else:
+            process.link.close()
+            _kill(process.pidfd)
 
-    def restart_later(self, domain: Domain, lasted_s: float, start: Callable[[], None]) -> None:
-        """Start again after a delay that doubles while it keeps dying young."""
-        before_s = 0.0 if lasted_s > _STEADY_S else self._backoff_s.get(domain.id, 0.0)
-        delay_s = min(max(2 * before_s, _BACKOFF_S[0]), _BACKOFF_S[1])
-        self._backoff_s[domain.id] = delay_s
-        self._loop.later(delay_s, start)
+    def restart_later(self, lasted_s: float, start: Callable[[], None]) -> None:
+        """Start again: soon, but one that keeps dying not more often than every ``_SPACING_S``."""
+        self._loop.later(max(_AGAIN_S, _SPACING_S - lasted_s), start)
 
     def tick(self) -> None:
         """Once a second: bound the logs, and retry what could not be removed."""
         for process in list(self.running.values()):
             self._bound_log(process.domain)
-        for domain in set(self.dying) - {process.domain for process in self._by_pid.values()}:
+        for domain in set(self.dying) - self._unreaped:
             self._bury(domain)
 
     def _bury(self, domain: Domain) -> None:
         """Its process is dead: remove the groups, or leave it for the next tick."""
         if self.groups.remove(domain.context.path):
             self.dying.pop(domain)(domain)
-        else:
-            self.groups.kill(domain.context.path)
-
-    def _drop(self, domain: Domain, pid: int) -> None:
-        self._vault.drop(f"p{domain.id}.{pid}")
-        self._vault.drop(f"s{domain.id}")
 
     def _plan(self, domain: Domain, descriptors: list[int], output: int) -> sandbox.Plan:
-        kind, uid, argv = domain.kind, self._manifest.uids.first + domain.slot, domain.kind.argv
+        kind, name, argv = domain.kind, domain.name, list(domain.kind.argv)
         for index, number in enumerate(domain.numbers):
-            argv = tuple(argument.replace(f"{{{index}}}", str(number)) for argument in argv)
+            argv = [word.replace(f"{{{index}}}", str(number)) for word in argv]
         usual = {"PATH": "/usr/bin:/usr/sbin", "HOME": "/run", "LANG": "C.UTF-8"}
-        said = {"SUPERCLOUD_DOMAIN": domain.name, "SUPERCLOUD_KIND": kind.name}
-        private = (Bind(self._private(domain), sandbox.STATE_TARGET, writable=True),)
-        parent = self.running.get(domain.parent.id) if domain.parent else None
-        if kind.network == "parent" and parent is None:
-            raise BadState(f"{domain.name} joins its creator's network, which does not run")
-        return sandbox.Plan(
-            kind=kind,
-            argv=list(argv),
-            environment={**usual, **kind.environment, **said},
-            uid=uid,
-            owner_uid=uid + self._manifest.uids.count,
-            filter=self.filters[kind.name],
-            network=parent.pidfd if parent and kind.network == "parent" else -1,
-            binds=kind.binds + (private if kind.state else ()),
-            descriptors=descriptors,
-            output=output,
-        )
-
-    def _private(self, domain: Domain) -> str:
-        return f"{self._directory}/domains/{domain.name}"
-
-    def _log(self, domain: Domain) -> str:
-        return f"{self._directory}/log/{domain.name}.log"
+        said = {"SUPERCLOUD_DOMAIN": name, "SUPERCLOUD_KIND": kind.name}
+        environment, uid = {**usual, **kind.environment, **said}, self._uids.first + domain.slot
+        binds, owner_uid, network = kind.binds, uid + self._uids.count, -1
+        if kind.state:
+            binds += (Bind(f"{self._private}/{name}", sandbox.STATE_TARGET, writable=True),)
+        if kind.network == "parent":
+            parent = self.running.get(domain.parent.id) if domain.parent else None
+            if parent is None:
+                raise BadState(f"{name} joins its creator's network, which does not run")
+            network = parent.pidfd
+        inside = environment, uid, owner_uid, self.filters[kind.name], network, binds
+        return sandbox.Plan(kind, argv, *inside, descriptors, output)
 
     def _bound_log(self, domain: Domain) -> None:
-        size = os.stat(self._log(domain)).st_size
+        path = f"{self._logs}/{domain.name}.log"
+        size = os.stat(path).st_size
         if size > _LOG_BYTES:
-            with open(self._log(domain), "r+b", buffering=0) as log:
+            with open(path, "r+b", buffering=0) as log, open(f"{path}.1", "wb") as old:
                 log.seek(size - _LOG_KEEP_BYTES)
-                with open(f"{self._log(domain)}.1", "wb") as old:
-                    old.write(log.read(_LOG_KEEP_BYTES))
+                old.write(log.read(_LOG_KEEP_BYTES))
                 log.truncate(0)
         if size > _LOG_FLOOD_BYTES:
             self.kill(domain, "it floods its log")

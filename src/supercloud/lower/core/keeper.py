@@ -2,10 +2,10 @@
 
 ``python3 -I -S -B keeper.py --manifest FILE --run DIR --state DIR [--fd NAME=N ...]``
 
-One SEQPACKET socketpair leads to the core. The core sends ``P name`` with a descriptor (store,
-replacing), ``D name`` (forget) and ``L`` (list); the keeper answers ``L`` with ``F name`` and a
-descriptor each, then ``X pid status`` for each child that ended meanwhile, then ``.``; later ends
-follow as ``X``. SIGTERM stops the host in order, SIGHUP replaces the core by a new one.
+One SEQPACKET socketpair leads to the core (:class:`Vault` is its end). The core sends ``P name``
+with descriptors (store, replacing), ``D name`` (forget), ``L`` (list: answered by each name with
+its descriptors, then ``.``) and ``W pid`` (answered by the wait status of a child that has ended).
+SIGTERM stops the host in order, SIGHUP replaces the core by a new one.
 
 It is a subreaper: domains whose core died become its children. It imports next to nothing, so
 that there is little that could break; the core's code is loaded anew in each fork.
@@ -18,11 +18,12 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 
 RESTART_STATUS, CONFIGURATION_STATUS = 75, 78
 """The core's exit status for: replace me at once; it makes no sense to try again."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
-_STOP_GRACE_S, _STOP_ATTEMPTS, _STEADY_S, _BACKOFF_S = 30.0, 3, 10.0, (0.05, 5.0)
+_STOP_GRACE_S, _STOP_ATTEMPTS, _SPACING_S = 30.0, 3, 0.5  # from a core's start to the next's
 _MAX_MESSAGE = 256
 
 
@@ -38,46 +39,61 @@ def wake_on_signals() -> socket.socket:
     return woken
 
 
-def reap() -> list[tuple[int, int]]:
-    """(process id, wait status) of all children that have ended."""
-    ended: list[tuple[int, int]] = []
-    try:
-        while (end := os.waitpid(-1, os.WNOHANG))[0]:
-            ended.append(end)
-    except ChildProcessError:
-        pass  # no children at all
-    return ended
+class Vault:
+    """The core's end: descriptors that outlive it, and how children ended that outlived a core."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link = link
+
+    def put(self, name: str, *descriptors: int) -> None:
+        """Store copies; they are safe there when this returns, even if the core dies at once."""
+        socket.send_fds(self._link, [f"P {name}".encode()], descriptors)
+
+    def drop(self, name: str) -> None:
+        """Forget what is stored under a name."""
+        self._link.send(f"D {name}".encode())
+
+    def load(self) -> dict[str, list[int]]:
+        """All that is stored."""
+        stored, flags = dict[str, list[int]](), socket.MSG_CMSG_CLOEXEC
+        self._link.send(b"L")
+        while (answer := socket.recv_fds(self._link, _MAX_MESSAGE, 2, flags))[0] != b".":
+            if not answer[0]:
+                raise ConnectionError("the keeper is gone")
+            stored[answer[0].decode()] = answer[1]
+        return stored
+
+    def wait_status(self, pid: int) -> int:
+        """The wait status of a child of the keeper's that has ended."""
+        self._link.send(f"W {pid}".encode())
+        return int(self._link.recv(_MAX_MESSAGE))
 
 
 class Keeper:
-    """Descriptors by name, ends of children that the core has not heard of, and the core."""
+    """Descriptors by name, wait statuses by process id, and the core."""
 
     def __init__(self, options: dict[str, str], inherited: dict[str, int]) -> None:
         self._options = options
-        self._kept = {f"i{name}": number for name, number in inherited.items()}
-        self._ends: list[bytes] = []
+        self._kept = {f"i{name}": [number] for name, number in inherited.items()}
+        self._ended: dict[int, int] = {}  # few: only of domains that outlived a core
         self._core_pid = self._status = self._stop_attempts = 0
-        self._backoff_s, self._listening = _BACKOFF_S[0], False
-        self._started_s = self._restart_at_s = self._stop_by_s = 0.0
+        self._restart_at_s = self._stop_by_s = 0.0
         self._link, self._woken = socket.socket(), wake_on_signals()
 
     def run(self) -> int:
         """Until stopped; the exit status."""
         while self._core_pid or not self._stop_by_s:
-            if not self._core_pid and time.monotonic() >= self._restart_at_s:
+            delay_s = 1.0 if self._core_pid else self._restart_at_s - time.monotonic()
+            if delay_s <= 0:
                 self._start_core()
-            waiting, delay_s = select.poll(), 1.0
+                continue
+            waiting = select.poll()
             waiting.register(self._woken, select.POLLIN)
             if self._core_pid:
-                sending = select.POLLOUT if self._listening and self._ends else 0
-                waiting.register(self._link, select.POLLIN | sending)
-            else:
-                delay_s = min(max(self._restart_at_s - time.monotonic(), 0.0), delay_s)
+                waiting.register(self._link, select.POLLIN)
             ready = dict(waiting.poll(delay_s * 1000))
-            if ready.get(self._link.fileno(), 0) & select.POLLIN:
+            if self._link.fileno() in ready:
                 self._serve()
-            if ready.get(self._link.fileno(), 0) & select.POLLOUT:
-                self._send_ends(socket.MSG_DONTWAIT)
             if self._woken.fileno() in ready:
                 self._on_signals(self._woken.recv(4096))
             if self._core_pid and 0 < self._stop_by_s < time.monotonic():
@@ -86,7 +102,7 @@ class Keeper:
 
     def _start_core(self) -> None:
         self._link, core_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listening, self._started_s = False, time.monotonic()
+        self._restart_at_s = time.monotonic() + _SPACING_S
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # none is lost while the core starts
         self._core_pid = os.fork()
         if self._core_pid == 0:
@@ -98,8 +114,9 @@ class Keeper:
         core_end.close()
 
     def _become_core(self, core_end: socket.socket) -> None:
-        kept = [self._link.detach(), self._woken.detach(), *self._kept.values()]
-        for descriptor in [signal.set_wakeup_fd(-1), *kept]:
+        kept = [descriptor for descriptors in self._kept.values() for descriptor in descriptors]
+        own = [signal.set_wakeup_fd(-1), self._link.detach(), self._woken.detach()]
+        for descriptor in own + kept:
             os.close(descriptor)
         for name in [name for name in sys.modules if name.startswith("supercloud")]:
             del sys.modules[name]  # a planned replacement brings new code
@@ -109,46 +126,39 @@ class Keeper:
 
     def _serve(self) -> bool:
         """Take one message of the core; False when there is none."""
-        flags = socket.MSG_DONTWAIT
-        try:
-            message, descriptors, _, _ = socket.recv_fds(self._link, _MAX_MESSAGE, 4, flags)
-        except OSError:
-            return False
-        order, _, name = message.decode("ascii", "replace").partition(" ")
-        if order in ("P", "D") and name in self._kept:
-            os.close(self._kept.pop(name))
-        if order == "P" and descriptors:
-            self._kept[name] = descriptors.pop()
-        for descriptor in descriptors:
-            os.close(descriptor)
-        if order == "L":
-            self._send_ends(0, b".")
-        return bool(message)
-
-    def _send_ends(self, flags: int, last: bytes = b"") -> None:
-        """Send the ends of children; with ``last`` all descriptors before and that behind."""
-        try:
-            for name, descriptor in self._kept.items() if last else ():
-                socket.send_fds(self._link, [f"F {name}".encode()], [descriptor])
-            while self._ends:
-                self._link.send(self._ends[0], flags)
-                del self._ends[0]
-            if last:
-                self._link.send(last)
-                self._listening = True
-        except OSError:
-            return  # full, or the core died: later
+        link = self._link
+        with suppress(OSError):  # nothing to read, or the core has died
+            message, descriptors, *_ = socket.recv_fds(link, _MAX_MESSAGE, 2, socket.MSG_DONTWAIT)
+            order, _, name = message.decode("ascii", "replace").partition(" ")
+            if order in ("P", "D"):
+                for descriptor in self._kept.pop(name, ()):
+                    os.close(descriptor)
+            if order == "P":
+                self._kept[name] = descriptors
+            elif order == "L":
+                for kept, descriptors in self._kept.items():
+                    socket.send_fds(link, [kept.encode()], descriptors)
+                link.send(b".")
+            elif order == "W":
+                self._reap()  # the signal may still be on its way
+                link.send(str(self._ended.get(int(name), signal.SIGKILL)).encode())
+            return bool(order)
+        return False
 
     def _on_signals(self, numbers: bytes) -> None:
         if {signal.SIGTERM, signal.SIGINT} & set(numbers) and not self._stop_by_s:
             self._stop_core()
         if signal.SIGHUP in numbers and self._core_pid:
             os.kill(self._core_pid, signal.SIGHUP)
-        for pid, status in reap():
-            if pid == self._core_pid:
-                self._core_ended(os.waitstatus_to_exitcode(status))
-            else:
-                self._ends.append(f"X {pid} {status}".encode())
+        self._reap()
+
+    def _reap(self) -> None:
+        with suppress(ChildProcessError):  # no children at all
+            while (end := os.waitpid(-1, os.WNOHANG))[0]:
+                if end[0] == self._core_pid:
+                    self._core_ended(os.waitstatus_to_exitcode(end[1]))
+                else:
+                    self._ended[end[0]] = end[1]
 
     def _stop_core(self) -> None:
         """Have the core end all domains; a new core if need be."""
@@ -168,11 +178,9 @@ class Keeper:
         elif self._stop_by_s:
             if code and self._stop_attempts < _STOP_ATTEMPTS:
                 self._stop_core()
-        elif code != RESTART_STATUS:
-            if now_s - self._started_s > _STEADY_S:
-                self._backoff_s = _BACKOFF_S[0]
-            self._restart_at_s = now_s + self._backoff_s
-            self._backoff_s = min(2 * self._backoff_s, _BACKOFF_S[1])
+        elif code == RESTART_STATUS:
+            self._restart_at_s = now_s
+        else:
             print(f"keeper: core ended with {code}", file=sys.stderr)
 
 
@@ -180,8 +188,8 @@ def main(words: list[str]) -> int:
     """Hold the core's hand until told to stop; the exit status."""
     from supercloud.lower.core import system  # noqa: PLC0415  the path is set just above
 
-    system.prctl(system.PR_SET_CHILD_SUBREAPER, 1)
-    system.unshare(system.CLONE_NEWNS)
+    system.call("prctl", system.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    system.call("unshare", system.CLONE_NEWNS)
     system.mount("", "/", "", system.MS_REC | system.MS_PRIVATE)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

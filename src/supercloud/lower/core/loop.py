@@ -46,9 +46,9 @@ class Loop:
         """One round: what is ready now, then what is due."""
         if self._timers:
             timeout_s = max(0.0, min(timeout_s, self._timers[0][0] - time.monotonic()))
-        for descriptor, events in self._poll.poll(timeout_s * 1000):
-            handler = self._handlers.get(descriptor)
-            if handler is not None:  # it may have been forgotten in this very round
+        polled = self._poll.poll(timeout_s * 1000)
+        for number, handler, events in [(n, self._handlers[n], e) for n, e in polled]:
+            if self._handlers.get(number) is handler:  # not forgotten in this very round
                 handler(events)
         while self._timers and self._timers[0][0] <= time.monotonic():
             heapq.heappop(self._timers)[2]()
@@ -63,22 +63,17 @@ class Link:
     """
 
     def __init__(
-        self,
-        loop: Loop,
-        end: socket.socket,
-        on_request: Callable[["Link", bytes], None],
-        on_abuse: Callable[[str], None],
+        self, loop: Loop, end: socket.socket, on_request: "Answer", on_abuse: Callable[[str], None]
     ) -> None:
         end.settimeout(0)
         self._loop, self._end = loop, end
         self._on_request, self._on_abuse = on_request, on_abuse
         self._queue: deque[tuple[bytes, int]] = deque()
-        self._offences, self._overflowed, self._open = 0, False, True
+        self._offences, self._overflowed = 0, False
         loop.watch(end.fileno(), self._ready)
 
     def close(self) -> None:
         """Forget the socket and what was queued on it."""
-        self._open = False
         self._loop.forget(self._end.fileno())
         self._end.close()
         while self._queue:
@@ -123,11 +118,11 @@ class Link:
         self._on_request(self, data)
 
     def _try(self, frame: bytes, descriptor: int) -> bool:
-        """False when it must wait. A domain that has closed its end need not be told."""
+        """False when it must wait. Where an end is closed, nobody is there to be told."""
         try:
-            if self._open and descriptor < 0:
+            if descriptor < 0:
                 self._end.send(frame)
-            elif self._open:
+            else:
                 socket.send_fds(self._end, [frame], [descriptor])
         except OSError as error:
             return not isinstance(error, BlockingIOError)
@@ -142,6 +137,9 @@ class Link:
         if self._overflowed:
             self._overflowed = False
             self.event(Event.OVERFLOW)
+
+
+Answer = Callable[[Link, bytes], None]
 
 
 def _close(descriptor: int) -> None:

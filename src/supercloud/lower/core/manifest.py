@@ -11,8 +11,9 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from supercloud.lower.core.cgroup import Hierarchy
 from supercloud.model.capability import Limits, Rights
-from supercloud.model.errors import Invalid
+from supercloud.model.refusals import Invalid
 from supercloud.wire.frames import DOMAIN_NAME, NAME
 
 MAX_MANIFEST_BYTES = 1 << 20
@@ -138,6 +139,7 @@ class Manifest:
     instance: str
     uids: Uids  # of no other instance on the machine
     runtime: Sealed  # an erofs image
+    groups: tuple[Hierarchy, ...]  # where the machine has which controllers
     limits: Limits  # of the whole host
     kinds: dict[str, Kind]
     domains: tuple[Initial, ...] = ()
@@ -147,6 +149,8 @@ class Manifest:
 
     def __post_init__(self) -> None:
         names = [domain.name for domain in self.domains]
+        controllers = {name for tree in self.groups for name in tree.controllers}
+        _require({"cpu", "memory", "pids"} <= controllers, "no limits without all the controllers")
         _require(self.version == 1 and self.uids.first >= 1000, "version or uids are not for us")
         _require(all(map(DOMAIN_NAME.match, [self.instance, *names, *self.kinds])), "a bad name")
         for name, kind in self.kinds.items():

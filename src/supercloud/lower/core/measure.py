@@ -16,10 +16,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from supercloud.lower.core.manifest import Sealed
-from supercloud.model.errors import Invalid
+from supercloud.model.refusals import Invalid
 
-_CHUNK_BYTES, _MAX_FILE_BYTES, ZERO = 1 << 20, 1 << 21, "0" * 64
+ZERO = "0" * 64
 
 
 class Chain:
@@ -27,17 +26,16 @@ class Chain:
 
     def __init__(self, path: str, *, fresh: bool) -> None:
         """Go on with a file, or with ``fresh`` put the old one aside and begin a new one."""
-        self._head, self._dirty, flags = ZERO, False, os.O_RDWR | os.O_CREAT | os.O_APPEND
-        self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
-        with open(path, "rb") as file:
-            whole = [line for line in file if line.endswith(b"\n")]
-        if whole:
-            self._head = json.loads(whole[-1])["h"]
-        os.ftruncate(self._descriptor, sum(map(len, whole)))  # a last line that was torn
-        if fresh and whole:
-            os.close(self._descriptor)
-            os.replace(path, f"{path}.1")
-            self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        whole: list[bytes] = []
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                whole = [line for line in file if line.endswith(b"\n")]
+            os.truncate(path, sum(map(len, whole)))  # a last line that was torn
+            if fresh:
+                os.replace(path, f"{path}.1")
+        self._head = json.loads(whole[-1])["h"] if whole else ZERO
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._descriptor = os.open(path, flags, 0o600)
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record."""
@@ -46,13 +44,10 @@ class Chain:
         line = f'{{"h":"{self._head}","r":{body}}}\n'.encode()
         if os.write(self._descriptor, line) != len(line):
             raise OSError("short write to a log")
-        self._dirty = True
 
     def sync(self) -> None:
         """Put what was appended on the disk."""
-        if self._dirty:
-            os.fdatasync(self._descriptor)
-            self._dirty = False
+        os.fdatasync(self._descriptor)
 
 
 def read_chain(path: str) -> Iterator[dict[str, Any]]:
@@ -88,33 +83,18 @@ class Measurements:
         self._chain.sync()
 
 
-def hash_descriptor(descriptor: int) -> str:
-    """SHA-256 of a whole file."""
-    digest, offset = hashlib.sha256(), 0
-    while chunk := os.pread(descriptor, _CHUNK_BYTES, offset):
-        digest.update(chunk)
-        offset += len(chunk)
-    return digest.hexdigest()
+def hash_file(path: str) -> str:
+    """SHA-256 of a whole file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_tree(directory: str) -> str:
     """SHA-256 over names and hashes of the Python files below a directory."""
     found = [os.path.join(d, name) for d, _, names in os.walk(directory) for name in names]
-    digest = hashlib.sha256()
-    for path in sorted(path for path in found if path.endswith((".py", ".pyc"))):
-        with open(path, "rb") as file:
-            line = f"{os.path.relpath(path, directory)} {hash_descriptor(file.fileno())}\n"
-        digest.update(line.encode())
-    return digest.hexdigest()
-
-
-def read_sealed(sealed: Sealed) -> bytes:
-    """A file's content, if it has the hash that is expected of it."""
-    with open(sealed.path, "rb") as file:
-        content = file.read(_MAX_FILE_BYTES)
-    if sealed.sha256 and hashlib.sha256(content).hexdigest() != sealed.sha256:
-        raise Invalid(f"{sealed.path} is not what the manifest says")
-    return content
+    code = sorted(path for path in found if path.endswith((".py", ".pyc")))
+    lines = [f"{os.path.relpath(path, directory)} {hash_file(path)}\n" for path in code]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def say(event: str, **what: Any) -> None:

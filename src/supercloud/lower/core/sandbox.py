@@ -9,25 +9,23 @@ program is process 1 of its process namespace: when it dies the kernel kills all
 import fcntl
 import os
 import resource
-import select
 import signal
 import socket
 import stat
 import struct
 from collections.abc import Callable
 from contextlib import ExitStack
-from itertools import pairwise
 from typing import NamedTuple, NoReturn
 
 from supercloud.lower.core import system
 from supercloud.lower.core.manifest import Bind, Kind
-from supercloud.model.errors import BadState
+from supercloud.model.refusals import BadState
 
 STAGE = "/mnt"  # covered by a tmpfs in the keeper's private mount namespace
 RUNTIME, ROOTS, STATE_TARGET = f"{STAGE}/runtime", f"{STAGE}/roots", "/run/state"
 _PLAIN_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _SAFE = system.MS_NOSUID | system.MS_NODEV
-_START_TIMEOUT_MS = 20_000
+_START_TIMEOUT_S = 20.0
 _FIRST_SPARE = 512  # descriptors are gathered above this before they get their final numbers
 _GO = b"g"
 
@@ -64,29 +62,23 @@ def start(plan: Plan, admit: Callable[[Started], None], *, name: str) -> Started
     descriptor); if the caller dies before it returns, the child ends. BadState says which step
     failed; the child is gone then.
     """
-    root = f"{ROOTS}/{name}"
-    with ExitStack() as cleanup, ExitStack() as childs:
+    root, (gate, childs) = f"{ROOTS}/{name}", socket.socketpair()
+    with gate, childs, ExitStack() as cleanup:
         os.mkdir(root)
         cleanup.callback(unstage, root)
         _stage(plan, root)
-        (go_read, go_write), (error_read, error_write) = os.pipe(), os.pipe()
-        for descriptor in (go_read, go_write, error_read):
-            cleanup.callback(os.close, descriptor)
-        childs.callback(os.close, error_write)
         started = _clone(plan)
         if started.pid == 0:
-            _child(plan, root, go_read, error_write)
+            _child(plan, root, childs.fileno())
         try:
             for ids in ("uid_map", "gid_map"):
                 with open(f"/proc/{started.pid}/{ids}", "w", encoding="ascii") as file:
                     file.write(f"{plan.uid} {plan.uid} 1\n")
             admit(started)
-            os.write(go_write, _GO)
+            gate.send(_GO)
             childs.close()
-            waiting = select.poll()
-            waiting.register(error_read, select.POLLIN)
-            said = os.read(error_read, 4096) if waiting.poll(_START_TIMEOUT_MS) else b"timed out"
-            if said:  # else the pipe was closed by execution
+            gate.settimeout(_START_TIMEOUT_S)
+            if said := gate.recv(4096):  # else it was closed by execution
                 raise BadState(said.decode())
         except BaseException:
             signal.pidfd_send_signal(started.pidfd, signal.SIGKILL)
@@ -113,8 +105,6 @@ def _stage(plan: Plan, root: str) -> None:
     system.mount("tmpfs", f"{root}/dev", "tmpfs", flags, "size=64k,mode=0755")
     for path in _PLAIN_DEVICES + plan.kind.devices:  # nodes of our own, with its owner and mode
         found, plain = os.stat(path), path in _PLAIN_DEVICES
-        if not stat.S_ISCHR(found.st_mode) and not stat.S_ISBLK(found.st_mode):
-            raise BadState(f"{path} is not a device")
         os.makedirs(os.path.dirname(root + path), exist_ok=True)
         os.mknod(root + path, stat.S_IFMT(found.st_mode), found.st_rdev)
         os.chown(root + path, 0 if plain else plan.uid, 0)
@@ -137,48 +127,45 @@ def _clone(plan: Plan) -> Started:
     home, pid = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC), -1
     try:
         if plan.network >= 0:
-            system.setns(plan.network, system.CLONE_NEWNET)
+            system.call("setns", plan.network, system.CLONE_NEWNET)
         os.setresuid(-1, plan.owner_uid, -1)
         pid, pidfd = system.clone3(flags, signal.SIGCHLD)
     finally:
         if pid:  # not in the child
             os.setresuid(-1, 0, -1)
             if plan.network >= 0:
-                system.setns(home, system.CLONE_NEWNET)
+                system.call("setns", home, system.CLONE_NEWNET)
             os.close(home)
     return Started(pid, pidfd)
 
 
-def _child(plan: Plan, root: str, go_read: int, error_write: int) -> NoReturn:
+def _child(plan: Plan, root: str, gate: int) -> NoReturn:
     """The child's whole life up to execution; never returns into the core's code."""
-    step, error = "descriptors", error_write
+    step = "descriptors"
     try:
-        error = _gather(plan, go_read, error_write)
+        gate = _gather(plan, gate)
         for step, action in _steps(plan, root):  # noqa: B007  said when it fails
             action()
         step = f"execute {plan.argv[0]}"
         os.execve(plan.argv[0], plan.argv, plan.environment)  # noqa: S606
     except BaseException as failure:  # noqa: BLE001  it must not unwind into the core
-        os.write(error, f"{step}: {failure}"[:1000].encode())
+        os.write(gate, f"{step}: {failure}"[:1000].encode())
     finally:
         os._exit(127)
 
 
-def _gather(plan: Plan, go_read: int, error_write: int) -> int:
+def _gather(plan: Plan, gate: int) -> int:
     """Give descriptors their final numbers, close all others, wait for the word to go on."""
-    wanted = (plan.output, go_read, error_write, *plan.descriptors)
-    spare = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_SPARE) for fd in wanted]
-    output, go, error, *rest = spare  # ascending
+    wanted = (plan.output, gate, *plan.descriptors)
+    output, gate, *rest = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_SPARE) for fd in wanted]
     null = os.open("/dev/null", os.O_RDWR)
     for number, descriptor in enumerate([null, output, output, *rest]):
         os.dup2(descriptor, number, inheritable=True)
-    edges = [2 + len(rest), go, error, 1 << 30]  # there may be others of the core between them
-    for low, high in pairwise(edges):
-        os.closerange(low + 1, high)
-    if os.read(go, 1) != _GO:
+    os.closerange(3 + len(rest), gate)
+    os.closerange(gate + 1, 1 << 30)
+    if os.read(gate, 1) != _GO:
         os._exit(126)
-    os.close(go)
-    return error
+    return gate
 
 
 def _steps(plan: Plan, root: str) -> list[tuple[str, Callable[[], None]]]:
@@ -190,8 +177,11 @@ def _steps(plan: Plan, root: str) -> list[tuple[str, Callable[[], None]]]:
         ("identity", lambda: _become(plan.uid)),
         ("root", lambda: _enter(root, proc=kind.proc)),
         ("loopback", lambda: _loopback_up() if kind.network == "own" else None),
-        ("descriptor limit", lambda: _limit(resource.RLIMIT_NOFILE, kind.nofile)),
-        ("core limit", lambda: _limit(resource.RLIMIT_CORE, 0)),
+        (
+            "descriptor limit",
+            lambda: resource.setrlimit(resource.RLIMIT_NOFILE, 2 * (kind.nofile,)),
+        ),
+        ("core limit", lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0))),
         ("capabilities", system.drop_capabilities),
         ("landlock", lambda: system.landlock(files, tcp=kind.tcp)),
         ("filter", lambda: system.install_filter(plan.filter)),
@@ -215,14 +205,12 @@ def _enter(root: str, *, proc: bool) -> None:
     if proc:
         flags = _SAFE | system.MS_NOEXEC
         system.mount("proc", "proc", "proc", flags, "hidepid=invisible,subset=pid")
-    system.pivot_to_here()
+    system.call(system.PIVOT_ROOT, b".", b".")
+    system.umount(".")
+    os.chdir("/")
 
 
 def _loopback_up() -> None:
     siocsifflags, iff_up = 0x8914, 1
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         fcntl.ioctl(probe, siocsifflags, struct.pack("16sH14x", b"lo", iff_up))
-
-
-def _limit(what: int, most: int) -> None:
-    resource.setrlimit(what, (most, most))

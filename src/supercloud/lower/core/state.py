@@ -11,7 +11,7 @@ from typing import Any
 
 from supercloud.lower.core.manifest import Kind, Manifest
 from supercloud.model.capability import Capability, CapabilityGraph, Limits, ObjectType, Rights
-from supercloud.model.errors import Invalid, NoResources
+from supercloud.model.refusals import Invalid, NoResources
 from supercloud.wire.frames import DomainState
 
 Record = dict[str, Any]
@@ -83,7 +83,6 @@ class Domain:
     numbers: Values = ()
     starts: int = 0
     wait_status: int = 0
-    made: int = 0
     last: tuple[int, Values, str] = (0, (), "")
 
 
@@ -119,20 +118,19 @@ class State:
         self.contexts = {1: self.root}
         self.domains: dict[int, Domain] = {}
         self.objects: dict[int, Object] = {}
-        self._gone = Gone()
+        self.behind: dict[ObjectType, dict[int, Any]] = dict.fromkeys(ObjectType, self.objects)
+        self.behind[ObjectType.DOMAIN] = self.domains
+        self.behind[ObjectType.SCHEDULING_CONTEXT] = self.contexts
+        self.gone = Gone()  # by the last record
 
     def apply(self, record: Record) -> Values:
         """Run a record, which must have been checked; the values that answer it."""
+        self.gone = Gone()
         values: Values = getattr(self, f"_do_{record['op']}")(record) or ()
         caller = self.domains.get(record.get("by", 0))
         if caller is not None:
             caller.last = (record["seq"], values, record.get("sha256", ""))
         return values
-
-    def take_gone(self) -> Gone:
-        """What was taken out since the last call."""
-        gone, self._gone = self._gone, Gone()
-        return gone
 
     def at_parent(self, domain: Domain, object_id: int) -> int:
         """The selector that the domain's maker has for it or its context; 0 when it has none."""
@@ -155,7 +153,8 @@ class State:
             context.book(memory_bytes=kind.own.memory_bytes, pids=kind.own.pids)
         self.domains[domain.id], self.contexts[context.id] = domain, context
         self.next_id = r["id"] + 2
-        insert, of_domain, of_context = self.graph.insert, ObjectType(1), ObjectType(2)
+        insert, of_domain = self.graph.insert, ObjectType.DOMAIN
+        of_context = ObjectType.SCHEDULING_CONTEXT
         self.graph.open_table(domain.id)
         insert(domain.id, domain.id, of_domain, _SELF, "self")
         insert(domain.id, context.id, of_context, _OWN_CONTEXT, "sched")
@@ -177,44 +176,37 @@ class State:
         for capability in self.graph.entries(domain.id):
             capability.taken = False  # its descriptors are gone with its process
 
-    def _do_channel(self, r: Record) -> Values:
+    def _do_portal(self, r: Record) -> Values:
         ends = self.domains[r["a"]], self.domains[r["b"]]
-        made = self._object(r, ObjectType.PORTAL, number=r["type"], ends=ends)
-        insert, whole = self.graph.insert, None
-        if made.maker is not None:
-            rights = Rights.CONTROL | Rights.USE
-            whole = insert(made.maker.id, made.id, made.type, rights, "")
+        made, whole = self._make(r, Rights.CONTROL | Rights.USE, ends)
         selectors = [whole.selector if whole else 0]
         for number, name in enumerate((r["name_a"], r["name_b"])):
-            entry = insert(ends[number].id, made.id, made.type, Rights.USE, name, whole, number)
-            selectors.append(entry.selector)
+            end = ends[number].id, made.id, made.type, Rights.USE, name, whole, number
+            selectors.append(self.graph.insert(*end).selector)
         return tuple(selectors)
 
-    def _do_memory(self, r: Record) -> Values:
-        context, size = self.contexts[r["context"]], r["bytes"]
-        context.book(memory_bytes=size)
-        return self._for_maker(self._object(r, ObjectType.MEMORY, number=size, context=context))
+    def _do_object(self, r: Record) -> Values:
+        _, entry = self._make(r, _MAKER)
+        return (entry.selector,) if entry else ()
+
+    _do_memory = _do_semaphore = _do_device = _do_object
+
+    def _make(
+        self, r: Record, rights: Rights, ends: tuple[Domain, ...] = ()
+    ) -> tuple[Object, Capability | None]:
+        """A new object, and its maker's capability to it (none for the manifest's own)."""
+        maker, context = self.domains.get(r.get("by", 0)), self.contexts.get(r.get("context", 0))
+        type_, name, size = ObjectType[r["op"].upper()], r.get("name", ""), r.get("number", 0)
+        made = Object(r["id"], type_, name, maker, size, context, ends)
+        self.objects[made.id], self.next_id = made, made.id + 1
+        if context is not None:
+            context.book(memory_bytes=size)
+        if maker is None:
+            return made, None
+        return made, self.graph.insert(maker.id, made.id, type_, rights, name)
 
     def _do_seal(self, r: Record) -> None:
         self.objects[r["id"]].sha256 = r["sha256"]
-
-    def _do_semaphore(self, r: Record) -> Values:
-        return self._for_maker(self._object(r, ObjectType.SEMAPHORE, number=r["value"]))
-
-    def _do_device(self, r: Record) -> None:
-        self._object(r, ObjectType.DEVICE)
-
-    def _object(self, r: Record, type_: ObjectType, **more: Any) -> Object:
-        maker = self.domains.get(r.get("by", 0))
-        made = Object(r["id"], type_, r.get("name", ""), maker, **more)
-        self.objects[made.id], self.next_id = made, made.id + 1
-        if maker is not None:
-            maker.made += 1
-        return made
-
-    def _for_maker(self, made: Object) -> Values:
-        holder = made.maker.id if made.maker else 0
-        return (self.graph.insert(holder, made.id, made.type, _MAKER, made.name).selector,)
 
     def _do_grant(self, r: Record) -> None:  # of the manifest, derived from nobody's
         self.graph.insert(r["to"], r["id"], ObjectType(r["type"]), Rights(r["rights"]), r["name"])
@@ -267,20 +259,18 @@ class State:
         if context.parent is not None:
             context.parent.book(-1, **booking(context.limits))
         del self.contexts[context.id], self.domains[domain.id]
-        self._gone.domains.append((domain, *selectors))
+        self.gone.domains.append((domain, *selectors))
 
     def _end_object(self, ended: Object) -> None:
         del self.objects[ended.id]
         self._lose(self.graph.drop_object(ended.id))
         if ended.context is not None:
             ended.context.book(-1, memory_bytes=ended.number)
-        if ended.maker is not None:
-            ended.maker.made -= 1
-        self._gone.objects.append(ended)
+        self.gone.objects.append(ended)
 
     def _lose(self, capabilities: list[Capability]) -> None:
         """Note lost capabilities; a portal that lost one end is over for both."""
-        self._gone.capabilities += capabilities
+        self.gone.capabilities += capabilities
         for capability in capabilities:
             if capability.type is ObjectType.PORTAL and capability.object_id in self.objects:
                 self._end_object(self.objects[capability.object_id])

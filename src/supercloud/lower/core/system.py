@@ -9,44 +9,41 @@ import ctypes
 import errno
 import os
 import struct
+from contextlib import suppress
+from itertools import count
 
 CLONE_NEWNS, CLONE_NEWNET, CLONE_PIDFD = 1 << 17, 1 << 30, 1 << 12
 # mount, cgroup, uts, ipc, user, pid and net namespaces
 NEW_EVERYTHING = CLONE_NEWNS | 1 << 25 | 1 << 26 | 1 << 27 | 1 << 28 | 1 << 29 | CLONE_NEWNET
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE, _MNT_DETACH = 32, 4096, 16384, 1 << 18, 2
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PR_SET_CHILD_SUBREAPER = 36
 _PR_CAPBSET_DROP, _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 24, 28, 38
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _SECUREBITS_LOCKED = 0x2F  # noroot, no_setuid_fixup and their locks; keep_caps locked off
-_SYS_CAPSET, _SYS_PIVOT_ROOT, _SYS_SECCOMP, _SYS_CLONE3 = 126, 155, 317, 435
+_SYS_CAPSET, PIVOT_ROOT, _SYS_SECCOMP, _SYS_CLONE3 = 126, 155, 317, 435
 _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
 
 _libc = ctypes.PyDLL(None, use_errno=True)
 
 
-def _check(result: int, what: str) -> int:
+def call(name: str | int, *args: int | bytes | None, what: str = "") -> int:
+    """A function of libc, or a system call by its number; OSError when it returns less than 0."""
+    converted = [ctypes.c_long(value) if isinstance(value, int) else value for value in args]
+    if isinstance(name, int):
+        result = _libc.syscall(ctypes.c_long(name), *converted)
+    else:
+        result = getattr(_libc, name)(*converted)
     if result < 0:
-        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
-    return result
-
-
-def _call(number: int, *args: object) -> int:
-    converted = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
-    return int(_libc.syscall(ctypes.c_long(number), *converted))
-
-
-def prctl(option: int, *args: int) -> int:
-    """As in the manual; missing arguments are zero."""
-    padded = (*args, 0, 0, 0, 0)[:4]
-    return _check(_libc.prctl(option, *map(ctypes.c_ulong, padded)), f"prctl {option}")
+        raise OSError(ctypes.get_errno(), f"{what or name}: {os.strerror(ctypes.get_errno())}")
+    return int(result)
 
 
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
     """As in the manual; empty strings are NULL."""
-    texts = [text.encode() or None for text in (source, target, kind)]
-    result = _libc.mount(*texts, ctypes.c_ulong(flags), options.encode() or None)
-    _check(result, f"mount {source or kind} on {target}")
+    what, texts = f"mount {source or kind} on {target}", (source, target, kind, options)
+    source_, target_, kind_, options_ = (text.encode() or None for text in texts)
+    call("mount", source_, target_, kind_, flags, options_, what=what)
 
 
 def bind(source: str, target: str, flags: int) -> None:
@@ -57,24 +54,7 @@ def bind(source: str, target: str, flags: int) -> None:
 
 def umount(target: str) -> None:
     """Take a mount and all below it away, now or when the last user is gone."""
-    _check(_libc.umount2(target.encode(), _MNT_DETACH), f"umount {target}")
-
-
-def pivot_to_here() -> None:
-    """Make the working directory, a mount, the root, and drop the old one."""
-    _check(_call(_SYS_PIVOT_ROOT, b".", b"."), "pivot_root")
-    umount(".")
-    os.chdir("/")
-
-
-def unshare(flags: int) -> None:
-    """Leave namespaces for new ones."""
-    _check(_libc.unshare(flags), "unshare")
-
-
-def setns(descriptor: int, kind: int) -> None:
-    """Join the namespace of that kind behind a descriptor."""
-    _check(_libc.setns(descriptor, kind), "setns")
+    call("umount2", target.encode(), _MNT_DETACH)
 
 
 def clone3(flags: int, exit_signal: int) -> tuple[int, int]:
@@ -85,26 +65,26 @@ def clone3(flags: int, exit_signal: int) -> tuple[int, int]:
     pidfd = ctypes.c_int(-1)
     # struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack and so on
     words = (flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, exit_signal, *[0] * 6)
-    pid = _check(_call(_SYS_CLONE3, struct.pack("11Q", *words), 88), "clone3")
+    pid = call(_SYS_CLONE3, struct.pack("11Q", *words), 88)
     return pid, pidfd.value if pid else -1
 
 
 def drop_capabilities() -> None:
     """No capability in any set, none to be had again, no privilege by execve."""
-    number = 0
-    while _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(number), 0, 0, 0) >= 0:
-        number += 1  # until one past the last that this kernel knows
-    prctl(_PR_SET_SECUREBITS, _SECUREBITS_LOCKED)
-    prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
-    _check(_call(_SYS_CAPSET, struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
-    prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    with suppress(OSError):  # one past the last that this kernel knows
+        for number in count():
+            call("prctl", _PR_CAPBSET_DROP, number, 0, 0, 0)
+    call("prctl", _PR_SET_SECUREBITS, _SECUREBITS_LOCKED, 0, 0, 0)
+    call("prctl", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    call(_SYS_CAPSET, struct.pack("Ii", 0x20080522, 0), bytes(24))
+    call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def install_filter(program: bytes) -> None:
     """Put this process under a seccomp filter, given as classic BPF instructions."""
     buffer = ctypes.create_string_buffer(program, len(program))
     descriptor = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
-    _check(_call(_SYS_SECCOMP, 1, 0, descriptor), "seccomp")
+    call(_SYS_SECCOMP, 1, 0, descriptor)
 
 
 EXECUTE, READ_FILE, READ_DIR, ALL_BUT_EXECUTE = 1, 4, 8, (1 << 16) - 2
@@ -116,20 +96,20 @@ def landlock(paths: list[tuple[str, int]] | None, *, tcp: bool) -> None:
 
     No abstract sockets or signals to outside. What an older kernel does not know is left out.
     """
-    abi = _call(_SYS_LANDLOCK_CREATE, 0, 0, 1)
-    if abi < 0 and ctypes.get_errno() in (errno.ENOSYS, errno.EOPNOTSUPP):
-        return
-    _check(abi, "landlock")
+    try:
+        abi = call(_SYS_LANDLOCK_CREATE, None, 0, 1)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
+            return
+        raise
     files = 0 if paths is None else (1 << _LANDLOCK_FILE_RIGHTS.get(abi, 16)) - 1
     attributes = struct.pack("QQQ", files, 3 if abi >= 4 and not tcp else 0, 3 if abi >= 6 else 0)
     if not any(attributes):
         return
-    size = 24 if abi >= 6 else 16 if abi >= 4 else 8
-    ruleset = _check(_call(_SYS_LANDLOCK_CREATE, attributes, size, 0), "landlock")
+    ruleset = call(_SYS_LANDLOCK_CREATE, attributes, 24 if abi >= 6 else 16 if abi >= 4 else 8, 0)
     for path, rights in paths or ():
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        rule = struct.pack("=Qi", rights & files, descriptor)
-        _check(_call(_SYS_LANDLOCK_ADD, ruleset, 1, rule, 0), f"landlock {path}")
+        call(_SYS_LANDLOCK_ADD, ruleset, 1, struct.pack("=Qi", rights & files, descriptor), 0)
         os.close(descriptor)
-    _check(_call(_SYS_LANDLOCK_RESTRICT, ruleset, 0), "landlock")
+    call(_SYS_LANDLOCK_RESTRICT, ruleset, 0)
     os.close(ruleset)

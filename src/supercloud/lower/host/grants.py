@@ -14,6 +14,7 @@ from supercloud.isolation.kinds import (
     filters,
     kinds,
 )
+from supercloud.lower.host import hierarchies
 from supercloud.lower.host.images import Images
 from supercloud.lower.host.registry import UIDS_EACH, Share
 from supercloud.model.errors import Permanent
@@ -60,6 +61,7 @@ def compile_manifest(
         "instance": instance,
         "uids": {"first": share.first_uid, "count": UIDS_EACH},
         "runtime": {"path": images.runtime, "sha256": images.runtime_sha256},
+        "groups": hierarchies.for_manifest(),
         "limits": {**whole, "disk_bytes": size.disk_bytes},
         "kinds": table,
         "domains": _domains(size),

@@ -5,7 +5,6 @@ So the L1 kernel itself is booted without a disk; KVM works when that kernel get
 its root. QEMU runs in a sandbox like that of a machine's domain, with nothing but /dev/kvm.
 """
 
-import json
 import os
 import select
 import signal
@@ -55,7 +54,7 @@ def probe(runtime: str, runtime_sha256: str, kernel: int, uid: int, owner_uid: i
 def _in_child(sealed: Sealed, kernel: int, uids: tuple[int, int], verdict: int) -> NoReturn:
     """In a mount namespace of its own: run the guest, write ``kvm`` or why not, and end."""
     try:
-        system.unshare(system.CLONE_NEWNS)
+        system.call("unshare", system.CLONE_NEWNS)
         system.mount("", "/", "", system.MS_REC | system.MS_PRIVATE)
         flags = system.MS_NOSUID | system.MS_NODEV
         system.mount("probe", sandbox.STAGE, "tmpfs", flags, "mode=0711,size=1m")
@@ -112,18 +111,8 @@ def _command_line() -> list[str]:
 
 def _kind(argv: list[str]) -> manifest.Kind:
     """The same as a machine's domain, as far as a probe needs it."""
-    nothing = {"path": "/dev/null", "sha256": "0" * 64}
-    limits = {"memory_bytes": 1 << 30, "pids": 64}
-    kind = {"argv": argv, "filter": nothing, "devices": [KVM], "proc": True, "limits": limits}
-    whole = {
-        "version": 1,
-        "instance": "probe",
-        "uids": {"first": 1 << 20, "count": 8},
-        "runtime": {"path": "/", "sha256": None},
-        "limits": limits,
-        "kinds": {"probe": kind},
-    }
-    return manifest.parse(json.dumps(whole).encode()).kinds["probe"]
+    nothing = Sealed("/dev/null", None)
+    return manifest.Kind(tuple(argv), filter=nothing, devices=(KVM,), proc=True)
 
 
 def _read_until(descriptor: int, deadline_s: float) -> tuple[bytes, bool]:

@@ -2,7 +2,9 @@
 
 import asyncio
 import ssl
+import sys
 from asyncio import StreamReader, StreamReaderProtocol, StreamWriter
+from contextlib import suppress
 from typing import Final, cast
 
 from supercloud.model.errors import Denied
@@ -23,6 +25,9 @@ async def accept_tls(
     """
     loop = asyncio.get_running_loop()
     transport = cast("asyncio.Transport", writer.transport)
+    if hasattr(transport, "_ssl_protocol") and sys.version_info < (3, 12):
+        # its own gives abort() an argument that it does not take: a TypeError instead of an end
+        transport._force_close = lambda _: _abort(transport)  # type: ignore[attr-defined] # noqa: SLF001
     transport.pause_reading()
     reader.feed_eof()  # nothing more comes into it: read() gives at once what is there
     early = await reader.read()
@@ -31,23 +36,35 @@ async def accept_tls(
     starting = asyncio.ensure_future(
         loop.start_tls(
             transport, protocol, context, server_side=True,
-            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
+            ssl_handshake_timeout=2 * HANDSHAKE_TIMEOUT_S,
         )
     )  # fmt: skip
     try:
         await asyncio.sleep(0)  # start_tls has set its protocol and queued its connection_made
         loop.call_soon(_feed, transport, early)
-        inner = await starting
-    except (OSError, EOFError) as error:  # ssl.SSLError is an OSError
-        transport.abort()
+        # the time limit is our own: asyncio's does not say that it was that
+        async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+            inner = await starting
+    except (OSError, EOFError) as error:  # ssl.SSLError and TimeoutError are OSErrors
+        _abort(transport)
         raise Denied(f"the TLS handshake failed: {reason_of(error)}") from error
     except BaseException:
         starting.cancel()
-        transport.abort()
+        _abort(transport)
         raise
     assert inner is not None  # noqa: S101 - typeshed: only a closed transport gives None
     protocol.connection_made(inner)
     return new_reader, StreamWriter(inner, protocol, new_reader, loop)
+
+
+def _abort(transport: asyncio.Transport) -> None:
+    """End it at once, whatever has been done to it.
+
+    Python 3.11's TLS transport forgets its protocol when it is closed after its connection was
+    lost, as ``start_tls`` does on failure, and then cannot be aborted; nothing is left to abort.
+    """
+    with suppress(AttributeError):
+        transport.abort()
 
 
 def _feed(transport: asyncio.WriteTransport, early: bytes) -> None:
@@ -71,4 +88,6 @@ def reason_of(error: BaseException) -> str:
         return error.verify_message
     if isinstance(error, ssl.SSLError):
         return (error.reason or str(error)).replace("_", " ").lower()
+    if isinstance(error, TimeoutError):
+        return "it took too long"
     return str(error) or type(error).__name__

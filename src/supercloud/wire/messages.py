@@ -352,7 +352,7 @@ HOST = {
         Method("platform.console", ByName, Empty, stream=True, doc="its serial console"),
         Method("rendezvous.accept", Empty, ByName, doc="park; then raw: one agent's connection"),
         Method("events.watch", Empty, Empty, stream=True, doc="events as JSON lines"),
-        Method("volume.open", VolumeOpen, VolumeStatus, doc="have it, its epoch raised"),
+        Method("volume.open", VolumeOpen, VolumeStatus, doc="have it, and its next epoch"),
         Method("volume.serve", VolumeServe, VolumeStatus, doc="let it be used"),
         Method("volume.attach", VolumeAttach, VolumeStatus, doc="to a running platform"),
         Method("volume.detach", ByName, VolumeStatus, doc="from its platform"),

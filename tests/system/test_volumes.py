@@ -17,7 +17,7 @@ from support.stack import Host, Stack, stack, wait_for
 
 pytestmark = [pytest.mark.vm, pytest.mark.root]
 
-SECRET = "what-nobody-else-may-read-" * 40  # noqa: S105 - written by the test, looked for after
+SECRET = "what-nobody-else-may-read-" * 40
 BODY = """\
 volumes:
   - {{name: pages, size: {pages}}}

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 
-from core_host import Console, Host, RemoteError, driver, host, kind, wait_for
+from core_host import Console, Host, RemoteError, driver, host, kill_core, kind, wait_for
 from supercloud.model.errors import Invalid, NotFound
 
 pytestmark = pytest.mark.root
@@ -143,6 +143,21 @@ def test_a_table_is_never_overfilled(pair):
             "s = core.create_semaphore('s')\nd = core.lookup('bad').selector\n"
             "for i in range(5000): core.delegate(s, d, Rights.USE, '' or f'n{i}')"
         )
+
+
+def test_a_chain_of_delegations_to_oneself_does_not_break_the_core(pair):
+    made, one, bad = pair
+    before = made.core_pid
+    code = (
+        "first = last = core.create_semaphore('s')\n"
+        "for i in range(3000): last = core.delegate(last, SELF, Rights.USE | Rights.GRANT, f'n{i}')\n"
+        "result = core.revoke(first)"
+    )
+    assert bad(code) == 3000
+    kill_core(made)  # the next one reads all of it again
+    assert bad("core.destroy(first); result = len(core.entries())") == 3
+    assert alive(one)
+    assert made.core_pid != before
 
 
 def test_a_domain_may_close_its_socket_and_live_on(pair):

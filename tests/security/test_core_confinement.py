@@ -147,7 +147,7 @@ def arena():
     kinds = {
         "driver": driver(
             creates=["child", "keeper"],
-            peers={n: {"descriptors": True} for n in ("child", "keeper", "driver")},
+            peers=dict.fromkeys(("child", "keeper", "driver"), True),
         ),
         "child": kind(proc=True),
         "keeper": kind(state=True),

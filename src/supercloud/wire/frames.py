@@ -38,7 +38,7 @@ class Op(IntEnum):
     LIST = 3  # first selector -> count, next selector (0: no more) / ENTRY each
     CREATE_DOMAIN = 4  # scheduling context, the six Limits (all zero: the kind's) / kind, name
     #                    -> domain, its scheduling context
-    START = 5  # domain, up to 7 numbers for {0}.. of the kind's argv -> process id on the host
+    START = 5  # domain, up to 7 numbers for {0}.. of the kind's argv: it has been executed
     DESTROY = 6  # selector, 1 to remove a domain's private state directory too
     CREATE_CHANNEL = 7  # domain a, domain b, SOCK_STREAM or SOCK_SEQPACKET / name in a, name in b
     #                     -> selector of the whole (CONTROL), selector in a, selector in b
@@ -60,12 +60,12 @@ class Event(IntEnum):
     """Frames that the core sends unasked: ``values / name``."""
 
     RESTARTED = 200  # the core was replaced: send again what you wait for; events may be lost: LIST
-    DIED = 201  # a domain that you made: selector it had, wait status, its context's selector
+    DIED = 201  # a domain that you made is gone: wait status
     ARRIVED = 202  # a capability is new in your table: selector, type
     REVOKED = 203  # a capability is gone from your table: selector that it had, type
     RENEWED = 204  # a channel's far domain was started again: TAKE the new end: selector
     OVERFLOW = 205  # you did not read and events were dropped: LIST
-    STARTED = 206  # a domain that you made was started again: selector, starts so far
+    STARTED = 206  # a domain that you made was started again: starts so far
 
 
 class DomainState(IntEnum):

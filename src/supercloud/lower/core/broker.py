@@ -4,6 +4,8 @@ One method per :class:`Op`. A call that changes anything makes one record (:meth
 everything that may be refused is refused before that.
 """
 
+import os
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -11,22 +13,28 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, NamedTuple
 
-from supercloud.lower.core import descriptors
 from supercloud.lower.core import state as tables
+from supercloud.lower.core import system
 from supercloud.lower.core.domain import Domains
 from supercloud.lower.core.keeper import Vault
 from supercloud.lower.core.loop import Link
 from supercloud.lower.core.manifest import Kind
-from supercloud.lower.core.measure import Chain, Measurements, say
+from supercloud.lower.core.measure import Chain, Measurements, hash_file, say
 from supercloud.lower.core.state import Context, Domain, Object, State, Values
 from supercloud.model import refusals as errors
 from supercloud.model.capability import KILLS, Capability, Limits, ObjectType, Rights
 from supercloud.wire import frames
 from supercloud.wire.frames import DomainState, Event, Op, pack_answer
 
-MAX_DEPTH = 8
+MAX_DEPTH, PAGE_BYTES = 8, 4096
 MAX_SEALED_BYTES = 512 << 20
 _START_FAILED = 127 << 8  # as a wait status
+
+OPEN: dict[ObjectType, Callable[[int], list[int]]] = {
+    ObjectType.PORTAL: lambda type_: [e.detach() for e in socket.socketpair(socket.AF_UNIX, type_)],
+    ObjectType.MEMORY: lambda size: [system.memory(size)],
+    ObjectType.SEMAPHORE: lambda value: [os.eventfd(value, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)],
+}
 
 
 class _Need(NamedTuple):
@@ -87,7 +95,7 @@ class Broker:
             Op.TAKE: (self._take, (_ANY,), 0),
             Op.SET_LIMITS: (self._set_limits, (_Need(Rights.CONTROL, _CONTEXT), *[_NUMBER] * 6), 0),
             Op.USAGE: (self._usage, (_READABLE,), 0),
-            Op.LIMITS: (lambda _, context: context.limits.values(), (_READABLE,), 0),
+            Op.LIMITS: (lambda _, context: context.limits, (_READABLE,), 0),
             Op.CHARGE: (self._charge, (_CHARGED, _NUMBER), 0),
             Op.STATE: (self._state, (_Need(Rights.NONE, ObjectType.DOMAIN),), 0),
         }
@@ -120,12 +128,6 @@ class Broker:
         if call.sequence != last:
             return method(call, *map(self._resolve, repeat(call.caller.id), needs, call.args))
         call.payload = bytes.fromhex(sha256)  # it was done already, before the core was replaced
-        if call.op == Op.START:
-            domain = self._resolve(call.caller.id, needs[0], call.args[0])
-            process = self._domains.running.get(domain.id)
-            if process is None:
-                raise errors.BadState("it did not start, or has ended")
-            return (process.pid,)
         return values
 
     def commit(self, op: str, call: Call | None = None, **what: Any) -> Values:
@@ -150,7 +152,7 @@ class Broker:
     # ---- calls that only look
 
     def _lookup(self, call: Call) -> Values:
-        found = self._graph.find(call.caller.id, call.first)
+        found = self._graph.get(call.caller.id, call.first)
         return found.selector, found.type, found.rights, found.object_id, found.end
 
     def _list(self, call: Call, first: int) -> Values:
@@ -198,7 +200,7 @@ class Broker:
             raise errors.NoResources(f"a {kind.name} itself needs {own}")
         slot = self._domains.choose_slot(name, {d.slot for d in others}, keep=kind.state)
         number, parent = self.state.next_id, call.caller.id if call else 0
-        what = {"kind": kind.name, "name": name, "slot": slot, "limits": limits.values()}
+        what = {"kind": kind.name, "name": name, "slot": slot, "limits": limits}
         values = self.commit("domain", call, id=number, parent=parent, context=context.id, **what)
         try:
             self._domains.prepare(self.state.domains[number])
@@ -216,21 +218,17 @@ class Broker:
             raise errors.Invalid(f"numbers must be in {list(ranges)}")
         self._wired(domain)  # refused before anything is logged
         self.commit("start", call, id=domain.id, numbers=numbers[: len(ranges)])
-        return (self._run(domain),)
-
-    def _run(self, domain: Domain) -> int:
-        """Its process id; BadState, which is noted, when it does not start."""
         try:
-            return self._domains.start(domain, self._wired(domain)).pid
+            self._domains.start(domain, self._wired(domain))
         except (OSError, errors.UserError) as error:
-            say("domain.start_failed", domain=domain.name, error=str(error))
-            created = DomainState.CREATED
-            self.commit("stopped", id=domain.id, state=created, status=_START_FAILED)
+            what = {"state": DomainState.CREATED, "status": _START_FAILED}
+            self.commit("stopped", call, id=domain.id, **what, seq=0)  # asked again: tried again
             raise errors.BadState(f"could not start: {error}") from error
+        return ()
 
     def _wired(self, domain: Domain) -> list[int]:
         """The descriptors that its kind wants at the start."""
-        entries = [self._graph.find(domain.id, name) for name in domain.kind.descriptors]
+        entries = [self._graph.get(domain.id, name) for name in domain.kind.descriptors]
         return [self._descriptor(domain, entry) for entry in entries]
 
     def resume(self, domain: Domain, *, logged: bool = False) -> None:
@@ -240,13 +238,13 @@ class Broker:
         if not logged:
             self.commit("start", id=domain.id, numbers=domain.numbers)
         try:
-            self._run(domain)
-        except errors.UserError:
+            self._domains.start(domain, self._wired(domain))
+        except (OSError, errors.UserError) as error:
+            say("domain.start_failed", domain=domain.name, error=str(error))
             self.exited(domain, _START_FAILED, 0.0)
             return
-        if domain.starts > 1 and domain.parent is not None:
-            values = self.state.at_parent(domain, domain.id), domain.starts
-            self._tell(domain.parent, Event.STARTED, values, domain.name)
+        if domain.starts > 1:
+            self._tell(domain.parent, Event.STARTED, (domain.starts,), domain.name)
 
     def exited(self, domain: Domain, status: int, lasted_s: float) -> None:
         """A domain's program ended by itself or by us."""
@@ -260,8 +258,8 @@ class Broker:
             domain.wait_status = status
             self.destroy(domain.id)
 
-    def _tell(self, domain: Domain, event: Event, values: Values, name: str) -> None:
-        if domain.id in self._domains.running:
+    def _tell(self, domain: Domain | None, event: Event, values: Values, name: str) -> None:
+        if domain and domain.id in self._domains.running:
             self._domains.running[domain.id].link.event(event, values, name)
 
     def _destroy(self, call: Call, capability: Capability, purge: int) -> Values:
@@ -281,16 +279,15 @@ class Broker:
 
     def _carry_out(self, call: Call | None = None, purged: Domain | None = None) -> None:
         gone, caller = self.state.gone, call.caller if call else None
-        for domain, *selectors in gone.domains:
-            if domain.parent and domain.parent is not caller:
-                values = (selectors[0], domain.wait_status, selectors[1])
-                self._tell(domain.parent, Event.DIED, values, domain.name)
+        for domain in gone.domains:
+            if domain.parent is not caller:
+                self._tell(domain.parent, Event.DIED, (domain.wait_status,), domain.name)
         self._tell_revoked(gone, caller)
         for ended in gone.objects:
             self._vault.drop(f"o{ended.id}")
             is_portal = ended.type is ObjectType.PORTAL
-            descriptors.close_all(ended.descriptors, shut_down=is_portal)
-        left = {domain for domain, *_ in gone.domains}
+            system.close_all(ended.descriptors, shut_down=is_portal)
+        left = set(gone.domains)
 
         def one_is_dead(domain: Domain) -> None:
             if domain is purged:
@@ -301,11 +298,11 @@ class Broker:
 
         if call:
             call.later = bool(left)
-        for domain, *_ in gone.domains:
+        for domain in gone.domains:
             self._domains.end(domain, one_is_dead)
 
     def _tell_revoked(self, gone: tables.Gone, caller: Domain | None) -> None:
-        ended = {n: d for d, *_ in gone.domains for n in (d.id, d.context.id)}
+        ended = {n: d for d in gone.domains for n in (d.id, d.context.id)}
         for lost in gone.capabilities:
             holder, domain = self.state.domains.get(lost.holder), ended.get(lost.object_id)
             if holder is None or (domain is not None and domain.parent is holder):
@@ -321,28 +318,22 @@ class Broker:
         names, entries = (call.first, call.second), {call.caller.id: [""]}  # the whole has no name
         for end, name in zip((a, b), names, strict=True):
             entries.setdefault(end.id, []).append(name)
+        may_pass = a.kind.peers.get(b.kind.name)
+        if a is b or may_pass is None:
+            raise errors.Denied(f"a {a.kind.name} and a {b.kind.name} are no peers")
+        if type_ not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
+            raise errors.Invalid("a channel is a stream or seqpacket")
         self._check_budget(call, entries)
-        values = self.make_channel(a, b, type_, names, call)
+        ends = {"a": a.id, "b": b.id, "name_a": names[0], "name_b": names[1]}
+        values = self._make("portal", call, **ends, number=type_, descriptors=may_pass)
         for end, name, selector in zip((a, b), names, values[1:], strict=True):
             if end is not call.caller:
                 self._tell(end, Event.ARRIVED, (selector, ObjectType.PORTAL), name)
         return values
 
-    def make_channel(
-        self, a: Domain, b: Domain, type_: int, names: tuple[str, str], call: Call | None = None
-    ) -> Values:
-        """Check and make a channel; also for the manifest's own."""
-        peer = a.kind.peers.get(b.kind.name)
-        if a is b or peer is None:
-            raise errors.Denied(f"a {a.kind.name} and a {b.kind.name} are no peers")
-        if type_ not in descriptors.SOCKETS.values():
-            raise errors.Invalid("a channel is a stream or seqpacket")
-        ends = {"a": a.id, "b": b.id, "name_a": names[0], "name_b": names[1]}
-        return self._make("portal", call, **ends, number=type_, descriptors=peer.descriptors)
-
     def _create_memory(self, call: Call, context: Context, size: int) -> Values:
-        if not 0 < size <= tables.MAX_INT or size % descriptors.PAGE_BYTES:
-            raise errors.Invalid(f"the size must be a multiple of {descriptors.PAGE_BYTES}")
+        if not 0 < size <= tables.MAX_INT or size % PAGE_BYTES:
+            raise errors.Invalid(f"the size must be a multiple of {PAGE_BYTES}")
         context.check(memory_bytes=size)
         self._check_budget(call, {call.caller.id: [call.first]})
         return self._make("memory", call, name=call.first, context=context.id, number=size)
@@ -361,7 +352,7 @@ class Broker:
         if len(made) >= call.caller.kind.objects:
             raise errors.NoResources(f"{call.caller.name} has made as many objects as it may")
 
-    def _make(self, op: str, call: Call | None, **what: Any) -> Values:
+    def _make(self, op: str, call: Call, **what: Any) -> Values:
         number = self.state.next_id
         values = self.commit(op, call, id=number, **what)
         try:
@@ -373,13 +364,13 @@ class Broker:
 
     def open(self, made: Object) -> None:
         """Give an object descriptors (new ones for a channel), kept by the keeper as well."""
-        made.descriptors = descriptors.OPEN[made.type](made.number)
+        made.descriptors = OPEN[made.type](made.number)
         self._vault.put(f"o{made.id}", *made.descriptors)
 
     def _renew_channels(self, domain: Domain) -> None:
         """A dead domain's channels: end-of-file on the old ends, new ones for who takes them."""
         for portal in [o for o in self.state.objects.values() if domain in o.ends]:
-            descriptors.close_all(portal.descriptors, shut_down=True)
+            system.close_all(portal.descriptors, shut_down=True)
             self.open(portal)
             for end in self._graph.of_object(portal.id):
                 holder = self.state.domains[end.holder]
@@ -391,9 +382,10 @@ class Broker:
             if memory.number > MAX_SEALED_BYTES:
                 raise errors.Invalid(f"only up to {MAX_SEALED_BYTES} bytes can be sealed")
             try:
-                digest = descriptors.seal(memory.descriptors[0])
+                system.seal(memory.descriptors[0])
             except OSError as error:
                 raise errors.Busy("it is mapped for writing somewhere") from error
+            digest = hash_file(f"/proc/self/fd/{memory.descriptors[0]}")
             self._measured.extend("memory", digest, f"{call.caller.name}/{memory.name}")
             self.commit("seal", call, id=memory.id, sha256=digest)
         call.payload = bytes.fromhex(memory.sha256)
@@ -405,7 +397,7 @@ class Broker:
         caller, ours, theirs = call.caller, call.caller.kind, target.kind.name
         if not 0 < rights < 128:
             raise errors.Invalid("no such rights")
-        if target is not caller and not (theirs in ours.peers and ours.peers[theirs].descriptors):
+        if target is not caller and not ours.peers.get(theirs):
             raise errors.Denied(f"nothing may pass from a {ours.name} to a {theirs}")
         self._graph.check_derive(held, target.id, Rights(rights), call.first)
         what = {"selector": held.selector, "rights": rights, "name": call.first}
@@ -451,7 +443,7 @@ class Broker:
         try:
             groups.limit(context.path, limits)
         except OSError as error:
-            self.commit("limits", id=context.id, limits=old.values())
+            self.commit("limits", id=context.id, limits=old)
             groups.limit(context.path, old)
             raise errors.Busy(f"more than that is in use: {error}") from error
         return ()

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from supercloud.model.capability import Limits
 
@@ -18,8 +18,7 @@ TOP, OWN = "supercloud", "own"
 _PERIOD_US = 100_000
 
 
-@dataclass(frozen=True, slots=True)
-class Hierarchy:
+class Hierarchy(NamedTuple):
     """One mounted tree of groups and those controllers of it that we use."""
 
     root: str

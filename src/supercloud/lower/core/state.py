@@ -88,9 +88,9 @@ class Domain:
 
 @dataclass(slots=True)
 class Gone:
-    """What the last record took out of the tables; a domain with its selectors at its parent."""
+    """What the last record took out of the tables."""
 
-    domains: list[tuple[Domain, int, int]] = field(default_factory=list)
+    domains: list[Domain] = field(default_factory=list)
     objects: list[Object] = field(default_factory=list)
     capabilities: list[Capability] = field(default_factory=list)
 
@@ -131,12 +131,6 @@ class State:
         if caller is not None:
             caller.last = (record["seq"], values, record.get("sha256", ""))
         return values
-
-    def at_parent(self, domain: Domain, object_id: int) -> int:
-        """The selector that the domain's maker has for it or its context; 0 when it has none."""
-        holder = domain.parent.id if domain.parent else 0
-        found = [c for c in self.graph.of_object(object_id) if c.holder == holder and not c.parent]
-        return found[0].selector if found else 0
 
     def _do_boot(self, r: Record) -> None:
         if r["manifest"] != self.manifest.sha256:
@@ -253,13 +247,12 @@ class State:
             its = domain in (made.maker, *made.ends) or made.context is context
             if its and made.id in self.objects:
                 self._end_object(made)
-        selectors = self.at_parent(domain, domain.id), self.at_parent(domain, context.id)
         self._lose(self.graph.drop_object(domain.id) + self.graph.drop_object(context.id))
         self._lose(self.graph.close_table(domain.id))
         if context.parent is not None:
             context.parent.book(-1, **booking(context.limits))
         del self.contexts[context.id], self.domains[domain.id]
-        self.gone.domains.append((domain, *selectors))
+        self.gone.domains.append(domain)
 
     def _end_object(self, ended: Object) -> None:
         del self.objects[ended.id]

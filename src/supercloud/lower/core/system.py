@@ -1,4 +1,4 @@
-"""Linux calls that Python's standard library lacks, by number or name through ctypes.
+"""Linux: calls that Python's standard library lacks, by number or name through ctypes; memory.
 
 ``PyDLL`` keeps the interpreter's lock across a call, so that the child of :func:`clone3` starts
 with a consistent interpreter. Every function raises ``OSError`` when the kernel refuses.
@@ -7,7 +7,9 @@ Numbers above 423 are the same on every architecture; the others are x86_64's.
 
 import ctypes
 import errno
+import fcntl
 import os
+import socket
 import struct
 from contextlib import suppress
 from itertools import count
@@ -23,6 +25,7 @@ _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _SECUREBITS_LOCKED = 0x2F  # noroot, no_setuid_fixup and their locks; keep_caps locked off
 _SYS_CAPSET, PIVOT_ROOT, _SYS_SECCOMP, _SYS_CLONE3 = 126, 155, 317, 435
 _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
+_MFD_NOEXEC_SEAL = 8
 
 _libc = ctypes.PyDLL(None, use_errno=True)
 
@@ -113,3 +116,32 @@ def landlock(paths: list[tuple[str, int]] | None, *, tcp: bool) -> None:
         os.close(descriptor)
     call(_SYS_LANDLOCK_RESTRICT, ruleset, 0)
     os.close(ruleset)
+
+
+def memory(size_bytes: int) -> int:
+    """A memfd whose size can't change; any holder of it may write until it is sealed."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        descriptor = os.memfd_create("memory", flags | _MFD_NOEXEC_SEAL)
+    except OSError:  # Linux < 6.3
+        descriptor = os.memfd_create("memory", flags)
+    os.fchmod(descriptor, 0o666)
+    os.ftruncate(descriptor, size_bytes)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+    return descriptor
+
+
+def seal(descriptor: int) -> None:
+    """No more writing by anybody; OSError while it is mapped for writing."""
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
+    os.fchmod(descriptor, 0o444)
+
+
+def close_all(descriptors: list[int], *, shut_down: bool = False) -> None:
+    """Close descriptors and empty the list; a channel is ended for whoever holds an end of it."""
+    while descriptors:
+        if shut_down:
+            with socket.socket(fileno=descriptors.pop()) as end:
+                end.shutdown(socket.SHUT_RDWR)
+        else:
+            os.close(descriptors.pop())

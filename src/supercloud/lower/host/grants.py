@@ -1,4 +1,4 @@
-"""A host's grant manifest: kinds from ``isolation``, filters compiled, first domains, grants."""
+"""A host's grant manifest: kinds from ``isolation`` with filters, first domains, grants."""
 
 import json
 import os
@@ -49,23 +49,23 @@ def capacity(state: str) -> Capacity:
 def compile_manifest(
     instance: str, share: Share, images: Images, site: Site, directory: str
 ) -> dict[str, Any]:
-    """The whole manifest; filters are written below ``directory``."""
+    """The whole manifest; ``directory`` is where the host's disks will be."""
     table = kinds(site)
     names = filters()
     for name, kind in table.items():
-        kind["filter"] = _write_filter(names.get(name, DEFAULT_FILTER), directory)
+        kind["filter"] = _filter(names.get(name, DEFAULT_FILTER))
     size = capacity(directory)
     whole = {"memory_bytes": size.memory_bytes, "pids": _PIDS, "domains": _DOMAINS}
     return {
         "version": 1,
         "instance": instance,
-        "uids": {"first": share.first_uid, "count": UIDS_EACH},
+        "first_uid": share.first_uid,
+        "uids": UIDS_EACH,
         "runtime": {"path": images.runtime, "sha256": images.runtime_sha256},
         "groups": hierarchies.for_manifest(),
         "limits": {**whole, "disk_bytes": size.disk_bytes},
         "kinds": table,
         "domains": _domains(size),
-        "channels": _channels(),
         "grants": _grants(),
     }
 
@@ -77,17 +77,12 @@ def write(manifest: dict[str, Any], path: str) -> None:
     os.replace(f"{path}.part", path)
 
 
-def _write_filter(name: str, directory: str) -> dict[str, str]:
+def _filter(name: str) -> str:
     program, sha256 = seccomp.compiled(name)
     promised = json.loads(seccomp.HASHES.read_text())[name]
     if sha256 != promised:
         raise Permanent(f"filter {name} compiles to {sha256}, promised is {promised}")
-    os.makedirs(f"{directory}/filters", mode=0o755, exist_ok=True)
-    path = f"{directory}/filters/{name}.bpf"
-    with open(f"{path}.part", "wb") as file:
-        file.write(program)
-    os.replace(f"{path}.part", path)
-    return {"path": path, "sha256": sha256}
+    return program.hex()
 
 
 def _domains(size: Capacity) -> list[dict[str, Any]]:
@@ -112,20 +107,13 @@ def _domains(size: Capacity) -> list[dict[str, Any]]:
     return [{"kind": n, "name": n, "limits": limits.get(n, COMPONENT_LIMITS)} for n in order]
 
 
-def _channels() -> list[dict[str, str]]:
-    return [
-        {"a": "admin", "b": other, "name_a": other, "name_b": "admin"}
-        for other in ("multiplexing", "disk", "uplink")
-    ]
-
-
 def _grants() -> list[dict[str, Any]]:
     grants: list[dict[str, Any]] = [
         _grant("front_door", "listener", ["USE"], "inherited:listener"),
         _grant("admin", "listener", ["USE"], "inherited:admin"),
         _grant("admin", "ready", ["USE"], "inherited:ready"),
     ]
-    for component in ("front_door", "disk", "uplink"):
+    for component in ("front_door", "disk", "uplink", "admin"):
         name = f"domain:{component}"
         grants.append(_grant("multiplexing", name, ["CONNECT"], name))
     return grants + [

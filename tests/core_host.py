@@ -176,7 +176,8 @@ class Host:
             "instance": self.instance,
             "first_uid": first,
             "uids": 100,
-            "runtime": {"path": "/", "sha256": None},
+            "runtime": "/",
+            "runtime_sha256": "",
             "groups": for_manifest(),
             "limits": {
                 "memory_bytes": 1 << 40,
@@ -185,7 +186,7 @@ class Host:
                 "disk_bytes": 1 << 40,
             },
             "kinds": self._kinds,
-            "domains": self._domains,
+            "domains": [[one["name"], one["kind"]] for one in self._domains],
             "grants": [
                 {"to": n, "object": f"inherited:{n}", "rights": ["USE"], "name": "console"}
                 for n in names

@@ -14,7 +14,8 @@ GOOD = {
     "instance": "one",
     "first_uid": 200000,
     "uids": 100,
-    "runtime": {"path": "/images/runtime.erofs", "sha256": "ab" * 32},
+    "runtime": "/images/runtime.erofs",
+    "runtime_sha256": "ab" * 32,
     "groups": [
         {"root": "/sys/fs/cgroup", "controllers": ["cpu", "memory", "pids"], "unified": True}
     ],
@@ -37,7 +38,7 @@ GOOD = {
             "peers": {"user": True},
         },
     },
-    "domains": [{"kind": "user", "name": "a"}, {"kind": "vmm", "name": "b", "limits": {"pids": 1}}],
+    "domains": [["a", "user"], ["b", "vmm"]],
     "grants": [{"to": "a", "object": "domain:b", "rights": ["CONNECT"], "name": "b"}],
 }
 
@@ -48,8 +49,8 @@ def test_a_good_manifest_is_read():
     assert (user.name, user.numbers, user.restart) == ("user", ((1, 65535),), False)
     assert user.creator_rights == Rights.CONTROL | Rights.CONNECT
     assert vmm.creator_rights == Rights.CONTROL | Rights.CONNECT | Rights.GRANT
-    assert manifest.domains[1].limits == Limits(pids=1)
-    assert manifest.domains[0].limits is None
+    assert manifest.limits == Limits(memory_bytes=1 << 30, pids=100)
+    assert manifest.domains == (("a", "user"), ("b", "vmm"))
     assert user.peers["vmm"] is True
     assert len(manifest.sha256) == 64
 
@@ -62,7 +63,8 @@ BAD = {
     "limits.pids": (["limits", "pids"], 1.5),
     "limits.memory_bytes": (["limits", "memory_bytes"], "1G"),
     "limits.disk_bytes": (["limits", "disk_bytes"], 1 << 70),
-    "runtime": (["runtime"], "/images"),
+    "runtime": (["runtime"], {"path": "/images"}),
+    "runtime_sha256": (["runtime_sha256"], None),
     "kinds.user.argv": (["kinds", "user", "argv"], "/usr/bin/python3"),
     "kinds.user.argv[1]": (["kinds", "user", "argv", 1], 7),
     "kinds.user": (["kinds", "user", "argv", 0], "python3"),
@@ -70,7 +72,8 @@ BAD = {
     "kinds.user.creator_rights": (["kinds", "user", "creator_rights"], ["ALL"]),
     "kinds.vmm": (["kinds", "vmm", "devices", 0], "/dev/../etc/shadow"),
     "kinds.vmm.restart": (["kinds", "vmm", "restart"], "yes"),
-    "domains[0]": (["domains", 0, "colour"], "red"),
+    "domains[0]": (["domains", 0], ["a", "user", "red"]),
+    "grants[0]": (["grants", 0, "colour"], "red"),
     "grants[0].to": (["grants", 0, "to"], None),
     "kinds.user.peers.vmm": (["kinds", "user", "peers", "vmm"], {"descriptors": True}),
     "kinds.vmm.filter": (["kinds", "vmm", "filter"], None),
@@ -101,9 +104,9 @@ def test_the_place_of_a_fault_is_said(where):
         (["kinds", "user", "binds", 0, "target"], "/etc"),
         (["kinds", "user", "binds", 0, "target"], "/run/../etc"),
         (["kinds", "user", "descriptors"], ["sp ace"]),
-        (["domains", 0, "kind"], "ghost"),
-        (["domains", 0, "name"], "b"),
-        (["domains", 0, "name"], "../b"),
+        (["domains", 0, 1], "ghost"),
+        (["domains", 0, 0], "b"),
+        (["domains", 0, 0], "../b"),
         (["kinds", "user", "filter"], "zz" * 8),
         (["kinds", "user", "filter"], "00" * 7),
         (["kinds", "user", "filter"], ""),

@@ -149,8 +149,7 @@ class Core:
 
     def lookup(self, name: str) -> Entry:
         """The capability of that name; NotFound."""
-        selector, type_, rights, object_id, end, *_ = self._call(Op.LOOKUP, first=name).values
-        return Entry(selector, ObjectType(type_), Rights(rights), object_id, end, name)
+        return _entry(*frames.ENTRY.unpack(self._call(Op.LOOKUP, first=name).payload))
 
     def entries(self) -> list[Entry]:
         """The whole table, by selector."""

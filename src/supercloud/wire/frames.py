@@ -34,7 +34,7 @@ class Op(IntEnum):
     """Requests: ``arguments / names -> values / payload``. Unused arguments must be zero."""
 
     PING = 1  # -> nothing
-    LOOKUP = 2  # / name -> selector, type, rights, object id, end
+    LOOKUP = 2  # / name -> 1 / ENTRY
     LIST = 3  # first selector -> count, next selector (0: no more) / ENTRY each
     CREATE_DOMAIN = 4  # scheduling context, the six Limits (all zero: the kind's) / kind, name
     #                    -> domain, its scheduling context

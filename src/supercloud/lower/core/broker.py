@@ -1,7 +1,6 @@
-"""The core's calls: check everything, log, apply, then carry out what is left to do.
+"""The core's calls, a method each: check everything, log, apply, then carry out what is left to do.
 
-One method per :class:`Op`. A call that changes anything makes one record (:meth:`Broker.commit`);
-everything that may be refused is refused before that.
+A call that changes anything makes one record (:meth:`Broker.commit`), after all refusals.
 """
 
 import os
@@ -11,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any
 
 from supercloud.lower.core import state as tables
 from supercloud.lower.core import system
@@ -29,6 +28,7 @@ from supercloud.wire.frames import DomainState, Event, Op, pack_answer
 MAX_DEPTH, PAGE_BYTES = 8, 4096
 MAX_SEALED_BYTES = 512 << 20
 _START_FAILED = 127 << 8  # as a wait status
+_AGAIN_S, _SPACING_S = 0.1, 2.0  # a domain that lasted longer is started again at once
 
 OPEN: dict[ObjectType, Callable[[int], list[int]]] = {
     ObjectType.PORTAL: lambda type_: [e.detach() for e in socket.socketpair(socket.AF_UNIX, type_)],
@@ -37,25 +37,18 @@ OPEN: dict[ObjectType, Callable[[int], list[int]]] = {
 }
 
 
-class _Need(NamedTuple):
-    """What the capability that an argument selects must carry and be."""
-
-    right: Rights
-    type: ObjectType | None = None
-
-
-_CONTEXT, _NUMBER, _ANY = ObjectType.SCHEDULING_CONTEXT, None, _Need(Rights.NONE)
-_CHARGED, _READABLE = _Need(Rights.CHARGE, _CONTEXT), _Need(Rights.READ, _CONTEXT)
-_CONTROLLED = _Need(Rights.CONTROL, ObjectType.DOMAIN)
-_CONNECTED = _Need(Rights.CONNECT, ObjectType.DOMAIN)
+# What an argument must be: a number, or the selector of a capability with a right, to a type
+_Need = tuple[Rights, ObjectType | None] | None
+_NUMBER, _ANY = None, (Rights.NONE, None)
+_CONTEXT, _DOMAIN = ObjectType.SCHEDULING_CONTEXT, ObjectType.DOMAIN
+_CHARGED, _READABLE = (Rights.CHARGE, _CONTEXT), (Rights.READ, _CONTEXT)
+_CONTROLLED, _CONNECTED = (Rights.CONTROL, _DOMAIN), (Rights.CONNECT, _DOMAIN)
+_LOOKED_AT = (Rights.NONE, _DOMAIN)
 
 
 @dataclass(slots=True)
 class Call:
-    """One request of one domain, and what answers it besides the values that its method returns.
-
-    ``later``: nothing answers it now, it will be answered when it is done.
-    """
+    """One request of one domain, and what answers it besides the values that its method returns."""
 
     caller: Domain
     link: Link
@@ -66,7 +59,7 @@ class Call:
     second: str
     payload: bytes = b""
     descriptor: int = -1
-    later: bool = False
+    later: bool = False  # it will be answered when it is done
 
 
 class Broker:
@@ -79,25 +72,25 @@ class Broker:
         self._vault, self._domains = vault, domains
         domains.on_request, domains.on_exit = self.answer, self.exited
         # op -> what carries it out, what each argument must be, how many names it takes
-        self._calls: dict[int, tuple[Callable[..., Values], tuple[_Need | None, ...], int]] = {
+        self._calls: dict[int, tuple[Callable[..., Values], tuple[_Need, ...], int]] = {
             Op.PING: (lambda _: (), (), 0),
-            Op.LOOKUP: (self._lookup, (), 1),
+            Op.LOOKUP: (self._list, (), 1),
             Op.LIST: (self._list, (_NUMBER,), 0),
             Op.CREATE_DOMAIN: (self._create_domain, (_CHARGED, *[_NUMBER] * 6), 2),
             Op.START: (self._start, (_CONTROLLED, *[_NUMBER] * 7), 0),
-            Op.DESTROY: (self._destroy, (_Need(Rights.CONTROL), _NUMBER), 0),
+            Op.DESTROY: (self._destroy, ((Rights.CONTROL, None), _NUMBER), 0),
             Op.CREATE_CHANNEL: (self._create_channel, (_CONNECTED, _CONNECTED, _NUMBER), 2),
             Op.CREATE_MEMORY: (self._create_memory, (_CHARGED, _NUMBER), 1),
-            Op.SEAL: (self._seal, (_Need(Rights.WRITE, ObjectType.MEMORY),), 0),
+            Op.SEAL: (self._seal, ((Rights.WRITE, ObjectType.MEMORY),), 0),
             Op.CREATE_SEMAPHORE: (self._create_semaphore, (_NUMBER,), 1),
             Op.DELEGATE: (self._delegate, (_ANY, _CONNECTED, _NUMBER), 1),
             Op.REVOKE: (self._revoke, (_ANY,), 0),
             Op.TAKE: (self._take, (_ANY,), 0),
-            Op.SET_LIMITS: (self._set_limits, (_Need(Rights.CONTROL, _CONTEXT), *[_NUMBER] * 6), 0),
+            Op.SET_LIMITS: (self._set_limits, ((Rights.CONTROL, _CONTEXT), *[_NUMBER] * 6), 0),
             Op.USAGE: (self._usage, (_READABLE,), 0),
             Op.LIMITS: (lambda _, context: context.limits, (_READABLE,), 0),
             Op.CHARGE: (self._charge, (_CHARGED, _NUMBER), 0),
-            Op.STATE: (self._state, (_Need(Rights.NONE, ObjectType.DOMAIN),), 0),
+            Op.STATE: (lambda _, d: (d.state, d.starts, d.wait_status), (_LOOKED_AT,), 0),
         }
 
     def answer(self, caller: Domain, link: Link, untrusted: bytes) -> None:
@@ -137,26 +130,25 @@ class Broker:
         self._log.append(record)
         return self.state.apply(record)
 
-    def _resolve(self, holder: int, need: "_Need | None", argument: int) -> Any:
+    def _resolve(self, holder: int, need: _Need, argument: int) -> Any:
         """An argument as a number, or what is behind the selector that it is."""
         if need is None:
             return argument
-        capability = self._graph.get(holder, argument)
+        (right, type_), capability = need, self._graph.get(holder, argument)
         name, is_a = capability.name, capability.type
-        if need.type is not None and is_a is not need.type:
-            raise errors.Invalid(f"{name!r} is a {is_a.name}, not a {need.type.name}")
-        if need.right & ~capability.rights:
-            raise errors.Denied(f"{name!r} does not carry {need.right.name}")
-        return self.state.behind[is_a][capability.object_id] if need.type else capability
+        if type_ is not None and is_a is not type_:
+            raise errors.Invalid(f"{name!r} is a {is_a.name}, not a {type_.name}")
+        if right & ~capability.rights:
+            raise errors.Denied(f"{name!r} does not carry {right.name}")
+        return self.state.behind[capability.object_id] if type_ else capability
 
     # ---- calls that only look
 
-    def _lookup(self, call: Call) -> Values:
-        found = self._graph.get(call.caller.id, call.first)
-        return found.selector, found.type, found.rights, found.object_id, found.end
-
-    def _list(self, call: Call, first: int) -> Values:
-        entries = [e for e in self._graph.entries(call.caller.id) if e.selector >= first]
+    def _list(self, call: Call, first: int = 0) -> Values:
+        """The entry of a name, or a page of the table."""
+        graph, holder = self._graph, call.caller.id
+        found = [graph.get(holder, call.first)] if call.first else graph.entries(holder)
+        entries = [e for e in found if e.selector >= first]
         page, rest = entries[: frames.ENTRIES_PER_PAGE], entries[frames.ENTRIES_PER_PAGE :]
         for e in page:
             what = e.selector, e.object_id, e.type, e.rights, e.end, 0, e.name.encode()
@@ -164,10 +156,7 @@ class Broker:
         return len(page), rest[0].selector if rest else 0
 
     def _usage(self, _: Call, context: Context) -> Values:
-        return *self._domains.groups.usage(context.path), *context.booked.values()
-
-    def _state(self, _: Call, domain: Domain) -> Values:
-        return domain.state, domain.starts, domain.wait_status
+        return *self._domains.groups.usage(context.path), *self.state.booked(context)
 
     # ---- domains
 
@@ -175,7 +164,7 @@ class Broker:
         name = call.second
         if call.first not in call.caller.kind.creates:
             raise errors.Denied(f"a {call.caller.kind.name} may not make a {call.first}")
-        self._graph.check_room(call.caller.id, name, f"sched:{name}")
+        self._graph.check_room((call.caller.id, name), (call.caller.id, f"sched:{name}"))
         kind = self.state.manifest.kinds[call.first]
         limits = tables.checked_limits(figures) if any(figures) else kind.limits
         return self.make_domain(kind, name, limits, context, call)
@@ -194,7 +183,8 @@ class Broker:
             raise errors.Denied(f"{context.name} is of a kind that has no children")
         if context.path.count("/") >= MAX_DEPTH:
             raise errors.NoResources("scheduling contexts nest too deep")
-        context.check(limits.cpu_permille, **tables.booking(limits))
+        memory, pids, domains, disk = limits[2:]
+        self.state.check_left(context, (memory, pids, domains + 1, disk), limits.cpu_permille)
         own = kind.own if kind.creates else limits
         if own.memory_bytes > limits.memory_bytes or own.pids > limits.pids:
             raise errors.NoResources(f"a {kind.name} itself needs {own}")
@@ -231,11 +221,11 @@ class Broker:
         entries = [self._graph.get(domain.id, name) for name in domain.kind.descriptors]
         return [self._descriptor(domain, entry) for entry in entries]
 
-    def resume(self, domain: Domain, *, logged: bool = False) -> None:
-        """Start a domain that should run; ``logged`` when only the process is missing."""
+    def resume(self, domain: Domain) -> None:
+        """Start a domain that should run, or that does in the tables but has no process."""
         if self.state.domains.get(domain.id) is not domain or domain.id in self._domains.running:
             return
-        if not logged:
+        if domain.state is not DomainState.RUNNING:
             self.commit("start", id=domain.id, numbers=domain.numbers)
         try:
             self._domains.start(domain, self._wired(domain))
@@ -250,10 +240,10 @@ class Broker:
         """A domain's program ended by itself or by us."""
         say("domain.exited", domain=domain.name, status=status)
         if domain.kind.restart:
-            waiting = DomainState.WAITING
-            self.commit("stopped", id=domain.id, state=waiting, status=status)
+            self.commit("stopped", id=domain.id, state=DomainState.WAITING, status=status)
             self._renew_channels(domain)
-            self._domains.restart_later(lasted_s, lambda: self.resume(domain))
+            delay_s = max(_AGAIN_S, _SPACING_S - lasted_s)
+            self._domains.loop.later(delay_s, lambda: self.resume(domain))
         else:
             domain.wait_status = status
             self.destroy(domain.id)
@@ -265,45 +255,41 @@ class Broker:
     def _destroy(self, call: Call, capability: Capability, purge: int) -> Values:
         if capability.type is _CONTEXT or purge not in (0, 1):
             raise errors.Invalid("a scheduling context ends with its domain")
-        domain = self.state.domains.get(capability.object_id)
-        self.commit("destroy", call, id=capability.object_id)
-        self._carry_out(call, domain if purge else None)
+        self.destroy(capability.object_id, call, purge)
         return ()
 
-    def destroy(self, number: int) -> None:
-        """End a domain or object for reasons of our own."""
-        self.commit("destroy", id=number)
-        self._carry_out()
+    def destroy(self, number: int, call: Call | None = None, purge: int = 0) -> None:
+        """End a domain or object; without a call, for reasons of our own."""
+        self.commit("destroy", call, id=number, purge=purge)
+        self._carry_out(call)
 
     # ---- what a record took out of the tables
 
-    def _carry_out(self, call: Call | None = None, purged: Domain | None = None) -> None:
-        gone, caller = self.state.gone, call.caller if call else None
-        for domain in gone.domains:
+    def _carry_out(self, call: Call | None = None) -> None:
+        (domains, objects, _), caller = self.state.gone, call.caller if call else None
+        for domain in domains:
             if domain.parent is not caller:
                 self._tell(domain.parent, Event.DIED, (domain.wait_status,), domain.name)
-        self._tell_revoked(gone, caller)
-        for ended in gone.objects:
+        self._tell_revoked(caller)
+        for ended in objects:
             self._vault.drop(f"o{ended.id}")
-            is_portal = ended.type is ObjectType.PORTAL
-            system.close_all(ended.descriptors, shut_down=is_portal)
-        left = set(gone.domains)
+            system.close_all(ended.descriptors, shut_down=ended.type is ObjectType.PORTAL)
+        left = set(domains)
 
         def one_is_dead(domain: Domain) -> None:
-            if domain is purged:
-                self._domains.purge(domain)
             left.discard(domain)
             if not left and call:
                 call.link.send(pack_answer(call.op, 0, call.sequence))
 
         if call:
             call.later = bool(left)
-        for domain in gone.domains:
+        for domain in domains:
             self._domains.end(domain, one_is_dead)
 
-    def _tell_revoked(self, gone: tables.Gone, caller: Domain | None) -> None:
-        ended = {n: d for d in gone.domains for n in (d.id, d.context.id)}
-        for lost in gone.capabilities:
+    def _tell_revoked(self, caller: Domain | None) -> None:
+        domains, _, capabilities = self.state.gone
+        ended = {number: d for d in domains for number in (d.id, d.context.id)}
+        for lost in capabilities:
             holder, domain = self.state.domains.get(lost.holder), ended.get(lost.object_id)
             if holder is None or (domain is not None and domain.parent is holder):
                 continue  # gone as well, or told by DIED
@@ -315,18 +301,16 @@ class Broker:
     # ---- portals, memory, semaphores
 
     def _create_channel(self, call: Call, a: Domain, b: Domain, type_: int) -> Values:
-        names, entries = (call.first, call.second), {call.caller.id: [""]}  # the whole has no name
-        for end, name in zip((a, b), names, strict=True):
-            entries.setdefault(end.id, []).append(name)
         may_pass = a.kind.peers.get(b.kind.name)
         if a is b or may_pass is None:
             raise errors.Denied(f"a {a.kind.name} and a {b.kind.name} are no peers")
         if type_ not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
             raise errors.Invalid("a channel is a stream or seqpacket")
-        self._check_budget(call, entries)
-        ends = {"a": a.id, "b": b.id, "name_a": names[0], "name_b": names[1]}
+        # the whole has no name
+        self._check_budget(call, (call.caller.id, ""), (a.id, call.first), (b.id, call.second))
+        ends = {"a": a.id, "b": b.id, "name_a": call.first, "name_b": call.second}
         values = self._make("portal", call, **ends, number=type_, descriptors=may_pass)
-        for end, name, selector in zip((a, b), names, values[1:], strict=True):
+        for end, name, selector in ((a, call.first, values[1]), (b, call.second, values[2])):
             if end is not call.caller:
                 self._tell(end, Event.ARRIVED, (selector, ObjectType.PORTAL), name)
         return values
@@ -334,20 +318,19 @@ class Broker:
     def _create_memory(self, call: Call, context: Context, size: int) -> Values:
         if not 0 < size <= tables.MAX_INT or size % PAGE_BYTES:
             raise errors.Invalid(f"the size must be a multiple of {PAGE_BYTES}")
-        context.check(memory_bytes=size)
-        self._check_budget(call, {call.caller.id: [call.first]})
+        self.state.check_left(context, (size, 0, 0, 0))
+        self._check_budget(call, (call.caller.id, call.first))
         return self._make("memory", call, name=call.first, context=context.id, number=size)
 
     def _create_semaphore(self, call: Call, value: int) -> Values:
         if not 0 <= value < 1 << 31:
             raise errors.Invalid("the value must be 0..2^31-1")
-        self._check_budget(call, {call.caller.id: [call.first]})
+        self._check_budget(call, (call.caller.id, call.first))
         return self._make("semaphore", call, name=call.first, number=value)
 
-    def _check_budget(self, call: Call, entries: dict[int, list[str]]) -> None:
-        """Refuse one more object of the caller, or these entries in these tables."""
-        for holder, names in entries.items():
-            self._graph.check_room(holder, *names)
+    def _check_budget(self, call: Call, *entries: tuple[int, str]) -> None:
+        """Refuse one more object of the caller, or these entries."""
+        self._graph.check_room(*entries)
         made = [o for o in self.state.objects.values() if o.maker is call.caller]
         if len(made) >= call.caller.kind.objects:
             raise errors.NoResources(f"{call.caller.name} has made as many objects as it may")
@@ -433,12 +416,12 @@ class Broker:
 
     def _set_limits(self, call: Call, context: Context, *new: int) -> Values:
         old, limits, groups = context.limits, tables.checked_limits(new), self._domains.groups
-        more = {what: getattr(limits, what) - getattr(old, what) for what in context.booked}
-        for what, booked in context.booked.items():
-            if getattr(limits, what) < booked:
-                raise errors.Busy(f"{what}: {booked} is in use")
+        booked = self.state.booked(context)
+        if any(limit < used for limit, used in zip(limits[2:], booked, strict=True)):
+            raise errors.Busy(f"in use are {dict(zip(tables.SUMMED, booked, strict=True))}")
         if context.parent is not None:
-            context.parent.check(limits.cpu_permille, **more)
+            more = tuple(limit - was for limit, was in zip(limits[2:], old[2:], strict=True))
+            self.state.check_left(context.parent, more, limits.cpu_permille)
         self.commit("limits", call, id=context.id, limits=new)
         try:
             groups.limit(context.path, limits)
@@ -451,5 +434,5 @@ class Broker:
     def _charge(self, call: Call, context: Context, more: int) -> Values:
         if context.charges.get(call.caller.id, 0) + more < 0:
             raise errors.Invalid("more released than this domain has booked")
-        context.check(disk_bytes=max(more, 0))
+        self.state.check_left(context, (0, 0, 0, max(more, 0)))
         return self.commit("charge", call, id=context.id, bytes=more)

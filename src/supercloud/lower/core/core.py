@@ -11,16 +11,10 @@ import signal
 import socket
 import time
 
-from supercloud.lower.core import sandbox, system
+from supercloud.lower.core import keeper, sandbox, system
 from supercloud.lower.core.broker import Broker
 from supercloud.lower.core.cgroup import Groups
 from supercloud.lower.core.domain import Domains
-from supercloud.lower.core.keeper import (
-    CONFIGURATION_STATUS,
-    RESTART_STATUS,
-    Vault,
-    wake_on_signals,
-)
 from supercloud.lower.core.loop import Loop
 from supercloud.lower.core.manifest import MAX_MANIFEST_BYTES, parse
 from supercloud.lower.core.measure import Chain, Measurements, hash_tree, read_chain, say
@@ -39,8 +33,8 @@ class Core:
     def __init__(self, options: dict[str, str], link: socket.socket) -> None:
         self._source, directory = options["--manifest"], options["--state"]
         self._ready, self._status = f"{options['--run']}/ready", 0
-        self._fresh, self._woken = not os.path.exists(_READY), wake_on_signals()
-        self._loop, self._vault = Loop(), Vault(link)
+        self._fresh, self._woken = not os.path.exists(_READY), keeper.wake_on_signals()
+        self._loop, self._vault = Loop(), keeper.Vault(link)
         self._stored = self._vault.load()
         self._loop.watch(link.fileno(), lambda _: os._exit(1))  # the keeper is gone
         if self._fresh:
@@ -87,17 +81,17 @@ class Core:
         self._groups.make_top()
         self._clear_stored()
         self._broker.commit("boot", manifest=self._manifest.sha256)
-        digest = sandbox.mount_runtime(self._manifest.runtime)
-        self._measured.extend("runtime", digest, self._manifest.runtime.path)
+        path = self._manifest.runtime
+        digest = sandbox.mount_runtime(path, self._manifest.runtime_sha256)
+        self._measured.extend("runtime", digest, path)
         self._measured.extend("manifest", self._manifest.sha256, self._source)
 
     def _make_initial(self) -> None:
         """The manifest's own domains and grants."""
         manifest, broker = self._manifest, self._broker
-        for initial in manifest.domains:
-            kind = manifest.kinds[initial.kind]
-            limits = initial.limits or kind.limits
-            broker.make_domain(kind, initial.name, limits, self._state.root)
+        for name, kind in manifest.domains:
+            limits = manifest.kinds[kind].limits
+            broker.make_domain(manifest.kinds[kind], name, limits, self._state.root)
         made = {domain.name: domain for domain in self._state.domains.values()}
         # what a grant may name, with id and type
         things = {f"domain:{name}": (made[name].id, ObjectType.DOMAIN) for name in made}
@@ -135,7 +129,7 @@ class Core:
             process.link.event(Event.RESTARTED)
         for domain in lost:
             if domain.state is not DomainState.CREATED:
-                self._broker.resume(domain, logged=domain.state is DomainState.RUNNING)
+                self._broker.resume(domain)
 
     def _reattach(self, made: Object) -> None:
         name = f"i{made.name}" if made.type is ObjectType.DEVICE else f"o{made.id}"
@@ -165,7 +159,7 @@ class Core:
         if signal.SIGTERM in numbers:
             self._stop()
         elif signal.SIGHUP in numbers:
-            self._status, self._loop.running = RESTART_STATUS, False
+            self._status, self._loop.running = keeper.RESTART_STATUS, False
 
     def _stop(self) -> None:
         """End all domains and leave nothing behind."""
@@ -205,4 +199,4 @@ def main(options: dict[str, str], link: socket.socket) -> int:
         return Core(options, link).run()
     except UserError as error:
         say("failed", error=str(error), hint=error.hint)
-        return CONFIGURATION_STATUS
+        return keeper.CONFIGURATION_STATUS

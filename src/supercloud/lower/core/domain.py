@@ -18,7 +18,6 @@ from supercloud.lower.core.measure import say
 from supercloud.lower.core.state import Domain
 from supercloud.model.refusals import NoResources
 
-_AGAIN_S, _SPACING_S = 0.1, 2.0  # a domain that lasted longer is started again at once
 _LOG_BYTES, _LOG_KEEP_BYTES, _LOG_FLOOD_BYTES = 1 << 20, 256 << 10, 256 << 20
 
 
@@ -42,7 +41,7 @@ class Domains:
     def __init__(
         self, loop: Loop, vault: Vault, groups: Groups, manifest: Manifest, directory: str
     ) -> None:
-        self._loop, self._vault, self.groups = loop, vault, groups
+        self.loop, self._vault, self.groups = loop, vault, groups
         self._first_uid, self._uids = manifest.first_uid, manifest.uids
         self._logs, self._private = f"{directory}/log", f"{directory}/domains"
         self.running: dict[int, Process] = {}
@@ -53,14 +52,12 @@ class Domains:
 
     def choose_slot(self, name: str, taken: set[int], *, keep: bool) -> int:
         """Which uid a domain gets: that of its private directory if it has one, else a free one."""
-        private = os.scandir(self._private)
-        kept = {entry.name: entry.stat().st_uid - self._first_uid for entry in private}
-        if keep and name in kept:
-            return kept[name]
-        taken |= {domain.slot for domain in self.dying} | set(kept.values())
-        if free := set(range(self._uids)) - taken:
-            return min(free)
-        raise NoResources("all uids of this host are taken")
+        kept = {e.name: e.stat().st_uid - self._first_uid for e in os.scandir(self._private)}
+        taken |= {domain.slot for domain in self.dying} | {*kept.values()}
+        free = {kept[name]} if keep and name in kept else {*range(self._uids)} - taken
+        if not free:
+            raise NoResources("all uids of this host are taken")
+        return min(free)
 
     def prepare(self, domain: Domain) -> None:
         """Make what a domain needs before its first start: groups, its private directory."""
@@ -70,13 +67,6 @@ class Domains:
             private, uid = f"{self._private}/{domain.name}", self._first_uid + domain.slot
             os.makedirs(private, mode=0o700, exist_ok=True)
             os.chown(private, uid, uid)
-
-    def purge(self, domain: Domain) -> None:
-        """Remove a domain's private directory, and with it the claim to its uid."""
-        import shutil  # noqa: PLC0415  costs memory, seldom needed
-
-        if domain.kind.state:
-            shutil.rmtree(f"{self._private}/{domain.name}")
 
     def start(self, domain: Domain, descriptors: list[int]) -> None:
         """Run a domain's program; BadState or OSError when it could not be executed."""
@@ -104,12 +94,10 @@ class Domains:
 
     def watch(self, domain: Domain, pid: int, pidfd: int, ours: socket.socket) -> None:
         """Serve a program that runs; also one that a core before this started."""
-        answer, abuse = partial(self.on_request, domain), partial(self.kill, domain)
-        link = Link(self._loop, ours, answer, abuse)
-        process = Process(domain, pid, pidfd, link)
-        self.running[domain.id] = process
+        link = Link(self.loop, ours, partial(self.on_request, domain), partial(self.kill, domain))
+        process = self.running[domain.id] = Process(domain, pid, pidfd, link)
         self._unreaped.add(domain)
-        self._loop.watch(pidfd, lambda _: self._ended(process))
+        self.loop.watch(pidfd, lambda _: self._ended(process))
 
     def kill(self, domain: Domain, why: str) -> None:
         """End a domain's program; what follows comes by its exit."""
@@ -120,7 +108,7 @@ class Domains:
     def _ended(self, process: Process) -> None:
         """It is dead: ours to reap, or (one that was adopted) the keeper's."""
         domain = process.domain
-        self._loop.forget(process.pidfd)
+        self.loop.forget(process.pidfd)
         try:
             status = os.waitpid(process.pid, 0)[1]
         except ChildProcessError:
@@ -145,13 +133,10 @@ class Domains:
             process.link.close()
             _kill(process.pidfd)
 
-    def restart_later(self, lasted_s: float, start: Callable[[], None]) -> None:
-        """Start again: soon, but one that keeps dying not more often than every ``_SPACING_S``."""
-        self._loop.later(max(_AGAIN_S, _SPACING_S - lasted_s), start)
-
     def tick(self) -> None:
-        """Once a second: bound the logs, and retry what could not be removed."""
+        """Once a second: bound the logs, say what was dropped, retry what could not be removed."""
         for process in list(self.running.values()):
+            process.link.catch_up()
             self._bound_log(process.domain)
         for domain in set(self.dying) - self._unreaped:
             self._bury(domain)
@@ -159,6 +144,10 @@ class Domains:
     def _bury(self, domain: Domain) -> None:
         """Its process is dead: remove the groups, or leave it for the next tick."""
         if self.groups.remove(domain.context.path):
+            if domain.purge and domain.kind.state:  # and with it the claim to its uid
+                import shutil  # noqa: PLC0415  costs memory, seldom needed
+
+                shutil.rmtree(f"{self._private}/{domain.name}")
             self.dying.pop(domain)(domain)
 
     def _plan(self, domain: Domain, descriptors: list[int], output: int) -> sandbox.Plan:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os.path
 import re
-from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin
 
 from supercloud.lower.core.cgroup import Hierarchy
@@ -19,13 +18,6 @@ from supercloud.wire.frames import DOMAIN_NAME, NAME
 MAX_MANIFEST_BYTES = 1 << 20
 _FILTER = re.compile(r"([0-9a-f]{16})+\Z")  # whole instructions
 _NONE: dict[str, Any] = {}  # a default, never written to
-
-
-class Sealed(NamedTuple):
-    """A file by path and SHA-256 in hex; null for a directory, as a runtime in tests."""
-
-    path: str
-    sha256: str | None
 
 
 class Bind(NamedTuple):
@@ -66,16 +58,8 @@ class Kind(NamedTuple):
     name: str = ""  # not in the file: the key
 
 
-class Initial(NamedTuple):
-    """A domain that is made and started at boot, in this order; nobody's child."""
-
-    kind: str
-    name: str
-    limits: Limits | None = None
-
-
-class InitialGrant(NamedTuple):
-    """A capability for one of those."""
+class Grant(NamedTuple):
+    """A capability for one of the first domains."""
 
     to: str
     object: str  # "domain:NAME", "inherited:NAME" (the keeper's --fd NAME=N)
@@ -94,12 +78,13 @@ class Manifest(NamedTuple):
     instance: str
     first_uid: int
     uids: int
-    runtime: Sealed  # an erofs image
+    runtime: str  # an erofs image
+    runtime_sha256: str  # in hex; empty for a directory, as in tests
     groups: tuple[Hierarchy, ...]  # where the machine has which controllers
     limits: Limits  # of the whole host
     kinds: dict[str, Kind]
-    domains: tuple[Initial, ...] = ()
-    grants: tuple[InitialGrant, ...] = ()
+    domains: tuple[tuple[str, str], ...] = ()  # (name, kind): made and started at boot, in order
+    grants: tuple[Grant, ...] = ()
     sha256: str = ""  # not in the file: of the file
 
 
@@ -118,14 +103,14 @@ def parse(untrusted: bytes) -> Manifest:
 
 def _check(manifest: Manifest) -> None:
     """What the fields must be together."""
-    kinds, names = manifest.kinds, [domain.name for domain in manifest.domains]
+    kinds, names = manifest.kinds, [name for name, _ in manifest.domains]
     controllers = {name for tree in manifest.groups for name in tree.controllers}
     _require({"cpu", "memory", "pids"} <= controllers, "no limits without all the controllers")
     _require(manifest.version == 1 and manifest.first_uid >= 1000, "not for us: version or uids")
     _require(all(map(DOMAIN_NAME.match, [manifest.instance, *names, *kinds])), "a bad name")
     _require({g.to for g in manifest.grants} <= {*names}, "a grant to an unknown domain")
     _require(len({*names}) == len(names), "a domain twice")
-    _require({d.kind for d in manifest.domains} <= {*kinds}, "a domain of an unknown kind")
+    _require({kind for _, kind in manifest.domains} <= {*kinds}, "a domain of an unknown kind")
     for name, kind in kinds.items():
         where = f"manifest.kinds.{name}"
         paths = [(path, "/") for path in (*kind.argv[:1], *(b.source for b in kind.binds))]
@@ -151,8 +136,6 @@ def _require(holds: object, message: str, where: str = "manifest") -> None:
 def _decode(type_: Any, untrusted: Any, where: str) -> Any:
     """A value of a type out of JSON."""
     origin, inner = get_origin(type_) or type_, get_args(type_)
-    if origin is UnionType:
-        return None if untrusted is None else _decode(inner[0], untrusted, where)
     of_fields = hasattr(type_, "_fields")
     shape = {tuple: list, frozenset: list, Rights: list}.get(origin, dict if of_fields else origin)
     _require(type(untrusted) is shape, f"must be {type_}", where)

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from typing import NamedTuple, NoReturn
 
 from supercloud.lower.core import system
-from supercloud.lower.core.manifest import Bind, Kind, Sealed
+from supercloud.lower.core.manifest import Bind, Kind
 from supercloud.lower.core.measure import ZERO, hash_file
 from supercloud.model.refusals import BadState, Invalid
 
@@ -78,17 +78,17 @@ def start(plan: Plan, admit: Callable[[int, int], None], *, name: str) -> tuple[
         return pid, pidfd
 
 
-def mount_runtime(runtime: Sealed) -> str:
+def mount_runtime(path: str, sha256: str) -> str:
     """Mount the image by the descriptor that was hashed (or, for tests, show a directory)."""
     os.mkdir(RUNTIME)
-    if runtime.sha256 is None:
-        system.bind(runtime.path, RUNTIME, system.MS_RDONLY | _SAFE)
+    if not sha256:
+        system.bind(path, RUNTIME, system.MS_RDONLY | _SAFE)
         return ZERO
-    with open(runtime.path, "rb") as file:
+    with open(path, "rb") as file:
         image = f"/proc/self/fd/{file.fileno()}"
         digest = hash_file(image)
-        if digest != runtime.sha256:
-            raise Invalid(f"{runtime.path} has the hash {digest}", where="manifest.runtime")
+        if digest != sha256:
+            raise Invalid(f"{path} has the hash {digest}", where="manifest.runtime")
         try:
             system.mount(image, RUNTIME, "erofs", system.MS_RDONLY | _SAFE)
         except OSError as error:

@@ -25,7 +25,6 @@ _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _SECUREBITS_LOCKED = 0x2F  # noroot, no_setuid_fixup and their locks; keep_caps locked off
 _SYS_CAPSET, PIVOT_ROOT, _SYS_SECCOMP, _SYS_CLONE3 = 126, 155, 317, 435
 _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
-_MFD_NOEXEC_SEAL = 8
 
 _libc = ctypes.PyDLL(None, use_errno=True)
 
@@ -120,12 +119,8 @@ def landlock(paths: list[tuple[str, int]] | None, *, tcp: bool) -> None:
 
 def memory(size_bytes: int) -> int:
     """A memfd whose size can't change; any holder of it may write until it is sealed."""
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    try:
-        descriptor = os.memfd_create("memory", flags | _MFD_NOEXEC_SEAL)
-    except OSError:  # Linux < 6.3
-        descriptor = os.memfd_create("memory", flags)
-    os.fchmod(descriptor, 0o666)
+    descriptor = os.memfd_create("memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.fchmod(descriptor, 0o666)  # not to be executed; only its owner, uid 0, could change that
     os.ftruncate(descriptor, size_bytes)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
     return descriptor

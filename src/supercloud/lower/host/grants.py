@@ -26,6 +26,8 @@ UPLINKS_PART: Final = 16
 _PIDS, _DOMAINS = 16384, 2000
 _DISK_KEPT_FREE: Final = 20  # one part in this many
 _OWN_COMPONENTS: Final = ("front_door", "disk", "admin")
+_FIRST: Final = ("disk", "uplink", "front_door", "multiplexing", "admin")
+"""Drivers before those that use them; the console, which says ready, last."""
 _USE = ["USE", "READ", "GRANT"]
 
 
@@ -51,21 +53,23 @@ def compile_manifest(
 ) -> dict[str, Any]:
     """The whole manifest; ``directory`` is where the host's disks will be."""
     table = kinds(site)
-    names = filters()
+    names, size = filters(), capacity(directory)
+    for name, limits in _limits(size).items():
+        table[name]["limits"] = limits
     for name, kind in table.items():
         kind["filter"] = _filter(names.get(name, DEFAULT_FILTER))
-    size = capacity(directory)
     whole = {"memory_bytes": size.memory_bytes, "pids": _PIDS, "domains": _DOMAINS}
     return {
         "version": 1,
         "instance": instance,
         "first_uid": share.first_uid,
         "uids": UIDS_EACH,
-        "runtime": {"path": images.runtime, "sha256": images.runtime_sha256},
+        "runtime": images.runtime,
+        "runtime_sha256": images.runtime_sha256,
         "groups": hierarchies.for_manifest(),
         "limits": {**whole, "disk_bytes": size.disk_bytes},
         "kinds": table,
-        "domains": _domains(size),
+        "domains": [(name, name) for name in _FIRST],
         "grants": _grants(),
     }
 
@@ -85,8 +89,8 @@ def _filter(name: str) -> str:
     return program.hex()
 
 
-def _domains(size: Capacity) -> list[dict[str, Any]]:
-    """Drivers before those that use them; the console, which says ready, last."""
+def _limits(size: Capacity) -> dict[str, dict[str, int]]:
+    """Of those that share the host out: uplinks, and all the rest for the users."""
     each = COMPONENT_LIMITS["memory_bytes"]
     affordable = size.memory_bytes // UPLINKS_PART // UPLINK_NET_LIMITS["memory_bytes"]
     uplinks = max(MIN_UPLINKS, affordable)
@@ -102,9 +106,7 @@ def _domains(size: Capacity) -> list[dict[str, Any]]:
         "domains": _DOMAINS - uplinks - others - 2,
         "disk_bytes": size.disk_bytes,
     }
-    limits = {"uplink": uplink, "multiplexing": multiplexing}
-    order = ("disk", "uplink", "front_door", "multiplexing", "admin")
-    return [{"kind": n, "name": n, "limits": limits.get(n, COMPONENT_LIMITS)} for n in order]
+    return {"uplink": uplink, "multiplexing": multiplexing}
 
 
 def _grants() -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ from typing import Final, NoReturn
 
 from supercloud.isolation import seccomp
 from supercloud.lower.core import manifest, sandbox, system
-from supercloud.lower.core.manifest import Sealed
 from supercloud.lower.vmm.machine import FIRMWARE, QEMU
 
 KVM: Final = "/dev/kvm"
@@ -42,7 +41,7 @@ def probe(runtime: str, runtime_sha256: str, kernel: int, uid: int, owner_uid: i
     pid = os.fork()
     if pid == 0:
         os.close(reading)
-        _in_child(Sealed(runtime, runtime_sha256), kernel, (uid, owner_uid), writing)
+        _in_child((runtime, runtime_sha256), kernel, (uid, owner_uid), writing)
     os.close(writing)
     with os.fdopen(reading, "rb") as verdict:
         said = verdict.read()
@@ -51,7 +50,9 @@ def probe(runtime: str, runtime_sha256: str, kernel: int, uid: int, owner_uid: i
     return Accelerator("kvm", "") if reason == "kvm" else Accelerator("tcg", reason)
 
 
-def _in_child(sealed: Sealed, kernel: int, uids: tuple[int, int], verdict: int) -> NoReturn:
+def _in_child(
+    sealed: tuple[str, str], kernel: int, uids: tuple[int, int], verdict: int
+) -> NoReturn:
     """In a mount namespace of its own: run the guest, write ``kvm`` or why not, and end."""
     try:
         system.call("unshare", system.CLONE_NEWNS)
@@ -59,7 +60,7 @@ def _in_child(sealed: Sealed, kernel: int, uids: tuple[int, int], verdict: int) 
         flags = system.MS_NOSUID | system.MS_NODEV
         system.mount("probe", sandbox.STAGE, "tmpfs", flags, "mode=0711,size=1m")
         os.mkdir(sandbox.ROOTS, 0o711)
-        sandbox.mount_runtime(sealed)
+        sandbox.mount_runtime(*sealed)
         os.write(verdict, _run_guest(kernel, uids).encode())
     except BaseException as error:  # noqa: BLE001 - a forked child must not unwind further
         os.write(verdict, f"the probe could not be made: {error}".encode())

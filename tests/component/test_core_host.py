@@ -356,8 +356,7 @@ def test_a_restarted_domain_keeps_its_table_and_gets_fresh_channels(one):
     phoenix.send("os._exit(1)")
     with pytest.raises(RemoteError):
         phoenix.receive()
-    heard = {e[:2] for e in one.hear("RENEWED", "STARTED")}
-    assert {("RENEWED", "c/p1"), ("STARTED", "p1")} <= heard
+    assert ("RENEWED", "c/p1") in [e[:2] for e in one.hear("RENEWED")]
     again = Console(_steal(one, "p1"))
     assert again("result = [e.name for e in core.entries()]") == ["self", "sched", "console"]
     assert again("result = open('/run/state/kept').read()") == "ashes"

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from supercloud.lower.core.manifest import MAX_MANIFEST_BYTES, parse
+from supercloud.lower.host import soundness
 from supercloud.model.capability import Limits, Rights
 from supercloud.model.errors import Invalid
 
@@ -67,27 +68,30 @@ BAD = {
     "runtime_sha256": (["runtime_sha256"], None),
     "kinds.user.argv": (["kinds", "user", "argv"], "/usr/bin/python3"),
     "kinds.user.argv[1]": (["kinds", "user", "argv", 1], 7),
-    "kinds.user": (["kinds", "user", "argv", 0], "python3"),
     "kinds.user.numbers[0]": (["kinds", "user", "numbers", 0], [1]),
     "kinds.user.creator_rights": (["kinds", "user", "creator_rights"], ["ALL"]),
-    "kinds.vmm": (["kinds", "vmm", "devices", 0], "/dev/../etc/shadow"),
     "kinds.vmm.restart": (["kinds", "vmm", "restart"], "yes"),
     "domains[0]": (["domains", 0], ["a", "user", "red"]),
     "grants[0]": (["grants", 0, "colour"], "red"),
     "grants[0].to": (["grants", 0, "to"], None),
     "kinds.user.peers.vmm": (["kinds", "user", "peers", "vmm"], {"descriptors": True}),
+    "kinds.vmm": (["kinds", "vmm", "filter"], "06"),
     "kinds.vmm.filter": (["kinds", "vmm", "filter"], None),
 }
 
 
-@pytest.mark.parametrize("where", BAD)
-def test_the_place_of_a_fault_is_said(where):
+def changed(path, value):
     bad = copy.deepcopy(GOOD)
-    path, value = BAD[where]
     target = bad
     for step in path[:-1]:
         target = target[step]
     target[path[-1]] = value
+    return bad
+
+
+@pytest.mark.parametrize("where", BAD)
+def test_the_place_of_a_fault_is_said(where):
+    bad = changed(*BAD[where])
     with pytest.raises(Invalid) as caught:
         parse(json.dumps(bad).encode())
     assert caught.value.where.startswith("manifest")
@@ -101,30 +105,47 @@ def test_the_place_of_a_fault_is_said(where):
         (["kinds", "user", "own"], {}),
         (["kinds", "user", "peers"], {"vmm": False}),
         (["kinds", "user", "network"], "bridge"),
-        (["kinds", "user", "binds", 0, "target"], "/etc"),
-        (["kinds", "user", "binds", 0, "target"], "/run/../etc"),
-        (["kinds", "user", "descriptors"], ["sp ace"]),
-        (["domains", 0, 1], "ghost"),
-        (["domains", 0, 0], "b"),
-        (["domains", 0, 0], "../b"),
         (["kinds", "user", "filter"], "zz" * 8),
         (["kinds", "user", "filter"], "00" * 7),
         (["kinds", "user", "filter"], ""),
         (["kinds", "user", "network"], "parent"),
-        (["grants", 0, "to"], "ghost"),
         (["instance"], "a/b"),
         (["groups"], []),
         (["groups", 0, "controllers"], ["cpu", "memory"]),
     ],
 )
 def test_what_does_not_fit_together_is_refused(path, value):
-    bad = copy.deepcopy(GOOD)
-    target = bad
-    for step in path[:-1]:
-        target = target[step]
-    target[path[-1]] = value
+    bad = changed(path, value)
     with pytest.raises(Invalid):
         parse(json.dumps(bad).encode())
+    with pytest.raises(Invalid):
+        soundness.check(bad)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["kinds", "user", "argv", 0], "python3"),
+        (["kinds", "vmm", "devices", 0], "/dev/../etc/shadow"),
+        (["kinds", "vmm", "devices", 0], "/etc/shadow"),
+        (["kinds", "user", "binds", 0, "target"], "/etc"),
+        (["kinds", "user", "binds", 0, "target"], "/run/../etc"),
+        (["kinds", "user", "binds", 0, "source"], "srv"),
+        (["kinds", "user", "binds", 0, "source"], "/srv\0"),
+        (["kinds", "user", "descriptors"], ["sp ace"]),
+        (["domains", 0, 1], "ghost"),
+        (["domains", 0, 0], "b"),
+        (["domains", 0, 0], "../b"),
+        (["grants", 0, "to"], "ghost"),
+        (["grants", 0, "object"], "domain:ghost"),
+        (["grants", 0, "object"], "b"),
+        (["grants", 0, "name"], "sp ace"),
+    ],
+)
+def test_the_compiler_vouches_for_paths_and_names(path, value):
+    soundness.check(GOOD)
+    with pytest.raises(Invalid):
+        soundness.check(changed(path, value))
 
 
 @pytest.mark.parametrize(

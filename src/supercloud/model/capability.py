@@ -1,8 +1,5 @@
 """Capabilities: rights, object types, limits, and the graph of who holds what from whom.
 
-Pure data: nothing here touches a descriptor or a process. The core keeps one
-:class:`CapabilityGraph`; the flow analysis and the property tests use the same one.
-
 A capability is an entry of one *holder*'s table: an object, rights, a name (unique in the table,
 or empty), and the capability that it was derived from. A holder names it by its *selector*.
 Deriving needs ``GRANT`` and never widens; revoking takes away all that was derived.
@@ -50,17 +47,13 @@ KILLS = frozenset({ObjectType.SEMAPHORE, ObjectType.MEMORY, ObjectType.DEVICE})
 
 
 class Limits(NamedTuple):
-    """What a scheduling context may use. Of its parent's, all but the two cpu figures are summed.
+    """What a scheduling context may use. In its parent, all but the cpu figures are summed."""
 
-    ``cpu_weight`` 1..10000, relative to its siblings, 100 is usual; ``cpu_permille`` of one CPU,
-    0 means as much as the parent; ``domains`` that may be made within it.
-    """
-
-    cpu_weight: int = 100
-    cpu_permille: int = 0
+    cpu_weight: int = 100  # 1..10000, relative to its siblings
+    cpu_permille: int = 0  # of one CPU; 0: as much as the parent
     memory_bytes: int = 0
     pids: int = 0
-    domains: int = 0
+    domains: int = 0  # that may be made within it
     disk_bytes: int = 0
 
 

@@ -7,7 +7,7 @@ event is an answer with sequence 0 whose op is an :class:`Event`. Integers are l
 
 A sequence number is the client's: it counts up from 1. After :attr:`Event.RESTARTED` the client
 sends the request that it is waiting for once more, *unchanged*: the core tells by the sequence
-number whether it had done it already. This module has the core's half; ``lower.client`` the other.
+number whether it had done it already. The other half of this is ``lower.client``.
 """
 
 import re
@@ -65,7 +65,6 @@ class Event(IntEnum):
     REVOKED = 203  # a capability is gone from your table: selector that it had, type
     RENEWED = 204  # a channel's far domain was started again: TAKE the new end: selector
     OVERFLOW = 205  # you did not read and events were dropped: LIST
-    STARTED = 206  # a domain that you made was started again: starts so far
 
 
 class DomainState(IntEnum):

@@ -15,7 +15,6 @@ from typing import Any
 from supercloud.lower.core import state as tables
 from supercloud.lower.core import system
 from supercloud.lower.core.domain import Domains
-from supercloud.lower.core.keeper import Vault
 from supercloud.lower.core.loop import Link
 from supercloud.lower.core.manifest import Kind
 from supercloud.lower.core.measure import Chain, Measurements, hash_file, say
@@ -65,11 +64,9 @@ class Call:
 class Broker:
     """Checks and carries out the calls of all domains."""
 
-    def __init__(
-        self, state: State, log: Chain, measured: Measurements, vault: Vault, domains: Domains
-    ) -> None:
+    def __init__(self, state: State, log: Chain, measured: Measurements, domains: Domains) -> None:
         self.state, self._graph, self._log, self._measured = state, state.graph, log, measured
-        self._vault, self._domains = vault, domains
+        self._domains = domains
         domains.on_request, domains.on_exit = self.answer, self.exited
         # op -> what carries it out, what each argument must be, how many names it takes
         self._calls: dict[int, tuple[Callable[..., Values], tuple[_Need, ...], int]] = {
@@ -232,9 +229,6 @@ class Broker:
         except (OSError, errors.UserError) as error:
             say("domain.start_failed", domain=domain.name, error=str(error))
             self.exited(domain, _START_FAILED, 0.0)
-            return
-        if domain.starts > 1:
-            self._tell(domain.parent, Event.STARTED, (domain.starts,), domain.name)
 
     def exited(self, domain: Domain, status: int, lasted_s: float) -> None:
         """A domain's program ended by itself or by us."""
@@ -272,7 +266,7 @@ class Broker:
                 self._tell(domain.parent, Event.DIED, (domain.wait_status,), domain.name)
         self._tell_revoked(caller)
         for ended in objects:
-            self._vault.drop(f"o{ended.id}")
+            self._domains.vault.drop(f"o{ended.id}")
             system.close_all(ended.descriptors, shut_down=ended.type is ObjectType.PORTAL)
         left = set(domains)
 
@@ -306,10 +300,9 @@ class Broker:
             raise errors.Denied(f"a {a.kind.name} and a {b.kind.name} are no peers")
         if type_ not in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
             raise errors.Invalid("a channel is a stream or seqpacket")
-        # the whole has no name
-        self._check_budget(call, (call.caller.id, ""), (a.id, call.first), (b.id, call.second))
+        entries = (call.caller.id, ""), (a.id, call.first), (b.id, call.second)  # first the whole
         ends = {"a": a.id, "b": b.id, "name_a": call.first, "name_b": call.second}
-        values = self._make("portal", call, **ends, number=type_, descriptors=may_pass)
+        values = self._make("portal", call, *entries, **ends, number=type_, descriptors=may_pass)
         for end, name, selector in ((a, call.first, values[1]), (b, call.second, values[2])):
             if end is not call.caller:
                 self._tell(end, Event.ARRIVED, (selector, ObjectType.PORTAL), name)
@@ -319,23 +312,21 @@ class Broker:
         if not 0 < size <= tables.MAX_INT or size % PAGE_BYTES:
             raise errors.Invalid(f"the size must be a multiple of {PAGE_BYTES}")
         self.state.check_left(context, (size, 0, 0, 0))
-        self._check_budget(call, (call.caller.id, call.first))
-        return self._make("memory", call, name=call.first, context=context.id, number=size)
+        what, entry = {"name": call.first, "context": context.id}, (call.caller.id, call.first)
+        return self._make("memory", call, entry, **what, number=size)
 
     def _create_semaphore(self, call: Call, value: int) -> Values:
         if not 0 <= value < 1 << 31:
             raise errors.Invalid("the value must be 0..2^31-1")
-        self._check_budget(call, (call.caller.id, call.first))
-        return self._make("semaphore", call, name=call.first, number=value)
+        entry = call.caller.id, call.first
+        return self._make("semaphore", call, entry, name=call.first, number=value)
 
-    def _check_budget(self, call: Call, *entries: tuple[int, str]) -> None:
-        """Refuse one more object of the caller, or these entries."""
+    def _make(self, op: str, call: Call, *entries: tuple[int, str], **what: Any) -> Values:
+        """A new object with these entries, unless there is no room or the caller has enough."""
         self._graph.check_room(*entries)
         made = [o for o in self.state.objects.values() if o.maker is call.caller]
         if len(made) >= call.caller.kind.objects:
             raise errors.NoResources(f"{call.caller.name} has made as many objects as it may")
-
-    def _make(self, op: str, call: Call, **what: Any) -> Values:
         number = self.state.next_id
         values = self.commit(op, call, id=number, **what)
         try:
@@ -348,7 +339,7 @@ class Broker:
     def open(self, made: Object) -> None:
         """Give an object descriptors (new ones for a channel), kept by the keeper as well."""
         made.descriptors = OPEN[made.type](made.number)
-        self._vault.put(f"o{made.id}", *made.descriptors)
+        self._domains.vault.put(f"o{made.id}", *made.descriptors)
 
     def _renew_channels(self, domain: Domain) -> None:
         """A dead domain's channels: end-of-file on the old ends, new ones for who takes them."""

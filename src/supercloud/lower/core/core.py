@@ -1,8 +1,7 @@
 """The core's process: boot a host from its manifest, or take over from a core that died.
 
-What a later core needs and must not have changed meanwhile, the manifest, is copied at boot onto
-a tmpfs in the keeper's private mount namespace, where the runtime image is mounted too; both
-outlive the core.
+The manifest is copied at boot onto a tmpfs in the keeper's private mount namespace, where the
+runtime image is mounted too: both outlive the core, unchanged.
 """
 
 import hashlib
@@ -48,7 +47,7 @@ class Core:
         self._log = Chain(self._grants, fresh=self._fresh)
         self._domains = Domains(self._loop, self._vault, self._groups, self._manifest, directory)
         self._state = State(self._manifest)
-        self._broker = Broker(self._state, self._log, self._measured, self._vault, self._domains)
+        self._broker = Broker(self._state, self._log, self._measured, self._domains)
 
     def run(self) -> int:
         """Boot or take over, then serve until told to stop; the exit status."""
@@ -71,8 +70,6 @@ class Core:
         while self._loop.running:
             self._loop.turn()
         return self._status
-
-    # ---- boot
 
     def _boot(self) -> None:
         """Clear away what an instance of this name left, and begin anew."""
@@ -109,9 +106,8 @@ class Core:
         for domain in made.values():
             broker.resume(domain)
 
-    # ---- taking over from a dead core
-
     def _take_over(self) -> None:
+        """What a dead core has left."""
         for record in read_chain(self._grants):
             self._state.apply(record)
         for made in self._state.objects.values():
@@ -152,8 +148,6 @@ class Core:
         for name in [name for name in self._stored if not name.startswith("i")]:
             self._vault.drop(name)
             system.close_all(self._stored.pop(name))
-
-    # ---- life
 
     def _on_signals(self, numbers: bytes) -> None:
         if signal.SIGTERM in numbers:

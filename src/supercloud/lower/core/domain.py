@@ -41,7 +41,7 @@ class Domains:
     def __init__(
         self, loop: Loop, vault: Vault, groups: Groups, manifest: Manifest, directory: str
     ) -> None:
-        self.loop, self._vault, self.groups = loop, vault, groups
+        self.loop, self.vault, self.groups = loop, vault, groups
         self._first_uid, self._uids = manifest.first_uid, manifest.uids
         self._logs, self._private = f"{directory}/log", f"{directory}/domains"
         self.running: dict[int, Process] = {}
@@ -83,8 +83,8 @@ class Domains:
                 """Held at the gate: into its groups, and noted where a later core finds it."""
                 path = domain.context.path
                 self.groups.add(f"{path}/{OWN}" if domain.kind.creates else path, pid)
-                undo.callback(self._vault.drop, f"p{domain.id}.{pid}")
-                self._vault.put(f"p{domain.id}.{pid}", pidfd, ours.fileno())
+                undo.callback(self.vault.drop, f"p{domain.id}.{pid}")
+                self.vault.put(f"p{domain.id}.{pid}", pidfd, ours.fileno())
 
             third = theirs.fileno() if domain.kind.speaks else null
             plan = self._plan(domain, [third, *descriptors], output)
@@ -112,7 +112,7 @@ class Domains:
         try:
             status = os.waitpid(process.pid, 0)[1]
         except ChildProcessError:
-            status = self._vault.wait_status(process.pid)
+            status = self.vault.wait_status(process.pid)
         os.close(process.pidfd)
         self._unreaped.discard(domain)
         if domain in self.dying:
@@ -121,7 +121,7 @@ class Domains:
             process.link.close()
             del self.running[domain.id]
             self.on_exit(domain, status, time.monotonic() - process.started_s)
-        self._vault.drop(f"p{domain.id}.{process.pid}")
+        self.vault.drop(f"p{domain.id}.{process.pid}")
 
     def end(self, domain: Domain, done: Callable[[Domain], None]) -> None:
         """Kill a domain that is gone from the tables; ``done`` when nothing of it is left."""

@@ -95,8 +95,7 @@ def mount_runtime(path: str, sha256: str) -> str:
             if error.errno not in (errno.ENOTBLK, errno.EINVAL, errno.ENOSYS):
                 raise
             os.set_inheritable(file.fileno(), True)  # before Linux 6.12: by a loop device
-            options = ["-t", "erofs", "-o", "ro,nosuid,nodev,loop", image, RUNTIME]
-            words = ["mount", "--no-canonicalize", *options]
+            words = ["mount", "-c", "-t", "erofs", "-o", "ro,nosuid,nodev,loop", image, RUNTIME]
             if os.spawnvp(os.P_WAIT, "mount", words):  # noqa: S606  no shell is the point
                 raise
     return digest

@@ -42,16 +42,13 @@ class Context:
 
 @dataclass(slots=True, eq=False)
 class Object:
-    """Anything but a domain; ``descriptors`` are the core's, two for the ends of a portal.
-
-    ``number`` is the socket type of a portal, the bytes of a memory, a semaphore's first value.
-    """
+    """Anything but a domain; ``descriptors`` are the core's, two for the ends of a portal."""
 
     id: int
     type: ObjectType
     name: str
     maker: "Domain | None"
-    number: int = 0
+    number: int = 0  # socket type of a portal, bytes of a memory, first value of a semaphore
     context: Context | None = None
     ends: tuple["Domain", ...] = ()
     sha256: str = ""
@@ -76,9 +73,6 @@ class Domain:
     purge: bool = False  # its private directory ends with it
 
 
-Gone = tuple[list[Domain], list[Object], list[Capability]]
-
-
 def checked_limits(figures: Values) -> Limits:
     """The limits that a call asks for; Invalid when they make no sense."""
     weight, permille, *rest = figures
@@ -98,7 +92,8 @@ class State:
         self.domains: dict[int, Domain] = {}
         self.objects: dict[int, Object] = {}
         self.behind = ChainMap[int, Any](self.domains, self.contexts, self.objects)
-        self.gone: Gone = [], [], []  # what the last record took out of the tables
+        # what the last record took out of the tables
+        self.gone: tuple[list[Domain], list[Object], list[Capability]] = [], [], []
 
     def apply(self, record: Record) -> Values:
         """Run a record, which must have been checked; the values that answer it."""

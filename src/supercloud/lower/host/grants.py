@@ -14,7 +14,7 @@ from supercloud.isolation.kinds import (
     filters,
     kinds,
 )
-from supercloud.lower.host import hierarchies
+from supercloud.lower.host import hierarchies, soundness
 from supercloud.lower.host.images import Images
 from supercloud.lower.host.registry import UIDS_EACH, Share
 from supercloud.model.errors import Permanent
@@ -59,7 +59,7 @@ def compile_manifest(
     for name, kind in table.items():
         kind["filter"] = _filter(names.get(name, DEFAULT_FILTER))
     whole = {"memory_bytes": size.memory_bytes, "pids": _PIDS, "domains": _DOMAINS}
-    return {
+    document = {
         "version": 1,
         "instance": instance,
         "first_uid": share.first_uid,
@@ -72,6 +72,8 @@ def compile_manifest(
         "domains": [(name, name) for name in _FIRST],
         "grants": _grants(),
     }
+    soundness.check(document)
+    return document
 
 
 def write(manifest: dict[str, Any], path: str) -> None:

@@ -1,6 +1,8 @@
 """A domain that breaks the core's protocol hurts nobody but itself."""
 
 import os
+import signal
+import time
 from contextlib import suppress
 
 import pytest
@@ -113,6 +115,19 @@ def test_unread_events_leave_room_for_answers(pair):
     )
     assert bad("result = len(core.entries())") == 1503
     assert alive(one)
+
+
+def test_unread_events_do_not_hide_that_the_core_was_replaced(pair):
+    made, one, bad = pair
+    one(
+        "s = core.create_semaphore('s')\nd = core.lookup('bad').selector\n"
+        "for i in range(1500): core.delegate(s, d, Rights.USE, f'n{i}')"
+    )
+    os.kill(made.core_pid, signal.SIGSTOP)
+    bad.send("result = core.create_semaphore('late')")
+    time.sleep(0.1)  # the request lies in the socket
+    kill_core(made)
+    assert bad.receive()[0] == bad("result = core.lookup('late').selector")
 
 
 def test_events_to_who_does_not_read_are_dropped_and_said_to_be(pair):

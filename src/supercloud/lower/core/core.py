@@ -20,7 +20,7 @@ from supercloud.lower.core.measure import Chain, Measurements, hash_tree, read_c
 from supercloud.lower.core.state import Domain, Object, State
 from supercloud.model.capability import ObjectType
 from supercloud.model.refusals import NotFound, UserError
-from supercloud.wire.frames import DomainState, Event
+from supercloud.wire.frames import DomainState, Event, pack_answer
 
 _STOP_TIMEOUT_S = 15.0
 _COPY, _READY = f"{sandbox.STAGE}/manifest.json", f"{sandbox.STAGE}/ready"
@@ -122,7 +122,7 @@ class Core:
         for domain in self._state.domains.values():
             self._domains.prepare(domain)
         for process in self._domains.running.values():
-            process.link.event(Event.RESTARTED)
+            process.link.send(pack_answer(Event.RESTARTED, 0, 0))  # never dropped as events are
         for domain in lost:
             if domain.state is not DomainState.CREATED:
                 self._broker.resume(domain)

@@ -157,15 +157,12 @@ class State:
             capability.taken = False  # its descriptors are gone with its process
 
     def _do_portal(self, r: Record) -> Values:
-        selectors, made = self._do_object(r), self.objects[r["id"]]
-        made.ends, whole = (
-            (self.domains[r["a"]], self.domains[r["b"]]),
-            self.graph.of_object(r["id"]),
-        )
-        for number, name in enumerate((r["name_a"], r["name_b"])):
-            end = made.ends[number].id, made.id, made.type, Rights.USE, name, *whole, number
-            selectors += (self.graph.insert(*end).selector,)
-        return selectors
+        whole = self.graph.get(r["by"], *self._do_object(r))
+        self.objects[r["id"]].ends = self.domains[r["a"]], self.domains[r["b"]]
+        what, insert = (r["id"], whole.type, Rights.USE), self.graph.insert
+        in_a = insert(r["a"], *what, r["name_a"], whole, 0)
+        in_b = insert(r["b"], *what, r["name_b"], whole, 1)
+        return whole.selector, in_a.selector, in_b.selector
 
     def _do_object(self, r: Record) -> Values:
         """A new object, and its maker's capability to it (none for the manifest's own)."""
@@ -173,10 +170,10 @@ class State:
         type_, name, size = ObjectType[r["op"].upper()], r.get("name", ""), r.get("number", 0)
         self.objects[r["id"]] = Object(r["id"], type_, name, maker, size, context)
         self.next_id = r["id"] + 1
+        if maker is None:
+            return ()
         rights = _WHOLE if type_ is ObjectType.PORTAL else _MAKER
-        return (
-            (self.graph.insert(maker.id, r["id"], type_, rights, name).selector,) if maker else ()
-        )
+        return (self.graph.insert(maker.id, r["id"], type_, rights, name).selector,)
 
     _do_memory = _do_semaphore = _do_device = _do_object
 

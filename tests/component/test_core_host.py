@@ -38,7 +38,7 @@ def shared():
         "doomed": kind(argv=["/no/such/program"]),
     }
     names = ("driver", "child", "phoenix", "numbered", "wired", "doomed")
-    kinds["driver"]["peers"] = {name: {"descriptors": True} for name in names}
+    kinds["driver"]["peers"] = dict.fromkeys(names, True)
     with host(kinds) as made:
         yield made
 
@@ -121,7 +121,7 @@ def test_limits_can_be_moved_within_the_parents(one):
     one(
         "core.set_limits(core.lookup('sched:elastic').selector, Limits(memory_bytes=1<<30, pids=20))"
     )
-    limits = one("result = core.limits(core.lookup('sched:elastic').selector).values()")
+    limits = one("result = core.limits(core.lookup('sched:elastic').selector)")
     assert limits == [100, 0, 1 << 30, 20, 0, 0]
     with pytest.raises(NoResources):
         one(
@@ -356,8 +356,7 @@ def test_a_restarted_domain_keeps_its_table_and_gets_fresh_channels(one):
     phoenix.send("os._exit(1)")
     with pytest.raises(RemoteError):
         phoenix.receive()
-    heard = {e[:2] for e in one.hear("RENEWED", "STARTED")}
-    assert {("RENEWED", "c/p1"), ("STARTED", "p1")} <= heard
+    assert ("RENEWED", "c/p1") in [e[:2] for e in one.hear("RENEWED")]
     again = Console(_steal(one, "p1"))
     assert again("result = [e.name for e in core.entries()]") == ["self", "sched", "console"]
     assert again("result = open('/run/state/kept').read()") == "ashes"
@@ -374,9 +373,9 @@ def test_a_private_directory_stays_for_its_name_until_purged(shared, one):
 
 def test_children_of_a_dead_context_end_with_it(shared):
     kinds = {
-        "driver": driver(creates=["user"], peers={"user": {"descriptors": True}}),
-        "user": driver(peers={"driver": {"descriptors": True}, "child": {"descriptors": True}}),
-        "child": kind(peers={"user": {"descriptors": True}}),
+        "driver": driver(creates=["user"], peers={"user": True}),
+        "user": driver(peers={"driver": True, "child": True}),
+        "child": kind(peers={"user": True}),
     }
     with host(kinds) as made:
         one = made.consoles["one"]

@@ -14,7 +14,7 @@ from supercloud.lower.core import state as tables
 from supercloud.lower.core.domain import Domains
 from supercloud.lower.core.loop import Link
 from supercloud.lower.core.manifest import Kind
-from supercloud.lower.core.measure import Chain, Measurements, say
+from supercloud.lower.core.measure import Chain, Measurements, hash_in_rounds, say
 from supercloud.lower.core.state import Context, Domain, Object, State, Values
 from supercloud.lower.core.vault import Vault
 from supercloud.model import errors
@@ -23,7 +23,6 @@ from supercloud.wire import frames
 from supercloud.wire.frames import DomainState, Event, Op, pack_answer
 
 MAX_DEPTH = 8
-MAX_SEALED_BYTES = 512 << 20
 _START_FAILED = 127 << 8  # as a wait status
 _MAX_INT = 1 << 62
 _ANY = Rights.NONE
@@ -406,16 +405,22 @@ class Broker:
     def _seal(self, call: Call) -> Reply:
         capability = self._need(call, 0, Rights.WRITE, ObjectType.MEMORY)
         memory = self.state.objects[capability.object_id]
-        if not memory.sha256:
-            if memory.number > MAX_SEALED_BYTES:
-                raise errors.Invalid(f"only up to {MAX_SEALED_BYTES} bytes can be sealed")
-            try:
-                digest = descriptors.seal(memory.descriptors[0])
-            except OSError as error:
-                raise errors.Busy("it is mapped for writing somewhere") from error
-            self._measured.extend("memory", digest, f"{call.caller.name}/{memory.name}")
-            self.commit("seal", call, id=memory.id, sha256=digest)
-        return Reply((), bytes.fromhex(memory.sha256))
+        if memory.sha256:
+            return Reply((), bytes.fromhex(memory.sha256))
+        descriptors.seal(memory.descriptors[0])
+        later = self._domains.later
+        hash_in_rounds(memory.descriptors, later, lambda h: self._hashed(call, memory, h))
+        return Reply(later=True)
+
+    def _hashed(self, call: Call, memory: Object, sha256: str) -> None:
+        """Sealed and hashed: noted once, and the caller answered if it waits still."""
+        process = self._domains.running.get(call.caller.id)
+        by = call if process is not None and process.link is call.link else None
+        if sha256 and not memory.sha256:
+            self._measured.extend("memory", sha256, f"{call.caller.name}/{memory.name}")
+            self.commit("seal", by, id=memory.id, sha256=sha256)
+        status = 0 if sha256 else frames.status_of(errors.NotFound("gone"))
+        call.link.send(pack_answer(call.op, status, call.sequence, (), bytes.fromhex(sha256)))
 
     # ---- capabilities
 

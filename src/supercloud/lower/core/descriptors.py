@@ -10,7 +10,7 @@ from supercloud.lower.core import system
 from supercloud.lower.core.manifest import Sealed
 from supercloud.lower.core.measure import ZERO, hash_descriptor
 from supercloud.model.capability import ObjectType
-from supercloud.model.errors import Invalid
+from supercloud.model.errors import Busy, Invalid
 
 PAGE_BYTES = 4096
 SOCKETS = {"seqpacket": int(socket.SOCK_SEQPACKET), "stream": int(socket.SOCK_STREAM)}
@@ -38,11 +38,14 @@ OPEN: dict[ObjectType, Callable[[int], list[int]]] = {
 }
 
 
-def seal(descriptor: int) -> str:
-    """No more writing by anybody; its SHA-256. OSError while it is mapped for writing."""
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
+def seal(descriptor: int) -> None:
+    """No more writing by anybody; nothing when it is so already. Busy."""
+    if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE:
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
+        except OSError as error:
+            raise Busy("it is mapped for writing somewhere") from error
     os.fchmod(descriptor, 0o444)
-    return hash_descriptor(descriptor)
 
 
 def close_all(descriptors: list[int], *, shut_down: bool = False) -> None:

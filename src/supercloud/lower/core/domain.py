@@ -17,7 +17,7 @@ from supercloud.lower.core.state import Domain
 from supercloud.lower.core.vault import Vault
 from supercloud.model.errors import BadState, NoResources
 
-_BACKOFF_S, _STEADY_S = (0.1, 5.0), 10.0
+_BACKOFF_S, _STEADY_S, _NEXT_ROUND_S = (0.1, 5.0), 10.0, 0.001
 _LOG_BYTES, _LOG_KEEP_BYTES, _LOG_FLOOD_BYTES = 1 << 20, 256 << 10, 256 << 20
 
 
@@ -155,6 +155,10 @@ class Domains:
         delay_s = min(max(2 * before_s, _BACKOFF_S[0]), _BACKOFF_S[1])
         self._backoff_s[domain.id] = delay_s
         self._loop.later(delay_s, start)
+
+    def later(self, action: Callable[[], None]) -> None:
+        """Call it in a later round, others' calls first."""
+        self._loop.later(_NEXT_ROUND_S, action)
 
     def tick(self) -> None:
         """Once a second: bound the logs, and retry what could not be removed."""

@@ -10,7 +10,14 @@ from typing import Any
 
 from supercloud.model.errors import SupercloudError
 from supercloud.model.events import Event, Severity
-from supercloud.upper.platform.agent import cgroups, networks, paths, prefetch, uplink
+from supercloud.upper.platform.agent import (
+    cgroups,
+    identity,
+    networks,
+    paths,
+    prefetch,
+    uplink,
+)
 from supercloud.upper.platform.agent.accelerator import Accelerator
 from supercloud.upper.platform.agent.blobs import Blobs
 from supercloud.upper.platform.agent.bootdata import BootData, load
@@ -19,11 +26,9 @@ from supercloud.upper.platform.agent.link import Link, hello
 from supercloud.upper.platform.agent.manager import Manager
 from supercloud.upper.platform.agent.methods import Methods
 from supercloud.upper.platform.agent.names import Names
-from supercloud.upper.platform.agent.processes import run as run_program
+from supercloud.upper.platform.agent.processes import load_modules
 from supercloud.upper.platform.agent.scratch import Scratch
 from supercloud.wire.messages import CONTROL_TO_AGENT, PlatformReport, handlers
-
-MODULES = ("bridge", "veth", "tun", "nf_tables", "nft_ct", "nft_chain_nat", "nft_nat", "nft_masq")
 
 log = logging.getLogger("supercloud.agent")
 
@@ -39,10 +44,16 @@ def run() -> int:
     os.makedirs(paths.RUN, exist_ok=True)
     os.chmod(paths.RUN, 0o711)
     _protect_from_oom()
+    waiting = identity.Waiting() if identity.is_template() else None
+    if waiting:
+        waiting.become()
     boot, name = load()
     socket.sethostname(name)
+    identity.ensure_machine_id()
     networks.prepare_kernel()
     link_nic, uplink_nic = uplink.bring_up()
+    if waiting:
+        waiting.confirm()
     log.info("platform %s of %s; link %s, uplink %s", boot.platform, boot.ucloud,
              link_nic and link_nic.name, uplink_nic and uplink_nic.name)  # fmt: skip
     asyncio.run(Agent(boot, uplink.Uplink(uplink_nic) if uplink_nic else None).run())
@@ -50,8 +61,7 @@ def run() -> int:
 
 
 async def _load_modules() -> None:
-    """One modprobe for all: the kernel would run one for each."""
-    await run_program("modprobe", "-q", "-a", *MODULES)
+    await load_modules(*networks.MODULES)
 
 
 def _protect_from_oom() -> None:

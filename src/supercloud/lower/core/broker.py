@@ -14,7 +14,7 @@ from supercloud.lower.core import state as tables
 from supercloud.lower.core.domain import Domains
 from supercloud.lower.core.loop import Link
 from supercloud.lower.core.manifest import Kind
-from supercloud.lower.core.measure import Chain, Measurements, hash_in_rounds, say
+from supercloud.lower.core.measure import Chain, Measurements, say
 from supercloud.lower.core.state import Context, Domain, Object, State, Values
 from supercloud.lower.core.vault import Vault
 from supercloud.model import errors
@@ -408,8 +408,7 @@ class Broker:
         if memory.sha256:
             return Reply((), bytes.fromhex(memory.sha256))
         descriptors.seal(memory.descriptors[0])
-        later = self._domains.later
-        hash_in_rounds(memory.descriptors, later, lambda h: self._hashed(call, memory, h))
+        self._domains.hash(memory.descriptors, lambda h: self._hashed(call, memory, h))
         return Reply(later=True)
 
     def _hashed(self, call: Call, memory: Object, sha256: str) -> None:

@@ -12,7 +12,7 @@ from supercloud.lower.core import sandbox
 from supercloud.lower.core.cgroup import OWN, Groups
 from supercloud.lower.core.loop import Link, Loop
 from supercloud.lower.core.manifest import Bind, Manifest
-from supercloud.lower.core.measure import say
+from supercloud.lower.core.measure import hash_in_rounds, say
 from supercloud.lower.core.state import Domain
 from supercloud.lower.core.vault import Vault
 from supercloud.model.errors import BadState, NoResources
@@ -156,9 +156,9 @@ class Domains:
         self._backoff_s[domain.id] = delay_s
         self._loop.later(delay_s, start)
 
-    def later(self, action: Callable[[], None]) -> None:
-        """Call it in a later round, others' calls first."""
-        self._loop.later(_NEXT_ROUND_S, action)
+    def hash(self, descriptors: list[int], done: Callable[[str], None]) -> None:
+        """Hash a large file, the calls of all domains in between."""
+        hash_in_rounds(descriptors, lambda piece: self._loop.later(_NEXT_ROUND_S, piece), done)
 
     def tick(self) -> None:
         """Once a second: bound the logs, and retry what could not be removed."""

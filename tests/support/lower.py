@@ -59,7 +59,7 @@ class RunningHost:
                     sys.executable, "-I", "-S", "-B", self.program,
                     "--instance", self.instance, "--state", str(self.state),
                     "--listen", f"127.0.0.1:{self.port}", "--images", str(images()),
-                    "--ready-fd", str(writing), *more,
+                    "--ready-fd", str(writing), "--templates", "asked", *more,
                 ],
                 pass_fds=[writing], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
@@ -183,11 +183,13 @@ class ControlPlane:
         listed = (await self.call("platform.list"))["platforms"]
         return next((str(p["state"]) for p in listed if p["name"] == name), "absent")
 
-    async def wait_for(self, name: str, state: str, timeout_s: float = 60) -> None:
+    async def wait_for(
+        self, name: str, state: str, timeout_s: float = 60, look_s: float = 0.2
+    ) -> None:
         deadline = time.monotonic() + timeout_s
         while (found := await self.state(name)) != state:
             assert time.monotonic() < deadline, f"{name} is {found}, not {state}"
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(look_s)
 
 
 async def patient(action: Any, timeout_s: float = 15) -> Any:

@@ -57,12 +57,6 @@ def link_limits() -> Limits:
     return Limits(memory_bytes=LINK_MEMORY_BYTES, pids=LINK_PIDS)
 
 
-def platform(memory_bytes: int, cpus: int) -> tuple[int, int]:
-    """Memory bytes and domains that a platform takes, booked as they are for one."""
-    machine = vmm_limits(memory_bytes, cpus).memory_bytes
-    return machine + link_limits().memory_bytes, DOMAINS_PER_VM
-
-
 def used(booked_memory_bytes: int, booked_domains: int, booked_disk_bytes: int) -> dict[str, int]:
     """What is used of a quota, from what is booked on the user's scheduling context.
 

@@ -121,7 +121,7 @@ class TemplateSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemplateStatus:
-    """``state`` is absent, making, ready or refused (with the reason).
+    """``state`` is absent (with what it lacked), making, ready or refused (with the reason).
 
     ``ram_sha256`` and ``state_sha256`` are the host core's measurements of a ready one, and
     ``booked_bytes`` what it takes of the quota, unless a platform needs the room.

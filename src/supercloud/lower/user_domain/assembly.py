@@ -4,6 +4,7 @@ Names are deterministic, and ``dismantle`` takes apart whatever is there: it und
 platform as well as a whole one.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import logging
@@ -93,17 +94,27 @@ class Assembly:
             raise
 
     async def _make(self, spec: PlatformSpec, config: bytes, template: Template | None) -> Uplink:
+        """The monitor starts while the drivers work, passt and the link while QEMU does."""
+        core, name = self._core, spec.name
+        vmm = self._make_machine(spec, config, template)
+        core.create_channel(SELF, vmm.selector, domain_name("control", name), "control")
+        core.start(vmm.selector)
+        control = self.control(name)
         scratch = await self._make_disk(spec)
         try:
             uplink = await self._make_uplink(spec)
-            vmm = self._make_machine(spec, config, template)
-            self._join(spec.name, vmm, uplink.domain)
-            await self._uplink.result("uplink.start", {"platform": spec.name})
-            self._core.start(vmm.selector)
-            control = self.control(spec.name)
-            self.agents(spec.name)
+            link = self._join(name, vmm, uplink.domain)
             machine = self._machine(spec) | {"start": "clone" if template else "boot"}
-            await control.call("machine.start", machine, [scratch], timeout_s=START_TIMEOUT_S)
+            starting = asyncio.ensure_future(
+                control.call("machine.start", machine, [scratch], timeout_s=START_TIMEOUT_S)
+            )
+            try:
+                await asyncio.sleep(0)  # it is sent
+                core.start(link.selector)
+                self.agents(name)
+                await self._uplink.result("uplink.start", {"platform": name})
+            finally:
+                await starting
         finally:
             os.close(scratch)
         return uplink
@@ -137,16 +148,15 @@ class Assembly:
         parts.give_image(core, vmm, "kernel", "initrd")
         return vmm
 
-    def _join(self, platform: str, vmm: Domain, uplink: str) -> None:
-        """The channels: monitor, agents, and the machine's two networks."""
+    def _join(self, platform: str, vmm: Domain, uplink: str) -> Domain:
+        """The machine's two networks, and the link's domain, not started."""
         core, stream = self._core, socket.SOCK_STREAM
         link = core.create_domain("link", self.link(platform), quotas.link_limits())
-        core.create_channel(SELF, vmm.selector, domain_name("control", platform), "control")
         core.create_channel(SELF, link.selector, domain_name("agents", platform), "link")
         core.create_channel(link.selector, vmm.selector, "guest", "link", stream)
         passt = core.lookup(uplink).selector
         core.create_channel(passt, vmm.selector, "guest", "uplink", stream)
-        core.start(link.selector)
+        return link
 
     def _machine(self, spec: PlatformSpec) -> dict[str, Any]:
         return {

@@ -114,7 +114,7 @@ class Platforms:
             if known is not None:
                 await self._assembly.dismantle(spec.name)
             self._check_quota(spec)
-            await self._templates.yield_room(*quotas.platform(spec.memory_bytes, spec.cpus))
+            await self._templates.yield_room(spec.memory_bytes)
             return await self._make(replace(spec, config_base64=""), config)
 
     def _check_image(self, image: str) -> None:

@@ -80,6 +80,7 @@ class Templates:
         self.used: Callable[[], set[str]] = set
         self.by_key: dict[str, Template] = {}
         self.refused: dict[str, str] = {}
+        self._lacked: dict[str, str] = {}
         self._making: _Making | None = None
         os.makedirs(directory, mode=0o700, exist_ok=True)
 
@@ -106,7 +107,9 @@ class Templates:
             return "refused", self.refused[key]
         if key in self.by_key:
             return "ready", ""
-        return ("making" if self._making and self._making.key == key else "absent"), ""
+        if self._making and self._making.key == key:
+            return "making", ""
+        return "absent", self._lacked.get(key, "")
 
     def yielding(self) -> tuple[int, int]:
         """Memory bytes and domains that a platform which needs them may have."""
@@ -121,10 +124,15 @@ class Templates:
     # -- making
 
     def prepare(self, inputs: Inputs) -> None:
-        """Begin to make it, unless it is there, refused, or another one is being made."""
+        """Begin to make it, unless it is there, refused, another is being made, or room lacks."""
         if self.state(inputs)[0] != "absent" or self._making is not None:
             return
         key = key_of(inputs)
+        self._make_room_for_one_more()
+        if lacking := self._lacks(2 * inputs.memory_bytes):  # its own, and its maker's
+            self._lacked[key] = f"no room in the quota: {lacking}"
+            return
+        self._lacked.pop(key, None)
         maker = quotas.vmm_limits(inputs.memory_bytes, inputs.cpus).memory_bytes
         booked = inputs.memory_bytes + maker
         making = _Making(key, booked, asyncio.get_running_loop().create_future())
@@ -134,14 +142,14 @@ class Templates:
     async def _make(self, inputs: Inputs, making: _Making) -> None:
         key, subject = making.key, f"template/{making.key[:_KEY_SHOWN]}"
         try:
-            self._make_room_for_one_more()
             made = await self._made(inputs, making)
         except asyncio.CancelledError:
             self._feed.say(subject, "host.template.given_up", "its room is needed")
             raise
         except (SupercloudError, OSError) as error:
-            if not isinstance(error, NoResources):  # room may come; what is broken stays broken
-                self.refused[key] = str(error)
+            # room may come; what is broken stays broken
+            reasons = self._lacked if isinstance(error, NoResources) else self.refused
+            reasons[key] = str(error)
             self._feed.say(subject, "host.template.refused", str(error), severity="warning")
         else:
             self._put(made)
@@ -213,21 +221,23 @@ class Templates:
         for template in oldest[: max(0, len(self.by_key) + 1 - MAX_TEMPLATES)]:
             self.drop(template.key)
 
-    async def yield_room(self, memory_bytes: int, domains: int) -> None:
-        """Give back what is idle until so much can be booked, or nothing idle is left."""
-        if self._lacks(memory_bytes, domains):
+    async def yield_room(self, memory_bytes: int) -> None:
+        """Give back what is idle until a platform fits that has so much memory, as far as it is."""
+        if self._lacks(memory_bytes):
             await self.give_up_making()
         for template in sorted(self._idle(), key=lambda t: t.made_s):
-            if not self._lacks(memory_bytes, domains):
+            if not self._lacks(memory_bytes):
                 return
             self.drop(template.key)
 
-    def _lacks(self, memory_bytes: int, domains: int) -> bool:
-        limits, usage = self._core.limits(), self._core.usage()
-        return (
-            memory_bytes > limits.memory_bytes - usage.booked_memory_bytes
-            or domains > limits.domains - usage.booked_domains
-        )
+    def _lacks(self, memory_bytes: int) -> str:
+        """What of the quota there is too little of for one more machine; empty when it fits."""
+        allowed, usage = quotas.from_limits(self._core.limits()), self._core.usage()
+        used = quotas.used(usage.booked_memory_bytes, usage.booked_domains, usage.booked_disk_bytes)
+        if used["vms"] >= allowed.vms:
+            return f"{used['vms']} of {allowed.vms} vms are in use"
+        left = allowed.memory_bytes - used["memory_bytes"]
+        return f"memory_bytes: {memory_bytes} needed, {left} left" if memory_bytes > left else ""
 
     async def give_up_making(self) -> None:
         """End the maker, if there is one; returns when it has given everything back."""

@@ -1,6 +1,6 @@
 """Who a platform is: told at boot, or, in a clone of a template, when it wakes up as a new one.
 
-A template is a platform that has booted as nobody: no boot data, no key, its network down. Its
+A template is a platform that has booted as nobody: no boot data, no key, no address. Its
 agent loads what a platform needs and waits at the virtio port ``supercloud.identity``. A clone goes
 on from there in a copy of that memory, so everything that must differ is made anew before anything
 else happens: the kernel's random numbers (and, by their generation, those of every process), the
@@ -24,12 +24,14 @@ from dataclasses import dataclass
 from typing import Annotated, Final
 
 from supercloud.model.errors import Invalid, SupercloudError
+from supercloud.trust import libcrypto, tls
 from supercloud.upper.platform.agent import netlink, networks, paths, prefetch, scratch, uplink
 from supercloud.upper.platform.agent.accelerator import Accelerator
-from supercloud.upper.platform.agent.bootdata import disk
+from supercloud.upper.platform.agent.bootdata import BootData, disk
 from supercloud.upper.platform.agent.processes import load_modules
 from supercloud.upper.platform.agent.state import write_private
-from supercloud.wire.codec import Limit, decode
+from supercloud.wire.codec import Limit, decode, learn
+from supercloud.wire.messages import AGENT_TO_CONTROL, CONTROL_TO_AGENT
 
 MODULES: Final = (*networks.MODULES, *scratch.MODULES, "isofs", "loop")
 PORT: Final = "supercloud.identity"
@@ -117,6 +119,13 @@ def parse(untrusted: bytes) -> Told:
 
 async def prepare() -> None:
     """What every clone would do for itself, as far as it has nothing to do with who it is."""
+    networks.prepare_kernel()
+    uplink.bring_up(address="")
+    for method in (*AGENT_TO_CONTROL.values(), *CONTROL_TO_AGENT.values()):
+        learn(method.params, method.result)
+    learn(Told, BootData)
+    libcrypto.is_there()
+    tls.bare_context()  # OpenSSL looks its algorithms up once in a process
     accelerator = Accelerator()
     for step in (_load_modules, accelerator.probe, _read_programs):
         try:
@@ -156,7 +165,7 @@ def reseed(seed: bytes) -> None:
         os.close(device)
     if "random" in sys.modules:
         sys.modules["random"].seed()
-    if "ssl" in sys.modules:
+    if "ssl" in sys.modules:  # its generators look whether the one they come from has new keys
         sys.modules["ssl"].RAND_add(os.urandom(64), 64.0)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from supercloud.model.errors import SupercloudError, Temporary, UserError
-from supercloud.trust import keys, tls
+from supercloud.trust import keys, libcrypto, tls
 from supercloud.trust.names import PLATFORM, Identity
 from supercloud.upper.platform.agent import paths
 from supercloud.upper.platform.agent.bootdata import BootData
@@ -63,8 +63,12 @@ class Link:
 
     def _make_request(self) -> str:
         os.makedirs(os.path.dirname(paths.KEY), mode=0o700, exist_ok=True)
-        keys.ensure_key(paths.KEY)
         identity = Identity(self._boot.ucloud, PLATFORM, self._boot.platform)
+        if not os.path.exists(paths.KEY) and libcrypto.is_there():
+            key, request = libcrypto.make_key_and_request(identity.uri)
+            keys.keep_key(paths.KEY, key)
+            return request
+        keys.ensure_key(paths.KEY)
         return keys.make_request(paths.KEY, identity.uri, identity.dns)
 
     async def run(self) -> None:

@@ -1,6 +1,7 @@
 """Puts the agent together and runs it: nothing else knows all the parts."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -30,6 +31,8 @@ from supercloud.upper.platform.agent.processes import load_modules
 from supercloud.upper.platform.agent.scratch import Scratch
 from supercloud.wire.messages import CONTROL_TO_AGENT, PlatformReport, handlers
 
+LINK_FIRST_S = 5.0
+
 log = logging.getLogger("supercloud.agent")
 
 
@@ -56,7 +59,8 @@ def run() -> int:
         waiting.confirm()
     log.info("platform %s of %s; link %s, uplink %s", boot.platform, boot.ucloud,
              link_nic and link_nic.name, uplink_nic and uplink_nic.name)  # fmt: skip
-    asyncio.run(Agent(boot, uplink.Uplink(uplink_nic) if uplink_nic else None).run())
+    way_out = uplink.Uplink(uplink_nic) if uplink_nic else None
+    asyncio.run(Agent(boot, way_out, cloned=waiting is not None).run())
     return 0
 
 
@@ -72,8 +76,10 @@ def _protect_from_oom() -> None:
 class Agent:
     """The composition root."""
 
-    def __init__(self, boot: BootData, way_out: uplink.Uplink | None) -> None:
-        self._boot, self._uplink = boot, way_out
+    def __init__(
+        self, boot: BootData, way_out: uplink.Uplink | None, *, cloned: bool = False
+    ) -> None:
+        self._boot, self._uplink, self._cloned = boot, way_out, cloned
         self._accelerator, self._scratch = Accelerator(), Scratch()
         self._link: Link | None = None
         self._leasing: asyncio.Task[None] | None = None
@@ -95,9 +101,16 @@ class Agent:
         await asyncio.gather(*tasks)
 
     async def _warm_up(self, link: Link) -> None:
-        """What the first EE would otherwise wait for; not before the control plane waits for us."""
+        """What the first EE would otherwise wait for; not before the control plane waits for us.
+
+        A clone has most of it from its template, and is connected before that could be of use.
+        """
         await link.requested.wait()
-        prefetch.prefetch(*prefetch.CONTAINERS)
+        if self._cloned:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(link.welcomed.wait(), LINK_FIRST_S)
+        else:
+            prefetch.prefetch(*prefetch.CONTAINERS)
         if self._uplink and self._boot.uplink == "dhcp":
             self._leasing = asyncio.ensure_future(self._uplink.keep())
         for step in (self._scratch.ready, _load_modules, self._accelerator.probe):
@@ -105,7 +118,8 @@ class Agent:
                 await step()
             except (SupercloudError, OSError) as error:
                 log.warning("%s: %s", step.__qualname__, error)
-        await asyncio.to_thread(lambda: prefetch.prefetch(*prefetch.machine_files()))
+        if not self._cloned:
+            await asyncio.to_thread(lambda: prefetch.prefetch(*prefetch.machine_files()))
         found = f"{self._accelerator.name} {self._accelerator.reason}".strip()
         log.info("nested VMs: %s", found)
         self._event("platform", "agent.accelerator.probed", found, "info", {})

@@ -140,7 +140,7 @@ async def _load_modules() -> None:
 
 async def _read_programs() -> None:
     """Into the page cache, which the clones share."""
-    for path in (*prefetch.ENROLMENT, *prefetch.CONTAINERS, *prefetch.MACHINES):
+    for path in (*prefetch.ENROLMENT, *prefetch.CONTAINERS, *prefetch.machine_files()):
         if os.path.exists(path):
             with open(path, "rb") as file:
                 while file.read(1 << 20):

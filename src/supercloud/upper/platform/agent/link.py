@@ -41,6 +41,7 @@ class Link:
         self._request: asyncio.Task[str] | None = None
         self._turn = 0
         self.requested = asyncio.Event()  # our key is made: the rest may have the processor
+        self.welcomed = asyncio.Event()  # we have been connected
 
     def peer(self) -> Peer:
         """The present connection; Temporary when there is none."""
@@ -133,6 +134,7 @@ class Link:
             answer = await peer.call("agent.hello", encode(self._hello()))
             _set_clock(decode(Welcome, answer, "agent.hello", ignore_unknown=True))
             self._peer = peer
+            self.welcomed.set()
             log.info("connected to the %s", peer.name)
             self._up()
             renewing = asyncio.ensure_future(self._renew(peer))

@@ -2,47 +2,44 @@
 
 Under emulation a run of the ``openssl`` command costs some 200 ms, and a platform that starts from
 memory would spend most of its start on two of them. The results are the same as of ``trust.keys``:
-P-256, PKCS #8, PKCS #10 with both names. Function names and the order of arguments are OpenSSL 3's
-(EVP_PKEY_Q_keygen(3), X509_REQ_sign(3), X509V3_EXT_conf_nid(3)).
+P-256, PKCS #8 (RFC 5208, 5915), PKCS #10 with both names (RFC 2986). libcrypto makes the key and
+signs; the structures around are few and fixed, and are written here.
 """
 
+import base64
 import ctypes
 import functools
 from contextlib import ExitStack
-from ctypes import c_char_p, c_int, c_long, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_void_p
 from typing import Any, Final
 
 from supercloud.model.errors import Permanent
-from supercloud.trust.names import Identity, parse_uri
+from supercloud.trust.names import PLATFORM, Identity, parse_uri
 
-_SUBJECT_ALT_NAME: Final = 85  # NID_subject_alt_name
-_MBSTRING_ASC: Final = 0x1001
-_MAX_PEM_BYTES: Final = 65536
+_NUMBER_BYTES: Final = 32
+_MAX_SIGNATURE_BYTES: Final = 80
+_EC_P256: Final = bytes.fromhex("301306072a8648ce3d020106082a8648ce3d030107")
+_ECDSA_SHA256: Final = bytes.fromhex("300a06082a8648ce3d040302")
+_COMMON_NAME: Final = bytes.fromhex("0603550403")
+_EXTENSION_REQUEST: Final = bytes.fromhex("06092a864886f70d01090e")
+_SUBJECT_ALT_NAME: Final = bytes.fromhex("0603551d11")
+_INTEGER, _BITS, _OCTETS, _UTF8, _SEQUENCE, _SET = 0x02, 0x03, 0x04, 0x0C, 0x30, 0x31
+_ATTRIBUTES, _PUBLIC, _DNS, _URI = 0xA0, 0xA1, 0x82, 0x86  # context-specific
 
-# name -> (type of the result, types of the arguments)
+# name -> (type of the result, types of the arguments); see the manual pages of OpenSSL 3
 _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
     "EVP_PKEY_Q_keygen": (c_void_p, c_void_p, c_char_p, c_char_p, c_char_p),
     "EVP_PKEY_free": (None, c_void_p),
+    "EVP_PKEY_get1_encoded_public_key": (c_size_t, c_void_p, POINTER(c_void_p)),
+    "EVP_PKEY_get_bn_param": (c_int, c_void_p, c_char_p, POINTER(c_void_p)),
+    "BN_bn2binpad": (c_int, c_void_p, c_char_p, c_int),
+    "BN_clear_free": (None, c_void_p),
+    "CRYPTO_free": (None, c_void_p, c_char_p, c_int),
     "EVP_sha256": (c_void_p,),
-    "BIO_s_mem": (c_void_p,),
-    "BIO_new": (c_void_p, c_void_p),
-    "BIO_read": (c_int, c_void_p, c_char_p, c_int),
-    "BIO_free": (c_int, c_void_p),
-    "PEM_write_bio_PKCS8PrivateKey": (c_int, *[c_void_p] * 3, c_char_p, c_int, *[c_void_p] * 2),
-    "PEM_write_bio_X509_REQ": (c_int, c_void_p, c_void_p),
-    "X509_REQ_new": (c_void_p,),
-    "X509_REQ_free": (None, c_void_p),
-    "X509_REQ_set_version": (c_int, c_void_p, c_long),
-    "X509_REQ_set_pubkey": (c_int, c_void_p, c_void_p),
-    "X509_REQ_get_subject_name": (c_void_p, c_void_p),
-    "X509_NAME_add_entry_by_txt": (c_int, c_void_p, c_char_p, c_int, c_char_p, *[c_int] * 3),
-    "X509V3_EXT_conf_nid": (c_void_p, c_void_p, c_void_p, c_int, c_char_p),
-    "X509_EXTENSION_free": (None, c_void_p),
-    "OPENSSL_sk_new_null": (c_void_p,),
-    "OPENSSL_sk_push": (c_int, c_void_p, c_void_p),
-    "OPENSSL_sk_free": (None, c_void_p),
-    "X509_REQ_add_extensions": (c_int, c_void_p, c_void_p),
-    "X509_REQ_sign": (c_int, c_void_p, c_void_p, c_void_p),
+    "EVP_MD_CTX_new": (c_void_p,),
+    "EVP_MD_CTX_free": (None, c_void_p),
+    "EVP_DigestSignInit": (c_int, *[c_void_p] * 5),
+    "EVP_DigestSign": (c_int, c_void_p, c_char_p, POINTER(c_size_t), c_char_p, c_size_t),
 }
 
 
@@ -70,46 +67,91 @@ def make_key_and_request(uri: str) -> tuple[bytes, str]:
 
     Invalid when ``uri`` is no identity of ours.
     """
-    lib = _library()
+    identity, lib = parse_uri(uri), _library()
     with ExitStack() as owned:
         key = _made(lib.EVP_PKEY_Q_keygen(None, None, b"EC", b"P-256"))
         owned.callback(lib.EVP_PKEY_free, key)
-        request = _made(lib.X509_REQ_new())
-        owned.callback(lib.X509_REQ_free, request)
-        _fill(lib, request, key, parse_uri(uri))
-        private = _pem(
-            lambda bio: lib.PEM_write_bio_PKCS8PrivateKey(bio, key, None, None, 0, None, None)
-        )
-        return private, _pem(lambda bio: lib.PEM_write_bio_X509_REQ(bio, request)).decode()
+        public = _public(lib, key)
+        private = _pem("PRIVATE KEY", _pkcs8(_private(lib, key), public))
+        info = _request_info(identity, public)
+        signed = _der(_SEQUENCE, info, _ECDSA_SHA256, _der(_BITS, b"\0", _sign(lib, key, info)))
+        return private, _pem("CERTIFICATE REQUEST", signed).decode()
 
 
-def _fill(lib: Any, request: int, key: int, identity: Identity) -> None:
-    name = identity.name.encode()
-    subject = lib.X509_REQ_get_subject_name(request)
-    names = f"URI:{identity.uri},DNS:{identity.dns}".encode()
-    with ExitStack() as owned:
-        extension = _made(lib.X509V3_EXT_conf_nid(None, None, _SUBJECT_ALT_NAME, names))
-        owned.callback(lib.X509_EXTENSION_free, extension)
-        extensions = _made(lib.OPENSSL_sk_new_null())
-        owned.callback(lib.OPENSSL_sk_free, extensions)
-        _made(lib.X509_REQ_set_version(request, 0))
-        _made(lib.X509_NAME_add_entry_by_txt(subject, b"CN", _MBSTRING_ASC, name, -1, -1, 0))
-        _made(lib.OPENSSL_sk_push(extensions, extension))
-        _made(lib.X509_REQ_add_extensions(request, extensions))
-        _made(lib.X509_REQ_set_pubkey(request, key))
-        _made(lib.X509_REQ_sign(request, key, lib.EVP_sha256()))
+def rehearse() -> None:
+    """Look up what OpenSSL looks up once, and Python compiles or caches; no key is made."""
+    _library().EVP_MD_CTX_free(_library().EVP_MD_CTX_new())
+    _request_info(Identity("rehearsal", PLATFORM, "nobody"), bytes(65))
 
 
-def _pem(write: Any) -> bytes:
-    lib = _library()
-    bio = _made(lib.BIO_new(lib.BIO_s_mem()))
+def _public(lib: Any, key: int) -> bytes:
+    """The point, uncompressed."""
+    pointer = c_void_p()
+    length = _made(lib.EVP_PKEY_get1_encoded_public_key(key, byref(pointer)))
     try:
-        _made(write(bio))
-        buffer = ctypes.create_string_buffer(_MAX_PEM_BYTES)
-        length = _made(lib.BIO_read(bio, buffer, _MAX_PEM_BYTES))
-        return buffer.raw[:length]
+        return ctypes.string_at(_made(pointer.value), length)
     finally:
-        lib.BIO_free(bio)
+        lib.CRYPTO_free(pointer, b"", 0)
+
+
+def _private(lib: Any, key: int) -> bytes:
+    number = c_void_p()
+    _made(lib.EVP_PKEY_get_bn_param(key, b"priv", byref(number)))
+    try:
+        buffer = ctypes.create_string_buffer(_NUMBER_BYTES)
+        _made(lib.BN_bn2binpad(number, buffer, _NUMBER_BYTES))
+        return buffer.raw
+    finally:
+        lib.BN_clear_free(number)
+
+
+def _sign(lib: Any, key: int, data: bytes) -> bytes:
+    context = _made(lib.EVP_MD_CTX_new())
+    try:
+        _made(lib.EVP_DigestSignInit(context, None, lib.EVP_sha256(), None, key))
+        signature, length = ctypes.create_string_buffer(_MAX_SIGNATURE_BYTES), c_size_t(80)
+        _made(lib.EVP_DigestSign(context, signature, byref(length), data, len(data)))
+        return signature.raw[: length.value]
+    finally:
+        lib.EVP_MD_CTX_free(context)
+
+
+def _pkcs8(private: bytes, public: bytes) -> bytes:
+    one = _der(_INTEGER, b"\1")
+    bits = _der(_PUBLIC, _der(_BITS, b"\0", public))
+    inner = _der(_SEQUENCE, one, _der(_OCTETS, private), bits)
+    return _der(_SEQUENCE, _der(_INTEGER, b"\0"), _EC_P256, _der(_OCTETS, inner))
+
+
+def _request_info(identity: Identity, public: bytes) -> bytes:
+    """What is signed: version, subject, public key, and the names as an extension asked for."""
+    common = _der(_SEQUENCE, _COMMON_NAME, _der(_UTF8, identity.name.encode()))
+    names = _der(_URI, identity.uri.encode()) + _der(_DNS, identity.dns.encode())
+    extension = _der(_SEQUENCE, _SUBJECT_ALT_NAME, _der(_OCTETS, _der(_SEQUENCE, names)))
+    asked = _der(_SEQUENCE, _EXTENSION_REQUEST, _der(_SET, _der(_SEQUENCE, extension)))
+    return _der(
+        _SEQUENCE,
+        _der(_INTEGER, b"\0"),
+        _der(_SEQUENCE, _der(_SET, common)),
+        _der(_SEQUENCE, _EC_P256, _der(_BITS, b"\0", public)),
+        _der(_ATTRIBUTES, asked),
+    )
+
+
+def _der(tag: int, *parts: bytes) -> bytes:
+    """One element of DER (X.690)."""
+    content = b"".join(parts)
+    size = len(content)
+    if size < 0x80:
+        return bytes((tag, size)) + content
+    length = size.to_bytes((size.bit_length() + 7) // 8, "big")
+    return bytes((tag, 0x80 | len(length))) + length + content
+
+
+def _pem(kind: str, der: bytes) -> bytes:
+    text = base64.b64encode(der).decode()
+    lines = [text[at : at + 64] for at in range(0, len(text), 64)]
+    return "\n".join((f"-----BEGIN {kind}-----", *lines, f"-----END {kind}-----", "")).encode()
 
 
 def _made(result: int | None) -> int:

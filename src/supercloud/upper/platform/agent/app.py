@@ -21,7 +21,7 @@ from supercloud.upper.platform.agent import (
 )
 from supercloud.upper.platform.agent.accelerator import Accelerator
 from supercloud.upper.platform.agent.blobs import Blobs
-from supercloud.upper.platform.agent.bootdata import BootData, load
+from supercloud.upper.platform.agent.bootdata import BootData, load, load_directly
 from supercloud.upper.platform.agent.engine import Services
 from supercloud.upper.platform.agent.link import Link, hello
 from supercloud.upper.platform.agent.manager import Manager
@@ -50,10 +50,11 @@ def run() -> int:
     waiting = identity.Waiting() if identity.is_template() else None
     if waiting:
         waiting.become()
-    boot, name = load()
+    boot, name = load_directly(waiting.config) if waiting else load()
     socket.sethostname(name)
     identity.ensure_machine_id()
-    networks.prepare_kernel()
+    if not waiting:
+        networks.prepare_kernel()
     link_nic, uplink_nic = uplink.bring_up()
     if waiting:
         waiting.confirm()

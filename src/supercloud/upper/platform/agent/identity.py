@@ -11,6 +11,7 @@ Python's hashes in this process and process 1.
 """
 
 import asyncio
+import contextlib
 import fcntl
 import gc
 import hashlib
@@ -25,9 +26,17 @@ from typing import Annotated, Final
 
 from supercloud.model.errors import Invalid, SupercloudError
 from supercloud.trust import libcrypto, tls
-from supercloud.upper.platform.agent import netlink, networks, paths, prefetch, scratch, uplink
+from supercloud.upper.platform.agent import (
+    bootdata,
+    netlink,
+    networks,
+    paths,
+    prefetch,
+    scratch,
+    uplink,
+)
 from supercloud.upper.platform.agent.accelerator import Accelerator
-from supercloud.upper.platform.agent.bootdata import BootData, disk
+from supercloud.upper.platform.agent.bootdata import disk
 from supercloud.upper.platform.agent.processes import load_modules
 from supercloud.upper.platform.agent.state import write_private
 from supercloud.wire.codec import Limit, decode, learn
@@ -39,7 +48,7 @@ _ARGUMENT: Final = "supercloud.start=template"
 _PORTS: Final = "/sys/class/virtio-ports"
 _MACHINE_ID: Final = "/etc/machine-id"
 _MAX_LINE_BYTES: Final = 4096
-_RNDADDENTROPY, _RNDRESEEDCRNG, _BLKFLSBUF = 0x4008_5203, 0x5207, 0x1261
+_RNDADDENTROPY, _RNDRESEEDCRNG = 0x4008_5203, 0x5207
 _MAC = r"02:5c:(00|77)(:[0-9a-f]{2}){3}"
 
 log = logging.getLogger("supercloud.agent.identity")
@@ -64,10 +73,14 @@ def is_template() -> bool:
 
 
 class Waiting:
-    """The port of a template; ``become`` returns in a clone, ``confirm`` tells that it is one."""
+    """The port of a template; ``become`` returns in a clone, ``confirm`` tells that it is one.
+
+    ``config`` is the device of the config disk.
+    """
 
     def __init__(self) -> None:
         self._port = os.open(port(), os.O_RDWR | os.O_CLOEXEC)
+        self.config = disk("config")
         self._nonce = ""
 
     def become(self) -> None:
@@ -80,7 +93,6 @@ class Waiting:
         reseed(bytes.fromhex(told.seed))
         time.clock_settime(time.CLOCK_REALTIME, told.time_s)
         set_macs(told.macs)
-        forget_disk(disk("config"))
         write_private(paths.IDENTIFIED, "")  # an agent that takes over from us does not wait
         self._nonce = told.nonce
 
@@ -121,17 +133,32 @@ async def prepare() -> None:
     """What every clone would do for itself, as far as it has nothing to do with who it is."""
     networks.prepare_kernel()
     uplink.bring_up(address="")
-    for method in (*AGENT_TO_CONTROL.values(), *CONTROL_TO_AGENT.values()):
-        learn(method.params, method.result)
-    learn(Told, BootData)
-    libcrypto.is_there()
-    tls.bare_context()  # OpenSSL looks its algorithms up once in a process
     accelerator = Accelerator()
     for step in (_load_modules, accelerator.probe, _read_programs):
         try:
             await step()
         except (SupercloudError, OSError) as error:
             log.warning("%s: %s", step.__qualname__, error)
+    rehearse()
+
+
+def rehearse() -> None:
+    """Go through what a clone does first, as nobody: what is looked up once stays looked up.
+
+    Classes' annotations, compiled patterns, OpenSSL's algorithms. Nothing made here is used.
+    """
+    example = {"version": 1, "nonce": "0" * 16, "seed": "0" * 128, "time_s": 0, "macs": []}
+    parse(json.dumps(example).encode())
+    reseed(os.urandom(64))
+    set_macs([])
+    with contextlib.suppress(Invalid):  # an empty disk
+        bootdata.load_directly(disk("config"))
+    bootdata.parse(json.dumps(bootdata.EXAMPLE).encode())
+    for method in (*AGENT_TO_CONTROL.values(), *CONTROL_TO_AGENT.values()):
+        learn(method.params, method.result)
+    if libcrypto.is_there():
+        libcrypto.rehearse()
+    tls.bare_context()
 
 
 async def _load_modules() -> None:
@@ -177,12 +204,6 @@ def set_macs(macs: list[str]) -> None:
             for mac in macs:
                 if nic is not None and mac[:8] == nic.mac[:8]:
                     sock.set_mac(nic.index, mac)
-
-
-def forget_disk(device: str) -> None:
-    """Drop what the kernel has cached of a disk that has other content now."""
-    with open(device, "rb") as file:
-        fcntl.ioctl(file, _BLKFLSBUF)
 
 
 def ensure_machine_id() -> None:

@@ -11,6 +11,7 @@ Python's hashes in this process and process 1.
 """
 
 import asyncio
+import codecs
 import contextlib
 import fcntl
 import gc
@@ -28,6 +29,7 @@ from supercloud.model.errors import Invalid, SupercloudError
 from supercloud.trust import libcrypto, tls
 from supercloud.upper.platform.agent import (
     bootdata,
+    iso9660,
     netlink,
     networks,
     paths,
@@ -139,7 +141,7 @@ async def prepare() -> None:
             await step()
         except (SupercloudError, OSError) as error:
             log.warning("%s: %s", step.__qualname__, error)
-    rehearse()
+    await asyncio.to_thread(rehearse)  # so that there is no first thread either
 
 
 def rehearse() -> None:
@@ -151,6 +153,7 @@ def rehearse() -> None:
     parse(json.dumps(example).encode())
     reseed(os.urandom(64))
     set_macs([])
+    codecs.lookup(iso9660.NAME_ENCODING)
     with contextlib.suppress(Invalid):  # an empty disk
         bootdata.load_directly(disk("config"))
     bootdata.parse(json.dumps(bootdata.EXAMPLE).encode())

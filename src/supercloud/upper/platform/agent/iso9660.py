@@ -19,6 +19,9 @@ _SUPPLEMENTARY, _LAST = 2, 255
 _JOLIET: Final = (b"%/@", b"%/C", b"%/E")
 _ROOT_RECORD: Final = 156
 _DIRECT_BYTES: Final = 4096
+_HEAD_BYTES: Final = 128 << 10
+"""Read at once: a small disk is all in it."""
+NAME_ENCODING: Final = "utf-16-be"
 
 
 class Iso:
@@ -26,7 +29,9 @@ class Iso:
 
     def __init__(self, device: str) -> None:
         self._descriptor = os.open(device, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        self._head = b""
         try:
+            self._head = self._read(0, _HEAD_BYTES)
             self._root = self._find_root()
         except BaseException:
             self.close()
@@ -56,16 +61,23 @@ class Iso:
         raise Invalid("the config disk is no ISO 9660 with Joliet names")
 
     def _extent(self, sector: int, size: int) -> bytes:
-        """The kernel wants whole blocks into a page-aligned buffer."""
         if size > MAX_FILE_BYTES:
             raise Invalid(f"something of {size} bytes on the config disk")
-        start, skip = divmod(sector * SECTOR_BYTES, _DIRECT_BYTES)
+        start = sector * SECTOR_BYTES
+        if start + size <= len(self._head):
+            return self._head[start : start + size]
+        data = self._read(start, size)
+        if len(data) < size:
+            raise Invalid("something beyond the end of the config disk")
+        return data
+
+    def _read(self, start: int, size: int) -> bytes:
+        """As much as there is. The kernel wants whole blocks into a page-aligned buffer."""
+        first, skip = divmod(start, _DIRECT_BYTES)
         length = -(-(skip + size) // _DIRECT_BYTES) * _DIRECT_BYTES
         with mmap.mmap(-1, max(length, _DIRECT_BYTES)) as buffer:
-            got = os.preadv(self._descriptor, [buffer], start * _DIRECT_BYTES)
-            if got < skip + size:
-                raise Invalid("something beyond the end of the config disk")
-            return buffer[skip : skip + size]
+            got = os.preadv(self._descriptor, [buffer], first * _DIRECT_BYTES)
+            return buffer[skip : min(got, skip + size)]
 
 
 def _entries(untrusted: bytes) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -79,7 +91,7 @@ def _entries(untrusted: bytes) -> Iterator[tuple[str, tuple[int, int]]]:
         record = untrusted[at : at + length]
         if len(record) < 34:
             raise Invalid("a directory of the config disk is damaged")
-        name = record[33 : 33 + record[32]].decode("utf-16-be", "replace")
+        name = record[33 : 33 + record[32]].decode(NAME_ENCODING, "replace")
         yield name.partition(";")[0], _place(record)
         at += length
 

@@ -183,13 +183,11 @@ class ControlPlane:
         listed = (await self.call("platform.list"))["platforms"]
         return next((str(p["state"]) for p in listed if p["name"] == name), "absent")
 
-    async def wait_for(
-        self, name: str, state: str, timeout_s: float = 60, look_s: float = 0.2
-    ) -> None:
+    async def wait_for(self, name: str, state: str, timeout_s: float = 60) -> None:
         deadline = time.monotonic() + timeout_s
         while (found := await self.state(name)) != state:
             assert time.monotonic() < deadline, f"{name} is {found}, not {state}"
-            await asyncio.sleep(look_s)
+            await asyncio.sleep(0.2)
 
 
 async def patient(action: Any, timeout_s: float = 15) -> Any:

@@ -25,30 +25,31 @@ USER = "quagga-zebra"
 MIB, GIB = 1 << 20, 1 << 30
 SHAPE = {"memory_bytes": 768 * MIB, "scratch_bytes": GIB, "cpus": 1}
 MADE_S = 150.0
+_KEY = b"-----BEGIN PRIVATE KEY-----\nM"
 SAMPLE = """
-echo urandom $(head -c 32 /dev/urandom | sha256sum)
-echo uuid $(cat /proc/sys/kernel/random/uuid)
-echo boot-id $(cat /proc/sys/kernel/random/boot_id)
-echo machine-id $(cat /etc/machine-id)
-echo host-name $(hostname)
-echo uplink-mac $(cat /sys/class/net/eth0/address)
-echo link-mac $(cat /sys/class/net/eth1/address)
-echo time $(python3 -I -S -c 'import time; print(time.time())')
+echo =urandom $(head -c 32 /dev/urandom | sha256sum)
+echo =uuid $(cat /proc/sys/kernel/random/uuid)
+echo =boot-id $(cat /proc/sys/kernel/random/boot_id)
+echo =machine-id $(cat /etc/machine-id)
+echo =host-name $(hostname)
+echo =uplink-mac $(cat /sys/class/net/eth0/address)
+echo =link-mac $(cat /sys/class/net/eth1/address)
+echo =time $(python3 -I -S -c 'import time; print(time.time())')
 """
 SECRETS = """
-echo key $(sha256sum < /run/supercloud/identity/key.pem)
-echo certificate $(sha256sum < /run/supercloud/identity/cert.pem)
-echo scratch-key $(dmsetup table --showkeys scratch | sha256sum)
+echo =key $(sha256sum < /run/supercloud/identity/key.pem)
+echo =certificate $(sha256sum < /run/supercloud/identity/cert.pem)
+echo =scratch-key $(dmsetup table --showkeys scratch | sha256sum)
 """
 
 
 @pytest.fixture(scope="module")
 def host(product_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHost]:
     images = tmp_path_factory.mktemp("images")
-    before = os.environ.get("SUPERCLOUD_IMAGES")
+    place, before = tmp_path_factory.mktemp("host"), os.environ.get("SUPERCLOUD_IMAGES")
     os.environ["SUPERCLOUD_IMAGES"] = str(with_shell(product_images, images))
     try:
-        with running_host(tmp_path_factory.mktemp("host"), "t-tpl") as host:
+        with running_host(place, "t-tpl", "--templates", "auto") as host:
             yield host
     finally:
         os.environ.pop("SUPERCLOUD_IMAGES")
@@ -119,7 +120,9 @@ async def rendezvous(cloud: Cloud) -> AsyncIterator[None]:
 
 
 def sampled(said: str) -> dict[str, str]:
-    return {key: value for line in said.splitlines() for key, _, value in [line.partition(" ")]}
+    """What was asked for; the agent logs to the same console."""
+    lines = [line[1:].partition(" ") for line in said.splitlines() if line.startswith("=")]
+    return {key: value for key, _, value in lines}
 
 
 def template_file(host: RunningHost, size_bytes: int) -> Path:
@@ -148,8 +151,31 @@ async def until_started(cloud: Cloud, *names: str) -> None:
         await cloud.plane.wait_for(name, "running", timeout_s=90)
 
 
+async def event(cloud: Cloud, code: str) -> None:
+    """When it has come."""
+    said = b""
+    async with cloud.plane.connected() as connection, asyncio.timeout(MADE_S):
+        async with connection.peer.open("events.watch", {}) as stream:
+            async for data in stream.chunks():
+                said += data
+                if code.encode() in said:
+                    return
+
+
+async def test_the_first_platform_boots_and_the_next_starts_from_what_was_made_in_the_background(
+    cloud: Cloud,
+) -> None:
+    assert (await cloud.create("first"))["started_from"] == "boot"
+    async with rendezvous(cloud):
+        await cloud.connected("first")
+    await event(cloud, "host.template.ready")
+    assert (await cloud.create("second"))["started_from"] == "memory"
+    await until_started(cloud, "first", "second")
+    await cloud.delete("first", "second")
+
+
 async def test_two_clones_share_nothing_that_must_differ_and_each_has_a_certificate_of_its_own(
-    host: RunningHost, cloud: Cloud
+    host: RunningHost, cloud: Cloud, product_images: Path
 ) -> None:
     found = await cloud.template()
     assert found["state"] == "ready", found
@@ -191,7 +217,11 @@ async def test_two_clones_share_nothing_that_must_differ_and_each_has_a_certific
         pem = cloud.plane.ca_pem.splitlines()[1]
         for secret in (*cloud.tokens.values(), pem, USER, one["link-mac"]):
             assert memory.find(secret.encode()) < 0, secret
-        assert memory.find(b"-----BEGIN PRIVATE KEY-----\nM") < 0
+        public = (product_images / "root.erofs").read_bytes()  # GnuTLS has keys to test itself with
+        at = memory.find(_KEY)
+        while at >= 0:
+            assert memory[at : at + 90] in public, "a private key that is not of the image"
+            at = memory.find(_KEY, at + 1)
     await cloud.delete("one", "two")
 
 

@@ -1,5 +1,6 @@
 """What domains can do with the core and each other: real keeper, namespaces, groups, processes."""
 
+import hashlib
 import os
 import socket
 import time
@@ -175,6 +176,26 @@ def test_memory_is_shared_sealed_and_measured(shared, one):
     with pytest.raises(RemoteError, match="PermissionError"):
         one("os.pwrite(fd, b'x', 0)")
     assert digest in (shared.directory / "state/measurements.log").read_text()
+
+
+def test_a_large_memory_is_hashed_while_others_are_answered_and_may_go_meanwhile(shared, one):
+    size = 64 << 20  # many pieces
+    one(
+        f"big = core.create_memory({size}, 'big')\nfd = core.take(big)\nos.pwrite(fd, b'x', {size - 1})"
+    )
+    seal = "core._send(client.pack_request(frames.Op.SEAL, 77, (big,)))"
+    imports = "from supercloud.lower import client\nfrom supercloud.wire import frames\n"
+    answered = one(
+        f"{imports}{seal}\ncore.ping()\nearly = core.usage().booked_memory_bytes\n"
+        f"result = [early > 0, core.seal(big).hex()]"
+    )
+    expected = hashlib.sha256(bytes(size - 1) + b"x").hexdigest()
+    assert answered == [True, expected]
+    log = (shared.directory / "state/measurements.log").read_text()
+    assert log.count(expected) == 1
+    one(f"gone = core.create_memory({size}, 'gone')")
+    one(f"{imports}{seal.replace('big', 'gone')}\ncore.destroy(gone)\ncore.ping()")
+    assert one("result = len(core.seal(big))") == 32  # the core goes on
 
 
 def _steal(console: Console, name: str) -> socket.socket:

@@ -3,12 +3,14 @@
 A call that changes anything makes one record (:meth:`Broker.commit`), after all refusals.
 """
 
+import hashlib
 import os
 import socket
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -17,17 +19,20 @@ from supercloud.lower.core import system
 from supercloud.lower.core.domain import Domains
 from supercloud.lower.core.loop import Link
 from supercloud.lower.core.manifest import Kind
-from supercloud.lower.core.measure import Chain, Measurements, hash_file, say
+from supercloud.lower.core.measure import Chain, Measurements, say
 from supercloud.lower.core.state import Context, Domain, Object, State, Values
 from supercloud.model import refusals as errors
 from supercloud.model.capability import KILLS, Capability, Limits, ObjectType, Rights
 from supercloud.wire import frames
 from supercloud.wire.frames import DomainState, Event, Op, pack_answer
 
-MAX_DEPTH, PAGE_BYTES = 8, 4096
-MAX_SEALED_BYTES = 512 << 20
+MAX_DEPTH, PAGE_BYTES, PIECE_BYTES = 8, 4096, 8 << 20
 _START_FAILED = 127 << 8  # as a wait status
-_AGAIN_S, _SPACING_S = 0.1, 2.0  # a domain that lasted longer is started again at once
+_NEXT_PIECE_S, _AGAIN_S, _SPACING_S = (
+    0.001,
+    0.1,
+    2.0,
+)  # a domain that lasted longer is started again at once
 
 OPEN: dict[ObjectType, Callable[[int], list[int]]] = {
     ObjectType.PORTAL: lambda type_: [e.detach() for e in socket.socketpair(socket.AF_UNIX, type_)],
@@ -352,18 +357,32 @@ class Broker:
                     self._tell(holder, Event.RENEWED, (end.selector,), end.name)
 
     def _seal(self, call: Call, memory: Object) -> Values:
-        if not memory.sha256:
-            if memory.number > MAX_SEALED_BYTES:
-                raise errors.Invalid(f"only up to {MAX_SEALED_BYTES} bytes can be sealed")
+        call.payload, call.later = bytes.fromhex(memory.sha256), not memory.sha256
+        if call.later:
             try:
                 system.seal(memory.descriptors[0])
             except OSError as error:
                 raise errors.Busy("it is mapped for writing somewhere") from error
-            digest = hash_file(f"/proc/self/fd/{memory.descriptors[0]}")
-            self._measured.extend("memory", digest, f"{call.caller.name}/{memory.name}")
-            self.commit("seal", call, id=memory.id, sha256=digest)
-        call.payload = bytes.fromhex(memory.sha256)
+            self._hash(call, memory, hashlib.sha256(), 0)
         return ()
+
+    def _hash(self, call: Call, memory: Object, digest: Any, offset: int) -> None:
+        """A piece of sealed memory in each round, so that no other domain waits for it."""
+        piece = os.pread(memory.descriptors[0], PIECE_BYTES, offset) if memory.descriptors else b""
+        digest.update(piece)
+        if piece:
+            following = partial(self._hash, call, memory, digest, offset + len(piece))
+            self._domains.loop.later(_NEXT_PIECE_S, following)
+            return
+        process, status = self._domains.running.get(call.caller.id), 0
+        if memory.descriptors and not memory.sha256:
+            self._measured.extend("memory", digest.hexdigest(), f"{call.caller.name}/{memory.name}")
+            by = call if process is not None and process.link is call.link else None
+            self.commit("seal", by, id=memory.id, sha256=digest.hexdigest())
+        if not memory.descriptors:
+            status = frames.status_of(errors.NotFound("it was destroyed meanwhile"))
+        payload = bytes.fromhex(memory.sha256)
+        call.link.send(pack_answer(call.op, status, call.sequence, (), payload))
 
     # ---- capabilities
 

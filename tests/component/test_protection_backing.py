@@ -9,7 +9,7 @@ import pytest
 from supercloud.model.errors import NoResources, Permanent, SupercloudError
 from supercloud.services.protection.engine import backing_bytes
 from supercloud.wire.volumes import Seal
-from support.nbd import FLUSH, READ, WRITE, Client
+from support.protected_nbd import FLUSH, READ, WRITE, Client
 from support.protection import BLOCK, KEY, Disk, audit, content, new_disk, prepared
 
 DEVICE_BYTES = 24 << 20

@@ -35,8 +35,3 @@ def unwrap(wrapping_key: bytes, untrusted_wrapped: bytes) -> bytes:
         return aes_key_unwrap(wrapping_key, untrusted_wrapped)
     except InvalidUnwrap as error:
         raise Denied("the key was wrapped with another wrapping key, or was altered") from error
-
-
-def rewrap(old_wrapping_key: bytes, new_wrapping_key: bytes, untrusted_wrapped: bytes) -> bytes:
-    """The same key under another wrapping key."""
-    return wrap(new_wrapping_key, unwrap(old_wrapping_key, untrusted_wrapped))

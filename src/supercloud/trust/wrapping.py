@@ -17,17 +17,11 @@ import os
 from collections.abc import Iterable
 from typing import Final
 
-from cryptography.hazmat.primitives.keywrap import (
-    InvalidUnwrap,
-    aes_key_unwrap,
-    aes_key_wrap,
-)
-
 from supercloud.model.errors import Denied, NotFound, Permanent
-from supercloud.trust import builder
+from supercloud.trust import builder, keywrap
+from supercloud.trust.keywrap import KEY_BYTES, new_key
 from supercloud.trust.names import check_label
 
-KEY_BYTES: Final = 32
 FILE: Final = "volumes.keys"
 
 
@@ -47,7 +41,7 @@ class VolumeKeys:
         os.makedirs(home, mode=0o700, exist_ok=True)
         path = os.path.join(home, FILE)
         if not os.path.exists(path):
-            _write(path, [os.urandom(KEY_BYTES)])
+            _write(path, [new_key()])
         return cls(path, _read(path))
 
     @property
@@ -57,7 +51,7 @@ class VolumeKeys:
 
     def make(self) -> str:
         """A new data key, wrapped."""
-        return self._wrap(os.urandom(KEY_BYTES))
+        return self._wrap(new_key())
 
     def unwrap(self, wrapped: str) -> bytes:
         """The data key. NotFound without its wrapping key, Denied when it was tampered with."""
@@ -69,8 +63,8 @@ class VolumeKeys:
                 hint="put back the trust directory that the state belongs to",
             )
         try:
-            return aes_key_unwrap(key, base64.b64decode(text, validate=True))
-        except (InvalidUnwrap, binascii.Error, ValueError) as error:
+            return keywrap.unwrap(key, base64.b64decode(text, validate=True))
+        except (Denied, binascii.Error) as error:
             raise Denied("a wrapped volume key was tampered with") from error
 
     def rewrapped(self, wrapped: str) -> str:
@@ -81,7 +75,7 @@ class VolumeKeys:
 
     def rotate(self) -> str:
         """Have a new wrapping key, beside the old ones; its name."""
-        keys = [os.urandom(KEY_BYTES), *self._keys]
+        keys = [new_key(), *self._keys]
         _write(self._path, keys)
         self._keys = keys
         return self.current
@@ -97,7 +91,7 @@ class VolumeKeys:
         return forgotten
 
     def _wrap(self, data_key: bytes) -> str:
-        wrapped = aes_key_wrap(self._keys[0], data_key)
+        wrapped = keywrap.wrap(self._keys[0], data_key)
         return f"{self.current}:{base64.b64encode(wrapped).decode()}"
 
 

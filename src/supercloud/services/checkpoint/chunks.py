@@ -68,8 +68,11 @@ class Pack:
 class Packs:
     """The packs of one writer, filled by several threads, each its own; ``put`` stores one."""
 
-    def __init__(self, keys: Keys, nonce: bytes, put: Callable[[str, bytearray], None]) -> None:
+    def __init__(
+        self, keys: Keys, nonce: bytes, put: Callable[[str, bytearray], None], pack_bytes: int
+    ) -> None:
         self._keys, self._nonce, self._put = keys, nonce, put
+        self._pack_bytes = pack_bytes
         self._open: list[Pack] = []
         self._count = 0
         self._lock = threading.Lock()
@@ -85,11 +88,10 @@ class Packs:
             self._count += 1
         return Pack(self._keys, name)
 
-    def give(self, pack: Pack, *, at_least: int = PACK_BYTES) -> None:
+    def give(self, pack: Pack) -> None:
         """Store it if it is full, else keep it for the next."""
-        if len(pack.data) >= max(at_least, 1):
-            self.sizes[pack.name] = len(pack.data)
-            self._put(pack_key(pack.name), pack.data)
+        if len(pack.data) >= self._pack_bytes:
+            self._store(pack)
         else:
             with self._lock:
                 self._open.append(pack)
@@ -99,9 +101,13 @@ class Packs:
         while self._open:
             pack = self._open.pop()
             if pack.data:
-                self.give(pack, at_least=1)
+                self._store(pack)
 
-    def store(
+    def _store(self, pack: Pack) -> None:
+        self.sizes[pack.name] = len(pack.data)
+        self._put(pack_key(pack.name), pack.data)
+
+    def add(
         self, pack: Pack, data: bytes | memoryview, near: dict[bytes, Place]
     ) -> tuple[bytes, Place, int]:
         """The chunk's name and place, and how many bytes it cost: 0 when there already."""

@@ -14,7 +14,7 @@ from typing import Final
 
 from supercloud.model.errors import Busy, NotFound
 from supercloud.services.checkpoint.backend import Backend
-from supercloud.services.checkpoint.chunks import opened, pack_key
+from supercloud.services.checkpoint.chunks import PACK_BYTES, opened, pack_key
 from supercloud.services.checkpoint.keys import Keys, Ref, Refused
 from supercloud.services.checkpoint.lists import Entry, Tree, from_table, unpack_entries
 from supercloud.services.checkpoint.manifest import (
@@ -73,8 +73,10 @@ class Store:
         keys: Keys,
         *,
         workers: int | None = None,
+        pack_bytes: int = PACK_BYTES,
         clock_ms: Callable[[], int] = now_ms,
     ) -> None:
+        self.pack_bytes = pack_bytes
         self.backend, self.keys, self.clock_ms = backend, keys, clock_ms
         self.pipeline = Pipeline((os.cpu_count() or 1) + 1 if workers is None else workers)
 

@@ -94,7 +94,8 @@ class Writer:
         self._store, self._ee, self._engine, self._begun = store, ee, engine, begun
         self.ref, self.parent = begun.ref, begun.parent
         self._parts: list[_Pending] = []
-        self._packs = Packs(store.keys, bytes.fromhex(begun.ref.nonce), store.backend.put)
+        nonce = bytes.fromhex(begun.ref.nonce)
+        self._packs = Packs(store.keys, nonce, store.backend.put, store.pack_bytes)
         self._sizes: dict[bytes, int] = {}
         self._attempted = self._ended = False
         try:
@@ -285,7 +286,7 @@ class Writer:
                 data = read()
                 if is_base and data == _ZEROS[: len(data)]:
                     continue
-                name, place, cost = self._packs.store(pack, data, near)
+                name, place, cost = self._packs.add(pack, data, near)
                 entries.append(Entry(block, pages, name, place))
                 new_bytes += cost
         finally:
@@ -295,7 +296,7 @@ class Writer:
     def _close_segment(self, part: _Pending, entries: list[Entry]) -> None:
         pack = self._packs.take()
         try:
-            name, place, cost = self._packs.store(pack, pack_entries(entries), {})
+            name, place, cost = self._packs.add(pack, pack_entries(entries), {})
         finally:
             self._packs.give(pack)
         part.segments.append(Entry(_segment_of(entries[0]), ALL_PAGES, name, place))

@@ -34,6 +34,13 @@ class Actor:
         self._go.release()
         self._parked.acquire()
 
+    def step_to_end(self) -> None:
+        """All that is left of it; what went wrong is raised."""
+        while not self.finished:
+            self.step()
+        if self.error is not None:
+            raise self.error
+
     def kill(self) -> None:
         """Dead where it stands."""
         while not self.finished:

@@ -33,6 +33,7 @@ from supercloud.services.checkpoint.manifest import (
     root_of,
     to_record,
 )
+from supercloud.services.checkpoint.pages import Run
 from supercloud.services.checkpoint.store import Checkpoint, Store
 from supercloud.wire.codec import decode, encode
 
@@ -44,13 +45,6 @@ Read = Callable[[int], bytes]
 """``read(size)``: the next bytes of a stream, at most that many; none at its end."""
 ReadAt = Callable[[int, int], bytes]
 """``read_at(offset, size)``: exactly these bytes; called by several threads at a time."""
-
-
-class Run(NamedTuple):
-    """Neighbouring 4 KiB pages."""
-
-    page: int
-    length: int
 
 
 class Piece(NamedTuple):

@@ -14,6 +14,7 @@ import html
 import http.client
 import queue
 import re
+import socket
 import ssl
 import time
 import urllib.parse
@@ -56,10 +57,19 @@ class Answer:
 
 
 class S3:
-    """The objects of one bucket below one prefix."""
+    """The objects of one bucket below one prefix.
 
-    def __init__(self, bucket: Bucket, *, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._bucket, self._sleep = bucket, sleep
+    ``dial`` makes a connected socket in place of one to the endpoint (through another domain, say).
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        *,
+        dial: Callable[[], socket.socket] | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._bucket, self._dial, self._sleep = bucket, dial, sleep
         parts = urllib.parse.urlsplit(bucket.endpoint)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
             raise Invalid(f"{bucket.endpoint!r:.200} is not http(s)://host[:port]")
@@ -182,8 +192,15 @@ class S3:
     def _connection(self) -> http.client.HTTPConnection:
         with contextlib.suppress(queue.Empty):
             return self._idle.get_nowait()
+        connection = self._new_connection()
+        if self._dial is not None:
+            connection.sock = self._dial()
+            connection.sock.settimeout(self._bucket.timeout_s)
+        return connection
+
+    def _new_connection(self) -> http.client.HTTPConnection:
         timeout_s = self._bucket.timeout_s
-        if self._secure:
+        if self._secure and self._dial is None:
             context = self._bucket.context or ssl.create_default_context()
             return http.client.HTTPSConnection(self._host, timeout=timeout_s, context=context)
         return http.client.HTTPConnection(self._host, timeout=timeout_s)

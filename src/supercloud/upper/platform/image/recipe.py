@@ -30,6 +30,8 @@ WANTED = (
     "openssl",
     "openssl-provider-legacy",
     "passt",
+    "python3-cryptography",
+    "python3-zstandard",
     "python3.13-minimal",
     "qemu-system-x86",
     "qemu-utils",
@@ -56,6 +58,14 @@ SKIP = re.compile(
 )
 
 _PYTHON_ROOTS = (PYTHON, f"{PYTHON_LIB}/*.py", f"{PYTHON_LIB}/lib-dynload/*.so")
+# What the services under a machine use beyond the standard library (``files/main.py`` finds it).
+_PACKAGES = "usr/lib/python3/dist-packages"
+_SERVICES_ROOTS = (
+    f"{_LIB}/ossl-modules/legacy.so",  # python3-cryptography does not start without it
+    f"{_PACKAGES}/_cffi_backend.*.so",
+    f"{_PACKAGES}/cryptography/*",
+    f"{_PACKAGES}/zstandard/*",
+)
 _OPENSSL_ROOTS = ("usr/bin/openssl", "etc/ssl/openssl.cnf", "usr/lib/ssl/openssl.cnf")
 _QEMU_ROOTS = (
     "usr/bin/qemu-system-x86_64",
@@ -76,6 +86,7 @@ _QEMU_ROOTS = (
 
 RUNTIME_ROOTS = (
     *_PYTHON_ROOTS,
+    *_SERVICES_ROOTS,
     *_OPENSSL_ROOTS,
     *_QEMU_ROOTS,
     "usr/bin/busybox",
@@ -87,6 +98,7 @@ RUNTIME_ROOTS = (
 
 L1_ROOTS = (
     *_PYTHON_ROOTS,
+    *_SERVICES_ROOTS,
     *_OPENSSL_ROOTS,
     *_QEMU_ROOTS,
     f"{_LIB}/ossl-modules/legacy.so",  # cryptsetup hashes with it

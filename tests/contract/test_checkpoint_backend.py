@@ -1,16 +1,24 @@
 """What every backend of checkpoints keeps to: in memory, a directory, and a real S3 server."""
 
 import dataclasses
+import io
 import itertools
 import os
+import random
 import threading
 
 import pytest
 
 from supercloud.model.errors import Denied, Exists, Invalid, NotFound, Permanent, Temporary
 from supercloud.services.checkpoint.backend import Item, Memory
+from supercloud.services.checkpoint.collect import Keep, collect
 from supercloud.services.checkpoint.directory import Directory
+from supercloud.services.checkpoint.keys import Keys
+from supercloud.services.checkpoint.reader import Reader
+from supercloud.services.checkpoint.retention import Retention
 from supercloud.services.checkpoint.s3 import S3
+from supercloud.services.checkpoint.store import Store
+from supercloud.services.checkpoint.writer import Writer
 from support.s3_server import s3_server
 
 _prefixes = itertools.count()
@@ -164,3 +172,23 @@ def test_wrong_credentials_and_a_wrong_bucket_are_said_so(bucket):
 
 def test_a_secret_key_is_not_shown(bucket):
     assert bucket.secret_key not in repr(bucket)
+
+
+def test_checkpoints_are_kept_read_and_collected_over_it(backend):
+    store, head, chance = Store(backend, Keys(bytes(32), "mine")), None, random.Random(3)
+    image = bytearray(chance.randbytes(12 << 20))
+    for _ in range(3):
+        at = chance.randrange(180) << 16
+        image[at : at + 70_000] = chance.randbytes(70_000)
+        with Writer(store, "web", "qemu", head) as writer:
+            writer.write("memory", io.BytesIO(image).read)
+            head = writer.commit()
+    report = collect(store, {"web": Keep(head=head, retention=Retention(last=1))})
+    assert len(report.dropped) == 2
+    assert report.missing == []
+    taken = bytearray()
+    Reader(store, store.open("web", head)).stream("memory", taken.extend)
+    assert taken == image
+    collect(store, {}, ["web"])
+    assert [*backend.list("packs/"), *backend.list("manifests/"), *backend.list("leases/")] == []
+    store.close()

@@ -242,7 +242,7 @@ ANEW = ("write", "web", [8, 9], "web", False)  # shares nothing with those befor
 
 
 @pytest.mark.parametrize(
-    "then", [(2, 2), (1000, 0), *([(1, 1), (2, 4), (4, 1000)] if LONG else [])]
+    "then", [(2, 12), (2, 1000), (1000, 0), *([(1, 1), (2, 2), (4, 8)] if LONG else [])]
 )
 @pytest.mark.parametrize(
     ("between", "first", "second"),
@@ -252,7 +252,7 @@ ANEW = ("write", "web", [8, 9], "web", False)  # shares nothing with those befor
         ([ANEW], WRITE, COLLECT),  # the first one's parent is not the newest any more
         ([ANEW], OVER, COLLECT),
         ([ANEW], WRITE, GIVE_UP),
-        ([ANEW], COLLECT, COLLECT),
+        ([WRITE], COLLECT, COLLECT),
         ([ANEW], GIVE_UP, OVER),
     ],
 )

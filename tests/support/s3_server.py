@@ -82,7 +82,7 @@ def s3_server(directory: Path) -> Iterator[Bucket]:
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(20)
+            process.wait(5)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

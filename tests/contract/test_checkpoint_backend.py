@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from supercloud.model.errors import Denied, Exists, Invalid, NotFound, Permanent, Temporary
+from supercloud.model.errors import Denied, Exists, Invalid, NotFound, Permanent
 from supercloud.services.checkpoint.backend import Item, Memory
 from supercloud.services.checkpoint.collect import Keep, collect
 from supercloud.services.checkpoint.directory import Directory
@@ -70,23 +70,24 @@ def test_a_taken_key_is_refused_and_its_object_stays(backend):
 
 
 def test_of_many_puts_of_one_key_at_the_same_time_exactly_one_wins(backend):
-    won, lost, start = [], [], threading.Barrier(6)
+    outcomes, start = {}, threading.Barrier(6)
 
     def put(number):
         start.wait()
         try:
             backend.put("manifests/1", bytes([number]) * 50_000)
-            won.append(number)
-        except (Exists, Temporary):
-            lost.append(number)
+            outcomes[number] = "won"
+        except Exception as error:
+            outcomes[number] = repr(error)
 
     threads = [threading.Thread(target=put, args=[n]) for n in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(won) == 1
-    assert len(lost) == 5
+    won = [number for number, outcome in outcomes.items() if outcome == "won"]
+    assert len(won) == 1, outcomes
+    assert all("Exists" in outcomes[number] for number in outcomes if number not in won), outcomes
     assert backend.get("manifests/1") == bytes(won) * 50_000
 
 

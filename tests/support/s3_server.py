@@ -99,7 +99,7 @@ def _make_bucket(process: subprocess.Popen[bytes], bucket: Bucket, log: Path) ->
     while True:
         try:
             answer, _ = client._request("PUT", "")
-            if answer.status in (200, 409):
+            if answer.status == 200:
                 client.delete("ready/0")
                 client.put("ready/0", b"ready")
                 if client.get("ready/0") == b"ready":

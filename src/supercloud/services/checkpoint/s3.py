@@ -30,8 +30,8 @@ _FIRST_DELAY_S: Final = 0.1
 _MAX_LISTING_BYTES: Final = 8 << 20
 _MAX_ERROR_BYTES: Final = 64 << 10
 _LISTED: Final = re.compile(r"<Contents>(.*?)</Contents>", re.DOTALL)
-_CONDITION_FAILED, _RANGE_BEYOND, _CONFLICT = 412, 416, 409
-_AGAIN: Final = frozenset({408, 429, 500, 502, 503, 504})
+_CONDITION_FAILED, _RANGE_BEYOND = 412, 416
+_AGAIN: Final = frozenset({408, 409, 429, 500, 502, 503, 504})  # 409: two puts at the same time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ class S3:
         """As Backend."""
         headers = {"if-none-match": "*", "content-type": "application/octet-stream"}
         answer, tries = self._request("PUT", self._key(key), body=data, headers=headers)
-        if answer.status in (_CONDITION_FAILED, _CONFLICT):
+        if answer.status == _CONDITION_FAILED:
             if tries == 1 or self.get(key) != data:
                 raise Exists(f"{key} is there already")
         else:

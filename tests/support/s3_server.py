@@ -97,14 +97,14 @@ def _make_bucket(process: subprocess.Popen[bytes], bucket: Bucket, log: Path) ->
     client = S3(bucket, sleep=lambda _s: None)
     deadline_s = time.monotonic() + _DEADLINE_S
     while True:
+        with contextlib.suppress(SupercloudError):  # it may be there from the try before
+            client._request("PUT", "")
         try:
-            answer, _ = client._request("PUT", "")
-            if answer.status == 200:
+            client.delete("ready/0")
+            client.put("ready/0", b"ready")
+            if client.get("ready/0") == b"ready":
                 client.delete("ready/0")
-                client.put("ready/0", b"ready")
-                if client.get("ready/0") == b"ready":
-                    client.delete("ready/0")
-                    return
+                return
         except SupercloudError:
             pass
         if process.poll() is not None or time.monotonic() > deadline_s:

@@ -232,6 +232,33 @@ def test_the_launcher_runs_modules_and_packages_and_says_what_is_missing(
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("image", ["runtime", "root"])
+def test_what_the_services_need_beside_the_standard_library_is_there(
+    products: Path, tmp_path: Path, image: str
+) -> None:
+    """A checkpoint is written and read back by the image's own Python and libraries."""
+    root = extract(products / f"{image}.erofs", tmp_path / image, ToolTree())
+    probe = root / own.PLACE / "services/probe.py"
+    probe.write_text(
+        "import io\n"
+        "from supercloud.services.checkpoint.backend import Memory\n"
+        "from supercloud.services.checkpoint.keys import Keys\n"
+        "from supercloud.services.checkpoint.reader import Reader\n"
+        "from supercloud.services.checkpoint.store import Store\n"
+        "from supercloud.services.checkpoint.writer import Writer\n"
+        "store = Store(Memory(), Keys(bytes(32), 'mine'))\n"
+        "with Writer(store, 'web', 'qemu') as writer:\n"
+        "    writer.write('memory', io.BytesIO(b'x' * 100_000).read)\n"
+        "    head = writer.commit()\n"
+        "print(Reader(store, store.open('web', head)).verify())\n"
+        "store.close()\n"
+    )
+    launch = ["/usr/bin/python3.13", "-I", "-S", "-B", "/opt/supercloud/main.py"]
+    done = run_in(root, *launch, "supercloud.services.probe")
+    assert done.stdout == "100000\n", done.stderr
+
+
+@pytest.mark.root
 def test_every_module_of_ours_in_the_images_can_be_loaded_by_their_python(
     products: Path, tmp_path: Path
 ) -> None:

@@ -32,6 +32,8 @@ WANTED = (
     "openssl",
     "openssl-provider-legacy",
     "passt",
+    "python3-cryptography",
+    "python3-zstandard",
     "python3.13-minimal",
     "qemu-system-x86",
     "qemu-utils",
@@ -64,6 +66,14 @@ _OPENSSL_ROOTS = (
     "usr/lib/ssl/openssl.cnf",
     f"{_LIB}/libcrypto.so.3",  # the protection engine's, which is no package's
 )
+# What the services under a machine use beyond the standard library (``files/main.py`` finds it).
+_PACKAGES = "usr/lib/python3/dist-packages"
+_SERVICES_ROOTS = (
+    f"{_LIB}/ossl-modules/legacy.so",  # python3-cryptography does not start without it
+    f"{_PACKAGES}/_cffi_backend.*.so",
+    f"{_PACKAGES}/cryptography/*",
+    f"{_PACKAGES}/zstandard/*",
+)
 _QEMU_ROOTS = (
     "usr/bin/qemu-system-x86_64",
     "usr/bin/qemu-img",
@@ -83,6 +93,7 @@ _QEMU_ROOTS = (
 
 RUNTIME_ROOTS = (
     *_PYTHON_ROOTS,
+    *_SERVICES_ROOTS,
     *_OPENSSL_ROOTS,
     *_QEMU_ROOTS,
     "usr/bin/busybox",
@@ -105,6 +116,7 @@ RUNTIME_WHEEL_FILES = (
 
 L1_ROOTS = (
     *_PYTHON_ROOTS,
+    *_SERVICES_ROOTS,
     *_OPENSSL_ROOTS,
     *_QEMU_ROOTS,
     f"{_LIB}/ossl-modules/legacy.so",  # cryptsetup hashes with it

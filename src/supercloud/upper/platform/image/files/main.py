@@ -12,6 +12,7 @@ _LOADERS = (SourcelessFileLoader, SourceFileLoader)
 
 def _start() -> None:
     sys.path.insert(0, "/opt/supercloud/lib")
+    sys.path.append("/usr/lib/python3/dist-packages")  # of the services; last, so it hides nothing
     sys.argv = sys.argv[1:]
     name = sys.argv[0]
     package = __import__(name.rpartition(".")[0], fromlist=["_"])

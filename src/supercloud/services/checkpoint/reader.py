@@ -1,0 +1,173 @@
+"""Reading a checkpoint: blocks in order, or into a file, every byte authenticated."""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple
+
+from supercloud.services.checkpoint.chunks import opened, pack_key
+from supercloud.services.checkpoint.keys import Refused
+from supercloud.services.checkpoint.lists import (
+    ALL_PAGES,
+    BLOCK_BYTES,
+    PAGE_BYTES,
+    PAGES_OF_BLOCK,
+    Entry,
+    chunk_bytes,
+)
+from supercloud.services.checkpoint.manifest import Part
+from supercloud.services.checkpoint.store import Checkpoint, Store
+
+BATCH_BLOCKS: Final = 32
+_MAX_GAP_BYTES: Final = 16 << 10
+"""Bytes that nobody wants, read since another request would cost more."""
+_ZEROS: Final = bytes(BLOCK_BYTES)
+
+
+class _Block(NamedTuple):
+    """A block's chunks: that of the whole, then the pages over it; one of them may be absent."""
+
+    number: int
+    base: Entry | None
+    over: Entry | None
+
+
+class Reader:
+    """The parts of an authentic checkpoint. Refused, with the reason, at the first bad byte."""
+
+    def __init__(self, store: Store, checkpoint: Checkpoint) -> None:
+        self._store, self._manifest = store, checkpoint.manifest
+
+    def blocks(self, name: str) -> Iterator[tuple[int, bytes]]:
+        """(offset, bytes) of the blocks of a part, ascending; what is left out is zeros."""
+        part = self._manifest.part(name)
+        batches = _grouped(self._merged(part))
+        tasks = (self._task(batch, part.size_bytes) for batch in batches)
+        for found in self._store.pipeline.ordered(tasks):
+            yield from found
+
+    def copy(self, name: str, descriptor: int) -> int:
+        """A part into a regular file, made empty before and sparse where zero; its size."""
+        size = self._manifest.part(name).size_bytes
+        os.ftruncate(descriptor, 0)
+        os.ftruncate(descriptor, size)
+        for offset, data in self.blocks(name):
+            _write_at(descriptor, offset, data)
+        return size
+
+    def stream(self, name: str, write: Callable[[bytes], object]) -> int:
+        """A part in order, zeros included, to whatever takes bytes; its size."""
+        at, size = 0, self._manifest.part(name).size_bytes
+        for offset, data in self.blocks(name):
+            _write_zeros(write, offset - at)
+            write(data)
+            at = offset + len(data)
+        _write_zeros(write, size - at)
+        return size
+
+    def verify(self) -> int:
+        """Read everything; how many bytes were stored for it, zeros not counted."""
+        return sum(len(d) for part in self._manifest.parts for _, d in self.blocks(part.name))
+
+    def _merged(self, part: Part) -> Iterator[_Block]:
+        """The blocks of base and increment, ascending."""
+        base = self._store.entries(part.base) if part.base else self._store.entries(part.tree)
+        over = self._store.entries(part.tree) if part.base else iter(())
+        below, above = next(base, None), next(over, None)
+        while below or above:
+            number = min(entry.block for entry in (below, above) if entry)
+            found = _Block(
+                number,
+                below if below and below.block == number else None,
+                above if above and above.block == number else None,
+            )
+            yield found
+            below = next(base, None) if found.base else below
+            above = next(over, None) if found.over else above
+
+    def _task(self, batch: list[_Block], size_bytes: int) -> Callable[[], list[tuple[int, bytes]]]:
+        return lambda: self._read(batch, size_bytes)
+
+    def _read(self, batch: list[_Block], size_bytes: int) -> list[tuple[int, bytes]]:
+        """On a worker: fetch, authenticate and compose the blocks of a batch."""
+        entries = [entry for block in batch for entry in _needed(block)]
+        chunks: dict[Entry, bytes] = {}
+        for extent in _extents(entries):
+            first, last = extent[0].place, extent[-1].place
+            length = last.offset + last.stored - first.offset
+            data = self._store.range(pack_key(first.pack), first.offset, length)
+            cipher = self._store.keys.pack(first.pack)
+            for entry in extent:
+                start = entry.place.offset - first.offset
+                piece = data[start : start + entry.place.stored]
+                chunks[entry] = opened(cipher, entry, piece, chunk_bytes(size_bytes, entry))
+        return [_composed(block, chunks, size_bytes) for block in batch]
+
+
+def _needed(block: _Block) -> list[Entry]:
+    """The chunks of a block; not the base's where nothing of it is left."""
+    if block.over is not None and block.over.pages == ALL_PAGES:
+        return [block.over]
+    return [entry for entry in (block.base, block.over) if entry is not None]
+
+
+def _composed(block: _Block, chunks: dict[Entry, bytes], size_bytes: int) -> tuple[int, bytes]:
+    offset = block.number * BLOCK_BYTES
+    length = min(BLOCK_BYTES, size_bytes - offset)
+    if block.over is None or block.over.pages == ALL_PAGES:
+        whole = block.over or block.base
+        data = chunks[whole] if whole else b""
+        if len(data) != length or length <= 0:
+            raise Refused("tampered", f"block {block.number} lies beyond the end of its part")
+        return offset, data
+    image = bytearray(chunks[block.base] if block.base else _ZEROS[:length])
+    pages, at = chunks[block.over], 0
+    for page in range(PAGES_OF_BLOCK):
+        if block.over.pages >> page & 1:
+            start = page * PAGE_BYTES
+            image[start : start + PAGE_BYTES] = pages[at : at + PAGE_BYTES]
+            at += PAGE_BYTES
+    if len(image) != length:
+        raise Refused("tampered", f"block {block.number} lies beyond the end of its part")
+    return offset, bytes(image)
+
+
+def _extents(entries: list[Entry]) -> Iterator[list[Entry]]:
+    """Entries by pack and place, together where they lie together; the same one once."""
+    extent: list[Entry] = []
+    end = 0
+    for entry in sorted(set(entries), key=lambda e: e.place):
+        place = entry.place
+        if extent and (place.pack != extent[0].place.pack or place.offset > end + _MAX_GAP_BYTES):
+            yield extent
+            extent = []
+        extent.append(entry)
+        end = (
+            max(end, place.offset + place.stored)
+            if len(extent) > 1
+            else (place.offset + place.stored)
+        )
+    if extent:
+        yield extent
+
+
+def _grouped(blocks: Iterator[_Block]) -> Iterator[list[_Block]]:
+    batch: list[_Block] = []
+    for block in blocks:
+        batch.append(block)
+        if len(batch) == BATCH_BLOCKS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _write_at(descriptor: int, offset: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _write_zeros(write: Callable[[bytes], object], length: int) -> None:
+    for start in range(0, length, BLOCK_BYTES):
+        write(_ZEROS[: min(BLOCK_BYTES, length - start)])

@@ -1,5 +1,6 @@
 """What domains can do with the core and each other: real keeper, namespaces, groups, processes."""
 
+import hashlib
 import os
 import socket
 import time
@@ -177,6 +178,26 @@ def test_memory_is_shared_sealed_and_measured(shared, one):
     assert digest in (shared.directory / "state/measurements.log").read_text()
 
 
+def test_a_large_memory_is_hashed_while_others_are_answered_and_may_go_meanwhile(shared, one):
+    size = 64 << 20  # many pieces
+    one(
+        f"big = core.create_memory({size}, 'big')\nfd = core.take(big)\nos.pwrite(fd, b'x', {size - 1})"
+    )
+    seal = "core._send(client.pack_request(frames.Op.SEAL, 77, (big,)))"
+    imports = "from supercloud.lower import client\nfrom supercloud.wire import frames\n"
+    answered = one(
+        f"{imports}{seal}\ncore.ping()\nearly = core.usage().booked_memory_bytes\n"
+        f"result = [early > 0, core.seal(big).hex()]"
+    )
+    expected = hashlib.sha256(bytes(size - 1) + b"x").hexdigest()
+    assert answered == [True, expected]
+    log = (shared.directory / "state/measurements.log").read_text()
+    assert log.count(expected) == 1
+    one(f"gone = core.create_memory({size}, 'gone')")
+    one(f"{imports}{seal.replace('big', 'gone')}\ncore.destroy(gone)\ncore.ping()")
+    assert one("result = len(core.seal(big))") == 32  # the core goes on
+
+
 def _steal(console: Console, name: str) -> socket.socket:
     _, (end,) = console.with_descriptors(f"send = [core.take(core.lookup('c/{name}').selector)]")
     return socket.socket(fileno=end)
@@ -198,6 +219,31 @@ def test_memory_mapped_for_writing_is_not_sealed(one):
     with pytest.raises(Busy):
         one("core.seal(m)")
     one("map.close(); os.close(fd); core.seal(m)")
+
+
+BEGIN_SEAL = (
+    "from supercloud.lower.client import pack_request, Op\n"
+    "m = core.create_memory(1 << 30, 'large')\n"
+    "core._send(pack_request(Op.SEAL, core._next(), (m,)))\n"
+)
+
+
+def test_a_large_seal_lets_other_calls_through(one):
+    child = one.child("child", "kid", memory_bytes=1200 * MIB)
+    child(BEGIN_SEAL)
+    one("core.ping()")
+    assert not child("import select; result = select.select([core._socket], [], [], 0)[0]")
+    assert child("a = core._receive(); result = a.status, len(a.payload)") == [0, 32]
+    assert child("result = core.seal(m) == a.payload") is True
+
+
+def test_memory_that_is_destroyed_while_it_is_sealed_answers_so(one):
+    child = one.child("child", "kid", memory_bytes=1200 * MIB)
+    code = BEGIN_SEAL + "core.destroy(m); result = core._receive().status"
+    child.send(code.replace("core.destroy(m)", "core._send(pack_request(Op.DESTROY, 99, (m, 0)))"))
+    assert child.receive()[0] == 0  # of the destruction
+    assert child("result = core._receive().status") == 2  # not found
+    assert child("core.ping(); result = 1") == 1
 
 
 def test_memory_is_booked_on_the_context_it_is_for(one):

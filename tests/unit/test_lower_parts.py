@@ -145,7 +145,7 @@ MACHINE = {
 
 
 def given_descriptors() -> Descriptors:
-    return Descriptors(**dict(zip(Descriptors.__slots__, range(10, 20), strict=True)))
+    return Descriptors(**dict(zip(Descriptors.__slots__, range(10, 22), strict=True)))
 
 
 def test_qemu_gets_descriptors_and_no_file_but_its_firmware() -> None:

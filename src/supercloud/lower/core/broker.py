@@ -3,10 +3,13 @@
 A call that changes anything makes one record (:meth:`Broker.commit`), after all refusals.
 """
 
+import hashlib
+import io
 import os
 import socket
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import repeat
@@ -17,7 +20,7 @@ from supercloud.lower.core import system
 from supercloud.lower.core.domain import Domains
 from supercloud.lower.core.loop import Link
 from supercloud.lower.core.manifest import Kind
-from supercloud.lower.core.measure import Chain, Measurements, hash_file, say
+from supercloud.lower.core.measure import Chain, Measurements, say
 from supercloud.lower.core.state import Context, Domain, Object, State, Values
 from supercloud.model import refusals as errors
 from supercloud.model.capability import KILLS, Capability, Limits, ObjectType, Rights
@@ -25,7 +28,7 @@ from supercloud.wire import frames
 from supercloud.wire.frames import DomainState, Event, Op, pack_answer
 
 MAX_DEPTH, PAGE_BYTES = 8, 4096
-MAX_SEALED_BYTES = 512 << 20
+_PIECE_BYTES = 4 << 20  # what is hashed between the calls of all domains
 _START_FAILED = 127 << 8  # as a wait status
 _AGAIN_S, _SPACING_S = 0.1, 2.0  # a domain that lasted longer is started again at once
 
@@ -67,6 +70,7 @@ class Broker:
     def __init__(self, state: State, log: Chain, measured: Measurements, domains: Domains) -> None:
         self.state, self._graph, self._log, self._measured = state, state.graph, log, measured
         self._domains = domains
+        self._sealing = deque[tuple[Call, Object, Any, io.FileIO]]()
         domains.on_request, domains.on_exit = self.answer, self.exited
         # op -> what carries it out, what each argument must be, how many names it takes
         self._calls: dict[int, tuple[Callable[..., Values], tuple[_Need, ...], int]] = {
@@ -352,18 +356,41 @@ class Broker:
                     self._tell(holder, Event.RENEWED, (end.selector,), end.name)
 
     def _seal(self, call: Call, memory: Object) -> Values:
-        if not memory.sha256:
-            if memory.number > MAX_SEALED_BYTES:
-                raise errors.Invalid(f"only up to {MAX_SEALED_BYTES} bytes can be sealed")
-            try:
-                system.seal(memory.descriptors[0])
-            except OSError as error:
-                raise errors.Busy("it is mapped for writing somewhere") from error
-            digest = hash_file(f"/proc/self/fd/{memory.descriptors[0]}")
-            self._measured.extend("memory", digest, f"{call.caller.name}/{memory.name}")
-            self.commit("seal", call, id=memory.id, sha256=digest)
-        call.payload = bytes.fromhex(memory.sha256)
+        try:
+            system.seal(memory.descriptors[0])
+        except OSError as error:
+            raise errors.Busy("it is mapped for writing somewhere") from error
+        call.later = True
+        content = open(f"/proc/self/fd/{memory.descriptors[0]}", "rb", 0)  # noqa: SIM115  _hash
+        self._sealing.append((call, memory, hashlib.sha256(), content))
+        if len(self._sealing) == 1:
+            self._hash()
         return ()
+
+    def _hash(self) -> None:
+        """A piece of what was sealed first, in each turn of the loop, so that nobody waits long."""
+        call, memory, digest, content = self._sealing[0]
+        over = memory.sha256 or memory.id not in self.state.objects
+        piece = b"" if over else content.read(_PIECE_BYTES)
+        digest.update(piece)
+        if not piece:
+            self._sealing.popleft()
+            content.close()
+            self._hashed(call, memory, digest.hexdigest())
+        if self._sealing:
+            self._domains.loop.later(0.0, self._hash)
+
+    def _hashed(self, call: Call, memory: Object, sha256: str) -> None:
+        """Note it once, and answer the caller if it waits still."""
+        status, payload = frames.status_of(errors.NotFound("")), b"it was destroyed meanwhile"
+        if memory.id in self.state.objects:
+            if not memory.sha256:
+                self._measured.extend("memory", sha256, f"{call.caller.name}/{memory.name}")
+                process = self._domains.running.get(call.caller.id)
+                by = call if process is not None and process.link is call.link else None
+                self.commit("seal", by, id=memory.id, sha256=sha256)
+            status, payload = 0, bytes.fromhex(memory.sha256)
+        call.link.send(pack_answer(call.op, status, call.sequence, (), payload))
 
     # ---- capabilities
 

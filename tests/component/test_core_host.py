@@ -221,6 +221,31 @@ def test_memory_mapped_for_writing_is_not_sealed(one):
     one("map.close(); os.close(fd); core.seal(m)")
 
 
+BEGIN_SEAL = (
+    "from supercloud.lower.client import pack_request, Op\n"
+    "m = core.create_memory(1 << 30, 'large')\n"
+    "core._send(pack_request(Op.SEAL, core._next(), (m,)))\n"
+)
+
+
+def test_a_large_seal_lets_other_calls_through(one):
+    child = one.child("child", "kid", memory_bytes=1200 * MIB)
+    child(BEGIN_SEAL)
+    one("core.ping()")
+    assert not child("import select; result = select.select([core._socket], [], [], 0)[0]")
+    assert child("a = core._receive(); result = a.status, len(a.payload)") == [0, 32]
+    assert child("result = core.seal(m) == a.payload") is True
+
+
+def test_memory_that_is_destroyed_while_it_is_sealed_answers_so(one):
+    child = one.child("child", "kid", memory_bytes=1200 * MIB)
+    code = BEGIN_SEAL + "core.destroy(m); result = core._receive().status"
+    child.send(code.replace("core.destroy(m)", "core._send(pack_request(Op.DESTROY, 99, (m, 0)))"))
+    assert child.receive()[0] == 0  # of the destruction
+    assert child("result = core._receive().status") == 2  # not found
+    assert child("core.ping(); result = 1") == 1
+
+
 def test_memory_is_booked_on_the_context_it_is_for(one):
     one.child("child", "vm", memory_bytes=64 * MIB)
     with pytest.raises(NoResources):

@@ -114,6 +114,17 @@ def test_a_start_that_failed_is_not_taken_for_done_when_it_is_sent_again():
         assert one(again) == first
 
 
+def test_a_seal_that_the_core_died_under_is_done_by_the_next():
+    with host(kinds()) as made:
+        one = made.consoles["one"]
+        one.send("m = core.create_memory(1 << 30, 'large'); result = core.seal(m).hex()")
+        wait_for(lambda: "memory" in [r["op"] for r in made.grants()])
+        kill_core(made)
+        digest, _ = one.receive()
+        assert one("result = core.seal(m).hex()") == digest
+        assert [r["op"] for r in made.grants()].count("seal") == 1
+
+
 def test_deaths_while_the_core_is_away_are_noticed():
     with host(kinds()) as made:
         one = made.consoles["one"]

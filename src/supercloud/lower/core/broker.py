@@ -4,13 +4,14 @@ A call that changes anything makes one record (:meth:`Broker.commit`), after all
 """
 
 import hashlib
+import io
 import os
 import socket
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -26,13 +27,10 @@ from supercloud.model.capability import KILLS, Capability, Limits, ObjectType, R
 from supercloud.wire import frames
 from supercloud.wire.frames import DomainState, Event, Op, pack_answer
 
-MAX_DEPTH, PAGE_BYTES, PIECE_BYTES = 8, 4096, 8 << 20
+MAX_DEPTH, PAGE_BYTES = 8, 4096
+_PIECE_BYTES = 4 << 20  # what is hashed between the calls of all domains
 _START_FAILED = 127 << 8  # as a wait status
-_NEXT_PIECE_S, _AGAIN_S, _SPACING_S = (
-    0.001,
-    0.1,
-    2.0,
-)  # a domain that lasted longer is started again at once
+_AGAIN_S, _SPACING_S = 0.1, 2.0  # a domain that lasted longer is started again at once
 
 OPEN: dict[ObjectType, Callable[[int], list[int]]] = {
     ObjectType.PORTAL: lambda type_: [e.detach() for e in socket.socketpair(socket.AF_UNIX, type_)],
@@ -72,6 +70,7 @@ class Broker:
     def __init__(self, state: State, log: Chain, measured: Measurements, domains: Domains) -> None:
         self.state, self._graph, self._log, self._measured = state, state.graph, log, measured
         self._domains = domains
+        self._sealing = deque[tuple[Call, Object, Any, io.FileIO]]()
         domains.on_request, domains.on_exit = self.answer, self.exited
         # op -> what carries it out, what each argument must be, how many names it takes
         self._calls: dict[int, tuple[Callable[..., Values], tuple[_Need, ...], int]] = {
@@ -357,31 +356,40 @@ class Broker:
                     self._tell(holder, Event.RENEWED, (end.selector,), end.name)
 
     def _seal(self, call: Call, memory: Object) -> Values:
-        call.payload, call.later = bytes.fromhex(memory.sha256), not memory.sha256
-        if call.later:
-            try:
-                system.seal(memory.descriptors[0])
-            except OSError as error:
-                raise errors.Busy("it is mapped for writing somewhere") from error
-            self._hash(call, memory, hashlib.sha256(), 0)
+        try:
+            system.seal(memory.descriptors[0])
+        except OSError as error:
+            raise errors.Busy("it is mapped for writing somewhere") from error
+        call.later = True
+        content = open(f"/proc/self/fd/{memory.descriptors[0]}", "rb", 0)  # noqa: SIM115  _hash
+        self._sealing.append((call, memory, hashlib.sha256(), content))
+        if len(self._sealing) == 1:
+            self._hash()
         return ()
 
-    def _hash(self, call: Call, memory: Object, digest: Any, offset: int) -> None:
-        """A piece of sealed memory in each round, so that no other domain waits for it."""
-        piece = os.pread(memory.descriptors[0], PIECE_BYTES, offset) if memory.descriptors else b""
+    def _hash(self) -> None:
+        """A piece of what was sealed first, in each turn of the loop, so that nobody waits long."""
+        call, memory, digest, content = self._sealing[0]
+        over = memory.sha256 or memory.id not in self.state.objects
+        piece = b"" if over else content.read(_PIECE_BYTES)
         digest.update(piece)
-        if piece:
-            following = partial(self._hash, call, memory, digest, offset + len(piece))
-            self._domains.loop.later(_NEXT_PIECE_S, following)
-            return
-        process, status = self._domains.running.get(call.caller.id), 0
-        if memory.descriptors and not memory.sha256:
-            self._measured.extend("memory", digest.hexdigest(), f"{call.caller.name}/{memory.name}")
-            by = call if process is not None and process.link is call.link else None
-            self.commit("seal", by, id=memory.id, sha256=digest.hexdigest())
-        if not memory.descriptors:
-            status = frames.status_of(errors.NotFound("it was destroyed meanwhile"))
-        payload = bytes.fromhex(memory.sha256)
+        if not piece:
+            self._sealing.popleft()
+            content.close()
+            self._hashed(call, memory, digest.hexdigest())
+        if self._sealing:
+            self._domains.loop.later(0.0, self._hash)
+
+    def _hashed(self, call: Call, memory: Object, sha256: str) -> None:
+        """Note it once, and answer the caller if it waits still."""
+        status, payload = frames.status_of(errors.NotFound("")), b"it was destroyed meanwhile"
+        if memory.id in self.state.objects:
+            if not memory.sha256:
+                self._measured.extend("memory", sha256, f"{call.caller.name}/{memory.name}")
+                process = self._domains.running.get(call.caller.id)
+                by = call if process is not None and process.link is call.link else None
+                self.commit("seal", by, id=memory.id, sha256=sha256)
+            status, payload = 0, bytes.fromhex(memory.sha256)
         call.link.send(pack_answer(call.op, status, call.sequence, (), payload))
 
     # ---- capabilities

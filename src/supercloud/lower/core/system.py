@@ -127,7 +127,7 @@ def memory(size_bytes: int) -> int:
 
 
 def seal(descriptor: int) -> None:
-    """No more writing by anybody, or it was so already; OSError while it is mapped for writing."""
+    """No more writing by anybody, if it is not so yet; OSError while it is mapped for writing."""
     if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE:
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
     os.fchmod(descriptor, 0o444)

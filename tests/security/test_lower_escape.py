@@ -92,7 +92,7 @@ def outcomes(
         attacks = [GROW, *SYSTEM, *CORE, *(code for code, _ in network(loopback.getsockname()[1]))]
         asyncio.run(plane.create("p1", config=json.dumps(attacks).encode()))
         found = read_log(host.state / "log" / "vmm:demo:p1.log")
-        yield {**found, "disk": next(host.state.glob("domains/disk/*-demo/p1.*"))}
+        yield {**found, "disk": next(host.state.glob("domains/disk/*-demo/scratch:p1.*"))}
 
 
 def read_log(path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def made() -> Iterator[Host]:
             {"source": str(SRC), "target": "/run/src"},
             {"source": WEED, "target": "/run/weed"},
         ],
-        "peers": {"driver": {"descriptors": True}},
+        "peers": {"driver": True},
     }
     with host({"driver": driver(creates=["child"]), "child": objects}) as running:
         yield running

@@ -39,7 +39,7 @@ def domain(tmp_path: Path) -> object:
     binds = [{"source": str(SRC), "target": "/run/src"}]
     binds.append({"source": str(tools.root), "target": "/run/tools"})
     kinds = {
-        "driver": driver(creates=["block"], peers={"block": {"descriptors": True}}),
+        "driver": driver(creates=["block"], peers={"block": True}),
         "block": kind(filter=filters()["block"], binds=binds),
     }
     with host(kinds) as made:

@@ -126,7 +126,7 @@ async def test_a_machine_is_confined_and_has_nothing_but_descriptors(
     files = {name for name in open_files if name.startswith("/") and "memfd" not in name}
     root = json.loads((images() / "manifest.json").read_text())["files"]["root.erofs"]["sha256"]
     assert {Path(name).name.split(".")[0] for name in files} - {"null", "urandom"} == {
-        "p1",  # the scratch disk
+        "scratch:p1",
         root,
         "vmm:demo:p1",  # the domain's log
     }

@@ -293,7 +293,7 @@ class Broker:
         left = {domain for domain, *_ in gone.domains}
 
         def one_is_dead(domain: Domain) -> None:
-            if domain is purged:
+            if purged:  # with the directories of those that hung from it
                 self._domains.purge(domain)
             left.discard(domain)
             if not left and call:

@@ -34,6 +34,7 @@ from supercloud.model.events import Severity
 from supercloud.model.states import MACHINE
 from supercloud.wire.codec import replace
 from supercloud.wire.messages import PlatformSpec, PlatformStatus
+from supercloud.wire.objects import LINK_PORT
 from supercloud.wire.quota import Quota
 
 MAX_CONFIG_BYTES: Final = 1 << 20
@@ -62,6 +63,7 @@ class Platforms:
         self._assembly = Assembly(hub, user, self._accelerator, told=self._told)
         self._assembly.agent_connected = self._agent_connected
         self.on_end: Callable[[str], Awaitable[None]] = _nothing
+        self.on_object_client: Callable[[str, socket.socket], None] = _refused
 
     # -- what is
 
@@ -251,7 +253,10 @@ class Platforms:
             return
         sock = socket.socket(fileno=descriptors[0])
         sock.setblocking(False)
-        self.rendezvous.agent(platform, sock)
+        if untrusted.get("port") == LINK_PORT:
+            self.on_object_client(platform, sock)
+        else:
+            self.rendezvous.agent(platform, sock)
 
     def domain_ended(self, entry: str) -> None:
         """A domain died, or was taken away."""
@@ -328,6 +333,11 @@ class Platforms:
         with contextlib.suppress(asyncio.CancelledError):
             if (error := task.exception()) is not None:
                 log.error("in the background: %s", error, exc_info=error)
+
+
+def _refused(_platform: str, sock: socket.socket) -> None:
+    """There is no object store."""
+    sock.close()
 
 
 async def _nothing(_platform: str) -> None:

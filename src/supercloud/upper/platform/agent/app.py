@@ -47,7 +47,8 @@ def run() -> int:
     link_nic, uplink_nic = uplink.bring_up()
     log.info("platform %s of %s; link %s, uplink %s", boot.platform, boot.ucloud,
              link_nic and link_nic.name, uplink_nic and uplink_nic.name)  # fmt: skip
-    asyncio.run(Agent(boot, uplink.Uplink(uplink_nic) if uplink_nic else None).run())
+    way_out = uplink.Uplink(uplink_nic) if uplink_nic else None
+    asyncio.run(Agent(boot, way_out, link_nic.name if link_nic else "").run())
     return 0
 
 
@@ -64,8 +65,8 @@ def _protect_from_oom() -> None:
 class Agent:
     """The composition root."""
 
-    def __init__(self, boot: BootData, way_out: uplink.Uplink | None) -> None:
-        self._boot, self._uplink = boot, way_out
+    def __init__(self, boot: BootData, way_out: uplink.Uplink | None, link_nic: str) -> None:
+        self._boot, self._uplink, self._link_nic = boot, way_out, link_nic
         self._accelerator, self._scratch = Accelerator(), Scratch()
         self._link: Link | None = None
         self._leasing: asyncio.Task[None] | None = None
@@ -78,9 +79,8 @@ class Agent:
             blobs, networks.Networks(), self._scratch, self._accelerator, Volumes(Disks())
         )
         way_out = self._uplink.nic.name if self._uplink else "none"
-        self._manager = Manager(
-            services, Names(self._boot.ucloud), way_out, self._report, self._event
-        )
+        names, link_nic = Names(self._boot.ucloud), self._link_nic
+        self._manager = Manager(services, names, way_out, link_nic, self._report, self._event)
         methods = Methods(self._manager)
         link.handlers = handlers(CONTROL_TO_AGENT, methods.table())
         link.make_key()

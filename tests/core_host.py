@@ -104,13 +104,13 @@ class Console:
         return answer["result"], received
 
     def hear(self, *wanted: str) -> list[tuple[str, str, int]]:
-        """Events (what, name, second value), read until those that are ``wanted`` have come."""
+        """Events (what, name, first value), read until those that are ``wanted`` have come."""
         return [
             tuple(event)
             for event in self(
                 f"wanted, heard, end_s = {set(wanted)!r}, [], time.monotonic() + 30\n"
                 "while not wanted <= {e[0] for e in heard} and time.monotonic() < end_s:\n"
-                "    heard += [(Event(e.op).name, e.name, e.values[1]) for e in core.events(1)]\n"
+                "    heard += [(Event(e.op).name, e.name, e.values[0]) for e in core.events(1)]\n"
                 "result = heard"
             )
         ]
@@ -134,7 +134,7 @@ def kind(**more: Any) -> dict[str, Any]:
         "filter": "base",
         "binds": [{"source": str(SRC), "target": "/run/src"}],
         "limits": {"memory_bytes": 64 * MIB, "pids": 16},
-        "peers": {"driver": {"descriptors": True}},
+        "peers": {"driver": True},
         **more,
     }
 
@@ -146,7 +146,7 @@ def driver(**more: Any) -> dict[str, Any]:
             "limits": {"memory_bytes": 2048 * MIB, "pids": 512, "domains": 64, "disk_bytes": MIB},
             "own": {"memory_bytes": 64 * MIB, "pids": 32},
             "creates": ["child"],
-            "peers": {"driver": {"descriptors": True}, "child": {"descriptors": True}},
+            "peers": {"driver": True, "child": True},
             **more,
         }
     )
@@ -166,10 +166,7 @@ class Host:
 
     def _manifest(self) -> dict[str, Any]:
         for one in self._kinds.values():
-            program, digest = seccomp.compiled(one["filter"])
-            path = self.directory / f"{one['filter']}.bpf"
-            path.write_bytes(program)
-            one["filter"] = {"path": str(path), "sha256": digest}
+            one["filter"] = seccomp.compiled(one["filter"])[0].hex()
         names = [one["name"] for one in self._domains]
         first = (
             10_000_000 + os.getpid() % 10_000 * 2000 + int(self.instance.split("-")[1]) % 8 * 250
@@ -177,8 +174,10 @@ class Host:
         return {
             "version": 1,
             "instance": self.instance,
-            "uids": {"first": first, "count": 100},
-            "runtime": {"path": "/", "sha256": None},
+            "first_uid": first,
+            "uids": 100,
+            "runtime": "/",
+            "runtime_sha256": "",
             "groups": for_manifest(),
             "limits": {
                 "memory_bytes": 1 << 40,
@@ -187,7 +186,7 @@ class Host:
                 "disk_bytes": 1 << 40,
             },
             "kinds": self._kinds,
-            "domains": self._domains,
+            "domains": [[one["name"], one["kind"]] for one in self._domains],
             "grants": [
                 {"to": n, "object": f"inherited:{n}", "rights": ["USE"], "name": "console"}
                 for n in names

@@ -1,18 +1,15 @@
 """The tree is the architecture: every box of the design has its module, and the core its budget."""
 
 import ast
-import io
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 SRC = ROOT / "src" / "supercloud"
-CORE_BUDGET_CODE_LINES = 2000
-CORE_MOST_LINES = 2750  # wanted are 2,500: docs/critiques says what is between; never to be raised
+CORE_BUDGET_LINES = 2500
 
 BOXES = {
     "keeper": "lower/core/keeper.py",
@@ -67,31 +64,10 @@ def test_the_core_keeps_to_its_closure() -> None:
     assert outside <= {"model/capability.py", "model/refusals.py", "wire/frames.py"}
 
 
-LAYOUT = (
-    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-    tokenize.ENDMARKER,
-)  # fmt: skip
-
-
-def code_lines(path: Path) -> int:
-    """Lines that hold code: not blank, comment or docstring, which are there to be reviewed by."""
-    text, lines = path.read_text(), set[int]()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in LAYOUT:
-            lines.update(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(text)):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-        if documented and ast.get_docstring(node) is not None:
-            first = node.body[0]
-            lines -= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
-    return len(lines)
-
-
 def test_the_core_keeps_to_its_budget() -> None:
-    """Lines as ``wc -l`` counts them, and those of them that are code."""
+    """Lines as ``wc -l`` counts them: code, comments, docstrings and blanks."""
     lines = sum(len(path.read_text().splitlines()) for path in core_closure())
-    assert 300 < lines <= CORE_MOST_LINES
-    assert sum(map(code_lines, core_closure())) <= CORE_BUDGET_CODE_LINES
+    assert 300 < lines <= CORE_BUDGET_LINES
 
 
 def test_no_line_of_the_core_is_wider_than_100() -> None:

@@ -1,5 +1,6 @@
 """What domains can do with the core and each other: real keeper, namespaces, groups, processes."""
 
+import hashlib
 import os
 import socket
 import time
@@ -38,7 +39,7 @@ def shared():
         "doomed": kind(argv=["/no/such/program"]),
     }
     names = ("driver", "child", "phoenix", "numbered", "wired", "doomed")
-    kinds["driver"]["peers"] = {name: {"descriptors": True} for name in names}
+    kinds["driver"]["peers"] = dict.fromkeys(names, True)
     with host(kinds) as made:
         yield made
 
@@ -121,7 +122,7 @@ def test_limits_can_be_moved_within_the_parents(one):
     one(
         "core.set_limits(core.lookup('sched:elastic').selector, Limits(memory_bytes=1<<30, pids=20))"
     )
-    limits = one("result = core.limits(core.lookup('sched:elastic').selector).values()")
+    limits = one("result = core.limits(core.lookup('sched:elastic').selector)")
     assert limits == [100, 0, 1 << 30, 20, 0, 0]
     with pytest.raises(NoResources):
         one(
@@ -175,6 +176,26 @@ def test_memory_is_shared_sealed_and_measured(shared, one):
     with pytest.raises(RemoteError, match="PermissionError"):
         one("os.pwrite(fd, b'x', 0)")
     assert digest in (shared.directory / "state/measurements.log").read_text()
+
+
+def test_a_large_memory_is_hashed_while_others_are_answered_and_may_go_meanwhile(shared, one):
+    size = 64 << 20  # many pieces
+    one(
+        f"big = core.create_memory({size}, 'big')\nfd = core.take(big)\nos.pwrite(fd, b'x', {size - 1})"
+    )
+    seal = "core._send(client.pack_request(frames.Op.SEAL, 77, (big,)))"
+    imports = "from supercloud.lower import client\nfrom supercloud.wire import frames\n"
+    answered = one(
+        f"{imports}{seal}\ncore.ping()\nearly = core.usage().booked_memory_bytes\n"
+        f"result = [early > 0, core.seal(big).hex()]"
+    )
+    expected = hashlib.sha256(bytes(size - 1) + b"x").hexdigest()
+    assert answered == [True, expected]
+    log = (shared.directory / "state/measurements.log").read_text()
+    assert log.count(expected) == 1
+    one(f"gone = core.create_memory({size}, 'gone')")
+    one(f"{imports}{seal.replace('big', 'gone')}\ncore.destroy(gone)\ncore.ping()")
+    assert one("result = len(core.seal(big))") == 32  # the core goes on
 
 
 def _steal(console: Console, name: str) -> socket.socket:
@@ -356,8 +377,7 @@ def test_a_restarted_domain_keeps_its_table_and_gets_fresh_channels(one):
     phoenix.send("os._exit(1)")
     with pytest.raises(RemoteError):
         phoenix.receive()
-    heard = {e[:2] for e in one.hear("RENEWED", "STARTED")}
-    assert {("RENEWED", "c/p1"), ("STARTED", "p1")} <= heard
+    assert ("RENEWED", "c/p1") in [e[:2] for e in one.hear("RENEWED")]
     again = Console(_steal(one, "p1"))
     assert again("result = [e.name for e in core.entries()]") == ["self", "sched", "console"]
     assert again("result = open('/run/state/kept').read()") == "ashes"
@@ -374,9 +394,9 @@ def test_a_private_directory_stays_for_its_name_until_purged(shared, one):
 
 def test_children_of_a_dead_context_end_with_it(shared):
     kinds = {
-        "driver": driver(creates=["user"], peers={"user": {"descriptors": True}}),
-        "user": driver(peers={"driver": {"descriptors": True}, "child": {"descriptors": True}}),
-        "child": kind(peers={"user": {"descriptors": True}}),
+        "driver": driver(creates=["user"], peers={"user": True}),
+        "user": driver(peers={"driver": True, "child": True}),
+        "child": kind(peers={"user": True}),
     }
     with host(kinds) as made:
         one = made.consoles["one"]

@@ -10,10 +10,9 @@ import pytest
 
 from core_host import MIB, Host, driver, host, kind, real_uid
 from supercloud.lower.core.measure import hash_tree, read_chain
-from supercloud.lower.core.state import DomainState
 
 pytestmark = pytest.mark.root
-NAMES = ("child", "talker", "sharer", "hosted", "nester", "equipped")
+NAMES = ("child", "talker", "hosted", "nester", "equipped")
 NEST = """
 import ctypes
 libc = ctypes.CDLL(None, use_errno=True)
@@ -32,7 +31,6 @@ def made():
         "driver": driver(creates=list(NAMES), tcp=True),
         "child": kind(),
         "talker": kind(tcp=True),
-        "sharer": kind(network="parent", tcp=True),
         "hosted": kind(network="host", tcp=True),
         "nester": kind(nests=True, filter="passt"),
         "equipped": kind(
@@ -43,7 +41,7 @@ def made():
             proc=True,
         ),
     }
-    kinds["driver"]["peers"] = {name: {"descriptors": True} for name in NAMES}
+    kinds["driver"]["peers"] = dict.fromkeys(NAMES, True)
     with host(kinds) as running:
         yield running
 
@@ -74,23 +72,18 @@ def test_an_own_network_is_a_loopback_and_nothing_else(one):
     assert talker(REACH.format(own)) == "reached"
 
 
-def test_a_parents_network_is_its_creators(one):
-    port = one(SERVE)
-    assert one.child("sharer", "s")(REACH.format(port)) == "reached"
-
-
 def test_the_hosts_network_is_the_hosts(one):
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert one.child("hosted", "h")(REACH.format(server.getsockname()[1])) == "reached"
 
 
 def test_every_domain_but_those_has_a_network_namespace_of_its_own(made, one):
-    for name in ("talker", "sharer", "hosted"):
+    for name in ("child", "talker", "hosted"):
         one.child(name, name)
     spaces = {}
     for pid in made.processes():
         spaces.setdefault(os.readlink(f"/proc/{pid}/ns/net"), set()).add(pid)
-    assert sorted(map(len, spaces.values())) == [1, 1, 2]
+    assert sorted(map(len, spaces.values())) == [1, 1, 1, 1]
     assert len(spaces[os.readlink("/proc/self/ns/net")]) == 1
     for which in ("mnt", "pid", "ipc", "uts", "cgroup", "user"):
         assert len({os.readlink(f"/proc/{pid}/ns/{which}") for pid in made.processes()}) == 4
@@ -129,15 +122,6 @@ def test_descriptors_of_the_core_do_not_leak_into_a_domain(one):
     assert set(found) <= {0, 1, 2, 3, 4, 5}
 
 
-def test_a_creator_that_does_not_run_has_no_network_to_join(made):
-    """The creator of an initial domain is nobody."""
-    kinds = {"driver": driver(), "child": kind(), "lonely": kind(network="parent", peers={})}
-    with host(kinds, [{"kind": "driver", "name": "one"}, {"kind": "lonely", "name": "l"}]) as other:
-        assert "which does not run" in other.log.read_text()
-        records = [r for r in other.grants() if r["op"] == "stopped"]
-        assert records[0]["state"] == DomainState.CREATED
-
-
 def test_the_measurement_log_replays_to_its_register(made, one):
     one("m = core.create_memory(4096, 'boot'); core.seal(m)")
     register = "0" * 64
@@ -148,7 +132,7 @@ def test_the_measurement_log_replays_to_its_register(made, one):
         assert event["register"] == register
     kinds = [event["event"] for event in events]
     assert kinds[:3] == ["runtime", "manifest", "code"]
-    assert kinds.count("filter") == 7
+    assert kinds.count("filter") == 6
     assert events[-1] == {**events[-1], "event": "memory", "subject": "one/boot"}
     manifest = json.dumps(made.manifest).encode()
     assert events[1]["digest"] == hashlib.sha256(manifest).hexdigest()

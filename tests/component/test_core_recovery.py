@@ -31,9 +31,7 @@ KINDS = ("driver", "child", "phoenix")
 
 def kinds() -> dict[str, dict[str, object]]:
     return {
-        "driver": driver(
-            creates=["child", "phoenix"], peers={name: {"descriptors": True} for name in KINDS}
-        ),
+        "driver": driver(creates=["child", "phoenix"], peers=dict.fromkeys(KINDS, True)),
         "child": kind(),
         "phoenix": kind(restart=True),
     }
@@ -93,6 +91,27 @@ def test_a_request_sent_twice_is_answered_twice_and_done_once():
         )
         assert one(code) is True
         assert [r["op"] for r in made.grants()].count("semaphore") == 1
+
+
+def test_a_start_that_failed_is_not_taken_for_done_when_it_is_sent_again():
+    table = kinds()
+    table["driver"]["creates"] = ["child", "phoenix", "doomed"]
+    table["doomed"] = kind(argv=["/no/such/program"], peers={})
+    with host(table) as made:
+        one = made.consoles["one"]
+        one(
+            "from supercloud.lower.client import pack_request, Op\n"
+            "d = core.create_domain('doomed', 'd').selector\n"
+            "core._sequence += 1\n"
+            "f = pack_request(Op.START, core._sequence, (d,))"
+        )
+        again = "core._send(f); a = core._receive(); result = a.status, a.payload.decode()"
+        first = one(again)
+        assert first[0]
+        assert one(again) == first
+        kill_core(made)
+        one.hear("RESTARTED")
+        assert one(again) == first
 
 
 def test_deaths_while_the_core_is_away_are_noticed():

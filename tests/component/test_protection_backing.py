@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from supercloud.model.errors import NoResources, Permanent, SupercloudError
+from supercloud.services.protection.engine import backing_bytes
 from supercloud.wire.volumes import Seal
-from support.nbd import FLUSH, READ, WRITE, Client
+from support.protected_nbd import FLUSH, READ, WRITE, Client
 from support.protection import BLOCK, KEY, Disk, audit, content, new_disk, prepared
 
 DEVICE_BYTES = 24 << 20
@@ -91,6 +92,26 @@ def test_what_a_full_journal_refused_is_in_the_next_commit() -> None:
     device.close(commit=False)
     again = prepared(survivor, replace(seal, epoch=seal.epoch + 1))
     assert again.read(0, 3 * BLOCK) == content(1) + content(2) + content(1, 3)[2 * BLOCK :]
+    again.close(commit=False)
+
+
+def test_what_is_written_beyond_an_end_that_could_not_be_made_durable_is_safe_too() -> None:
+    disk, seal = made()
+    device = prepared(disk, seal)
+    kept = device.serve(device.next_epoch)
+    device.write(0, content(1))
+    disk.grow_to(backing_bytes(2 * DEVICE_BYTES))
+    disk.full = 1.0
+    with pytest.raises(NoResources):
+        device.grow(2 * DEVICE_BYTES)
+    disk.full = 0.0
+    device.write(2 * DEVICE_BYTES - BLOCK, content(2))
+    device.flush()
+    device.close(commit=False)
+    again = prepared(disk.survivor(random.Random(1), 0.0), kept)
+    assert not again.figures()["damaged"]
+    assert again.read(2 * DEVICE_BYTES - BLOCK, BLOCK) == content(2)
+    assert again.read(0, BLOCK) == content(1)
     again.close(commit=False)
 
 

@@ -1,5 +1,6 @@
 """The protection service over a channel, as the user's domain calls it."""
 
+import importlib
 import os
 import socket
 import threading
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from supercloud.lower.service import SERVICES
 from supercloud.model.errors import BadState, Denied, Exists, Invalid, NotFound, SupercloudError
 from supercloud.services.protection.engine import backing_bytes
 from supercloud.services.protection.service import make
@@ -162,7 +164,8 @@ def test_an_epoch_is_opened_once(caller: Caller) -> None:
     kept = caller.with_files("device.prepare", **seal)
     with pytest.raises(Invalid):
         caller.call("device.open", epoch=seal["epoch"])
-    caller.call("device.open", epoch=kept["epoch"])
+    opened = caller.call("device.open", epoch=kept["epoch"])
+    assert caller.call("device.open", epoch=kept["epoch"]) == opened  # asked again
     with pytest.raises(BadState):
         caller.call("device.open", epoch=kept["epoch"] + 1)
     with pytest.raises(BadState):
@@ -248,3 +251,10 @@ def test_parameters_out_of_bounds_are_refused(caller: Caller, method: str, param
 def test_what_was_not_prepared_is_not_there(caller: Caller, method: str) -> None:
     with pytest.raises(NotFound):
         caller.call(f"device.{method}", epoch=2, size_bytes=SIZE)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_what_the_launcher_can_start_is_there(name: str) -> None:
+    service = importlib.import_module(SERVICES[name]).make(Reactor(), lambda *_: None)
+    assert all(callable(handler) for handler in service.handlers().values())
+    service.close()

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from supercloud.model.capability import CapabilityGraph, ObjectType, Rights
+from supercloud.model.capability import MAX_TABLE_ENTRIES, CapabilityGraph, ObjectType, Rights
 from supercloud.model.errors import Denied, Exists, NotFound
 
 HOLDERS = range(4)
@@ -113,7 +113,7 @@ class Graph(RuleBasedStateMachine):
                     key,
                 )
                 if capability.name:
-                    assert self.graph.find(holder, capability.name) is capability
+                    assert self.graph.get(holder, capability.name) is capability
         assert found == self.model
 
     @invariant()
@@ -135,3 +135,19 @@ def test_a_selector_that_is_not_there_is_not_found(selector):
     graph.open_table(1)
     with pytest.raises(NotFound):
         graph.get(1, selector)
+
+
+@pytest.mark.parametrize("how", ["revoke", "drop", "close"])
+def test_a_chain_as_long_as_a_table_is_taken_away_whole(how):
+    graph = CapabilityGraph()
+    graph.open_table(1)
+    first = last = graph.insert(1, 10, ObjectType.MEMORY, Rights.GRANT, "")
+    for _ in range(MAX_TABLE_ENTRIES - 1):
+        last = graph.derive(last, 1, Rights.GRANT, "")
+    gone = {
+        "revoke": lambda: graph.revoke(first, keep=False),
+        "drop": lambda: graph.drop_object(10),
+        "close": lambda: graph.close_table(1),
+    }[how]()
+    assert len(gone) == MAX_TABLE_ENTRIES
+    assert not graph.of_object(10)

@@ -68,7 +68,7 @@ def test_any_bytes_are_an_answer_or_refused(untrusted):
         client.unpack_answer(untrusted)
 
 
-@pytest.mark.parametrize("code", BY_CODE)
+@pytest.mark.parametrize("code", frames.CODES)
 def test_errors_come_back_as_themselves(code):
     error = BY_CODE[code]("what is wrong")
     back = client.error_of(frames.status_of(error), str(error).encode())

@@ -186,3 +186,49 @@ def test_a_crash_loses_what_a_flush_did_not_acknowledge_only(
     live(liar, user, SCRIPT)
     with pytest.raises((AssertionError, SupercloudError)):
         verify(liar.survivor(random.Random(1), 0.0), user)
+
+
+def test_a_state_that_is_only_in_the_cache_is_not_built_on() -> None:
+    """A killed process left a record unsynced; the next one's first writes must not use its slots."""
+    overwrites = [("write", 5, 1), ("flush", 0, 0)] * 3
+    disk, seal = new_disk(DEVICE_BYTES)
+    whole = Disk(disk.size(), disk.now)
+    live(whole, User(seal), overwrites)
+    for more in range(7):
+        for seed in range(12):
+            user, cut = User(seal), Disk(disk.size(), disk.now, whole.operations - 1)
+            assert not live(cut, user, overwrites)  # killed in the last sync
+            cut.fuse = cut.operations + more
+            live(cut, user, [])
+            verify(cut.survivor(random.Random(seed), 0.5), user)
+
+
+class Watched(Disk):
+    """A disk whose power is thought to go, now and then, just before a sync is done."""
+
+    def __init__(self, disk: Disk, user: User, rnd: random.Random) -> None:
+        super().__init__(disk.size(), disk.now)
+        self._user, self._rnd, self.cuts = user, rnd, 0
+
+    def sync(self) -> None:
+        if self._rnd.random() < 0.4:
+            reader = audit(self.survivor(self._rnd, self._rnd.choice([0.5, 0.9])))
+            state = reader.recover()
+            for block, may in self._user.may.items():
+                assert reader.block(state, block) in may
+            self.cuts += 1
+        super().sync()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_device_whose_slots_go_round_and_round(seed: int) -> None:
+    """Every free slot has been in use before: one that is set free too early is hit at last."""
+    rnd = random.Random(seed)
+    disk, seal = new_disk(64 * BLOCK)
+    user = User(seal)
+    watched = Watched(disk, user, rnd)
+    kinds = ["write", "write", "flush", "checkpoint", "checkpoint"]
+    operations = [(rnd.choice(kinds), rnd.randrange(50), rnd.randrange(1, 14)) for _ in range(2000)]
+    assert live(watched, user, operations)
+    assert watched.cuts > 200
+    verify(watched.survivor(rnd, 0.5), user)

@@ -147,7 +147,7 @@ def arena():
     kinds = {
         "driver": driver(
             creates=["child", "keeper"],
-            peers={n: {"descriptors": True} for n in ("child", "keeper", "driver")},
+            peers=dict.fromkeys(("child", "keeper", "driver"), True),
         ),
         "child": kind(proc=True),
         "keeper": kind(state=True),
@@ -257,7 +257,7 @@ def test_only_keeper_and_core_are_root_and_nothing_has_capabilities(arena):
 
 def test_user_namespaces_belong_to_owners_of_their_own(arena):
     made, _ = arena
-    first = made.manifest["uids"]["first"]
+    first = made.manifest["first_uid"]
     for pid in made.processes():
         descriptor = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY)
         get_owner_uid = 0xB704

@@ -60,6 +60,8 @@ def attempt(code):
 ATTACKER = (
     _TOOLS
     + r"""
+while "multiplexing" not in {e.name for e in core.entries()}:
+    time.sleep(0.01)
 ready = core.take(core.lookup("ready").selector)
 os.write(ready, b"evil\n")
 listener = socket.socket(fileno=core.take(core.lookup("listener").selector))

@@ -68,6 +68,9 @@ class Disk:
             found[number] = b"".join(parts)
         return Disk(self._size, found)
 
+    def grow_to(self, size: int) -> None:
+        self._size = size
+
     def copy(self) -> "Disk":
         return Disk(self._size, self.now)
 

@@ -6,14 +6,17 @@ import json
 import pytest
 
 from supercloud.lower.core.manifest import MAX_MANIFEST_BYTES, parse
+from supercloud.lower.host import soundness
 from supercloud.model.capability import Limits, Rights
 from supercloud.model.errors import Invalid
 
 GOOD = {
     "version": 1,
     "instance": "one",
-    "uids": {"first": 200000, "count": 100},
-    "runtime": {"path": "/images/runtime.erofs", "sha256": "ab" * 32},
+    "first_uid": 200000,
+    "uids": 100,
+    "runtime": "/images/runtime.erofs",
+    "runtime_sha256": "ab" * 32,
     "groups": [
         {"root": "/sys/fs/cgroup", "controllers": ["cpu", "memory", "pids"], "unified": True}
     ],
@@ -21,23 +24,22 @@ GOOD = {
     "kinds": {
         "user": {
             "argv": ["/usr/bin/python3", "-c", "x"],
-            "filter": {"path": "/base.bpf", "sha256": "cd" * 32},
+            "filter": "06000000" * 2,
             "numbers": [[1, 65535]],
             "binds": [{"source": "/srv", "target": "/run/srv"}],
             "creates": ["vmm"],
             "own": {"memory_bytes": 1 << 20, "pids": 2},
-            "peers": {"vmm": {"descriptors": True}},
+            "peers": {"vmm": True},
             "creator_rights": ["CONTROL", "CONNECT"],
         },
         "vmm": {
             "argv": ["/usr/bin/qemu"],
-            "filter": {"path": "/vmm.bpf", "sha256": "cd" * 32},
+            "filter": "06000000" * 2,
             "devices": ["/dev/kvm"],
-            "peers": {"user": {"descriptors": True}},
+            "peers": {"user": True},
         },
     },
-    "domains": [{"kind": "user", "name": "a"}, {"kind": "vmm", "name": "b", "limits": {"pids": 1}}],
-    "channels": [{"a": "a", "b": "b", "name_a": "x", "name_b": "y"}],
+    "domains": [["a", "user"], ["b", "vmm"]],
     "grants": [{"to": "a", "object": "domain:b", "rights": ["CONNECT"], "name": "b"}],
 }
 
@@ -48,45 +50,52 @@ def test_a_good_manifest_is_read():
     assert (user.name, user.numbers, user.restart) == ("user", ((1, 65535),), False)
     assert user.creator_rights == Rights.CONTROL | Rights.CONNECT
     assert vmm.creator_rights == Rights.CONTROL | Rights.CONNECT | Rights.GRANT
-    assert manifest.domains[1].limits == Limits(pids=1)
-    assert manifest.domains[0].limits is None
-    assert user.peers["vmm"].descriptors is True
+    assert manifest.limits == Limits(memory_bytes=1 << 30, pids=100)
+    assert manifest.domains == (("a", "user"), ("b", "vmm"))
+    assert user.peers["vmm"] is True
     assert len(manifest.sha256) == 64
 
 
 BAD = {
     "version": (["version"], 2),
-    "uids": (["uids", "first"], 0),
-    "uids.first": (["uids", "first"], -1),
-    "uids.count": (["uids", "count"], True),
+    "too low a uid": (["first_uid"], 0),
+    "first_uid": (["first_uid"], -1),
+    "uids": (["uids"], True),
     "limits.pids": (["limits", "pids"], 1.5),
     "limits.memory_bytes": (["limits", "memory_bytes"], "1G"),
     "limits.disk_bytes": (["limits", "disk_bytes"], 1 << 70),
-    "runtime": (["runtime"], "/images"),
+    "runtime": (["runtime"], {"path": "/images"}),
+    "runtime_sha256": (["runtime_sha256"], None),
     "kinds.user.argv": (["kinds", "user", "argv"], "/usr/bin/python3"),
     "kinds.user.argv[1]": (["kinds", "user", "argv", 1], 7),
-    "kinds.user": (["kinds", "user", "argv", 0], "python3"),
     "kinds.user.numbers[0]": (["kinds", "user", "numbers", 0], [1]),
     "kinds.user.creator_rights": (["kinds", "user", "creator_rights"], ["ALL"]),
-    "kinds.vmm": (["kinds", "vmm", "devices", 0], "/dev/../etc/shadow"),
     "kinds.vmm.restart": (["kinds", "vmm", "restart"], "yes"),
-    "domains[0]": (["domains", 0, "colour"], "red"),
-    "channels[0].a": (["channels", 0, "a"], None),
+    "domains[0]": (["domains", 0], ["a", "user", "red"]),
+    "grants[0]": (["grants", 0, "colour"], "red"),
+    "grants[0].to": (["grants", 0, "to"], None),
+    "kinds.user.peers.vmm": (["kinds", "user", "peers", "vmm"], {"descriptors": True}),
+    "kinds.vmm": (["kinds", "vmm", "filter"], "06"),
+    "kinds.vmm.filter": (["kinds", "vmm", "filter"], None),
 }
 
 
-@pytest.mark.parametrize("where", BAD)
-def test_the_place_of_a_fault_is_said(where):
+def changed(path, value):
     bad = copy.deepcopy(GOOD)
-    path, value = BAD[where]
     target = bad
     for step in path[:-1]:
         target = target[step]
     target[path[-1]] = value
+    return bad
+
+
+@pytest.mark.parametrize("where", BAD)
+def test_the_place_of_a_fault_is_said(where):
+    bad = changed(*BAD[where])
     with pytest.raises(Invalid) as caught:
         parse(json.dumps(bad).encode())
     assert caught.value.where.startswith("manifest")
-    assert caught.value.where == f"manifest.{where}" or where in ("version", "uids")
+    assert caught.value.where == f"manifest.{where}" or where in ("version", "too low a uid")
 
 
 @pytest.mark.parametrize(
@@ -94,33 +103,53 @@ def test_the_place_of_a_fault_is_said(where):
     [
         (["kinds", "user", "creates"], ["ghost"]),
         (["kinds", "user", "own"], {}),
-        (["kinds", "user", "peers"], {"vmm": {"descriptors": False}}),
+        (["kinds", "user", "peers"], {"vmm": False}),
         (["kinds", "user", "network"], "bridge"),
-        (["kinds", "user", "binds", 0, "target"], "/etc"),
-        (["kinds", "user", "binds", 0, "target"], "/run/../etc"),
-        (["kinds", "user", "descriptors"], ["sp ace"]),
-        (["domains", 0, "kind"], "ghost"),
-        (["domains", 0, "name"], "b"),
-        (["domains", 0, "name"], "../b"),
-        (["channels", 0, "b"], "ghost"),
-        (["grants", 0, "to"], "ghost"),
+        (["kinds", "user", "filter"], "zz" * 8),
+        (["kinds", "user", "filter"], "00" * 7),
+        (["kinds", "user", "filter"], ""),
+        (["kinds", "user", "network"], "parent"),
         (["instance"], "a/b"),
         (["groups"], []),
         (["groups", 0, "controllers"], ["cpu", "memory"]),
     ],
 )
 def test_what_does_not_fit_together_is_refused(path, value):
-    bad = copy.deepcopy(GOOD)
-    target = bad
-    for step in path[:-1]:
-        target = target[step]
-    target[path[-1]] = value
+    bad = changed(path, value)
     with pytest.raises(Invalid):
         parse(json.dumps(bad).encode())
+    with pytest.raises(Invalid):
+        soundness.check(bad)
 
 
 @pytest.mark.parametrize(
-    "field", ["version", "instance", "uids", "runtime", "groups", "limits", "kinds"]
+    ("path", "value"),
+    [
+        (["kinds", "user", "argv", 0], "python3"),
+        (["kinds", "vmm", "devices", 0], "/dev/../etc/shadow"),
+        (["kinds", "vmm", "devices", 0], "/etc/shadow"),
+        (["kinds", "user", "binds", 0, "target"], "/etc"),
+        (["kinds", "user", "binds", 0, "target"], "/run/../etc"),
+        (["kinds", "user", "binds", 0, "source"], "srv"),
+        (["kinds", "user", "binds", 0, "source"], "/srv\0"),
+        (["kinds", "user", "descriptors"], ["sp ace"]),
+        (["domains", 0, 1], "ghost"),
+        (["domains", 0, 0], "b"),
+        (["domains", 0, 0], "../b"),
+        (["grants", 0, "to"], "ghost"),
+        (["grants", 0, "object"], "domain:ghost"),
+        (["grants", 0, "object"], "b"),
+        (["grants", 0, "name"], "sp ace"),
+    ],
+)
+def test_the_compiler_vouches_for_paths_and_names(path, value):
+    soundness.check(GOOD)
+    with pytest.raises(Invalid):
+        soundness.check(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    "field", ["version", "instance", "first_uid", "uids", "runtime", "groups", "limits", "kinds"]
 )
 def test_a_missing_field_is_named(field):
     bad = {key: value for key, value in GOOD.items() if key != field}

@@ -178,3 +178,12 @@ def test_our_code_is_hashed_by_path_content_and_mode(tmp_path: Path) -> None:
     assert own.digest(own.sources(["a"], tmp_path)) != own.digest(first)
     renamed = {f"{path}2": node for path, node in first.items()}
     assert own.digest(renamed) != own.digest(first)
+
+
+def test_an_engine_that_was_not_compiled_is_missed(tmp_path: Path) -> None:
+    (tmp_path / "services/protection/native").mkdir(parents=True)
+    (tmp_path / "services/protection/native/x.c").write_text("int x;")
+    with pytest.raises(Permanent, match="not compiled"):
+        own.sources(["services"], tmp_path)
+    (tmp_path / "services/protection/libprotection.so").write_bytes(b"\x7fELF")
+    assert list(own.sources(["services"], tmp_path)) == [f"{own.PLACE}/{own.COMPILED['services']}"]

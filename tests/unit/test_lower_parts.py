@@ -150,7 +150,7 @@ MACHINE = {
 
 
 def given_descriptors() -> Descriptors:
-    return Descriptors(**dict(zip(Descriptors.__slots__, range(10, 20), strict=True)))
+    return Descriptors(**dict(zip(Descriptors.__slots__, range(10, 22), strict=True)))
 
 
 def test_qemu_gets_descriptors_and_no_file_but_its_firmware() -> None:
@@ -195,12 +195,14 @@ def test_the_table_of_kinds_is_a_manifest_that_the_core_takes(accelerator: str) 
     site = Site("{}", "{}", "127.0.0.1", "192.0.2.53", accelerator)
     table = kinds(site)
     for kind in table.values():
-        kind["filter"] = {"path": "/x", "sha256": "0" * 64}
+        kind["filter"] = "00" * 8
     document = {
         "version": 1,
         "instance": "x",
-        "uids": {"first": 2_000_000, "count": 64},
-        "runtime": {"path": "/x", "sha256": "0" * 64},
+        "first_uid": 2_000_000,
+        "uids": 64,
+        "runtime": "/x",
+        "runtime_sha256": "0" * 64,
         "groups": [{"root": "/g", "controllers": ["cpu", "memory", "pids"], "unified": True}],
         "limits": {"memory_bytes": 1 << 34, "pids": 1000, "domains": 100},
         "kinds": table,

@@ -9,10 +9,12 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from supercloud.model.errors import Exists, Invalid, Permanent
-from supercloud.trust import keys
-from supercloud.trust.names import Identity
+from supercloud.trust import keys, libcrypto
+from supercloud.trust.names import Identity, parse_uri
 
 WEB = Identity("demo", "platform", "web-1")
 
@@ -106,3 +108,38 @@ def test_the_key_is_not_in_any_argument(key, monkeypatch):
     secret = Path(key).read_text().splitlines()[1]
     assert seen
     assert not any(secret in part for argv in seen for part in argv)
+
+
+def test_libcrypto_in_the_process_makes_what_the_command_makes(tmp_path: Path) -> None:
+    uri = "supercloud://demo/platform/p1"
+    key, request = libcrypto.make_key_and_request(uri)
+    keys.keep_key(str(tmp_path / "key"), key)
+    with pytest.raises(Exists):
+        keys.keep_key(str(tmp_path / "key"), key)
+    again = keys.make_request(str(tmp_path / "key"), uri, parse_uri(uri).dns)
+    ours, theirs = (x509.load_pem_x509_csr(text.encode()) for text in (request, again))
+    assert ours.is_signature_valid
+    assert ours.subject == theirs.subject
+    assert ours.public_key() == theirs.public_key()
+    names = [csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value for csr in (ours, theirs)]  # fmt: skip
+    assert names[0] == names[1]
+    assert key != libcrypto.make_key_and_request(uri)[0]
+    loaded = serialization.load_pem_private_key(key, None)
+    der = loaded.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    assert der == key
+
+
+def test_no_identity_gets_no_key_of_libcrypto() -> None:
+    with pytest.raises(Invalid):
+        libcrypto.make_key_and_request("supercloud://demo/platform/p1,DNS:evil.example")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from("abcdefghij0123456789-"), min_size=1, max_size=61).map(lambda t: "x" + "".join(t) + "x"))  # fmt: skip
+def test_names_of_any_length_are_encoded(name: str) -> None:
+    request = libcrypto.make_key_and_request(f"supercloud://{name}/platform/{name}")[1]
+    csr = x509.load_pem_x509_csr(request.encode())
+    names = csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.UniformResourceIdentifier) == [f"supercloud://{name}/platform/{name}"]  # fmt: skip

@@ -93,7 +93,11 @@ def quota(
     *,
     as_json: AsJson = False,
 ) -> None:
-    """Change a user's quota; what is not given stays."""
+    """Change a user's quota; what is not given stays.
+
+    Memory counts guests and the templates that a user's platforms start from, which give way to
+    platforms: a template makes nobody's platform fail, but shows in what is used.
+    """
     changes = _quota(cpus, memory, disk, vms)
     if not changes:
         raise Invalid("nothing to change", hint="give --cpus, --memory, --disk or --vms")

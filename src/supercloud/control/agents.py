@@ -75,10 +75,11 @@ class Agents:
         """Keep a report; whatever differs from the one before is worth a look."""
         before = self.reports.get((ucloud, platform))
         self.reports[ucloud, platform] = report
-        old = {_seen(item) for item in before.environments} if before else set()
-        new = {_seen(item) for item in report.environments}
-        for name in {item.name for item in old ^ new}:
-            self.changed(environment_key(ucloud, name))
+        old = _seen(before) if before else {}
+        new = _seen(report)
+        for uid, name in old.keys() | new.keys():
+            if old.get((uid, name)) != new.get((uid, name)):
+                self.changed(environment_key(ucloud, name))
 
     async def forget(self, ucloud: str, platform: str) -> None:
         """The platform is gone, or is made anew."""
@@ -99,9 +100,12 @@ class Agents:
         await asyncio.gather(*(link.hub.close() for link in self._links.values()))
 
 
-def _seen(status: EnvironmentStatus) -> EnvironmentStatus:
-    """A status without the figures that change all the time."""
-    return replace(status, memory_bytes=0, cpu_s=0.0)
+def _seen(report: PlatformReport) -> dict[tuple[str, str], EnvironmentStatus]:
+    """What it says of each EE, by uid and name, without the figures that change all the time."""
+    return {
+        (item.uid, item.name): replace(item, memory_bytes=0, cpu_s=0.0, volumes=[])
+        for item in report.environments
+    }
 
 
 class UCloudOwner:

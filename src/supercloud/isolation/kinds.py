@@ -167,6 +167,6 @@ def _uplink_net(site: Site, ports: str, numbers: Sequence[Sequence[int]]) -> dic
     }
 
 
-def _peers_of(kind: str) -> Mapping[str, dict[str, bool]]:
+def _peers_of(kind: str) -> Mapping[str, bool]:
     pairs = [(b, d) for a, b, d in PEERS if a == kind] + [(a, d) for a, b, d in PEERS if b == kind]
-    return {other: {"descriptors": descriptors} for other, descriptors in pairs}
+    return dict(pairs)

@@ -149,8 +149,7 @@ class Core:
 
     def lookup(self, name: str) -> Entry:
         """The capability of that name; NotFound."""
-        selector, type_, rights, object_id, end, *_ = self._call(Op.LOOKUP, first=name).values
-        return Entry(selector, ObjectType(type_), Rights(rights), object_id, end, name)
+        return _entry(*frames.ENTRY.unpack(self._call(Op.LOOKUP, first=name).payload))
 
     def entries(self) -> list[Entry]:
         """The whole table, by selector."""
@@ -176,13 +175,13 @@ class Core:
         scheduling context one named ``sched:NAME``. Invalid, Exists, Denied (this kind may not
         make that kind), NoResources.
         """
-        figures = limits.values() if limits else (0,) * 6
+        figures = limits or (0,) * 6
         answer = self._call(Op.CREATE_DOMAIN, scheduling, *figures, first=kind, second=name)
         return Domain(*answer.values[:2])
 
-    def start(self, domain: int, *numbers: int) -> int:
-        """Start it; ``numbers`` fill the placeholders of the kind's argv. The host's process id."""
-        return self._call(Op.START, domain, *numbers).values[0]
+    def start(self, domain: int, *numbers: int) -> None:
+        """Start it: it has been executed. ``numbers`` fill the placeholders of the kind's argv."""
+        self._call(Op.START, domain, *numbers)
 
     def state(self, domain: int) -> Status:
         """What a domain is doing."""
@@ -246,7 +245,7 @@ class Core:
 
     def set_limits(self, scheduling: int, limits: Limits) -> None:
         """Change the limits of a scheduling context (CONTROL) within its parent's."""
-        self._call(Op.SET_LIMITS, scheduling, *limits.values())
+        self._call(Op.SET_LIMITS, scheduling, *limits)
 
     def limits(self, scheduling: int = SCHEDULING) -> Limits:
         """The limits of a scheduling context (READ)."""

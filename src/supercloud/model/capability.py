@@ -1,17 +1,15 @@
 """Capabilities: rights, object types, limits, and the graph of who holds what from whom.
 
-Pure data: nothing here touches a descriptor or a process. The core keeps one
-:class:`CapabilityGraph`; the flow analysis and the property tests use the same one.
-
 A capability is an entry of one *holder*'s table: an object, rights, a name (unique in the table,
 or empty), and the capability that it was derived from. A holder names it by its *selector*.
 Deriving needs ``GRANT`` and never widens; revoking takes away all that was derived.
 The terms are those of NOVA (Steinberg and Kauer, EuroSys 2010).
 """
 
-from collections.abc import Iterator
-from dataclasses import astuple, dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
+from typing import NamedTuple
 
 from supercloud.model.refusals import Denied, Exists, NoResources, NotFound
 
@@ -48,24 +46,15 @@ class ObjectType(IntEnum):
 KILLS = frozenset({ObjectType.SEMAPHORE, ObjectType.MEMORY, ObjectType.DEVICE})
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a scheduling context may use. Of its parent's, all but the two cpu figures are summed.
+class Limits(NamedTuple):
+    """What a scheduling context may use. In its parent, all but the cpu figures are summed."""
 
-    ``cpu_weight`` 1..10000, relative to its siblings, 100 is usual; ``cpu_permille`` of one CPU,
-    0 means as much as the parent; ``domains`` that may be made within it.
-    """
-
-    cpu_weight: int = 100
-    cpu_permille: int = 0
+    cpu_weight: int = 100  # 1..10000, relative to its siblings
+    cpu_permille: int = 0  # of one CPU; 0: as much as the parent
     memory_bytes: int = 0
     pids: int = 0
-    domains: int = 0
+    domains: int = 0  # that may be made within it
     disk_bytes: int = 0
-
-    def values(self) -> tuple[int, ...]:
-        """The six figures in the order of the fields."""
-        return astuple(self)
 
 
 @dataclass(slots=True, eq=False)
@@ -81,47 +70,43 @@ class Capability:
     parent: "Capability | None"
     end: int = -1
     taken: bool = False
-    children: "list[Capability]" = field(default_factory=list)
+    children: "dict[Capability, None]" = field(default_factory=dict)  # as an ordered set
 
-    def subtree(self) -> Iterator["Capability"]:
-        """This capability and all derived from it, parents first."""
-        yield self
-        for child in self.children:
-            yield from child.subtree()
+    def subtree(self) -> "list[Capability]":
+        """This capability and all derived from it, parents first, however long the chains."""
+        found = [self]
+        for one in found:  # which grows meanwhile
+            found += one.children
+        return found
 
 
 class CapabilityGraph:
     """Every table of a host. Object and holder ids are the caller's, unique and never reused."""
 
     def __init__(self) -> None:
-        self._tables: dict[int, dict[int, Capability]] = {}
-        self._names: dict[tuple[int, str], Capability] = {}
-        self._objects: dict[int, dict[Capability, None]] = {}
+        self._tables: dict[int, dict[int | str, Capability]] = {}  # by selector
+        self._names: dict[int, dict[int | str, Capability]] = {}
+        self._objects = defaultdict[int, dict[Capability, None]](dict)
         self._next: dict[int, int] = {}
 
     def open_table(self, holder: int) -> None:
         """Give ``holder`` an empty table."""
-        self._tables[holder], self._next[holder] = {}, 0
+        self._tables[holder], self._names[holder], self._next[holder] = {}, {}, 0
 
     def close_table(self, holder: int) -> list[Capability]:
         """Remove ``holder``'s table; what it held, and all derived from that, in one list."""
         gone: list[Capability] = []
         while table := self._tables[holder]:
             gone += self.revoke(next(iter(table.values())), keep=False)
-        del self._tables[holder], self._next[holder]
+        del self._tables[holder], self._names[holder], self._next[holder]
         return gone
 
-    def get(self, holder: int, selector: int) -> Capability:
-        """The entry, or :class:`NotFound`."""
-        if selector not in self._tables[holder]:
-            raise NotFound(f"no capability at selector {selector}")
-        return self._tables[holder][selector]
-
-    def find(self, holder: int, name: str) -> Capability:
-        """The entry of that name, or :class:`NotFound`."""
-        if (holder, name) not in self._names:
-            raise NotFound(f"no capability named {name!r}")
-        return self._names[holder, name]
+    def get(self, holder: int, which: int | str) -> Capability:
+        """The entry of that selector or name, or :class:`NotFound`."""
+        entries = (self._tables if isinstance(which, int) else self._names)[holder]
+        if which not in entries:
+            raise NotFound(f"no capability {which!r}")
+        return entries[which]
 
     def entries(self, holder: int) -> list[Capability]:
         """All entries of a table, by selector."""
@@ -131,38 +116,36 @@ class CapabilityGraph:
         """All capabilities to an object."""
         return list(self._objects.get(object_id, ()))
 
-    def check_room(self, holder: int, *names: str) -> None:
-        """Raise unless ``holder`` can take entries of these names."""
-        if len(self._tables[holder]) + len(names) > MAX_TABLE_ENTRIES:
-            raise NoResources(f"the table is full ({MAX_TABLE_ENTRIES} entries)")
-        for name in filter(None, names):
-            if (holder, name) in self._names or names.count(name) > 1:
+    def check_room(self, *entries: tuple[int, str]) -> None:
+        """Raise unless there is room for all these entries, each a holder and a name."""
+        for holder, name in entries:
+            more = sum(other == holder for other, _ in entries)
+            if len(self._tables[holder]) + more > MAX_TABLE_ENTRIES:
+                raise NoResources(f"the table is full ({MAX_TABLE_ENTRIES} entries)")
+            if name and (name in self._names[holder] or entries.count((holder, name)) > 1):
                 raise Exists(f"a capability named {name!r} is in the table already")
 
     def insert(
         self, holder: int, object_id: int, type_: ObjectType, rights: Rights, name: str,
         parent: Capability | None = None, end: int = -1,
     ) -> Capability:  # fmt: skip
-        """Add an entry; checks room, and that a ``parent`` is not narrower, but not GRANT."""
-        self.check_room(holder, name)
-        if parent is not None and rights & ~parent.rights:
-            raise Denied(f"a derived right is never wider: {rights & ~parent.rights!r} is not held")
+        """Add an entry; checks room, nothing else."""
+        self.check_room((holder, name))
         selector = self._next[holder]
         entry = Capability(holder, selector, object_id, type_, rights, name, parent, end)
         self._next[holder] += 1
-        self._tables[holder][selector] = entry
+        self._tables[holder][selector], self._objects[object_id][entry] = entry, None
         if name:
-            self._names[holder, name] = entry
-        self._objects.setdefault(object_id, {})[entry] = None
+            self._names[holder][name] = entry
         if parent is not None:
-            parent.children.append(entry)
+            parent.children[entry] = None
         return entry
 
     def check_derive(self, source: Capability, holder: int, rights: Rights, name: str) -> None:
         """Raise unless ``source`` may be delegated to ``holder`` with these rights."""
         if not source.rights & Rights.GRANT or rights & ~source.rights:
             raise Denied(f"{rights | Rights.GRANT!r} must be held, {source.rights!r} is")
-        self.check_room(holder, name)
+        self.check_room((holder, name))
 
     def derive(self, source: Capability, holder: int, rights: Rights, name: str) -> Capability:
         """Delegate ``source`` to ``holder``; see :meth:`check_derive` for refusals."""
@@ -171,22 +154,17 @@ class CapabilityGraph:
 
     def revoke(self, capability: Capability, *, keep: bool = True) -> list[Capability]:
         """Remove all that was derived from ``capability``, and itself unless ``keep``."""
-        gone = self._forget(list(capability.subtree())[int(keep) :])
-        if keep:
-            capability.children.clear()
-        elif capability.parent is not None:
-            capability.parent.children.remove(capability)
-        return gone
+        return self._forget(capability.subtree()[int(keep) :])
 
     def drop_object(self, object_id: int) -> list[Capability]:
-        """Remove every capability to an object."""
-        return self._forget(self.of_object(object_id))
+        """Remove every capability to an object, which has ended."""
+        return self._forget(list(self._objects.pop(object_id, ())))
 
     def _forget(self, gone: list[Capability]) -> list[Capability]:
         for entry in gone:
             del self._tables[entry.holder][entry.selector]
-            self._names.pop((entry.holder, entry.name), None)
-            del self._objects[entry.object_id][entry]
-            if not self._objects[entry.object_id]:
-                del self._objects[entry.object_id]
+            self._names[entry.holder].pop(entry.name, None)
+            self._objects.get(entry.object_id, {}).pop(entry, None)
+            if entry.parent is not None:
+                entry.parent.children.pop(entry, None)
         return gone

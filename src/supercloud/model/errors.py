@@ -15,7 +15,7 @@
     ├── Temporary            try again after ``delay_s``
     └── Permanent            trying again will not help
 
-The user errors are in ``model.refusals``, which the core shares; everybody else finds them here.
+What the core may answer is in ``model.refusals``, which it shares; everybody else finds them here.
 Anything else that is raised is a bug: it is logged under an id and the user is shown the id only.
 """
 
@@ -31,7 +31,6 @@ from supercloud.model.refusals import (
     NoResources,
     NotFound,
     SupercloudError,
-    Unsupported,
     UserError,
 )
 
@@ -55,6 +54,10 @@ __all__ = [
 ]
 
 
+class Unsupported(UserError, code="unsupported"):
+    """Cannot be done here; the message says why."""
+
+
 class Temporary(SupercloudError):
     """Could not be done now; worth another try after ``delay_s`` seconds."""
 
@@ -67,7 +70,7 @@ class Permanent(SupercloudError):
     """Could not be done, and trying again will not help."""
 
 
-BY_CODE: dict[str, type[UserError]] = {cls.code: cls for cls in ALL}
+BY_CODE: dict[str, type[UserError]] = {cls.code: cls for cls in (*ALL, Unsupported)}
 
 # code -> (HTTP status, exit status of the command line)
 STATUS: dict[str, tuple[int, int]] = {

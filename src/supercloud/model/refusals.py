@@ -58,8 +58,4 @@ class NoResources(UserError, code="no_resources"):
     """It does not fit: a quota or a capacity."""
 
 
-class Unsupported(UserError, code="unsupported"):
-    """Cannot be done here; the message says why."""
-
-
-ALL = (Invalid, NotFound, Exists, Busy, BadState, Denied, NoResources, Unsupported)
+ALL = (Invalid, NotFound, Exists, Busy, BadState, Denied, NoResources)

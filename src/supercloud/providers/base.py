@@ -108,7 +108,7 @@ class Volumes(Protocol):
     """
 
     async def open(self, host: str, asked: VolumeOpen) -> VolumeStatus:
-        """Have it, its epoch raised. Denied: it is not the one that ``asked.seal`` is of."""
+        """Have it, and its next epoch. Denied: it is not the one that ``asked.seal`` is of."""
         ...
 
     async def serve(self, host: str, name: str, epoch: int) -> VolumeStatus:

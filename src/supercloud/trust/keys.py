@@ -16,11 +16,15 @@ _GENERATE: Final = ("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curv
 
 
 def make_key(path: str) -> None:
-    """Make a P-256 key in ``path`` (PEM, mode 0600). Exists when something is there.
+    """Make a P-256 key in ``path`` (PEM, mode 0600). Exists when something is there."""
+    keep_key(path, _openssl(*_GENERATE, "-pkeyopt", "ec_param_enc:named_curve"))
+
+
+def keep_key(path: str, pem: bytes) -> None:
+    """Put a key into ``path``, as ``make_key`` does.
 
     The file appears complete or not at all, whenever the process dies.
     """
-    pem = _openssl(*_GENERATE, "-pkeyopt", "ec_param_enc:named_curve")
     part = f"{path}.{os.getpid()}.part"
     try:
         _write_private(part, pem)

@@ -68,6 +68,11 @@ def client_context(
     return _hardened(context)
 
 
+def bare_context() -> ssl.SSLContext:
+    """Client side that trusts nobody."""
+    return _hardened(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+
+
 def unverified_client_context(cert_path: str, key_path: str) -> ssl.SSLContext:
     """Client side for a first contact: checks no chain; the caller must check the peer's pin."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -44,6 +44,19 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
+def learn(*classes: type) -> None:
+    """Work out the annotations of these dataclasses, and of those in them, ahead of their use."""
+    for cls in classes:
+        for hint in _hints(cls).values():
+            learn(*_dataclasses_in(hint))
+
+
+def _dataclasses_in(hint: Any) -> list[type]:
+    if isinstance(hint, type) and is_dataclass(hint):
+        return [hint]
+    return [found for inner in get_args(hint) for found in _dataclasses_in(inner)]
+
+
 def decode(cls: type[T], untrusted: object, where: str = "", *, ignore_unknown: bool = False) -> T:
     """``untrusted`` as an instance of ``cls``; Invalid with the field's path if it is none."""
     return typing.cast("T", _dataclass(cls, untrusted, where, ignore_unknown))

@@ -7,7 +7,7 @@ event is an answer with sequence 0 whose op is an :class:`Event`. Integers are l
 
 A sequence number is the client's: it counts up from 1. After :attr:`Event.RESTARTED` the client
 sends the request that it is waiting for once more, *unchanged*: the core tells by the sequence
-number whether it had done it already. This module has the core's half; ``lower.client`` the other.
+number whether it had done it already. The other half of this is ``lower.client``.
 """
 
 import re
@@ -34,11 +34,11 @@ class Op(IntEnum):
     """Requests: ``arguments / names -> values / payload``. Unused arguments must be zero."""
 
     PING = 1  # -> nothing
-    LOOKUP = 2  # / name -> selector, type, rights, object id, end
+    LOOKUP = 2  # / name -> 1 / ENTRY
     LIST = 3  # first selector -> count, next selector (0: no more) / ENTRY each
     CREATE_DOMAIN = 4  # scheduling context, the six Limits (all zero: the kind's) / kind, name
     #                    -> domain, its scheduling context
-    START = 5  # domain, up to 7 numbers for {0}.. of the kind's argv -> process id on the host
+    START = 5  # domain, up to 7 numbers for {0}.. of the kind's argv: it has been executed
     DESTROY = 6  # selector, 1 to remove a domain's private state directory too
     CREATE_CHANNEL = 7  # domain a, domain b, SOCK_STREAM or SOCK_SEQPACKET / name in a, name in b
     #                     -> selector of the whole (CONTROL), selector in a, selector in b
@@ -60,12 +60,11 @@ class Event(IntEnum):
     """Frames that the core sends unasked: ``values / name``."""
 
     RESTARTED = 200  # the core was replaced: send again what you wait for; events may be lost: LIST
-    DIED = 201  # a domain that you made: selector it had, wait status, its context's selector
+    DIED = 201  # a domain that you made is gone: wait status
     ARRIVED = 202  # a capability is new in your table: selector, type
     REVOKED = 203  # a capability is gone from your table: selector that it had, type
     RENEWED = 204  # a channel's far domain was started again: TAKE the new end: selector
     OVERFLOW = 205  # you did not read and events were dropped: LIST
-    STARTED = 206  # a domain that you made was started again: selector, starts so far
 
 
 class DomainState(IntEnum):

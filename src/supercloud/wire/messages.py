@@ -121,6 +121,35 @@ class PlatformStatus:
     spec_sha256: str = (
         ""  # of the PlatformSpec without config_base64: same name, other spec = Exists
     )
+    started_from: str = ""  # boot | memory; empty from a host that does not say
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TemplateSpec:
+    """Platforms of this shape are to start from memory, as soon as that can be had.
+
+    An older host has no such method (NotFound), and its platforms boot.
+    """
+
+    image: Sha256
+    cpus: Annotated[int, Limit(ge=1, le=64)] = 1
+    memory_bytes: Annotated[int, Limit(ge=128 << 20, le=1 << 42)] = 1 << 30
+    scratch_bytes: Bytes = 4 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TemplateStatus:
+    """``state`` is absent (with what it lacked), making, ready or refused (with the reason).
+
+    ``ram_sha256`` and ``state_sha256`` are the host core's measurements of a ready one, and
+    ``booked_bytes`` what it takes of the quota, unless a platform needs the room.
+    """
+
+    state: str
+    reason: str = ""
+    booked_bytes: Bytes = 0
+    ram_sha256: str = ""
+    state_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -372,10 +401,16 @@ HOST = {
         Method("platform.create", PlatformSpec, PlatformStatus, doc="make and start a platform"),
         Method("platform.list", Empty, PlatformList),
         Method("platform.delete", ByName, Empty, doc="stop it and give everything back"),
+        Method(
+            "template.prepare",
+            TemplateSpec,
+            TemplateStatus,
+            doc="begin to make a template, or see how far it is; ask again",
+        ),
         Method("platform.console", ByName, Empty, stream=True, doc="its serial console"),
         Method("rendezvous.accept", Empty, ByName, doc="park; then raw: one agent's connection"),
         Method("events.watch", Empty, Empty, stream=True, doc="events as JSON lines"),
-        Method("volume.open", VolumeOpen, VolumeStatus, doc="have it, its epoch raised"),
+        Method("volume.open", VolumeOpen, VolumeStatus, doc="have it, and its next epoch"),
         Method("volume.serve", VolumeServe, VolumeStatus, doc="let it be used"),
         Method("volume.attach", VolumeAttach, VolumeStatus, doc="to a running platform"),
         Method("volume.detach", ByName, VolumeStatus, doc="from its platform"),

@@ -1,9 +1,9 @@
 """Messages about volumes on the host wire: control plane -> user domain.
 
 A volume is opened in two steps, so that a copy of it from before the last opening never passes:
-``volume.open`` raises the device's epoch on the disk and says what it is now; the control plane
-keeps that; then ``volume.serve`` lets it be used. What is kept of a device there, and is compared
-at every opening, is its ``Seal``.
+``volume.open`` judges the device and says the epoch of this opening; the control plane keeps that;
+only then ``volume.serve`` writes it to the disk and lets the volume be used. What is kept of a
+device there, and is compared at every opening, is its ``Seal``.
 """
 
 from dataclasses import dataclass, field

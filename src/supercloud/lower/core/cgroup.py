@@ -1,8 +1,7 @@
 """Control groups: one group per scheduling context in every hierarchy of the manifest (v1, v2).
 
-Groups nest as scheduling contexts do, under ``supercloud/<instance>``; their paths are relative to
-that. A context that may have children keeps its own processes in a leaf ``own``, since v2 wants
-processes in leaves only.
+They nest as contexts do, below ``supercloud/<instance>``. A context that may have children keeps
+its own processes in a leaf ``own``, since v2 wants processes in leaves only.
 """
 
 import os
@@ -10,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from supercloud.model.capability import Limits
 
@@ -18,8 +17,7 @@ TOP, OWN = "supercloud", "own"
 _PERIOD_US = 100_000
 
 
-@dataclass(frozen=True, slots=True)
-class Hierarchy:
+class Hierarchy(NamedTuple):
     """One mounted tree of groups and those controllers of it that we use."""
 
     root: str
@@ -84,8 +82,15 @@ class Groups:
 
     def remove(self, path: str) -> bool:
         """Remove a group with what is below; False when something had to be killed first."""
-        removed = [_removed(directory) for _, directory in self._each(path)]  # in every tree
-        return all(removed)
+        for _, directory in self._each(path):
+            for group, _, _ in os.walk(directory, topdown=False):
+                with suppress(OSError):
+                    os.rmdir(group)
+                    continue
+                for pid in _read(f"{group}/cgroup.procs").split():
+                    with suppress(ProcessLookupError):
+                        os.kill(int(pid), signal.SIGKILL)
+        return not any(os.path.exists(directory) for _, directory in self._each(path))
 
     def usage(self, path: str) -> tuple[int, int, int]:
         """(memory bytes, cpu microseconds, processes) of a group and below, now."""
@@ -123,17 +128,6 @@ class Groups:
     def _each(self, path: str) -> Iterator[tuple[Hierarchy, str]]:
         for tree in self._trees:
             yield tree, f"{tree.root}/{self._base}/{path}".rstrip("/")
-
-
-def _removed(directory: str) -> bool:
-    for group, _, _ in os.walk(directory, topdown=False):
-        with suppress(OSError):
-            os.rmdir(group)
-            continue
-        for pid in _read(f"{group}/cgroup.procs").split():
-            with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-    return not os.path.exists(directory)
 
 
 def _read(path: str) -> str:

@@ -1,8 +1,7 @@
 """The core's process: boot a host from its manifest, or take over from a core that died.
 
-What a later core needs and must not have changed meanwhile (the manifest, the filters) is copied
-at boot onto a tmpfs in the keeper's private mount namespace, where the runtime image is mounted
-too; both outlive the core.
+The manifest is copied at boot onto a tmpfs in the keeper's private mount namespace, where the
+runtime image is mounted too: both outlive the core, unchanged.
 """
 
 import hashlib
@@ -11,26 +10,20 @@ import signal
 import socket
 import time
 
-from supercloud.lower.core import descriptors, sandbox, system
+from supercloud.lower.core import keeper, sandbox, system
 from supercloud.lower.core.broker import Broker
 from supercloud.lower.core.cgroup import Groups
 from supercloud.lower.core.domain import Domains
-from supercloud.lower.core.keeper import (
-    CONFIGURATION_STATUS,
-    RESTART_STATUS,
-    Vault,
-    wake_on_signals,
-)
 from supercloud.lower.core.loop import Loop
-from supercloud.lower.core.manifest import Sealed, parse
+from supercloud.lower.core.manifest import MAX_MANIFEST_BYTES, parse
 from supercloud.lower.core.measure import Chain, Measurements, hash_tree, read_chain, say
 from supercloud.lower.core.state import Domain, Object, State
 from supercloud.model.capability import ObjectType
-from supercloud.model.refusals import Invalid, NotFound, UserError
-from supercloud.wire.frames import DomainState, Event
+from supercloud.model.refusals import NotFound, UserError
+from supercloud.wire.frames import DomainState, Event, pack_answer
 
-_STOP_TIMEOUT_S, _MAX_COPIED_BYTES = 15.0, 1 << 21
-_COPY, _READY = f"{sandbox.STAGE}/sealed", f"{sandbox.STAGE}/ready"
+_STOP_TIMEOUT_S = 15.0
+_COPY, _READY = f"{sandbox.STAGE}/manifest.json", f"{sandbox.STAGE}/ready"
 
 
 class Core:
@@ -39,13 +32,14 @@ class Core:
     def __init__(self, options: dict[str, str], link: socket.socket) -> None:
         self._source, directory = options["--manifest"], options["--state"]
         self._ready, self._status = f"{options['--run']}/ready", 0
-        self._fresh, self._woken = not os.path.exists(_READY), wake_on_signals()
-        self._loop, self._vault = Loop(), Vault(link)
+        self._fresh, self._woken = not os.path.exists(_READY), keeper.wake_on_signals()
+        self._loop, self._vault = Loop(), keeper.Vault(link)
         self._stored = self._vault.load()
         self._loop.watch(link.fileno(), lambda _: os._exit(1))  # the keeper is gone
         if self._fresh:
-            _cover_stage()
-        self._manifest = parse(self._copied("manifest.json", Sealed(self._source, None)))
+            _cover_stage(self._source)
+        with open(_COPY, "rb") as file:
+            self._manifest = parse(file.read())
         os.makedirs(directory, mode=0o711, exist_ok=True)
         self._groups = Groups(self._manifest.instance, self._manifest.groups)
         self._measured = Measurements(f"{directory}/measurements.log", fresh=self._fresh)
@@ -53,7 +47,7 @@ class Core:
         self._log = Chain(self._grants, fresh=self._fresh)
         self._domains = Domains(self._loop, self._vault, self._groups, self._manifest, directory)
         self._state = State(self._manifest)
-        self._broker = Broker(self._state, self._log, self._measured, self._vault, self._domains)
+        self._broker = Broker(self._state, self._log, self._measured, self._domains)
 
     def run(self) -> int:
         """Boot or take over, then serve until told to stop; the exit status."""
@@ -61,11 +55,10 @@ class Core:
             self._boot()
         code = os.path.normpath(os.path.join(os.path.abspath(__file__), *[".."] * 3))
         self._measured.extend("code", hash_tree(code), "supercloud")
-        for name, kind in self._manifest.kinds.items():
-            self._domains.filters[name] = self._copied(f"{name}.bpf", kind.filter)
-            if self._fresh:
-                self._measured.extend("filter", kind.filter.sha256 or "", name)
         if self._fresh:
+            for name, kind in self._manifest.kinds.items():
+                digest = hashlib.sha256(bytes.fromhex(kind.filter)).hexdigest()
+                self._measured.extend("filter", digest, name)
             self._make_initial()
             for path in (_READY, self._ready):
                 os.close(os.open(path, os.O_CREAT, 0o644))
@@ -78,20 +71,6 @@ class Core:
             self._loop.turn()
         return self._status
 
-    def _copied(self, name: str, source: Sealed) -> bytes:
-        """A file's content as it was at boot, checked against its hash then and now."""
-        path = f"{_COPY}/{name}"
-        with open(source.path if self._fresh else path, "rb") as file:
-            content = file.read(_MAX_COPIED_BYTES)
-        if source.sha256 and hashlib.sha256(content).hexdigest() != source.sha256:
-            raise Invalid(f"{name} is not what the manifest says")
-        if self._fresh:
-            with open(path, "wb") as copy:
-                copy.write(content)
-        return content
-
-    # ---- boot
-
     def _boot(self) -> None:
         """Clear away what an instance of this name left, and begin anew."""
         if not self._groups.sweep():
@@ -99,30 +78,25 @@ class Core:
         self._groups.make_top()
         self._clear_stored()
         self._broker.commit("boot", manifest=self._manifest.sha256)
-        digest = descriptors.mount_runtime(self._manifest.runtime, sandbox.RUNTIME)
-        self._measured.extend("runtime", digest, self._manifest.runtime.path)
+        path = self._manifest.runtime
+        digest = sandbox.mount_runtime(path, self._manifest.runtime_sha256)
+        self._measured.extend("runtime", digest, path)
         self._measured.extend("manifest", self._manifest.sha256, self._source)
 
     def _make_initial(self) -> None:
-        """The manifest's own domains, channels and grants."""
+        """The manifest's own domains and grants."""
         manifest, broker = self._manifest, self._broker
-        for initial in manifest.domains:
-            kind = manifest.kinds[initial.kind]
-            limits = initial.limits or kind.limits
-            broker.make_domain(kind, initial.name, limits, self._state.root)
+        for name, kind in manifest.domains:
+            limits = manifest.kinds[kind].limits
+            broker.make_domain(manifest.kinds[kind], name, limits, self._state.root)
         made = {domain.name: domain for domain in self._state.domains.values()}
-        things: dict[str, tuple[int, int]] = {}  # what a grant may name, with id and type
-        for name, domain in made.items():
-            things[f"domain:{name}"] = domain.id, ObjectType.DOMAIN
-            things[f"sched:{name}"] = domain.context.id, ObjectType.SCHEDULING_CONTEXT
+        # what a grant may name, with id and type
+        things = {f"domain:{name}": (made[name].id, ObjectType.DOMAIN) for name in made}
         for kept in list(self._stored):  # what the keeper was started with
             number = self._state.next_id
             broker.commit("device", id=number, name=kept[1:])
             self._reattach(self._state.objects[number])
             things[f"inherited:{kept[1:]}"] = number, ObjectType.DEVICE
-        for c in manifest.channels:
-            type_ = descriptors.SOCKETS[c.type]
-            broker.make_channel(made[c.a], made[c.b], type_, (c.name_a, c.name_b))
         for grant in manifest.grants:
             if grant.object not in things:
                 raise NotFound(f"a grant names {grant.object}, which is not there")
@@ -132,9 +106,8 @@ class Core:
         for domain in made.values():
             broker.resume(domain)
 
-    # ---- taking over from a dead core
-
     def _take_over(self) -> None:
+        """What a dead core has left."""
         for record in read_chain(self._grants):
             self._state.apply(record)
         for made in self._state.objects.values():
@@ -149,10 +122,10 @@ class Core:
         for domain in self._state.domains.values():
             self._domains.prepare(domain)
         for process in self._domains.running.values():
-            process.link.event(Event.RESTARTED)
+            process.link.send(pack_answer(Event.RESTARTED, 0, 0))  # never dropped as events are
         for domain in lost:
             if domain.state is not DomainState.CREATED:
-                self._broker.resume(domain, logged=domain.state is DomainState.RUNNING)
+                self._broker.resume(domain)
 
     def _reattach(self, made: Object) -> None:
         name = f"i{made.name}" if made.type is ObjectType.DEVICE else f"o{made.id}"
@@ -167,22 +140,20 @@ class Core:
         if domain.state is not DomainState.RUNNING or not process:
             return False
         pidfd, end = self._stored.pop(process)
-        started = sandbox.Started(int(process.split(".")[1]), pidfd)
-        self._domains.watch(domain, started, socket.socket(fileno=end))
+        pid = int(process.split(".")[1])
+        self._domains.watch(domain, pid, pidfd, socket.socket(fileno=end))
         return True
 
     def _clear_stored(self) -> None:
         for name in [name for name in self._stored if not name.startswith("i")]:
             self._vault.drop(name)
-            descriptors.close_all(self._stored.pop(name))
-
-    # ---- life
+            system.close_all(self._stored.pop(name))
 
     def _on_signals(self, numbers: bytes) -> None:
         if signal.SIGTERM in numbers:
             self._stop()
         elif signal.SIGHUP in numbers:
-            self._status, self._loop.running = RESTART_STATUS, False
+            self._status, self._loop.running = keeper.RESTART_STATUS, False
 
     def _stop(self) -> None:
         """End all domains and leave nothing behind."""
@@ -205,14 +176,15 @@ class Core:
         self._loop.later(1.0, self._tick)
 
 
-def _cover_stage() -> None:
+def _cover_stage(manifest: str) -> None:
     """A tmpfs of our own over ``STAGE``, in the keeper's mount namespace only."""
-    if os.path.exists(_COPY):  # a boot that failed half-way
+    if os.path.exists(sandbox.ROOTS):  # a boot that failed half-way
         system.umount(sandbox.STAGE)
     flags = system.MS_NOSUID | system.MS_NOEXEC | system.MS_NODEV
     system.mount("supercloud", sandbox.STAGE, "tmpfs", flags, "mode=0711,size=64m")
-    os.mkdir(_COPY, 0o700)
     os.mkdir(sandbox.ROOTS, 0o711)
+    with open(manifest, "rb") as source, open(_COPY, "wb") as copy:
+        copy.write(source.read(MAX_MANIFEST_BYTES + 1))
 
 
 def main(options: dict[str, str], link: socket.socket) -> int:
@@ -221,4 +193,4 @@ def main(options: dict[str, str], link: socket.socket) -> int:
         return Core(options, link).run()
     except UserError as error:
         say("failed", error=str(error), hint=error.hint)
-        return CONFIGURATION_STATUS
+        return keeper.CONFIGURATION_STATUS

@@ -16,9 +16,8 @@ from supercloud.lower.core.loop import Link, Loop
 from supercloud.lower.core.manifest import Bind, Manifest
 from supercloud.lower.core.measure import say
 from supercloud.lower.core.state import Domain
-from supercloud.model.refusals import BadState, NoResources
+from supercloud.model.refusals import NoResources
 
-_AGAIN_S, _SPACING_S = 0.1, 2.0  # a domain that lasted longer is started again at once
 _LOG_BYTES, _LOG_KEEP_BYTES, _LOG_FLOOD_BYTES = 1 << 20, 256 << 10, 256 << 20
 
 
@@ -42,9 +41,9 @@ class Domains:
     def __init__(
         self, loop: Loop, vault: Vault, groups: Groups, manifest: Manifest, directory: str
     ) -> None:
-        self._loop, self._vault, self.groups, self._uids = loop, vault, groups, manifest.uids
+        self.loop, self.vault, self.groups = loop, vault, groups
+        self._first_uid, self._uids = manifest.first_uid, manifest.uids
         self._logs, self._private = f"{directory}/log", f"{directory}/domains"
-        self.filters: dict[str, bytes] = {}
         self.running: dict[int, Process] = {}
         self._unreaped: set[Domain] = set()
         self.dying: dict[Domain, Callable[[Domain], None]] = {}
@@ -53,32 +52,23 @@ class Domains:
 
     def choose_slot(self, name: str, taken: set[int], *, keep: bool) -> int:
         """Which uid a domain gets: that of its private directory if it has one, else a free one."""
-        private = os.scandir(self._private)
-        kept = {entry.name: entry.stat().st_uid - self._uids.first for entry in private}
-        if keep and name in kept:
-            return kept[name]
-        taken |= {domain.slot for domain in self.dying} | set(kept.values())
-        if free := set(range(self._uids.count)) - taken:
-            return min(free)
-        raise NoResources("all uids of this host are taken")
+        kept = {e.name: e.stat().st_uid - self._first_uid for e in os.scandir(self._private)}
+        taken |= {domain.slot for domain in self.dying} | {*kept.values()}
+        free = {kept[name]} if keep and name in kept else {*range(self._uids)} - taken
+        if not free:
+            raise NoResources("all uids of this host are taken")
+        return min(free)
 
     def prepare(self, domain: Domain) -> None:
         """Make what a domain needs before its first start: groups, its private directory."""
         kind, context = domain.kind, domain.context
         self.groups.create(context.path, context.limits, kind.own if kind.creates else None)
         if kind.state:
-            private, uid = f"{self._private}/{domain.name}", self._uids.first + domain.slot
+            private, uid = f"{self._private}/{domain.name}", self._first_uid + domain.slot
             os.makedirs(private, mode=0o700, exist_ok=True)
             os.chown(private, uid, uid)
 
-    def purge(self, domain: Domain) -> None:
-        """Remove a domain's private directory, and with it the claim to its uid."""
-        import shutil  # noqa: PLC0415  costs memory, seldom needed
-
-        if domain.kind.state:
-            shutil.rmtree(f"{self._private}/{domain.name}")
-
-    def start(self, domain: Domain, descriptors: list[int]) -> Process:
+    def start(self, domain: Domain, descriptors: list[int]) -> None:
         """Run a domain's program; BadState or OSError when it could not be executed."""
         with ExitStack() as ends, ExitStack() as undo:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -89,28 +79,25 @@ class Domains:
             for descriptor in (output, null):
                 ends.callback(os.close, descriptor)
 
-            def admit(made: sandbox.Started) -> None:
+            def admit(pid: int, pidfd: int) -> None:
                 """Held at the gate: into its groups, and noted where a later core finds it."""
                 path = domain.context.path
-                self.groups.add(f"{path}/{OWN}" if domain.kind.creates else path, made.pid)
-                undo.callback(self._vault.drop, f"p{domain.id}.{made.pid}")
-                self._vault.put(f"p{domain.id}.{made.pid}", made.pidfd, ours.fileno())
+                self.groups.add(f"{path}/{OWN}" if domain.kind.creates else path, pid)
+                undo.callback(self.vault.drop, f"p{domain.id}.{pid}")
+                self.vault.put(f"p{domain.id}.{pid}", pidfd, ours.fileno())
 
             third = theirs.fileno() if domain.kind.speaks else null
             plan = self._plan(domain, [third, *descriptors], output)
             started = sandbox.start(plan, admit, name=f"{domain.id}.{domain.starts}")
             undo.pop_all()
-        return self.watch(domain, started, ours)
+        self.watch(domain, *started, ours)
 
-    def watch(self, domain: Domain, started: sandbox.Started, ours: socket.socket) -> Process:
+    def watch(self, domain: Domain, pid: int, pidfd: int, ours: socket.socket) -> None:
         """Serve a program that runs; also one that a core before this started."""
-        answer, abuse = partial(self.on_request, domain), partial(self.kill, domain)
-        link = Link(self._loop, ours, answer, abuse)
-        process = Process(domain, *started, link)
-        self.running[domain.id] = process
+        link = Link(self.loop, ours, partial(self.on_request, domain), partial(self.kill, domain))
+        process = self.running[domain.id] = Process(domain, pid, pidfd, link)
         self._unreaped.add(domain)
-        self._loop.watch(process.pidfd, lambda _: self._ended(process))
-        return process
+        self.loop.watch(pidfd, lambda _: self._ended(process))
 
     def kill(self, domain: Domain, why: str) -> None:
         """End a domain's program; what follows comes by its exit."""
@@ -121,11 +108,11 @@ class Domains:
     def _ended(self, process: Process) -> None:
         """It is dead: ours to reap, or (one that was adopted) the keeper's."""
         domain = process.domain
-        self._loop.forget(process.pidfd)
+        self.loop.forget(process.pidfd)
         try:
             status = os.waitpid(process.pid, 0)[1]
         except ChildProcessError:
-            status = self._vault.wait_status(process.pid)
+            status = self.vault.wait_status(process.pid)
         os.close(process.pidfd)
         self._unreaped.discard(domain)
         if domain in self.dying:
@@ -134,7 +121,7 @@ class Domains:
             process.link.close()
             del self.running[domain.id]
             self.on_exit(domain, status, time.monotonic() - process.started_s)
-        self._vault.drop(f"p{domain.id}.{process.pid}")
+        self.vault.drop(f"p{domain.id}.{process.pid}")
 
     def end(self, domain: Domain, done: Callable[[Domain], None]) -> None:
         """Kill a domain that is gone from the tables; ``done`` when nothing of it is left."""
@@ -146,13 +133,10 @@ class Domains:
             process.link.close()
             _kill(process.pidfd)
 
-    def restart_later(self, lasted_s: float, start: Callable[[], None]) -> None:
-        """Start again: soon, but one that keeps dying not more often than every ``_SPACING_S``."""
-        self._loop.later(max(_AGAIN_S, _SPACING_S - lasted_s), start)
-
     def tick(self) -> None:
-        """Once a second: bound the logs, and retry what could not be removed."""
+        """Once a second: bound the logs, say what was dropped, retry what could not be removed."""
         for process in list(self.running.values()):
+            process.link.catch_up()
             self._bound_log(process.domain)
         for domain in set(self.dying) - self._unreaped:
             self._bury(domain)
@@ -160,6 +144,10 @@ class Domains:
     def _bury(self, domain: Domain) -> None:
         """Its process is dead: remove the groups, or leave it for the next tick."""
         if self.groups.remove(domain.context.path):
+            if domain.purge and domain.kind.state:  # and with it the claim to its uid
+                import shutil  # noqa: PLC0415  costs memory, seldom needed
+
+                shutil.rmtree(f"{self._private}/{domain.name}")
             self.dying.pop(domain)(domain)
 
     def _plan(self, domain: Domain, descriptors: list[int], output: int) -> sandbox.Plan:
@@ -168,16 +156,9 @@ class Domains:
             argv = [word.replace(f"{{{index}}}", str(number)) for word in argv]
         usual = {"PATH": "/usr/bin:/usr/sbin", "HOME": "/run", "LANG": "C.UTF-8"}
         said = {"SUPERCLOUD_DOMAIN": name, "SUPERCLOUD_KIND": kind.name}
-        environment, uid = {**usual, **kind.environment, **said}, self._uids.first + domain.slot
-        binds, owner_uid, network = kind.binds, uid + self._uids.count, -1
-        if kind.state:
-            binds += (Bind(f"{self._private}/{name}", sandbox.STATE_TARGET, writable=True),)
-        if kind.network == "parent":
-            parent = self.running.get(domain.parent.id) if domain.parent else None
-            if parent is None:
-                raise BadState(f"{name} joins its creator's network, which does not run")
-            network = parent.pidfd
-        inside = environment, uid, owner_uid, self.filters[kind.name], network, binds
+        environment, uid = {**usual, **kind.environment, **said}, self._first_uid + domain.slot
+        private = Bind(f"{self._private}/{name}", sandbox.STATE_TARGET, writable=True)
+        inside = environment, uid, uid + self._uids, (*kind.binds, *[private] * kind.state)
         return sandbox.Plan(kind, argv, *inside, descriptors, output)
 
     def _bound_log(self, domain: Domain) -> None:

@@ -1,11 +1,9 @@
 """Logs of the core: grants and measurements, both JSON lines chained by SHA-256, and its own words.
 
-A line of the grant log is written before the record takes effect. It reaches the page cache at
-once, which is all that recovery from the core's own death needs; it is put on the disk by
-:meth:`Chain.sync` once a second, since a host that loses power loses its domains anyway.
-
-The measurement log is what an attestation replays: each event extends a register
-``SHA-256(register || digest)``; a TPM's register will be extended alike (field ``pcr``).
+A grant is written before it takes effect, and is in the page cache then: enough to recover from
+the core's death. Once a second it is put on the disk; who loses power loses the domains anyway.
+An attestation replays the measurements: each event extends a register ``SHA-256(register ||
+digest)``; a TPM's register will be extended alike (field ``pcr``).
 """
 
 import hashlib

@@ -6,6 +6,7 @@ maps one uid, and the child shuts itself in step by step (:func:`_steps`) and ex
 program is process 1 of its process namespace: when it dies the kernel kills all the others.
 """
 
+import errno
 import fcntl
 import os
 import resource
@@ -19,7 +20,8 @@ from typing import NamedTuple, NoReturn
 
 from supercloud.lower.core import system
 from supercloud.lower.core.manifest import Bind, Kind
-from supercloud.model.refusals import BadState
+from supercloud.lower.core.measure import ZERO, hash_file
+from supercloud.model.refusals import BadState, Invalid
 
 STAGE = "/mnt"  # covered by a tmpfs in the keeper's private mount namespace
 RUNTIME, ROOTS, STATE_TARGET = f"{STAGE}/runtime", f"{STAGE}/roots", "/run/state"
@@ -31,32 +33,20 @@ _GO = b"g"
 
 
 class Plan(NamedTuple):
-    """All that :func:`start` needs; ``descriptors`` become 3, 4, ... and ``output`` 1 and 2.
-
-    ``network`` is a descriptor of a process whose network namespace it joins, or -1.
-    """
+    """All that :func:`start` needs; ``descriptors`` become 3, 4, ... and ``output`` 1 and 2."""
 
     kind: Kind
     argv: list[str]
     environment: dict[str, str]
     uid: int
     owner_uid: int
-    filter: bytes
-    network: int
     binds: tuple[Bind, ...]
     descriptors: list[int]
     output: int
 
 
-class Started(NamedTuple):
-    """A process in its sandbox."""
-
-    pid: int
-    pidfd: int
-
-
-def start(plan: Plan, admit: Callable[[Started], None], *, name: str) -> Started:
-    """Run a program in a sandbox; returns when it has been executed.
+def start(plan: Plan, admit: Callable[[int, int], None], *, name: str) -> tuple[int, int]:
+    """Run a program in a sandbox; (process id, its descriptor) when it has been executed.
 
     ``admit`` is called with the child held at the gate (put it into its groups, note its
     descriptor); if the caller dies before it returns, the child ends. BadState says which step
@@ -67,25 +57,48 @@ def start(plan: Plan, admit: Callable[[Started], None], *, name: str) -> Started
         os.mkdir(root)
         cleanup.callback(unstage, root)
         _stage(plan, root)
-        started = _clone(plan)
-        if started.pid == 0:
+        pid, pidfd = _clone(plan)
+        if pid == 0:
             _child(plan, root, childs.fileno())
         try:
             for ids in ("uid_map", "gid_map"):
-                with open(f"/proc/{started.pid}/{ids}", "w", encoding="ascii") as file:
+                with open(f"/proc/{pid}/{ids}", "w", encoding="ascii") as file:
                     file.write(f"{plan.uid} {plan.uid} 1\n")
-            admit(started)
+            admit(pid, pidfd)
             gate.send(_GO)
             childs.close()
             gate.settimeout(_START_TIMEOUT_S)
             if said := gate.recv(4096):  # else it was closed by execution
                 raise BadState(said.decode())
         except BaseException:
-            signal.pidfd_send_signal(started.pidfd, signal.SIGKILL)
-            os.waitid(os.P_PIDFD, started.pidfd, os.WEXITED)
-            os.close(started.pidfd)
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+            os.close(pidfd)
             raise
-        return started
+        return pid, pidfd
+
+
+def mount_runtime(path: str, sha256: str) -> str:
+    """Mount the image by the descriptor that was hashed (or, for tests, show a directory)."""
+    os.mkdir(RUNTIME)
+    if not sha256:
+        system.bind(path, RUNTIME, system.MS_RDONLY | _SAFE)
+        return ZERO
+    with open(path, "rb") as file:
+        image = f"/proc/self/fd/{file.fileno()}"
+        digest = hash_file(image)
+        if digest != sha256:
+            raise Invalid(f"{path} has the hash {digest}", where="manifest.runtime")
+        try:
+            system.mount(image, RUNTIME, "erofs", system.MS_RDONLY | _SAFE)
+        except OSError as error:
+            if error.errno not in (errno.ENOTBLK, errno.EINVAL, errno.ENOSYS):
+                raise
+            os.set_inheritable(file.fileno(), True)  # before Linux 6.12: by a loop device
+            words = ["mount", "-c", "-t", "erofs", "-o", "ro,nosuid,nodev,loop", image, RUNTIME]
+            if os.spawnvp(os.P_WAIT, "mount", words):  # noqa: S606  no shell is the point
+                raise
+    return digest
 
 
 def unstage(root: str) -> None:
@@ -120,23 +133,15 @@ def _stage(plan: Plan, root: str) -> None:
         system.bind(bind.source, target, _SAFE | (0 if bind.writable else system.MS_RDONLY))
 
 
-def _clone(plan: Plan) -> Started:
-    flags = system.NEW_EVERYTHING
-    if plan.kind.network != "own":
-        flags &= ~system.CLONE_NEWNET
-    home, pid = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC), -1
+def _clone(plan: Plan) -> tuple[int, int]:
+    shared, pid = system.CLONE_NEWNET if plan.kind.network == "host" else 0, -1
+    os.setresuid(-1, plan.owner_uid, -1)
     try:
-        if plan.network >= 0:
-            system.call("setns", plan.network, system.CLONE_NEWNET)
-        os.setresuid(-1, plan.owner_uid, -1)
-        pid, pidfd = system.clone3(flags, signal.SIGCHLD)
+        pid, pidfd = system.clone3(system.NEW_EVERYTHING & ~shared, signal.SIGCHLD)
     finally:
         if pid:  # not in the child
             os.setresuid(-1, 0, -1)
-            if plan.network >= 0:
-                system.call("setns", home, system.CLONE_NEWNET)
-            os.close(home)
-    return Started(pid, pidfd)
+    return pid, pidfd
 
 
 def _child(plan: Plan, root: str, gate: int) -> NoReturn:
@@ -174,24 +179,21 @@ def _steps(plan: Plan, root: str) -> list[tuple[str, Callable[[], None]]]:
     own = [(path, system.ALL_BUT_EXECUTE) for path in ("/dev", "/tmp", "/run")]  # noqa: S108
     files = None if kind.nests else [("/", system.EXECUTE | read), *own]
     return [
-        ("identity", lambda: _become(plan.uid)),
+        ("identity", lambda: _become(plan.uid, kind.nofile)),
         ("root", lambda: _enter(root, proc=kind.proc)),
         ("loopback", lambda: _loopback_up() if kind.network == "own" else None),
-        (
-            "descriptor limit",
-            lambda: resource.setrlimit(resource.RLIMIT_NOFILE, 2 * (kind.nofile,)),
-        ),
-        ("core limit", lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0))),
         ("capabilities", system.drop_capabilities),
         ("landlock", lambda: system.landlock(files, tcp=kind.tcp)),
-        ("filter", lambda: system.install_filter(plan.filter)),
+        ("filter", lambda: system.install_filter(bytes.fromhex(kind.filter))),
     ]
 
 
-def _become(uid: int) -> None:
+def _become(uid: int, nofile: int) -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and that is inherited
         signal.signal(number, signal.SIG_DFL)
+    for limit, most in ((resource.RLIMIT_NOFILE, nofile), (resource.RLIMIT_CORE, 0)):
+        resource.setrlimit(limit, (most, most))
     os.setsid()
     os.setgroups([])
     os.setresgid(uid, uid, uid)

@@ -6,6 +6,7 @@ Nothing here touches a descriptor or a process; what a record takes out of the t
 in :attr:`State.gone` for the broker to carry out.
 """
 
+from collections import ChainMap
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,51 +19,36 @@ Record = dict[str, Any]
 Values = tuple[int, ...]
 
 MAX_INT = 1 << 62
-SUMMED = ("memory_bytes", "pids", "domains", "disk_bytes")
+SUMMED = Limits._fields[2:]
+_DOMAIN, _CONTEXT = ObjectType.DOMAIN, ObjectType.SCHEDULING_CONTEXT
 _SELF = Rights.CONNECT | Rights.GRANT
+_WHOLE = Rights.USE | Rights.CONTROL
 _OWN_CONTEXT = Rights.READ | Rights.CHARGE | Rights.GRANT
 _MAKER = Rights.USE | Rights.READ | Rights.WRITE | Rights.GRANT | Rights.CONTROL
 
 
 @dataclass(slots=True, eq=False)
 class Context:
-    """A scheduling context; ``booked`` is what its children and objects take of ``limits``."""
+    """A scheduling context; ``own`` is kept for the processes of the domain itself."""
 
     id: int
     name: str
     parent: "Context | None"
     limits: Limits
     path: str
-    booked: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SUMMED, 0))
+    own: Limits
     charges: dict[int, int] = field(default_factory=dict)  # disk bytes, by who booked them
-
-    def check(self, cpu_permille: int = 0, **asked: int) -> None:
-        """NoResources unless it fits in what is left; the cpu quota in this one's."""
-        for what, amount in asked.items():
-            left = getattr(self.limits, what) - self.booked[what]
-            if amount > left:
-                raise NoResources(f"{what}: {amount} asked, {self.name} has {left}")
-        if self.limits.cpu_permille and cpu_permille > self.limits.cpu_permille:
-            raise NoResources(f"cpu_permille: {self.name} has {self.limits.cpu_permille}")
-
-    def book(self, sign: int = 1, **more: int) -> None:
-        """Add to (or with ``sign`` -1 take from) what is booked."""
-        for what, amount in more.items():
-            self.booked[what] += sign * amount
 
 
 @dataclass(slots=True, eq=False)
 class Object:
-    """Anything but a domain; ``descriptors`` are the core's, two for the ends of a portal.
-
-    ``number`` is the socket type of a portal, the bytes of a memory, a semaphore's first value.
-    """
+    """Anything but a domain; ``descriptors`` are the core's, two for the ends of a portal."""
 
     id: int
     type: ObjectType
     name: str
     maker: "Domain | None"
-    number: int = 0
+    number: int = 0  # socket type of a portal, bytes of a memory, first value of a semaphore
     context: Context | None = None
     ends: tuple["Domain", ...] = ()
     sha256: str = ""
@@ -84,20 +70,7 @@ class Domain:
     starts: int = 0
     wait_status: int = 0
     last: tuple[int, Values, str] = (0, (), "")
-
-
-@dataclass(slots=True)
-class Gone:
-    """What the last record took out of the tables; a domain with its selectors at its parent."""
-
-    domains: list[tuple[Domain, int, int]] = field(default_factory=list)
-    objects: list[Object] = field(default_factory=list)
-    capabilities: list[Capability] = field(default_factory=list)
-
-
-def booking(limits: Limits) -> dict[str, int]:
-    """What a domain of these limits takes of its parent context: them, and one domain more."""
-    return {what: getattr(limits, what) + (what == "domains") for what in SUMMED}
+    purge: bool = False  # its private directory ends with it, and those of its children
 
 
 def checked_limits(figures: Values) -> Limits:
@@ -114,29 +87,39 @@ class State:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest, self.graph, self.next_id = manifest, CapabilityGraph(), 2
-        self.root = Context(1, "host", None, manifest.limits, "")
+        self.root = Context(1, "host", None, manifest.limits, "", Limits())
         self.contexts = {1: self.root}
         self.domains: dict[int, Domain] = {}
         self.objects: dict[int, Object] = {}
-        self.behind: dict[ObjectType, dict[int, Any]] = dict.fromkeys(ObjectType, self.objects)
-        self.behind[ObjectType.DOMAIN] = self.domains
-        self.behind[ObjectType.SCHEDULING_CONTEXT] = self.contexts
-        self.gone = Gone()  # by the last record
+        self.behind = ChainMap[int, Any](self.domains, self.contexts, self.objects)
+        # what the last record took out of the tables
+        self.gone: tuple[list[Domain], list[Object], list[Capability]] = [], [], []
 
     def apply(self, record: Record) -> Values:
         """Run a record, which must have been checked; the values that answer it."""
-        self.gone = Gone()
+        self.gone = [], [], []
         values: Values = getattr(self, f"_do_{record['op']}")(record) or ()
         caller = self.domains.get(record.get("by", 0))
         if caller is not None:
             caller.last = (record["seq"], values, record.get("sha256", ""))
         return values
 
-    def at_parent(self, domain: Domain, object_id: int) -> int:
-        """The selector that the domain's maker has for it or its context; 0 when it has none."""
-        holder = domain.parent.id if domain.parent else 0
-        found = [c for c in self.graph.of_object(object_id) if c.holder == holder and not c.parent]
-        return found[0].selector if found else 0
+    def booked(self, context: Context) -> Values:
+        """What is taken of its ``SUMMED`` limits: by itself, charges, children and objects."""
+        taken = [(context.own.memory_bytes, context.own.pids, 0, sum(context.charges.values()))]
+        children = [c.limits for c in self.contexts.values() if c.parent is context]
+        taken += [(c.memory_bytes, c.pids, c.domains + 1, c.disk_bytes) for c in children]
+        taken += [(o.number, 0, 0, 0) for o in self.objects.values() if o.context is context]
+        return tuple(map(sum, zip(*taken, strict=True)))
+
+    def check_left(self, context: Context, asked: Values, cpu_permille: int = 0) -> None:
+        """NoResources unless this much of ``SUMMED`` is left; the cpu quota must be in its own."""
+        for what, amount, booked in zip(SUMMED, asked, self.booked(context), strict=True):
+            left = getattr(context.limits, what) - booked
+            if amount > left:
+                raise NoResources(f"{what}: {amount} asked, {context.name} has {left}")
+        if context.limits.cpu_permille and cpu_permille > context.limits.cpu_permille:
+            raise NoResources(f"cpu_permille: {context.name} has {context.limits.cpu_permille}")
 
     def _do_boot(self, r: Record) -> None:
         if r["manifest"] != self.manifest.sha256:
@@ -146,16 +129,13 @@ class State:
         kind, parent = self.manifest.kinds[r["kind"]], self.domains.get(r["parent"])
         charged, limits, name = self.contexts[r["context"]], Limits(*r["limits"]), r["name"]
         path = f"{charged.path}/{name}.{r['id']}".lstrip("/")
-        context = Context(r["id"] + 1, name, charged, limits, path)
+        own = kind.own if kind.creates else Limits()
+        context = Context(r["id"] + 1, name, charged, limits, path, own)
         domain = Domain(r["id"], kind, name, parent, context, r["slot"])
-        charged.book(**booking(limits))
-        if kind.creates:
-            context.book(memory_bytes=kind.own.memory_bytes, pids=kind.own.pids)
         self.domains[domain.id], self.contexts[context.id] = domain, context
         self.next_id = r["id"] + 2
-        insert, of_domain = self.graph.insert, ObjectType.DOMAIN
-        of_context = ObjectType.SCHEDULING_CONTEXT
         self.graph.open_table(domain.id)
+        insert, of_domain, of_context = self.graph.insert, _DOMAIN, _CONTEXT
         insert(domain.id, domain.id, of_domain, _SELF, "self")
         insert(domain.id, context.id, of_context, _OWN_CONTEXT, "sched")
         if parent is None:
@@ -177,33 +157,25 @@ class State:
             capability.taken = False  # its descriptors are gone with its process
 
     def _do_portal(self, r: Record) -> Values:
-        ends = self.domains[r["a"]], self.domains[r["b"]]
-        made, whole = self._make(r, Rights.CONTROL | Rights.USE, ends)
-        selectors = [whole.selector if whole else 0]
-        for number, name in enumerate((r["name_a"], r["name_b"])):
-            end = ends[number].id, made.id, made.type, Rights.USE, name, whole, number
-            selectors.append(self.graph.insert(*end).selector)
-        return tuple(selectors)
+        whole = self.graph.get(r["by"], *self._do_object(r))
+        self.objects[r["id"]].ends = self.domains[r["a"]], self.domains[r["b"]]
+        what, insert = (r["id"], whole.type, Rights.USE), self.graph.insert
+        in_a = insert(r["a"], *what, r["name_a"], whole, 0)
+        in_b = insert(r["b"], *what, r["name_b"], whole, 1)
+        return whole.selector, in_a.selector, in_b.selector
 
     def _do_object(self, r: Record) -> Values:
-        _, entry = self._make(r, _MAKER)
-        return (entry.selector,) if entry else ()
-
-    _do_memory = _do_semaphore = _do_device = _do_object
-
-    def _make(
-        self, r: Record, rights: Rights, ends: tuple[Domain, ...] = ()
-    ) -> tuple[Object, Capability | None]:
         """A new object, and its maker's capability to it (none for the manifest's own)."""
         maker, context = self.domains.get(r.get("by", 0)), self.contexts.get(r.get("context", 0))
         type_, name, size = ObjectType[r["op"].upper()], r.get("name", ""), r.get("number", 0)
-        made = Object(r["id"], type_, name, maker, size, context, ends)
-        self.objects[made.id], self.next_id = made, made.id + 1
-        if context is not None:
-            context.book(memory_bytes=size)
+        self.objects[r["id"]] = Object(r["id"], type_, name, maker, size, context)
+        self.next_id = r["id"] + 1
         if maker is None:
-            return made, None
-        return made, self.graph.insert(maker.id, made.id, type_, rights, name)
+            return ()
+        rights = _WHOLE if type_ is ObjectType.PORTAL else _MAKER
+        return (self.graph.insert(maker.id, r["id"], type_, rights, name).selector,)
+
+    _do_memory = _do_semaphore = _do_device = _do_object
 
     def _do_seal(self, r: Record) -> None:
         self.objects[r["id"]].sha256 = r["sha256"]
@@ -224,21 +196,17 @@ class State:
         return (len(gone),)
 
     def _do_limits(self, r: Record) -> None:
-        context, limits = self.contexts[r["id"]], Limits(*r["limits"])
-        if context.parent is not None:
-            context.parent.book(-1, **booking(context.limits))
-            context.parent.book(**booking(limits))
-        context.limits = limits
+        self.contexts[r["id"]].limits = Limits(*r["limits"])
 
     def _do_charge(self, r: Record) -> Values:
         context, by = self.contexts[r["id"]], r["by"]
         context.charges[by] = context.charges.get(by, 0) + r["bytes"]
-        context.book(disk_bytes=r["bytes"])
-        return (context.booked["disk_bytes"],)
+        return (sum(context.charges.values()),)
 
     def _do_destroy(self, r: Record) -> None:
-        if r["id"] in self.domains:
-            self._end_domain(self.domains[r["id"]])
+        if domain := self.domains.get(r["id"]):
+            domain.purge = bool(r.get("purge"))
+            self._end_domain(domain)
         else:
             self._end_object(self.objects[r["id"]])
 
@@ -248,29 +216,25 @@ class State:
         for other in list(self.domains.values()):
             its = other.parent is domain or other.context.parent is context
             if its and other.id in self.domains:
+                other.purge = domain.purge
                 self._end_domain(other)
         for made in list(self.objects.values()):
             its = domain in (made.maker, *made.ends) or made.context is context
             if its and made.id in self.objects:
                 self._end_object(made)
-        selectors = self.at_parent(domain, domain.id), self.at_parent(domain, context.id)
         self._lose(self.graph.drop_object(domain.id) + self.graph.drop_object(context.id))
         self._lose(self.graph.close_table(domain.id))
-        if context.parent is not None:
-            context.parent.book(-1, **booking(context.limits))
         del self.contexts[context.id], self.domains[domain.id]
-        self.gone.domains.append((domain, *selectors))
+        self.gone[0].append(domain)
 
     def _end_object(self, ended: Object) -> None:
         del self.objects[ended.id]
         self._lose(self.graph.drop_object(ended.id))
-        if ended.context is not None:
-            ended.context.book(-1, memory_bytes=ended.number)
-        self.gone.objects.append(ended)
+        self.gone[1].append(ended)
 
     def _lose(self, capabilities: list[Capability]) -> None:
         """Note lost capabilities; a portal that lost one end is over for both."""
-        self.gone.capabilities += capabilities
+        self.gone[2].extend(capabilities)
         for capability in capabilities:
             if capability.type is ObjectType.PORTAL and capability.object_id in self.objects:
                 self._end_object(self.objects[capability.object_id])

@@ -1,4 +1,4 @@
-"""Linux calls that Python's standard library lacks, by number or name through ctypes.
+"""Linux: calls that Python's standard library lacks, by number or name through ctypes; memory.
 
 ``PyDLL`` keeps the interpreter's lock across a call, so that the child of :func:`clone3` starts
 with a consistent interpreter. Every function raises ``OSError`` when the kernel refuses.
@@ -7,7 +7,9 @@ Numbers above 423 are the same on every architecture; the others are x86_64's.
 
 import ctypes
 import errno
+import fcntl
 import os
+import socket
 import struct
 from contextlib import suppress
 from itertools import count
@@ -113,3 +115,29 @@ def landlock(paths: list[tuple[str, int]] | None, *, tcp: bool) -> None:
         os.close(descriptor)
     call(_SYS_LANDLOCK_RESTRICT, ruleset, 0)
     os.close(ruleset)
+
+
+def memory(size_bytes: int) -> int:
+    """A memfd whose size can't change; any holder of it may write until it is sealed."""
+    descriptor = os.memfd_create("memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.fchmod(descriptor, 0o666)  # not to be executed; only its owner, uid 0, could change that
+    os.ftruncate(descriptor, size_bytes)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+    return descriptor
+
+
+def seal(descriptor: int) -> None:
+    """No more writing by anybody, or it was so already; OSError while it is mapped for writing."""
+    if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE:
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
+    os.fchmod(descriptor, 0o444)
+
+
+def close_all(descriptors: list[int], *, shut_down: bool = False) -> None:
+    """Close descriptors and empty the list; a channel is ended for whoever holds an end of it."""
+    while descriptors:
+        if shut_down:
+            with socket.socket(fileno=descriptors.pop()) as end:
+                end.shutdown(socket.SHUT_RDWR)
+        else:
+            os.close(descriptors.pop())

@@ -1,4 +1,4 @@
-"""A host's grant manifest: kinds from ``isolation``, filters compiled, first domains, grants."""
+"""A host's grant manifest: kinds from ``isolation`` with filters, first domains, grants."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from supercloud.isolation.kinds import (
     filters,
     kinds,
 )
-from supercloud.lower.host import hierarchies
+from supercloud.lower.host import hierarchies, soundness
 from supercloud.lower.host.images import Images
 from supercloud.lower.host.registry import UIDS_EACH, Share
 from supercloud.model.errors import Permanent
@@ -26,6 +26,8 @@ UPLINKS_PART: Final = 16
 _PIDS, _DOMAINS = 16384, 2000
 _DISK_KEPT_FREE: Final = 20  # one part in this many
 _OWN_COMPONENTS: Final = ("front_door", "disk", "admin")
+_FIRST: Final = ("disk", "uplink", "front_door", "multiplexing", "admin")
+"""Drivers before those that use them; the console, which says ready, last."""
 _USE = ["USE", "READ", "GRANT"]
 
 
@@ -49,25 +51,29 @@ def capacity(state: str) -> Capacity:
 def compile_manifest(
     instance: str, share: Share, images: Images, site: Site, directory: str
 ) -> dict[str, Any]:
-    """The whole manifest; filters are written below ``directory``."""
+    """The whole manifest; ``directory`` is where the host's disks will be."""
     table = kinds(site)
-    names = filters()
+    names, size = filters(), capacity(directory)
+    for name, limits in _limits(size).items():
+        table[name]["limits"] = limits
     for name, kind in table.items():
-        kind["filter"] = _write_filter(names.get(name, DEFAULT_FILTER), directory)
-    size = capacity(directory)
+        kind["filter"] = _filter(names.get(name, DEFAULT_FILTER))
     whole = {"memory_bytes": size.memory_bytes, "pids": _PIDS, "domains": _DOMAINS}
-    return {
+    document = {
         "version": 1,
         "instance": instance,
-        "uids": {"first": share.first_uid, "count": UIDS_EACH},
-        "runtime": {"path": images.runtime, "sha256": images.runtime_sha256},
+        "first_uid": share.first_uid,
+        "uids": UIDS_EACH,
+        "runtime": images.runtime,
+        "runtime_sha256": images.runtime_sha256,
         "groups": hierarchies.for_manifest(),
         "limits": {**whole, "disk_bytes": size.disk_bytes},
         "kinds": table,
-        "domains": _domains(size),
-        "channels": _channels(),
+        "domains": [(name, name) for name in _FIRST],
         "grants": _grants(),
     }
+    soundness.check(document)
+    return document
 
 
 def write(manifest: dict[str, Any], path: str) -> None:
@@ -77,21 +83,16 @@ def write(manifest: dict[str, Any], path: str) -> None:
     os.replace(f"{path}.part", path)
 
 
-def _write_filter(name: str, directory: str) -> dict[str, str]:
+def _filter(name: str) -> str:
     program, sha256 = seccomp.compiled(name)
     promised = json.loads(seccomp.HASHES.read_text())[name]
     if sha256 != promised:
         raise Permanent(f"filter {name} compiles to {sha256}, promised is {promised}")
-    os.makedirs(f"{directory}/filters", mode=0o755, exist_ok=True)
-    path = f"{directory}/filters/{name}.bpf"
-    with open(f"{path}.part", "wb") as file:
-        file.write(program)
-    os.replace(f"{path}.part", path)
-    return {"path": path, "sha256": sha256}
+    return program.hex()
 
 
-def _domains(size: Capacity) -> list[dict[str, Any]]:
-    """Drivers before those that use them; the console, which says ready, last."""
+def _limits(size: Capacity) -> dict[str, dict[str, int]]:
+    """Of those that share the host out: uplinks, and all the rest for the users."""
     each = COMPONENT_LIMITS["memory_bytes"]
     affordable = size.memory_bytes // UPLINKS_PART // UPLINK_NET_LIMITS["memory_bytes"]
     uplinks = max(MIN_UPLINKS, affordable)
@@ -107,16 +108,7 @@ def _domains(size: Capacity) -> list[dict[str, Any]]:
         "domains": _DOMAINS - uplinks - others - 2,
         "disk_bytes": size.disk_bytes,
     }
-    limits = {"uplink": uplink, "multiplexing": multiplexing}
-    order = ("disk", "uplink", "front_door", "multiplexing", "admin")
-    return [{"kind": n, "name": n, "limits": limits.get(n, COMPONENT_LIMITS)} for n in order]
-
-
-def _channels() -> list[dict[str, str]]:
-    return [
-        {"a": "admin", "b": other, "name_a": other, "name_b": "admin"}
-        for other in ("multiplexing", "disk", "uplink")
-    ]
+    return {"uplink": uplink, "multiplexing": multiplexing}
 
 
 def _grants() -> list[dict[str, Any]]:
@@ -125,7 +117,7 @@ def _grants() -> list[dict[str, Any]]:
         _grant("admin", "listener", ["USE"], "inherited:admin"),
         _grant("admin", "ready", ["USE"], "inherited:ready"),
     ]
-    for component in ("front_door", "disk", "uplink"):
+    for component in ("front_door", "disk", "uplink", "admin"):
         name = f"domain:{component}"
         grants.append(_grant("multiplexing", name, ["CONNECT"], name))
     return grants + [

@@ -34,6 +34,7 @@ class Options:
     region: str
     jurisdiction: str
     publish: str
+    templates: str
     ports: tuple[int, int] | None
     ready: int
 
@@ -88,6 +89,7 @@ def _options(arguments: list[str]) -> Options:
     parser.add_argument("--region", default="local")
     parser.add_argument("--jurisdiction", default="local")
     parser.add_argument("--publish", default="127.0.0.1")
+    parser.add_argument("--templates", choices=("auto", "asked"), default="auto")
     parser.add_argument("--ports", default="")
     parser.add_argument("--ready-fd", type=int, default=1)
     given = parser.parse_args(arguments)
@@ -102,6 +104,7 @@ def _options(arguments: list[str]) -> Options:
         given.region,
         given.jurisdiction,
         _ip(given.publish, "publish"),
+        given.templates,
         _range(given.ports) if given.ports else None,
         given.ready_fd,
     )
@@ -184,6 +187,7 @@ def _site(
         "kernel": os.uname().release,
         "runtime_sha256": adopted.runtime_sha256,
         "images": [adopted.digest],
+        "templates": options.templates,
         "cpus": len(os.sched_getaffinity(0)),
     }
     uplink = {"address": options.publish, "first_port": first, "last_port": last}

@@ -19,6 +19,7 @@ from supercloud.wire.reactor import READ, WRITE
 
 MAX_CLIENTS = 16
 CLIENT_TIMEOUT_S = 60.0
+ARRIVAL_S = 1.0
 DRIVERS = ("disk", "uplink")
 _TO_MULTIPLEXING = {"user.add", "user.remove", "user.list", "user.quota", "host.domains"}
 
@@ -38,6 +39,8 @@ class AdminConsole(Component):
 
     def say_ready(self) -> None:
         """Tell whoever started the host, once, that all components answer."""
+        while "multiplexing" not in {entry.name for entry in self.core.entries()}:
+            list(self.core.events(ARRIVAL_S))  # it makes our channels, its own as the last
         status = self.status()
         line = f"serving {status['instance']} on {status['listen']}\n"
         descriptor = self.core.take(self.core.lookup("ready").selector)

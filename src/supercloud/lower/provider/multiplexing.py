@@ -9,13 +9,14 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from supercloud.lower import quota as quotas
 from supercloud.lower.client import Core, Domain
 from supercloud.lower.component import Component
 from supercloud.lower.provider.users import User, UserStore, check_ca, check_user_name
-from supercloud.model.capability import ObjectType, Rights
+from supercloud.model.capability import SELF, ObjectType, Rights
 from supercloud.model.errors import Exists, Invalid, NoResources, NotFound, UserError
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.frames import DomainState
@@ -49,7 +50,8 @@ class Multiplexing(Component):
         self.serve("admin", handlers)
 
     def start(self) -> None:
-        """Make the domains agree with the users that are recorded."""
+        """Make the domains agree with the users that are recorded, once the console has its own."""
+        self._equip_console()
         for name in self._made():
             if name not in self._store.users or not self._is_started(name):
                 self._end(name)
@@ -202,6 +204,18 @@ class Multiplexing(Component):
         for entry in self.core.entries():
             if entry.name.startswith("image."):
                 self.core.delegate(entry.selector, domain.selector, _GIVEN, entry.name)
+
+    def _equip_console(self) -> None:
+        """The admin console's channels, which outlive a restart of any of their ends."""
+        names = {entry.name for entry in self.core.entries()}
+        if "admin" in names:  # the last that is made
+            return
+        console = self.core.lookup("domain:admin").selector
+        for component in ("disk", "uplink"):
+            provider = self.core.lookup(f"domain:{component}").selector
+            with suppress(Exists):  # made by a multiplexing that was killed half-way
+                self.core.create_channel(console, provider, component, "admin")
+        self.core.create_channel(console, SELF, "multiplexing", "admin")
 
     def _identify(self, user: User, domain: Domain) -> None:
         content = json.dumps({"user": user.name, "ca_pem": user.ca_pem}).encode()

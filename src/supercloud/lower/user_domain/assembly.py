@@ -4,6 +4,7 @@ Names are deterministic, and ``dismantle`` takes apart whatever is there: it und
 platform as well as a whole one.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import logging
@@ -15,17 +16,15 @@ from typing import Any, Final
 from supercloud.lower import quota as quotas
 from supercloud.lower.client import Domain
 from supercloud.lower.names import domain_name
+from supercloud.lower.user_domain import parts
 from supercloud.lower.user_domain.channel import Channel, Told
 from supercloud.lower.user_domain.hub import Hub
-from supercloud.model.capability import SELF, Rights
+from supercloud.lower.user_domain.templates import Template, lend
+from supercloud.model.capability import SELF
 from supercloud.model.errors import NotFound, SupercloudError
 from supercloud.wire.messages import PlatformSpec
 
-PAGE_BYTES: Final = 4096
 START_TIMEOUT_S: Final = 60.0
-_READ: Final = Rights.USE | Rights.READ
-_READ_WRITE: Final = Rights.USE | Rights.READ | Rights.WRITE
-_IMAGE_PARTS: Final = ("kernel", "initrd", "root")
 
 log = logging.getLogger("supercloud.lower.user_domain.assembly")
 
@@ -78,10 +77,15 @@ class Assembly:
 
     # -- making
 
-    async def make(self, spec: PlatformSpec, config: bytes) -> Uplink:
-        """Make and start it; on any error everything is taken apart again."""
+    async def make(
+        self, spec: PlatformSpec, config: bytes, template: Template | None = None
+    ) -> Uplink:
+        """Make and start it, out of a template if there is one.
+
+        On any error everything is taken apart again.
+        """
         try:
-            return await self._make(spec, config)
+            return await self._make(spec, config, template)
         except BaseException:
             try:
                 await self.dismantle(spec.name)
@@ -89,24 +93,34 @@ class Assembly:
                 log.warning("%s is not wholly taken apart: %s", spec.name, error)
             raise
 
-    async def _make(self, spec: PlatformSpec, config: bytes) -> Uplink:
+    async def _make(self, spec: PlatformSpec, config: bytes, template: Template | None) -> Uplink:
+        """The monitor starts while the drivers work, passt and the link while QEMU does."""
+        core, name = self._core, spec.name
+        vmm = self._make_machine(spec, config, template)
+        core.create_channel(SELF, vmm.selector, domain_name("control", name), "control")
+        core.start(vmm.selector)
+        control = self.control(name)
         scratch = await self._make_disk(spec)
         try:
             uplink = await self._make_uplink(spec)
-            vmm = self._make_machine(spec, config)
-            self._join(spec.name, vmm, uplink.domain)
-            await self._uplink.result("uplink.start", {"platform": spec.name})
-            self._core.start(vmm.selector)
-            control = self.control(spec.name)
-            self.agents(spec.name)
-            machine = self._machine(spec)
-            await control.call("machine.start", machine, [scratch], timeout_s=START_TIMEOUT_S)
+            link = self._join(name, vmm, uplink.domain)
+            machine = self._machine(spec) | {"start": "clone" if template else "boot"}
+            starting = asyncio.ensure_future(
+                control.call("machine.start", machine, [scratch], timeout_s=START_TIMEOUT_S)
+            )
+            try:
+                await asyncio.sleep(0)  # it is sent
+                core.start(link.selector)
+                self.agents(name)
+                await self._uplink.result("uplink.start", {"platform": name})
+            finally:
+                await starting
         finally:
             os.close(scratch)
         return uplink
 
     async def _make_disk(self, spec: PlatformSpec) -> int:
-        size = -(-spec.scratch_bytes // PAGE_BYTES) * PAGE_BYTES
+        size = parts.whole_pages(spec.scratch_bytes)
         made = await self._disk.call("disk.create", {"name": spec.name, "size_bytes": size})
         return made.descriptors[0]
 
@@ -115,44 +129,34 @@ class Assembly:
         made = await self._uplink.result("uplink.create", asked)
         return Uplink(str(made["domain"]), str(made["address"]), int(made["first_port"]))
 
-    def _make_machine(self, spec: PlatformSpec, config: bytes) -> Domain:
-        """The domain, its memory, and what it boots from; not started."""
+    def _make_machine(self, spec: PlatformSpec, config: bytes, template: Template | None) -> Domain:
+        """The domain, its memory, and what it starts from; not started.
+
+        A clone's memory is booked as well: in time it may write to all of it.
+        """
         core, name = self._core, self.vmm(spec.name)
         vmm = core.create_domain("vmm", name, quotas.vmm_limits(spec.memory_bytes, spec.cpus))
+        parts.give_config(core, domain_name("config", spec.name), config, vmm)
+        parts.give_image(core, vmm, "root")
+        if template is not None:
+            lend(core, template, vmm.selector)
+            return vmm
         ram = core.create_memory(
             spec.memory_bytes, domain_name("ram", spec.name), scheduling=vmm.scheduling
         )
-        core.delegate(ram, vmm.selector, _READ_WRITE, "ram")
-        core.delegate(self._config_disk(spec.name, config, vmm), vmm.selector, _READ, "config")
-        for part in _IMAGE_PARTS:
-            image = core.lookup(f"image.0.{part}").selector
-            core.delegate(image, vmm.selector, _READ, part)
+        core.delegate(ram, vmm.selector, parts.READ_WRITE, "ram")
+        parts.give_image(core, vmm, "kernel", "initrd")
         return vmm
 
-    def _config_disk(self, platform: str, config: bytes, vmm: Domain) -> int:
-        """A sealed memory object with the config disk in it."""
-        size = max(1, -(-len(config) // PAGE_BYTES)) * PAGE_BYTES
-        memory = self._core.create_memory(
-            size, domain_name("config", platform), scheduling=vmm.scheduling
-        )
-        descriptor = self._core.take(memory)
-        try:
-            os.pwrite(descriptor, config, 0)
-        finally:
-            os.close(descriptor)
-        self._core.seal(memory)
-        return memory
-
-    def _join(self, platform: str, vmm: Domain, uplink: str) -> None:
-        """The channels: monitor, agents, and the machine's two networks."""
+    def _join(self, platform: str, vmm: Domain, uplink: str) -> Domain:
+        """The machine's two networks, and the link's domain, not started."""
         core, stream = self._core, socket.SOCK_STREAM
         link = core.create_domain("link", self.link(platform), quotas.link_limits())
-        core.create_channel(SELF, vmm.selector, domain_name("control", platform), "control")
         core.create_channel(SELF, link.selector, domain_name("agents", platform), "link")
         core.create_channel(link.selector, vmm.selector, "guest", "link", stream)
         passt = core.lookup(uplink).selector
         core.create_channel(passt, vmm.selector, "guest", "uplink", stream)
-        core.start(link.selector)
+        return link
 
     def _machine(self, spec: PlatformSpec) -> dict[str, Any]:
         return {

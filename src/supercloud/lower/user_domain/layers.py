@@ -104,7 +104,7 @@ class Layers:
     async def attach(self, name: str, platform: str, machine: Channel, slot: int) -> str:
         """Into the machine's slot; how it is joined to it (vhost-user-blk | nbd)."""
         status = await machine.result("machine.status")
-        shared = bool(status.get("ram_share", True))
+        shared = status.get("ram_shared") is True
         mode = "vhost-user-blk" if shared else "nbd"
         asked = {"volume": name, "machine": platform, "mode": mode, "ram_shared": shared}
         joined = await self._call(BLOCKS, "volume.attach", asked)

@@ -16,12 +16,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from supercloud.lower import quota as quotas
-from supercloud.lower.user_domain.assembly import Assembly
+from supercloud.lower.user_domain.assembly import Assembly, Uplink
 from supercloud.lower.user_domain.channel import Channel
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.hub import Hub
 from supercloud.lower.user_domain.records import Record, Records, fingerprint
 from supercloud.lower.user_domain.rendezvous import Rendezvous
+from supercloud.lower.user_domain.templates import Template, Templates
+from supercloud.lower.vmm.template import Inputs
 from supercloud.model.errors import (
     BadState,
     Exists,
@@ -33,7 +35,12 @@ from supercloud.model.errors import (
 from supercloud.model.events import Severity
 from supercloud.model.states import MACHINE
 from supercloud.wire.codec import replace
-from supercloud.wire.messages import PlatformSpec, PlatformStatus
+from supercloud.wire.messages import (
+    PlatformSpec,
+    PlatformStatus,
+    TemplateSpec,
+    TemplateStatus,
+)
 from supercloud.wire.objects import LINK_PORT
 from supercloud.wire.quota import Quota
 
@@ -41,6 +48,8 @@ MAX_CONFIG_BYTES: Final = 1 << 20
 GRACE_S: Final = 2.0
 START_WAIT_S: Final = 20.0
 SWEEP_S: Final = 60.0
+TEMPLATE_DELAY_S: Final = 20.0
+"""After a platform's agent has dialled: its first environments have the processor till then."""
 DEAD: Final = ("failed", "stopped")
 
 log = logging.getLogger("supercloud.lower.user_domain.platforms")
@@ -64,14 +73,22 @@ class Platforms:
         self._assembly.agent_connected = self._agent_connected
         self.on_end: Callable[[str], Awaitable[None]] = _nothing
         self.on_object_client: Callable[[str, socket.socket], None] = _refused
+        self._templates = Templates(hub, user, facts, feed, f"{directory}/../templates")
+        self._templates.used = lambda: {r.template for r in self._records.by_name.values()}
+        self._makes_templates = facts.get("templates", "auto") == "auto"
 
     # -- what is
 
     def quota(self) -> tuple[Quota, Quota]:
-        """What is allowed, and what of that is used."""
+        """What is allowed, and what of that is used; templates that give way do not count."""
         core = self._hub.core
         allowed, usage = quotas.from_limits(core.limits()), core.usage()
-        used = quotas.used(usage.booked_memory_bytes, usage.booked_domains, usage.booked_disk_bytes)
+        memory, domains = self._templates.yielding()
+        used = quotas.used(
+            usage.booked_memory_bytes - memory,
+            usage.booked_domains - domains,
+            usage.booked_disk_bytes,
+        )
         cpu = sum(1000 * r.spec.cpus for r in self._records.by_name.values() if r.state not in DEAD)
         return allowed, Quota(cpu_permille=max(10, min(cpu, allowed.cpu_permille)), **used)
 
@@ -109,12 +126,7 @@ class Platforms:
     async def create(self, spec: PlatformSpec) -> PlatformStatus:
         """Make it, or find it made alike. Exists, Invalid, NotFound, NoResources, Temporary."""
         config = _config(spec)
-        if spec.image not in self._images:
-            raise NotFound(
-                f"this host does not hold the image {spec.image}",
-                hint="the provider starts the host with other images",
-                details={"images": self._images},
-            )
+        self._check_image(spec.image)
         async with self._lock(spec.name):
             known = self._records.by_name.get(spec.name)
             if known is not None and fingerprint(known.spec) != fingerprint(spec):
@@ -124,7 +136,16 @@ class Platforms:
             if known is not None:
                 await self._assembly.dismantle(spec.name)
             self._check_quota(spec)
+            await self._templates.yield_room(spec.memory_bytes)
             return await self._make(replace(spec, config_base64=""), config)
+
+    def _check_image(self, image: str) -> None:
+        if image not in self._images:
+            raise NotFound(
+                f"this host does not hold the image {image}",
+                hint="the provider starts the host with other images",
+                details={"images": self._images},
+            )
 
     def _check_quota(self, spec: PlatformSpec) -> None:
         allowed, used = self.quota()
@@ -139,10 +160,12 @@ class Platforms:
 
     async def _make(self, spec: PlatformSpec, config: bytes) -> PlatformStatus:
         record = Record(spec, self._accelerator, time.time())
+        template = self._templates.find(self._inputs(spec))
+        record.template = template.key if template else ""
         self._records.put(record)
         self._say(record, "creating")
         try:
-            uplink = await self._assembly.make(spec, config)
+            uplink = await self._start(record, config, template)
         except BaseException as error:
             self._records.remove(spec.name)
             self._feed.say(
@@ -154,6 +177,42 @@ class Platforms:
             record.go("starting")
         self._records.put(record)
         return record.status()
+
+    async def _start(self, record: Record, config: bytes, template: Template | None) -> Uplink:
+        """From the template; when that cannot even be begun, by its kernel."""
+        if template is not None:
+            try:
+                return await self._assembly.make(record.spec, config, template)
+            except SupercloudError as error:
+                log.warning("%s did not start from memory: %s", record.spec.name, error)
+                record.template = ""
+                self._templates.distrust(template.key, str(error))
+        return await self._assembly.make(record.spec, config)
+
+    # -- templates
+
+    def prepare(self, spec: TemplateSpec) -> TemplateStatus:
+        """Begin to make a template, or see how far it is. NotFound: no such image here."""
+        self._check_image(spec.image)
+        inputs = self._inputs(spec)
+        self._templates.prepare(inputs)
+        state, reason = self._templates.state(inputs)
+        found = self._templates.find(inputs)
+        if found is None:
+            return TemplateStatus(state=state, reason=reason)
+        return TemplateStatus(
+            state=state, booked_bytes=found.booked_bytes,
+            ram_sha256=found.ram_sha256, state_sha256=found.state_sha256,
+        )  # fmt: skip
+
+    def _inputs(self, spec: PlatformSpec | TemplateSpec) -> Inputs:
+        return self._templates.inputs(spec.image, spec.cpus, spec.memory_bytes, spec.scratch_bytes)
+
+    async def _template_later(self, record: Record) -> None:
+        """The next platform of this shape is to start from memory, if this one is still wanted."""
+        await asyncio.sleep(TEMPLATE_DELAY_S)
+        if self._records.by_name.get(record.spec.name) is record and record.state == "running":
+            self._templates.prepare(self._inputs(record.spec))
 
     # -- delete
 
@@ -173,6 +232,7 @@ class Platforms:
             self.rendezvous.drop(name)
             record.go("gone")
             self._records.remove(name)
+            self._templates.drop_unused(record.template)
             self._say(record, "gone")
 
     async def _stop(self, record: Record) -> None:
@@ -188,6 +248,7 @@ class Platforms:
 
     async def adopt(self) -> None:
         """Take up what runs; account for what does not; give back what nobody knows."""
+        self._templates.adopt()
         await asyncio.gather(*(self._adopt(r) for r in self._records.by_name.values()))
         self._in_background(self._sweep())
 
@@ -255,11 +316,15 @@ class Platforms:
         sock.setblocking(False)
         if untrusted.get("port") == LINK_PORT:
             self.on_object_client(platform, sock)
-        else:
-            self.rendezvous.agent(platform, sock)
+            return
+        self.rendezvous.agent(platform, sock)
+        record = self._records.by_name.get(platform)
+        if self._makes_templates and record is not None and not record.template:
+            self._in_background(self._template_later(record))
 
     def domain_ended(self, entry: str) -> None:
         """A domain died, or was taken away."""
+        self._templates.ended(entry)
         for name, record in list(self._records.by_name.items()):
             if entry == self._assembly.vmm(name) and record.state not in ("deleting", *DEAD):
                 self._set(record, "failed", "its VMM died")
@@ -288,7 +353,8 @@ class Platforms:
     # -- bookkeeping
 
     def _set(self, record: Record, state: str, reason: str = "") -> None:
-        if state == record.state:
+        before = record.state
+        if state == before:
             return
         try:
             record.go(state, reason)
@@ -300,6 +366,8 @@ class Platforms:
         self._in_background(self._notify())
         if state in DEAD:
             self._in_background(self.on_end(record.spec.name))
+        if state == "failed" and before == "starting" and record.template:
+            self._templates.distrust(record.template, f"a platform did not come to life: {reason}")
 
     async def _notify(self) -> None:
         async with self._changed:

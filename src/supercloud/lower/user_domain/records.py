@@ -10,12 +10,17 @@ from supercloud.model.states import MACHINE, step
 from supercloud.wire.codec import decode, encode, replace
 from supercloud.wire.messages import PlatformSpec, PlatformStatus
 
-_KEPT = ("accelerator", "created_s", "state", "reason", "address", "first_port")
+_STORED = (
+    "accelerator", "created_s", "state", "reason", "address", "first_port", "template",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
 class Record:
-    """A platform. ``spec`` has no config disk: that holds a token and is not kept."""
+    """A platform. ``spec`` has no config disk: that holds a token and is not kept.
+
+    ``template`` is the key of the one that it was started from.
+    """
 
     spec: PlatformSpec
     accelerator: str
@@ -24,6 +29,7 @@ class Record:
     reason: str = ""
     address: str = ""
     first_port: int = 0
+    template: str = ""
 
     def status(self) -> PlatformStatus:
         """As the control plane sees it."""
@@ -34,6 +40,7 @@ class Record:
             address=self.address, first_port=self.first_port, ports=spec.ports,
             accelerator=self.accelerator, created_s=self.created_s, reason=self.reason,
             tag=spec.tag, spec_sha256=fingerprint(spec),
+            started_from="memory" if self.template else "boot",
         )  # fmt: skip
 
     def go(self, state: str, reason: str = "") -> None:
@@ -58,7 +65,7 @@ class Records:
 
     def put(self, record: Record) -> None:
         """Add or replace, on disk when it returns."""
-        stored = {name: getattr(record, name) for name in _KEPT}
+        stored = {name: getattr(record, name) for name in _STORED}
         stored["spec"] = encode(replace(record.spec, config_base64=""))
         self._files.put(record.spec.name, stored)
         self.by_name[record.spec.name] = record

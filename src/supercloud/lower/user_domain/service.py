@@ -27,6 +27,8 @@ from supercloud.wire.messages import (
     PlatformList,
     PlatformSpec,
     PlatformStatus,
+    TemplateSpec,
+    TemplateStatus,
     handlers,
 )
 from supercloud.wire.peer import Call, Detach, Peer, Stream
@@ -63,6 +65,7 @@ class Service:
                 "platform.create": self.platform_create,
                 "platform.list": self.platform_list,
                 "platform.delete": self.platform_delete,
+                "template.prepare": self.template_prepare,
                 "platform.console": self.platform_console,
                 "rendezvous.accept": self.rendezvous_accept,
                 "events.watch": self.events_watch,
@@ -159,6 +162,10 @@ class Service:
         """Stop it and give everything back."""
         await asyncio.shield(self._platforms.delete(named.name))
         return Empty()
+
+    async def template_prepare(self, _call: Call, spec: TemplateSpec) -> TemplateStatus:
+        """Have a template for platforms like that."""
+        return self._platforms.prepare(spec)
 
     async def platform_console(self, call: Call, named: ByName) -> Empty:
         """Its serial console, both ways."""

@@ -84,7 +84,7 @@ class Volumes:
     # -- open and close
 
     async def open(self, asked: VolumeOpen) -> VolumeStatus:
-        """Have it, its epoch raised. Exists, NoResources, Denied (it is not what it was)."""
+        """Have it, and its next epoch. Exists, NoResources, Denied (it is not what it was)."""
         key, spec = _key(asked), asked.spec
         _check_size(spec)
         async with self._lock(spec.name):

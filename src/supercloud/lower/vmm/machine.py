@@ -3,6 +3,11 @@
 QEMU gets nothing but descriptors: its disks as fdsets, RAM, kernel and initrd by /proc/self/fd,
 network and monitor as connected sockets. The machine is q35 without what a platform does not use,
 with free PCIe root ports, since templates freeze the topology.
+
+``start`` says how it comes to life. ``boot``: by its kernel, RAM shared. ``template``: also, but
+its agent waits for an identity, to be saved then. ``clone``: out of a saved one: RAM is a private
+view of the template's, which nobody can write to, and there is no kernel. Devices are the same in
+all three. Over the port ``identity`` a clone is told who it is.
 """
 
 import json
@@ -16,17 +21,23 @@ QEMU = "/usr/bin/qemu-system-x86_64"
 FIRMWARE = ("/usr/share/seabios", "/usr/share/qemu")
 FREE_ROOT_PORTS = VOLUME_SLOTS
 TRANSLATION_CACHE_MIB = 128
+IDENTITY_PORT = "supercloud.identity"
+STATE_SET = 9
+"""QEMU's name (an fdset) for the file with the devices' state."""
 # Beside the console: what a kernel need not try in a virtual machine; a fifth of its boot.
 KERNEL_ARGUMENTS = (
     "console=ttyS0 panic=-1 quiet tsc=reliable no_timer_check noreplace-smp cryptomgr.notests "
     "rcupdate.rcu_expedited=1 i8042.direct=1 i8042.dumbkbd=1 i8042.nopnp=1 i8042.noaux=1"
 )
+WAITS_FOR_IDENTITY = "supercloud.start=template"
 _MAC = r"([0-9a-f]{2}:){5}[0-9a-f]{2}"
+
+Start = Literal["boot", "template", "clone"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What a monitor is asked to run. ``ram_share``: RAM is mapped shared (else private)."""
+    """What a monitor is asked to run. ``scratch_bytes`` is for a template, which has no disk."""
 
     name: Text
     cpus: Annotated[int, Limit(ge=1, le=64)]
@@ -34,17 +45,23 @@ class Machine:
     accelerator: Literal["kvm", "tcg"]
     uplink_mac: Annotated[str, Limit(pattern=_MAC)]
     link_mac: Annotated[str, Limit(pattern=_MAC)]
-    ram_share: bool = True
-    append: Text = ""
+    start: Start = "boot"
+    scratch_bytes: Annotated[int, Limit(ge=0, le=1 << 45)] = 0
+
+    @property
+    def ram_shared(self) -> bool:
+        """Whether others that have the RAM's descriptor see what the guest writes."""
+        return self.start != "clone"
 
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """Numbers of open descriptors, as QEMU inherits them."""
+    """Numbers of open descriptors, as QEMU inherits them; -1 for what the start does without.
+
+    ``state`` is written by a template, read by a clone.
+    """
 
     ram: int
-    kernel: int
-    initrd: int
     root: int
     config: int
     scratch: int
@@ -52,10 +69,14 @@ class Descriptors:
     link: int
     qmp: int
     console: int
+    identity: int
+    kernel: int = -1
+    initrd: int = -1
+    state: int = -1
 
     def all(self) -> list[int]:
-        """Every one."""
-        return [getattr(self, name) for name in self.__slots__]
+        """Every one that is there."""
+        return [n for name in self.__slots__ if (n := getattr(self, name)) >= 0]
 
 
 def command_line(machine: Machine, given: Descriptors) -> list[str]:
@@ -71,8 +92,7 @@ def command_line(machine: Machine, given: Descriptors) -> list[str]:
         *_nic("uplink", machine.uplink_mac, given.uplink),
         *_nic("link", machine.link_mac, given.link),
         *_extras(given),
-        *("-kernel", _path(given.kernel), "-initrd", _path(given.initrd)),
-        *("-append", f"{KERNEL_ARGUMENTS} {machine.append}".strip()),
+        *_START[machine.start](given),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
     ]
 
@@ -80,8 +100,7 @@ def command_line(machine: Machine, given: Descriptors) -> list[str]:
 def _platform(machine: Machine, given: Descriptors) -> list[str]:
     tcg = f"tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"
     is_kvm = machine.accelerator == "kvm"
-    share = "on" if machine.ram_share else "off"
-    size = machine.memory_bytes
+    size, access = machine.memory_bytes, _RAM_ACCESS[machine.start]
     return [
         *("-M", "q35,usb=off,sata=off,smbus=off,hpet=off,vmport=off,memory-backend=ram"),
         *("-accel", "kvm" if is_kvm else tcg),
@@ -89,7 +108,7 @@ def _platform(machine: Machine, given: Descriptors) -> list[str]:
         *("-smp", str(machine.cpus), "-m", f"{size >> 10}K"),
         *(
             "-object",
-            f"memory-backend-file,id=ram,size={size},mem-path={_path(given.ram)},share={share}",
+            f"memory-backend-file,id=ram,size={size},mem-path={_path(given.ram)},{access}",
         ),
         *("-name", machine.name.replace(",", ",,")),
     ]
@@ -122,10 +141,38 @@ def _extras(given: Descriptors) -> list[str]:
     return [
         *(word for port in ports for word in port),
         *("-device", "virtio-rng-pci", "-device", "pvpanic"),
+        *("-chardev", f"socket,id=identity,fd={given.identity}", "-device", "virtio-serial-pci"),
+        *("-device", f"virtserialport,chardev=identity,name={IDENTITY_PORT}"),
         *("-chardev", f"socket,id=console,fd={given.console}", "-serial", "chardev:console"),
         *("-chardev", f"socket,id=qmp,fd={given.qmp}", "-mon", "chardev=qmp,mode=control"),
     ]
 
 
+def _boot(given: Descriptors, arguments: str = KERNEL_ARGUMENTS) -> list[str]:
+    kernel = ("-kernel", _path(given.kernel), "-initrd", _path(given.initrd))
+    return [*kernel, "-append", arguments]
+
+
+def _boot_template(given: Descriptors) -> list[str]:
+    return [*_boot(given, f"{KERNEL_ARGUMENTS} {WAITS_FOR_IDENTITY}"), *_state(given)]
+
+
+def _clone(given: Descriptors) -> list[str]:
+    """Told over QMP where the state is, once it knows that RAM is not part of it."""
+    return [*_state(given), "-incoming", "defer"]
+
+
+def _state(given: Descriptors) -> list[str]:
+    return ["-add-fd", f"fd={given.state},set={STATE_SET}"]
+
+
 def _path(descriptor: int) -> str:
     return f"/proc/self/fd/{descriptor}"
+
+
+_START = {"boot": _boot, "template": _boot_template, "clone": _clone}
+_RAM_ACCESS = {
+    "boot": "share=on",
+    "template": "share=on",
+    "clone": "share=off,readonly=on,rom=off",  # pages that it writes are its own
+}

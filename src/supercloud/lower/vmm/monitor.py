@@ -5,31 +5,34 @@ It is asked over the channel ``control``: ``machine.start``, ``machine.stop``, `
 ``machine.state`` and ``machine.disk`` there. RAM, kernel, initrd, root, config and the
 network's streams are capabilities in this domain's own table; the scratch disk's descriptor comes
 with ``machine.start``. A restarted user's domain finds the machine running and asks its status.
+
+A machine that is to become a template ends, its RAM is sealed, and it is told of as
+``template.saved`` with the devices' state; a clone is ``running`` once its agent has confirmed its
+new identity.
 """
 
-import fcntl
 import logging
 import os
-import socket
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 from supercloud.lower.client import Core
 from supercloud.lower.component import Component
+from supercloud.lower.vmm import template
 from supercloud.lower.vmm.console import Console
 from supercloud.lower.vmm.disks import Disks
+from supercloud.lower.vmm.gather import Gathered, gather
+from supercloud.lower.vmm.identity import IdentityPort
 from supercloud.lower.vmm.lifecycle import Lifecycle, Patience, Watchdog
-from supercloud.lower.vmm.machine import Descriptors, Machine, command_line
-from supercloud.model.errors import BadState, Invalid, SupercloudError
+from supercloud.lower.vmm.machine import Machine, command_line
+from supercloud.model.errors import BadState, SupercloudError
 from supercloud.wire import portal
 from supercloud.wire.children import Children, how_it_ended
 from supercloud.wire.codec import decode
 from supercloud.wire.portal import Handler, Reply, Request
 from supercloud.wire.qmp import Qmp
 
-_READ_ONLY = ("kernel", "initrd", "root", "config")
-_CONNECTED = ("ram", "uplink", "link")
 _MAX_GRACE_S = 120.0
 
 log = logging.getLogger("supercloud.lower.vmm")
@@ -47,6 +50,11 @@ class Monitor(Component):
         self._qmp: Qmp | None = None
         self._disks: Disks | None = None
         self._watchdog: Watchdog | None = None
+        self._machine: Machine | None = None
+        self._given: Gathered | None = None
+        self._identity: IdentityPort | None = None
+        self._sequence: template.Sequence | None = None
+        self._is_saved = False
         self._pid = 0
         self._why = ""
         self.serve(
@@ -65,15 +73,16 @@ class Monitor(Component):
     # -- what the user's domain may ask
 
     def start(self, request: Request) -> dict[str, Any]:
-        """``Machine`` and the scratch disk's descriptor. BadState when there was a machine."""
+        """``Machine`` and the scratch disk's descriptor (a template has none of its own).
+
+        BadState when there was a machine.
+        """
         machine = decode(Machine, request.untrusted, "machine", ignore_unknown=True)
         if self._life.state != "creating":
             raise BadState(f"the machine is {self._life.state}")
-        if len(request.descriptors) != 1:
-            raise Invalid("the scratch disk's descriptor is missing")
         self._life.go("starting")
         try:
-            self._launch(machine, request.descriptors[0])
+            self._launch(machine, request.descriptors)
         except (OSError, SupercloudError) as error:
             self._life.go("failed", f"QEMU could not be started: {error}")
             raise
@@ -90,8 +99,10 @@ class Monitor(Component):
         return self.status(request)
 
     def status(self, _request: Request) -> dict[str, Any]:
-        """``{state, reason}``."""
-        return {"state": self._life.state, "reason": self._life.reason}
+        """``{state, reason, ram_shared}``."""
+        machine = self._machine
+        shared = machine is not None and machine.ram_shared
+        return {"state": self._life.state, "reason": self._life.reason, "ram_shared": shared}
 
     def attach(self, _request: Request) -> Reply:
         """A stream: the console's last output, then live, both ways."""
@@ -111,56 +122,74 @@ class Monitor(Component):
 
     # -- QEMU
 
-    def _launch(self, machine: Machine, scratch: int) -> None:
+    def _launch(self, machine: Machine, descriptors: list[int]) -> None:
         with ExitStack() as opened:
-            qmp, qmp_theirs = socket.socketpair()
-            console, console_theirs = socket.socketpair()
-            for theirs in (qmp_theirs, console_theirs):
-                opened.callback(theirs.close)
-            numbers = {name: self._read_only(name, opened) for name in _READ_ONLY}
-            numbers |= {name: self._taken(name, opened) for name in _CONNECTED}
-            given = Descriptors(
-                **numbers,
-                scratch=scratch,
-                qmp=qmp_theirs.fileno(),
-                console=console_theirs.fileno(),
-            )
-            self._console = Console(self.reactor, console)
-            argv = command_line(machine, given)
-            self._pid = self._children.start(argv, given.all(), self._ended)
-        self._qmp = Qmp(self.reactor, qmp, self._on_qmp, lambda: None)
-        shared = machine.ram_share
-        self._disks = Disks(self.reactor, self._qmp, self._tell, ram_shared=shared)
+            self._given = given = gather(self.core, machine, descriptors, opened)
+            self._machine, self._console = machine, Console(self.reactor, given.console)
+            self._identity = IdentityPort(self.reactor, given.identity, self._guest_said)
+            argv = command_line(machine, given.numbers)
+            self._pid = self._children.start(argv, given.numbers.all(), self._ended)
+        self._qmp = qmp = Qmp(self.reactor, given.qmp, self._on_qmp, lambda: None)
+        self._disks = Disks(self.reactor, qmp, self._tell, ram_shared=machine.ram_shared)
         self.reactor.after(self._patience.start_s, self._give_up_starting)
 
-    def _taken(self, name: str, opened: ExitStack) -> int:
-        descriptor = self.core.take(self.core.lookup(name).selector)
-        opened.callback(os.close, descriptor)
-        return descriptor
-
-    def _read_only(self, name: str, opened: ExitStack) -> int:
-        """The same file, open for reading only: QEMU wants a disk's descriptor to say so."""
-        descriptor = self._taken(name, opened)
-        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-            return descriptor
-        again = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-        opened.callback(os.close, again)
-        return again
-
     def _on_qmp(self, name: str, data: dict[str, Any]) -> None:
-        if name == "GREETING" and self._life.state == "starting" and self._qmp is not None:
-            self._life.go("running")
-            self._watchdog = Watchdog(
-                self.reactor, self._qmp, self._life, self._kill, self._patience
-            )
+        if name == "GREETING" and self._qmp is not None and self._machine is not None:
+            if self._machine.start == "clone":
+                self._sequence = template.load(self._qmp, self._loaded, self._broken)
+            else:
+                self._running()
         elif self._disks is not None:
             self._disks.on_qmp(name, data)
-        if name == "GUEST_PANICKED":
+        if name == "MIGRATION" and self._sequence is not None:
+            self._sequence.migration(str(data.get("status")))
+        elif name == "GUEST_PANICKED":
             self._why = "the guest's kernel panicked"
         elif name == "SHUTDOWN":
             self._why = self._why or f"the machine was shut down ({data.get('reason', 'unknown')})"
         if name not in ("RTC_CHANGE", "GREETING"):
             log.info("QEMU: %s %s", name, data)
+
+    def _running(self) -> None:
+        if self._life.state == "starting" and self._qmp is not None:
+            self._life.go("running")
+            self._watchdog = Watchdog(
+                self.reactor, self._qmp, self._life, self._kill, self._patience
+            )
+
+    # -- templates and clones
+
+    def _loaded(self) -> None:
+        """The clone is told who it is before its processors run."""
+        if self._identity is not None and self._machine is not None and self._qmp is not None:
+            self._identity.tell(self._machine.uplink_mac, self._machine.link_mac)
+            self._qmp.command("cont")
+
+    def _guest_said(self, word: str) -> None:
+        if self._machine is None or self._qmp is None:
+            return
+        if word == "ready" and self._machine.start == "clone":
+            self._running()
+        elif word == "waiting" and self._machine.start == "template" and self._sequence is None:
+            self._sequence = template.save(self._qmp, self._saved, self._broken)
+
+    def _saved(self) -> None:
+        self._is_saved = True
+        self._life.go("stopping")
+        self._quit()
+
+    def _hand_over(self) -> None:
+        """QEMU is gone, nothing maps the RAM: it is sealed, and the state told of."""
+        if self._given is not None:
+            digest = self.core.seal(self.core.lookup("ram").selector)
+            told = {"ram_sha256": digest.hex()}
+            self._tell("template.saved", told, [self._given.state])
+
+    def _broken(self, why: str) -> None:
+        self._why = self._why or why
+        self._kill()
+
+    # -- its end
 
     def _give_up_starting(self) -> None:
         if self._life.state == "starting":
@@ -185,6 +214,10 @@ class Monitor(Component):
             self._qmp.close()
         if self._console is not None:
             self._console.close()
+        if self._identity is not None:
+            self._identity.close()
+        if self._is_saved:
+            self._hand_over()
         if self._life.state == "stopping":
             self._life.go("stopped")
         else:
@@ -194,12 +227,14 @@ class Monitor(Component):
         log.info("machine is %s %s", state, reason)
         self._tell("machine.state", {"state": state, "reason": reason})
 
-    def _tell(self, method: str, parameters: Mapping[str, Any]) -> None:
+    def _tell(
+        self, what: str, parameters: Mapping[str, Any], descriptors: list[int] | None = None
+    ) -> None:
         channel = self.channels.get("control")
         if channel is None:
             return
         try:
-            portal.send(channel, {"m": method, "p": dict(parameters)})
+            portal.send(channel, {"m": what, "p": dict(parameters)}, descriptors)
         except (OSError, SupercloudError) as error:  # it asks when it is there again
             log.info("the user's domain was not told: %s", error)
 

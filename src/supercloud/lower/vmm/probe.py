@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Final, NoReturn
 
 from supercloud.isolation import seccomp
-from supercloud.lower.core import descriptors, manifest, sandbox, system
-from supercloud.lower.core.manifest import Sealed
+from supercloud.lower.core import manifest, sandbox, system
 from supercloud.lower.vmm.machine import FIRMWARE, QEMU
 
 KVM: Final = "/dev/kvm"
@@ -42,7 +41,7 @@ def probe(runtime: str, runtime_sha256: str, kernel: int, uid: int, owner_uid: i
     pid = os.fork()
     if pid == 0:
         os.close(reading)
-        _in_child(Sealed(runtime, runtime_sha256), kernel, (uid, owner_uid), writing)
+        _in_child((runtime, runtime_sha256), kernel, (uid, owner_uid), writing)
     os.close(writing)
     with os.fdopen(reading, "rb") as verdict:
         said = verdict.read()
@@ -51,7 +50,9 @@ def probe(runtime: str, runtime_sha256: str, kernel: int, uid: int, owner_uid: i
     return Accelerator("kvm", "") if reason == "kvm" else Accelerator("tcg", reason)
 
 
-def _in_child(sealed: Sealed, kernel: int, uids: tuple[int, int], verdict: int) -> NoReturn:
+def _in_child(
+    sealed: tuple[str, str], kernel: int, uids: tuple[int, int], verdict: int
+) -> NoReturn:
     """In a mount namespace of its own: run the guest, write ``kvm`` or why not, and end."""
     try:
         system.call("unshare", system.CLONE_NEWNS)
@@ -59,7 +60,7 @@ def _in_child(sealed: Sealed, kernel: int, uids: tuple[int, int], verdict: int) 
         flags = system.MS_NOSUID | system.MS_NODEV
         system.mount("probe", sandbox.STAGE, "tmpfs", flags, "mode=0711,size=1m")
         os.mkdir(sandbox.ROOTS, 0o711)
-        descriptors.mount_runtime(sealed, sandbox.RUNTIME)
+        sandbox.mount_runtime(*sealed)
         os.write(verdict, _run_guest(kernel, uids).encode())
     except BaseException as error:  # noqa: BLE001 - a forked child must not unwind further
         os.write(verdict, f"the probe could not be made: {error}".encode())
@@ -69,13 +70,13 @@ def _in_child(sealed: Sealed, kernel: int, uids: tuple[int, int], verdict: int) 
 
 def _run_guest(kernel: int, uids: tuple[int, int]) -> str:
     reading, writing = os.pipe()
-    started = sandbox.start(_plan(kernel, uids, writing), lambda _: None, name="probe")
+    _, pidfd = sandbox.start(_plan(kernel, uids, writing), lambda *_: None, name="probe")
     os.close(writing)
     try:
         output, in_time = _read_until(reading, time.monotonic() + PATIENCE_S)
     finally:
-        signal.pidfd_send_signal(started.pidfd, signal.SIGKILL)
-        os.waitid(os.P_PIDFD, started.pidfd, os.WEXITED)
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
     return "kvm" if REACHED in output else _why(output, in_time=in_time)
 
 
@@ -88,8 +89,6 @@ def _plan(kernel: int, uids: tuple[int, int], output: int) -> sandbox.Plan:
         environment={"PATH": "/usr/bin"},
         uid=uids[0],
         owner_uid=uids[1],
-        filter=seccomp.compiled("vmm")[0],
-        network=-1,
         binds=(),
         descriptors=[null, kernel],
         output=output,
@@ -111,8 +110,8 @@ def _command_line() -> list[str]:
 
 def _kind(argv: list[str]) -> manifest.Kind:
     """The same as a machine's domain, as far as a probe needs it."""
-    nothing = Sealed("/dev/null", None)
-    return manifest.Kind(tuple(argv), filter=nothing, devices=(KVM,), proc=True)
+    filter_ = seccomp.compiled("vmm")[0].hex()
+    return manifest.Kind(tuple(argv), filter_, devices=(KVM,), proc=True)
 
 
 def _read_until(descriptor: int, deadline_s: float) -> tuple[bytes, bool]:

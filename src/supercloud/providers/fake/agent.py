@@ -31,6 +31,7 @@ from supercloud.wire.messages import (
     Implementation,
     Logs,
     PlatformReport,
+    VolumeUsage,
     handlers,
 )
 from supercloud.wire.peer import Call, Peer
@@ -252,13 +253,18 @@ def _status(spec: EnvironmentSpec) -> EnvironmentStatus:
     )
 
 
+def _usage(volume: str) -> VolumeUsage:
+    return VolumeUsage(volume=volume, size_bytes=1 << 24, used_bytes=1 << 16)
+
+
 def _advance(status: EnvironmentStatus, spec: EnvironmentSpec) -> EnvironmentStatus:
     """The next state on the way: ``false`` and ``true`` end, what never restarts stays ended."""
     missing = [mount.volume for mount in spec.volumes if not mount.slot]
     if status.state == "starting" and missing:
         return replace(status, reason=f"waits for volume {', '.join(missing)}")
     if status.state == "starting":
-        status = replace(status, reason="")
+        usage = [_usage(mount.volume) for mount in spec.volumes if spec.kind == "container"]
+        status = replace(status, reason="", volumes=usage)
         return replace(status, state="running", pid=1, memory_bytes=spec.memory_bytes // 4)
     program = (spec.process.argv or [""])[0]
     if status.state == "running" and spec.restart == "never" and program in ("true", "false"):

@@ -84,7 +84,7 @@ class FakeVolumes:
         self._load()
 
     async def open(self, host: str, asked: VolumeOpen) -> VolumeStatus:
-        """Have it, its epoch raised; refused when it is not what ``asked.seal`` is of."""
+        """Have it, and its next epoch; refused when it is not what ``asked.seal`` is of."""
         await self._cloud.pretend("open")
         volume = self.volumes.get(asked.spec.name)
         if volume is None:

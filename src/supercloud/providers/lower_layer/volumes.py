@@ -27,7 +27,7 @@ class HostVolumes:
         self._host, self._ask = host, ask
 
     async def open(self, host: str, asked: VolumeOpen) -> VolumeStatus:
-        """Have it, its epoch raised."""
+        """Have it, and its next epoch."""
         return await self._status(host, "volume.open", asked)
 
     async def serve(self, host: str, name: str, epoch: int) -> VolumeStatus:

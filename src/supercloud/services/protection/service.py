@@ -34,7 +34,7 @@ _BUFFER_BYTES: Final = 1 << 20
 Phase = Literal["prepared", "open"]
 # method -> the phases in which it is legal
 _LEGAL: Final[Mapping[str, tuple[Phase, ...]]] = {
-    "device.open": ("prepared",),
+    "device.open": ("prepared", "open"),
     "device.connect": ("open",),
     "device.flush": ("open",),
     "device.grow": ("open",),
@@ -48,6 +48,7 @@ class _Held:
     device: Device
     phase: Phase
     told: Seal
+    epoch: int = 0
 
 
 class ProtectionService:
@@ -118,11 +119,17 @@ class ProtectionService:
         return asdict(replace(device.found, epoch=device.next_epoch))
 
     def open(self, request: Request) -> dict[str, Any]:
-        """``{device, epoch}``: serve it, in the epoch that was kept; the seal to keep."""
+        """``{device, epoch}``: serve it, in the epoch that was kept; the seal to keep.
+
+        It may be repeated: one that is open in that epoch stays so.
+        """
         held = self._legal(request)
-        epoch = request.number("epoch", held.device.next_epoch, (1 << 32) - 1)
-        held.told = held.device.serve(epoch)
-        held.phase = "open"
+        epoch = request.number("epoch", held.device.next_epoch, engine.LAST_EPOCH)
+        if held.phase == "open" and epoch != held.epoch:
+            raise BadState(f"the device is open in epoch {held.epoch}")
+        if held.phase == "prepared":
+            held.told = held.device.serve(epoch)
+            held.phase, held.epoch = "open", epoch
         figures = held.device.figures()
         return {
             **asdict(held.told), "size_bytes": figures["blocks"] * 4096,

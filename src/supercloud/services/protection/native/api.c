@@ -49,7 +49,11 @@ static int file_write(void *context, const void *data, size_t length, uint64_t o
 
 static int file_sync(void *context)
 {
-    return fdatasync(*(int *)context) ? errno : 0;
+    int result;
+    do
+        result = fdatasync(*(int *)context);
+    while (result && errno == EINTR);
+    return result ? errno : 0;
 }
 
 static uint64_t file_size(void *context)
@@ -271,11 +275,15 @@ API int sc_grow(struct handle *h, uint64_t device_bytes)
         return EINVAL;
     if (d->backing.size(d->backing.context) < needed)
         return SC_TRUNCATED;
+    pthread_mutex_lock(&d->commit_lock);
     pthread_mutex_lock(&d->lock);
     int error = slots_resize(d, blocks);
-    if (!error)
+    if (!error) {
         d->blocks = blocks;
+        d->grown = true;
+    }
     pthread_mutex_unlock(&d->lock);
+    pthread_mutex_unlock(&d->commit_lock);
     return error ? error : sc_flush(h, 1);
 }
 

@@ -159,6 +159,7 @@ static void settle(struct device *d, struct tx *tx, struct checkpoint *tree, uin
     if (tree) {
         d->super ^= 1;
         d->journal_at = 0;
+        d->grown = false;
         if (tree->count)
             d->root = tree->pages[tree->count - 1].entry;
         d->checkpoints++;
@@ -176,7 +177,7 @@ static int commit(struct worker *w, bool checkpoint)
     struct checkpoint tree = {0};
     uint8_t chain[CHAIN_BYTES];
     uint64_t number = d->tx_number++, sequence = d->sequence + 1;
-    bool as_tree = checkpoint || tx.block_count > RECORD_ROOM || d->dirty_count >= d->page_limit / 2 ||
+    bool as_tree = checkpoint || d->grown || tx.block_count > RECORD_ROOM || d->dirty_count >= d->page_limit / 2 ||
                    d->journal_at + record_blocks(tx.block_count) > JOURNAL_BLOCKS;
     int error = as_tree ? checkpoint_begin(d, &tree) : collect(d, &tx);
     memcpy(chain, d->chain, CHAIN_BYTES);

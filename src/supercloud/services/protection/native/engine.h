@@ -133,6 +133,7 @@ struct device {
     uint8_t *record;
     size_t record_room;
     bool serving, closing, damaged;
+    bool grown; /* no superblock has the new size yet: the next commit is one */
     atomic_bool dead;
     pthread_t housekeeper;
     /* nbd.c */

@@ -1,6 +1,7 @@
 """Puts the agent together and runs it: nothing else knows all the parts."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -10,22 +11,29 @@ from typing import Any
 
 from supercloud.model.errors import SupercloudError
 from supercloud.model.events import Event, Severity
-from supercloud.upper.platform.agent import cgroups, networks, paths, prefetch, uplink
+from supercloud.upper.platform.agent import (
+    cgroups,
+    identity,
+    networks,
+    paths,
+    prefetch,
+    uplink,
+)
 from supercloud.upper.platform.agent.accelerator import Accelerator
 from supercloud.upper.platform.agent.blobs import Blobs
-from supercloud.upper.platform.agent.bootdata import BootData, load
+from supercloud.upper.platform.agent.bootdata import BootData, load, load_directly
 from supercloud.upper.platform.agent.disks import Disks
 from supercloud.upper.platform.agent.engine import Services
 from supercloud.upper.platform.agent.link import Link, hello
 from supercloud.upper.platform.agent.manager import Manager
 from supercloud.upper.platform.agent.methods import Methods
 from supercloud.upper.platform.agent.names import Names
-from supercloud.upper.platform.agent.processes import run as run_program
+from supercloud.upper.platform.agent.processes import load_modules
 from supercloud.upper.platform.agent.scratch import Scratch
 from supercloud.upper.platform.agent.volumes import Volumes
 from supercloud.wire.messages import CONTROL_TO_AGENT, PlatformReport, handlers
 
-MODULES = ("bridge", "veth", "tun", "nf_tables", "nft_ct", "nft_chain_nat", "nft_nat", "nft_masq")
+LINK_FIRST_S = 5.0
 
 log = logging.getLogger("supercloud.agent")
 
@@ -41,20 +49,27 @@ def run() -> int:
     os.makedirs(paths.RUN, exist_ok=True)
     os.chmod(paths.RUN, 0o711)
     _protect_from_oom()
-    boot, name = load()
+    waiting = identity.Waiting() if identity.is_template() else None
+    if waiting:
+        waiting.become()
+    boot, name = load_directly(waiting.config) if waiting else load()
     socket.sethostname(name)
-    networks.prepare_kernel()
+    identity.ensure_machine_id()
+    if not waiting:
+        networks.prepare_kernel()
     link_nic, uplink_nic = uplink.bring_up()
+    if waiting:
+        waiting.confirm()
     log.info("platform %s of %s; link %s, uplink %s", boot.platform, boot.ucloud,
              link_nic and link_nic.name, uplink_nic and uplink_nic.name)  # fmt: skip
     way_out = uplink.Uplink(uplink_nic) if uplink_nic else None
-    asyncio.run(Agent(boot, way_out, link_nic.name if link_nic else "").run())
+    link_name = link_nic.name if link_nic else ""
+    asyncio.run(Agent(boot, way_out, link_name, cloned=waiting is not None).run())
     return 0
 
 
 async def _load_modules() -> None:
-    """One modprobe for all: the kernel would run one for each."""
-    await run_program("modprobe", "-q", "-a", *MODULES)
+    await load_modules(*networks.MODULES)
 
 
 def _protect_from_oom() -> None:
@@ -65,8 +80,15 @@ def _protect_from_oom() -> None:
 class Agent:
     """The composition root."""
 
-    def __init__(self, boot: BootData, way_out: uplink.Uplink | None, link_nic: str) -> None:
-        self._boot, self._uplink, self._link_nic = boot, way_out, link_nic
+    def __init__(
+        self,
+        boot: BootData,
+        way_out: uplink.Uplink | None,
+        link_nic: str,
+        *,
+        cloned: bool = False,
+    ) -> None:
+        self._boot, self._uplink, self._link_nic, self._cloned = boot, way_out, link_nic, cloned
         self._accelerator, self._scratch = Accelerator(), Scratch()
         self._link: Link | None = None
         self._leasing: asyncio.Task[None] | None = None
@@ -89,9 +111,16 @@ class Agent:
         await asyncio.gather(*tasks)
 
     async def _warm_up(self, link: Link) -> None:
-        """What the first EE would otherwise wait for; not before the control plane waits for us."""
+        """What the first EE would otherwise wait for; not before the control plane waits for us.
+
+        A clone has most of it from its template, and is connected before that could be of use.
+        """
         await link.requested.wait()
-        prefetch.prefetch(*prefetch.CONTAINERS)
+        if self._cloned:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(link.welcomed.wait(), LINK_FIRST_S)
+        else:
+            prefetch.prefetch(*prefetch.CONTAINERS)
         if self._uplink and self._boot.uplink == "dhcp":
             self._leasing = asyncio.ensure_future(self._uplink.keep())
         for step in (self._scratch.ready, _load_modules, self._accelerator.probe):
@@ -99,7 +128,8 @@ class Agent:
                 await step()
             except (SupercloudError, OSError) as error:
                 log.warning("%s: %s", step.__qualname__, error)
-        await asyncio.to_thread(lambda: prefetch.prefetch(*prefetch.machine_files()))
+        if not self._cloned:
+            await asyncio.to_thread(lambda: prefetch.prefetch(*prefetch.machine_files()))
         found = f"{self._accelerator.name} {self._accelerator.reason}".strip()
         log.info("nested VMs: %s", found)
         self._event("platform", "agent.accelerator.probed", found, "info", {})

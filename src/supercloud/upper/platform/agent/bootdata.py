@@ -4,10 +4,11 @@ import contextlib
 import json
 import os
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from supercloud.model.errors import Invalid, NotFound
 from supercloud.upper.platform.agent import paths, syscalls
+from supercloud.upper.platform.agent.iso9660 import Iso
 from supercloud.wire.codec import Limit, Name, decode
 
 VERSION = 1
@@ -31,6 +32,12 @@ class BootData:
         Limit(min_length=1, max_length=16),
     ]
     uplink: Literal["dhcp", "none"] = "dhcp"
+
+
+EXAMPLE: Final = {
+    "version": VERSION, "ucloud": "example", "platform": "example", "token": "0" * 32, "ca_pem": "",
+    "server_name": "example", "endpoints": ["0.0.0.0:0"],
+}  # fmt: skip
 
 
 def parse(untrusted: bytes) -> BootData:
@@ -75,6 +82,18 @@ def load() -> tuple[BootData, str]:
         return boot, boot.platform
     finally:
         syscalls.unmount(paths.BOOT)
+
+
+def load_directly(device: str) -> tuple[BootData, str]:
+    """The same without mounting, past the kernel's cache: for a clone, whose disk is another."""
+    iso = Iso(device)
+    try:
+        boot = parse(iso.read(_USER_DATA))
+        with contextlib.suppress(NotFound):
+            return boot, hostname(iso.read(_META_DATA), boot.platform)
+        return boot, boot.platform
+    finally:
+        iso.close()
 
 
 def _read(name: str) -> bytes:

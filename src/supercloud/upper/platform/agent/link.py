@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from supercloud.model.errors import SupercloudError, Temporary, UserError
-from supercloud.trust import keys, tls
+from supercloud.trust import keys, libcrypto, tls
 from supercloud.trust.names import PLATFORM, Identity
 from supercloud.upper.platform.agent import paths
 from supercloud.upper.platform.agent.bootdata import BootData
@@ -41,6 +41,7 @@ class Link:
         self._request: asyncio.Task[str] | None = None
         self._turn = 0
         self.requested = asyncio.Event()  # our key is made: the rest may have the processor
+        self.welcomed = asyncio.Event()  # we have been connected
 
     def peer(self) -> Peer:
         """The present connection; Temporary when there is none."""
@@ -63,8 +64,12 @@ class Link:
 
     def _make_request(self) -> str:
         os.makedirs(os.path.dirname(paths.KEY), mode=0o700, exist_ok=True)
-        keys.ensure_key(paths.KEY)
         identity = Identity(self._boot.ucloud, PLATFORM, self._boot.platform)
+        if not os.path.exists(paths.KEY) and libcrypto.is_there():
+            key, request = libcrypto.make_key_and_request(identity.uri)
+            keys.keep_key(paths.KEY, key)
+            return request
+        keys.ensure_key(paths.KEY)
         return keys.make_request(paths.KEY, identity.uri, identity.dns)
 
     async def run(self) -> None:
@@ -129,6 +134,7 @@ class Link:
             answer = await peer.call("agent.hello", encode(self._hello()))
             _set_clock(decode(Welcome, answer, "agent.hello", ignore_unknown=True))
             self._peer = peer
+            self.welcomed.set()
             log.info("connected to the %s", peer.name)
             self._up()
             renewing = asyncio.ensure_future(self._renew(peer))

@@ -140,6 +140,11 @@ class Netlink:
             body += attribute(_IFLA_MTU, struct.pack("=I", mtu))
         self._talk(_NEWLINK, 0, body)
 
+    def set_mac(self, index: int, mac: str) -> None:
+        """Give a device another hardware address."""
+        body = _LINK.pack(0, 0, index, 0, 0) + attribute(_IFLA_ADDRESS, mac_bytes(mac))
+        self._talk(_NEWLINK, 0, body)
+
     def delete(self, name: str) -> None:
         """Remove a device; nothing happens when it is not there."""
         try:

@@ -16,6 +16,7 @@ RESOLVERS: Final = f"{RUN}/resolv.conf"
 KEY: Final = f"{RUN}/identity/key.pem"
 CERTIFICATE: Final = f"{RUN}/identity/cert.pem"
 BOOT: Final = f"{RUN}/boot"
+IDENTIFIED: Final = f"{RUN}/identified"
 
 BLOBS: Final = f"{DATA}/blobs"
 LAYERS: Final = f"{DATA}/ee"

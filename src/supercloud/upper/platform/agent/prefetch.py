@@ -17,6 +17,10 @@ CONTAINERS = (
     *(f"{_LIBRARIES}/{name}" for name in _CONTAINER_LIBRARIES),
     "/usr/bin/crun", "/usr/sbin/nft", "/usr/sbin/mke2fs", "/usr/sbin/dnsmasq",
 )  # fmt: skip
+ENROLMENT = (
+    "/usr/bin/openssl", f"{_LIBRARIES}/libcrypto.so.3", f"{_LIBRARIES}/libssl.so.3",
+    "/usr/bin/busybox",
+)  # fmt: skip
 MACHINES = ("/usr/bin/qemu-system-x86_64", "/usr/share/seabios/bios-256k.bin")
 
 

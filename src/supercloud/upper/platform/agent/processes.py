@@ -49,6 +49,13 @@ async def run(
     return out or b""
 
 
+async def load_modules(*names: str) -> None:
+    """One modprobe for all that are not there: the kernel would run one for each."""
+    missing = [name for name in names if not os.path.exists(f"/sys/module/{name}")]
+    if missing:
+        await run("modprobe", "-q", "-a", *missing)
+
+
 def start_ticks(pid: int) -> int:
     """When a process started, in clock ticks since boot: with the pid it names it for ever.
 

@@ -6,7 +6,7 @@ import os
 from supercloud.model.errors import NotFound
 from supercloud.upper.platform.agent import devicemapper, paths, syscalls
 from supercloud.upper.platform.agent.bootdata import disk
-from supercloud.upper.platform.agent.processes import run
+from supercloud.upper.platform.agent.processes import load_modules, run
 
 MAPPING = "scratch"
 SERIAL = "scratch"
@@ -57,7 +57,7 @@ async def _set_up() -> None:
 async def _mount_encrypted(device: str) -> None:
     mapped = devicemapper.find(MAPPING)
     if not mapped:
-        await run("modprobe", "-a", *MODULES)
+        await load_modules(*MODULES)
         mapped = devicemapper.crypt(MAPPING, device)
     await run(*_FORMAT, mapped, env={"PATH": os.environ["PATH"], "MKE2FS_SYNC": "0"})
     os.makedirs(paths.DATA, exist_ok=True)

@@ -39,16 +39,19 @@ def find_nics(links: list[Link]) -> tuple[Link | None, Link | None]:
     return link, uplink
 
 
-def bring_up() -> tuple[Link | None, Link | None]:
-    """Bring lo and both NICs up, the link with its fixed address; waits for nothing."""
+def bring_up(address: str = LINK_ADDRESS) -> tuple[Link | None, Link | None]:
+    """Bring lo and both NICs up, the link with its fixed address; waits for nothing.
+
+    Without an address (in a template) nothing is sent.
+    """
     with Netlink() as netlink:
         links = netlink.links()
         link, uplink = find_nics(links)
         for nic in links:
-            if nic.name == "lo" or nic in (link, uplink):
+            if not nic.up and (nic.name == "lo" or nic in (link, uplink)):
                 netlink.set_up(nic.index)
-        if link:
-            netlink.set_address(link.index, LINK_ADDRESS)
+        if link and address:
+            netlink.set_address(link.index, address)
     return link, uplink
 
 

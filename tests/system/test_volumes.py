@@ -1,0 +1,167 @@
+"""Volumes from a manifest to files and disks in EEs: a real host, platform, services and agent.
+
+The tests share one host and go on from each other, in the order of the file.
+"""
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.slots import vm_slots
+from support.stack import Host, Stack, stack, wait_for
+
+pytestmark = [pytest.mark.vm, pytest.mark.root]
+
+SECRET = "what-nobody-else-may-read-" * 40
+BODY = """\
+volumes:
+  - {{name: pages, size: {pages}}}
+  - {{name: records, size: 32MiB, format: raw}}
+environments:
+  - name: web
+    kind: container
+    image: oci:{examples}/web
+    memory: 64MiB
+    ports: [8080]
+    env: {{GREETING: {greeting}}}
+    volumes: [{{name: pages, path: /srv/pages}}]
+  - name: machine
+    kind: vm
+    image: '{examples}/vm'
+    memory: 128MiB
+    ports: [8080]
+    volumes: [{{name: records}}]
+"""
+
+
+class Stored:
+    """The stack, its one host, and the U-Cloud ``stored``."""
+
+    def __init__(self, made: Stack, examples: Path) -> None:
+        self.stack, self.examples = made, examples
+        self.host: Host = made.hosts["here"]
+        self.pages = "64MiB"
+
+    def up(self, *options: str, greeting: str = "hello", status: int | None = 0) -> str:
+        body = BODY.format(examples=self.examples, greeting=greeting, pages=self.pages)
+        manifest = self.stack.manifest("stored", body)
+        return self.stack.cli("up", manifest, *options, status=status).stdout
+
+    def volumes(self) -> dict[str, dict[str, Any]]:
+        return {row["name"]: row for row in self.stack.json("volumes")}
+
+    def sh(self, script: str) -> str:
+        return self.stack.cli("exec", "stored/web", "--", "sh", "-c", script).stdout
+
+    def linked(self) -> bool:
+        return self.stack.cli("exec", "stored/web", "--", "true", status=None).returncode == 0
+
+    def backings(self) -> list[Path]:
+        return sorted(self.host.state.glob("domains/disk/*/volume:*"))
+
+
+@pytest.fixture(scope="module")
+def stored(product_images: Path, example_images: Path) -> Iterator[Stored]:
+    with vm_slots(), stack(product_images) as made:
+        made.enrol("stored", "here")
+        shaped = Stored(made, example_images)
+        shaped.up()
+        yield shaped
+
+
+def test_a_container_has_a_file_system_and_a_vm_a_disk(stored: Stored) -> None:
+    assert "/srv/pages" in stored.sh("grep /srv/pages /proc/self/mountinfo")
+    stored.sh(f"echo {SECRET} > /srv/pages/secret; sync")
+    rows = stored.volumes()
+    assert {name: row["state"] for name, row in rows.items()} == dict.fromkeys(
+        ("pages", "records"), "attached"
+    )
+    assert {row["mode"] for row in rows.values()} == {"vhost-user-blk"}
+
+
+def test_inspect_says_how_it_is_joined_and_how_old_its_seal_is(stored: Stored) -> None:
+    shown = stored.stack.cli("inspect", "stored/web").stdout
+    assert "vhost-user-blk" in shown
+    assert "pages" in shown
+
+
+def test_what_was_written_outlives_the_environment(stored: Stored) -> None:
+    stored.up(greeting="other")
+    assert stored.sh("cat /srv/pages/secret").strip() == SECRET
+
+
+def test_the_providers_disk_has_none_of_it(stored: Stored) -> None:
+    stored.sh("sync")
+    files = stored.backings()
+    assert len(files) == 2
+    for path in files:
+        content = path.read_bytes()
+        assert SECRET[:40].encode() not in content
+        for name in (b"secret", b"QFI\xfb", b"\x53\xef"):  # a name; magics of qcow2 and ext4
+            assert content[: 16 << 20].count(name) < 40, (path, name)
+    assert b"pages/secret" not in b"".join(p.read_bytes() for p in files)
+
+
+def test_a_snapshot_is_gone_back_to_while_nothing_uses_it(stored: Stored) -> None:
+    stored.stack.cli("volumes", "snapshot", "stored/pages", "before")
+    stored.sh("echo changed > /srv/pages/secret; sync")
+    assert "before" in stored.volumes()["pages"]["snapshots"]
+
+
+def test_volumes_stay_while_the_users_domain_is_restarted(stored: Stored) -> None:
+    os.kill(stored.host.pid_of("user:stored"), signal.SIGKILL)
+    wait_for(stored.linked, 60)
+    assert stored.volumes()["pages"]["state"] == "attached"
+    assert stored.sh("cat /srv/pages/secret").strip() == "changed"
+
+
+def test_down_keeps_the_data_and_up_finds_it(stored: Stored) -> None:
+    stored.stack.cli("down", "stored")
+    rows = stored.volumes()
+    assert {row["state"] for row in rows.values()} == {"kept"}
+    stored.stack.cli("volumes", "revert", "stored/pages", "before")
+    stored.up()
+    assert stored.sh("cat /srv/pages/secret").strip() == SECRET
+
+
+def test_it_grows_once_it_is_not_in_use(stored: Stored) -> None:
+    stored.stack.cli("down", "stored")
+    stored.pages = "128MiB"
+    stored.up()
+    size_kib = int(stored.sh("df -k /srv/pages | tail -n 1 | awk '{print $2}'"))
+    assert size_kib > 90 << 10
+    assert stored.sh("cat /srv/pages/secret").strip() == SECRET
+
+
+def test_a_disk_put_back_to_an_older_state_is_refused_until_its_user_accepts(
+    stored: Stored, tmp_path: Path
+) -> None:
+    stored.stack.cli("down", "stored")
+    (pages, _) = stored.backings()
+    old = tmp_path / "old"
+    old.write_bytes(pages.read_bytes())
+    stored.up()
+    stored.sh("echo newer > /srv/pages/secret; sync")
+    stored.stack.cli("down", "stored")
+    pages.write_bytes(old.read_bytes())
+    stored.up("--timeout", "20", status=None)
+    row = stored.volumes()["pages"]
+    assert row["state"] == "failed", row
+    assert "rolled back" in row["reason"]
+    refused = stored.stack.cli("volumes", "accept", "stored/pages", status=None)
+    assert refused.returncode != 0
+    (root,) = re.findall(r"--root ([0-9a-f]+)", refused.stderr)
+    stored.stack.cli("volumes", "accept", "stored/pages", "--root", root)
+    stored.up()
+    assert stored.sh("cat /srv/pages/secret").strip() == SECRET
+
+
+def test_down_with_volumes_leaves_nothing(stored: Stored) -> None:
+    stored.stack.cli("down", "stored", "--volumes")
+    assert stored.backings() == []
+    assert stored.volumes() == {}

@@ -176,6 +176,7 @@ async def test_an_older_state_of_it_is_refused_and_said(world):
     await world.app.service.up(manifest(world))
     store = await until(world, lambda d: d.error is not None, "it is refused")
     assert "rolled back" in store.error["message"]
+    assert "supercloud down test --volumes" in store.error["message"]
 
     async def degraded():
         return (await world.app.service.ucloud("test")).state == "degraded"

@@ -245,7 +245,10 @@ class Service:
         volumes = await self._plane.state.volumes(document.name)
         fractions, seen = self._plane.fractions, self._plane.seen
         store = await self._plane.state.store_document(document.name)
-        return views.ucloud_view(document, platforms, environments, fractions, volumes, seen, store)
+        told = self._plane.stores.get(document.name)
+        return views.ucloud_view(
+            document, platforms, environments, fractions, volumes, seen, store, told
+        )
 
 
 def _decided(

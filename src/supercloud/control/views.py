@@ -42,6 +42,7 @@ def ucloud_view(
     volumes: Sequence[VolumeDocument] = (),
     seen: Mapping[tuple[str, str], Seen] | None = None,
     store: StoreDocument | None = None,
+    told: ObjectsStatus | None = None,
 ) -> api.UCloudView:
     """A U-Cloud with all that is in it."""
     by_name = {platform.name: platform for platform in platforms}
@@ -56,6 +57,7 @@ def ucloud_view(
         steps=_steps(platforms, environments, fractions, wanted, kept),
         error=_error(platforms, environments, wanted, kept),
         volumes=[volume_row(item, environments, (seen or {}).get(id_of(item))) for item in volumes],
+        buckets=bucket_rows(store, environments, told) if store else [],
     )
 
 

@@ -183,8 +183,9 @@ class Rotated:
 class Step:
     """Something that is being done or has been done for the present generation, in order of start.
 
-    ``subject`` is ``platform/NAME``, ``volume/NAME`` or ``environment/NAME``; ``message`` what is
-    being done, in words. ``fraction`` is from 0 to 1 where it is known, else -1.
+    ``subject`` is ``platform/NAME``, ``volume/NAME``, ``environment/NAME`` or ``objects`` (the
+    store of all buckets); ``message`` what is being done, in words. ``fraction`` is from 0 to 1
+    where it is known, else -1.
     """
 
     subject: str
@@ -212,6 +213,7 @@ class UCloudView:
     steps: list[Step] = field(default_factory=list)
     error: dict[str, Any] | None = None
     volumes: list[VolumeRow] = field(default_factory=list)
+    buckets: list["BucketRow"] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

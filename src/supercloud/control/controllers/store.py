@@ -29,7 +29,7 @@ from supercloud.control.documents import (
     ucloud_key,
 )
 from supercloud.control.stores import capacity_of
-from supercloud.model.errors import Unsupported
+from supercloud.model.errors import Permanent, Unsupported
 from supercloud.model.events import Severity
 from supercloud.model.states import KEPT_STORE, observed
 from supercloud.providers.base import Objects
@@ -78,7 +78,7 @@ class StoreController:
             return await self._stop(store, users)
         store = await self._applied(await self._keyed(store), users)
         if store.state != "ready":
-            return POLL_S
+            return POLL_S if store.state in ("pending", "starting") else self._plane.pace.seal_s
         store = await self._buckets(store)
         await self._credentials(store, users)
         return self._plane.pace.seal_s
@@ -117,15 +117,22 @@ class StoreController:
         store = await self._change(store, starting)
         if store.csr_pem and stale:
             store, wish = await self._certified(store, wish, store.csr_pem)
-        status = await self._plane.seam(
-            "provider.objects_apply", lambda: host.apply(store.host, wish)
-        )
+        status = await self._told(store, host, wish)
         if status.csr_pem:
             store, wish = await self._certified(store, wish, status.csr_pem)
-            status = await self._plane.seam(
+            status = await self._told(store, host, wish)
+        return await self._learn(store, status, given if status.state == "ready" else "")
+
+    async def _told(self, store: StoreDocument, host: Objects, wish: ObjectsApply) -> ObjectsStatus:
+        try:
+            return await self._plane.seam(
                 "provider.objects_apply", lambda: host.apply(store.host, wish)
             )
-        return await self._learn(store, status, given if status.state == "ready" else "")
+        except Permanent as error:  # what is there is not what it was
+            raise Permanent(
+                f"the object store is refused: {error}; put back what its host had, or give up all "
+                f"that is in it: supercloud down {store.ucloud} --volumes"
+            ) from error
 
     async def _certified(
         self, store: StoreDocument, wish: ObjectsApply, csr_pem: str

@@ -88,8 +88,9 @@ class Objects:
 
     async def _running(self, known: ObjectsStatus) -> ObjectsStatus:
         told = await self._ask("objects.state")
-        if told["state"] == "new":
-            return known
+        if told["state"] == "new":  # somebody died between starting it and telling it what to be
+            self._go("stopped")
+            return replace(known, state=self._state, reason=self._reason)
         self._go(str(told["state"]), str(told["why"])[:1000])
         segment, records = told["position"]
         self._position = Position(segment=int(segment), records=int(records))

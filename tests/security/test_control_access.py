@@ -16,7 +16,7 @@ from supercloud.providers.fake.agent import FakeAgent
 from supercloud.providers.fake.cloud import FakeCloud, Platform
 from supercloud.trust import tls
 from supercloud.trust.authority import Authority
-from supercloud.trust.names import CONTROL, HOST, PLATFORM, Identity, control_of
+from supercloud.trust.names import CONTROL, HOST, PLATFORM, SERVICE, Identity, control_of
 from support.control import environment, manifest_of
 from support.control_process import Client, Process, free_port
 
@@ -150,7 +150,7 @@ async def test_events_over_tcp_are_of_the_own_ucloud_only(process, ucloud, tmp_p
     assert {json.loads(line)["ucloud"] for line in lines} == {"test"}
 
 
-@pytest.mark.parametrize("role", [PLATFORM, HOST])
+@pytest.mark.parametrize("role", [PLATFORM, HOST, SERVICE])
 async def test_platforms_and_hosts_may_not_use_the_api(process, ucloud, tmp_path, role):
     context = context_of(process, "test", Identity("test", role, "evil"), tmp_path)
     status, answer = await ask(process, context, "/v1/uclouds")

@@ -16,6 +16,7 @@ from supercloud.providers.base import MemoryPins, PlatformRequest
 from supercloud.providers.context import Context
 from supercloud.providers.fake.agent import FakeAgent, dial
 from supercloud.providers.fake.cloud import FakeCloud
+from supercloud.providers.fake.objects import FakeObjects
 from supercloud.providers.fake.options import Options
 from supercloud.providers.fake.volumes import FakeVolumes
 from supercloud.providers.lower_layer.provider import LowerLayerProvider, from_context
@@ -32,6 +33,15 @@ from supercloud.wire.messages import (
     PlatformStatus,
     Quota,
     handlers,
+)
+from supercloud.wire.objects import (
+    ObjectsApply,
+    ObjectsCredentials,
+    ObjectsDelete,
+    ObjectsSecret,
+    ObjectsStatus,
+    ServiceList,
+    ServiceStatus,
 )
 from supercloud.wire.peer import Call, Detach, Peer
 from supercloud.wire.volumes import (
@@ -66,6 +76,7 @@ class LoopbackHost:
             "platform.console": self._console, "rendezvous.accept": self._accept,
         }  # fmt: skip
         self.calls |= volume_calls(self.cloud.volumes, "loop-0")
+        self.calls |= object_calls(self.cloud.objects, "loop-0")
         self.forget("identity")
 
     def forget(self, where: str) -> None:
@@ -133,7 +144,7 @@ class LoopbackHost:
                 cpu_permille=int(1000 * host.cpus_total), memory_bytes=host.memory_total_bytes,
                 disk_bytes=host.disk_total_bytes, vms=self.cloud.options.platforms,
             ),
-            used=used, features={"volumes": ""},
+            used=used, features={"volumes": "", "objects": ""},
         )  # fmt: skip
 
     async def _request(self, _call: Call, _params: Empty) -> CsrResult:
@@ -234,6 +245,33 @@ def volume_calls(volumes: FakeVolumes, host: str) -> dict[str, Any]:
         "volume.detach": detached, "volume.close": closed, "volume.delete": deleted,
         "volume.change": changed, "volume.list": listed,
         **{f"volume.{what}": of_snapshot(what) for what in ("snapshot", "revert", "forget")},
+    }  # fmt: skip
+
+
+def object_calls(objects: FakeObjects, host: str) -> dict[str, Any]:
+    """The host wire's methods of the object store, over a pretended one."""
+
+    async def apply(_call: Call, asked: ObjectsApply) -> ObjectsStatus:
+        return await objects.apply(host, asked)
+
+    async def state(_call: Call, _params: Empty) -> ObjectsStatus:
+        return await objects.state(host)
+
+    async def credentials(_call: Call, asked: ObjectsCredentials) -> ObjectsSecret:
+        return await objects.credentials(host, asked)
+
+    async def deleted(_call: Call, asked: ObjectsDelete) -> ObjectsStatus:
+        return await objects.delete(host, asked.bucket)
+
+    async def stopped(_call: Call, _params: Empty) -> ObjectsStatus:
+        return await objects.stop(host)
+
+    async def services(_call: Call, _params: Empty) -> ServiceList:
+        return ServiceList(services=[ServiceStatus(kind="objects", state="not running")])
+
+    return {
+        "objects.apply": apply, "objects.state": state, "objects.credentials": credentials,
+        "objects.delete": deleted, "objects.stop": stopped, "service.list": services,
     }  # fmt: skip
 
 

@@ -87,7 +87,11 @@ def test_more_than_the_quota_in_all_is_refused_with_the_reason(
             INVALID,
             r":8:\d+ networks\[1\].range: .*overlaps",
         ),
-        ("environments:\n{web}buckets: []\n", UNSUPPORTED, r":8:\d+ buckets: .*not supported yet"),
+        (
+            "environments:\n{web}services: []\n",
+            UNSUPPORTED,
+            r":8:\d+ services: .*not supported yet",
+        ),
         (BOMB, INVALID, r":\d+:\d+: .*aliases"),
         ("environments: [\n", INVALID, r":\d+:\d+: not YAML"),
     ],

@@ -107,6 +107,20 @@ def test_ruleset_publishes_ports_and_separates_networks() -> None:
     assert 'iifname "ee0" ip daddr 10.64.0.1 ' in text
 
 
+def test_ruleset_lets_those_who_use_buckets_to_their_store_only() -> None:
+    store = firewall.StoreWay("eth1", ["10.64.0.10"])
+    text = firewall.ruleset("eth0", [network(0), network(1)], [], store)
+    who = 'iifname "ee*" ip saddr { 10.64.0.10 }'
+    assert f"{who} ip daddr {{ 10.64.0.1, 10.64.1.1 }} tcp dport 9000 dnat ip to" in text
+    through = f'{who} oifname "eth1" ip daddr 169.254.77.1 tcp dport 7445 ct status dnat accept'
+    assert through in text
+    assert text.count('oifname "eth1"') == 2
+    for nobody in (None, firewall.StoreWay("eth1", [])):
+        text = firewall.ruleset("eth0", [network(0)], [], nobody)
+        assert "7445" not in text
+        assert "eth1" not in text
+
+
 def test_ruleset_without_networks_is_complete() -> None:
     text = firewall.ruleset("eth0", [], [])
     assert "masquerade" not in text

@@ -52,7 +52,7 @@ def up(arguments: argparse.Namespace) -> None:
 
 
 def down(arguments: argparse.Namespace) -> None:
-    """Take a U-Cloud down, and wait until nothing of it is left but, if wished, its volumes."""
+    """Take a U-Cloud down, and wait until nothing of it is left but, if wished, its data."""
     name = _ucloud(arguments.ucloud)
     began_s = time.monotonic()
     how = "purge" if arguments.volumes else "down"
@@ -73,10 +73,11 @@ def down(arguments: argparse.Namespace) -> None:
 
 
 def _print_kept(ucloud: str) -> None:
-    kept = [row for row in client.get(client.path("volumes")) if row["ucloud"] == ucloud]
-    kept = [row["name"] for row in kept if row["state"] != "deleting"]
-    if kept:
-        print(printable(f"kept, with their data: {', '.join(kept)} (supercloud volumes)"))
+    for what in ("volumes", "buckets"):
+        rows = [row for row in client.get(client.path(what)) if row["ucloud"] == ucloud]
+        if kept := [row["name"] for row in rows if row["state"] != "deleting"]:
+            text = f"kept, with their data: {', '.join(kept)} (supercloud {what})"
+            print(printable(text))
 
 
 def _manifest(path: str) -> dict[str, str]:

@@ -78,11 +78,13 @@ VOLUME_ACTIONS = (
     "list", "inspect", "snapshot", "revert", "forget-snapshot", "delete", "accept", "rotate-key",
 )  # fmt: skip
 
+BUCKET_ACTIONS = ("list", "inspect", "delete")
+
 COMMANDS = {
     "plan": Command("Show what `up` would change; change nothing.", "apply:plan", MANIFEST),
     "up": Command("Make a manifest so, and wait until it serves.", "apply:up", MANIFEST, *WAIT),
     "down": Command(
-        "Take a U-Cloud down; nothing but its volumes is left at its providers.",
+        "Take a U-Cloud down; only its volumes and buckets are left at its providers.",
         "apply:down",
         Argument(
             "ucloud",
@@ -91,7 +93,9 @@ COMMANDS = {
             completes="uclouds",
         ),
         Argument(
-            "--volumes", action="store_true", help="its volumes go too, with all that is in them"
+            "--volumes",
+            action="store_true",
+            help="its volumes and buckets go too, with all that is in them",
         ),
         *WAIT,
     ),
@@ -122,6 +126,30 @@ COMMANDS = {
             help="accept: the beginning of the root that the volume was found with",
         ),
         UCLOUD_OPTION,
+    ),
+    "buckets": Command(
+        "List buckets, show or delete one: they outlive what uses them.",
+        "buckets:run",
+        Argument(
+            "action",
+            nargs="?",
+            default="list",
+            choices=BUCKET_ACTIONS,
+            metavar="ACTION",
+            help="one of " + ", ".join(BUCKET_ACTIONS),
+        ),
+        Argument(
+            "bucket",
+            nargs="?",
+            default="",
+            metavar="[UCLOUD/]NAME",
+            help="a bucket",
+            completes="buckets",
+        ),
+        UCLOUD_OPTION,
+    ),
+    "services": Command(
+        "List your services on the hosts, below the machines.", "buckets:services", UCLOUD_OPTION
     ),
     "ps": Command(
         "List environments: what runs where, and how it is reached.", "listing:ps", UCLOUD_OPTION

@@ -104,8 +104,8 @@ def _of_api(what: str) -> list[str]:
     if what in ("environments", "all"):
         for row in _get("environments"):
             names += [row["name"], f"{row['ucloud']}/{row['name']}"]
-    if what == "volumes":
-        for row in _get("volumes"):
+    if what in ("volumes", "buckets"):
+        for row in _get(what):
             names += [row["name"], f"{row['ucloud']}/{row['name']}"]
     return sorted(set(names))
 

@@ -32,6 +32,14 @@ def age(then_s: float, now_s: float) -> str:
     return f"{seconds}s"
 
 
+def rounded(size_bytes: int) -> str:
+    """In the largest unit of which there is one, with one digit."""
+    for unit, factor in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.1f}{unit}"
+    return f"{size_bytes}B" if size_bytes else ""
+
+
 def tree(value: Any, indent: str = "") -> Iterable[str]:
     """A JSON value as indented ``key: value`` lines; what is empty is left out."""
     if isinstance(value, dict):

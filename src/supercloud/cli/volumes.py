@@ -9,7 +9,7 @@ from typing import Any
 
 from supercloud.cli import client
 from supercloud.cli.failure import printable
-from supercloud.cli.table import table, tree
+from supercloud.cli.table import rounded, table, tree
 from supercloud.model.errors import Invalid, NotFound, Temporary
 from supercloud.model.sizes import format_size
 
@@ -53,17 +53,9 @@ def _row(row: dict[str, Any], *, several: bool) -> tuple[str, ...]:
         row["state"],
         f"{row['provider']}/{row['host']}",
         " ".join(row["used_by"]),
-        _rounded(row["stored_bytes"]),
+        rounded(row["stored_bytes"]),
         " ".join(row["snapshots"]),
     )
-
-
-def _rounded(size_bytes: int) -> str:
-    """In the largest unit of which there is one, with one digit."""
-    for unit, factor in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size_bytes >= factor:
-            return f"{size_bytes / factor:.1f}{unit}"
-    return f"{size_bytes}B" if size_bytes else ""
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -14,14 +14,10 @@ from supercloud.control.bootdata import Tokens
 from supercloud.control.controllers.environment import EnvironmentController
 from supercloud.control.controllers.plane import Pace, Plane
 from supercloud.control.controllers.platform import PlatformController
+from supercloud.control.controllers.store import StoreController
 from supercloud.control.controllers.ucloud import UCloudController
 from supercloud.control.controllers.volume import VolumeController
-from supercloud.control.documents import (
-    EnvironmentDocument,
-    PlatformDocument,
-    VolumeDocument,
-    ucloud_key,
-)
+from supercloud.control.documents import Following, VolumeDocument, ucloud_key
 from supercloud.control.effects import Seam, SeamedStore
 from supercloud.control.events import EventLog
 from supercloud.control.images import Convert, Images
@@ -96,6 +92,7 @@ class ControlPlane:
         self._platforms = PlatformController(self.plane)
         self._environments = EnvironmentController(self.plane)
         self._volumes = VolumeController(self.plane)
+        self._stores = StoreController(self.plane)
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -169,6 +166,8 @@ class ControlPlane:
                 return await self._platforms.reconcile(ucloud, name)
             if kind == "volume":
                 return await self._volumes.reconcile(ucloud, name)
+            if kind == "objects":
+                return await self._stores.reconcile(ucloud)
             if kind == "seals":
                 return await self._volumes.sealing.poll(ucloud, name)
             return await self._environments.reconcile(ucloud, name)
@@ -185,7 +184,7 @@ class ControlPlane:
         final = isinstance(error, UserError | Permanent)
         wire = to_wire(error, bug_id=bug)
 
-        def failed(fresh: PlatformDocument | EnvironmentDocument | VolumeDocument) -> None:
+        def failed(fresh: Following) -> None:
             if isinstance(fresh, VolumeDocument) and fresh.halted:
                 return  # that is the reason that its user is to see
             fresh.reason = str(wire["message"])
@@ -197,6 +196,8 @@ class ControlPlane:
                 await state.change(platform, failed)
             elif kind == "environment" and (item := await state.environment(ucloud, name)):
                 await state.change(item, failed)
+            elif kind == "objects" and (store := await state.store_document(ucloud)):
+                await state.change(store, failed)
             elif kind == "volume" and (volume := await state.volume(ucloud, name)):
                 await state.change(volume, failed)
 

@@ -10,9 +10,16 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from supercloud.control import allot
-from supercloud.control.documents import Assignment, PlatformWish, UCloudDocument, VolumeWish
+from supercloud.control.documents import (
+    Assignment,
+    PlatformWish,
+    StoreWish,
+    UCloudDocument,
+    VolumeWish,
+)
 from supercloud.control.homes import check_volumes, homes_of
 from supercloud.control.offers import Offer
+from supercloud.control.stores import check_store, store_of
 from supercloud.model.errors import NoResources
 from supercloud.model.resources import PlatformSize, Provider, UCloud
 from supercloud.providers.base import HostCapacity
@@ -29,6 +36,7 @@ class Decision:
     assignments: dict[str, Assignment]
     marks: dict[str, str]  # of images, by reference
     volumes: dict[str, VolumeWish] = field(default_factory=dict)
+    store: StoreWish | None = None
 
 
 def provider_key(provider: Provider) -> str:
@@ -49,20 +57,23 @@ def decide(
     taken: Iterable[str],
     marks: dict[str, str],
     kept: Mapping[str, VolumeWish] | None = None,
+    kept_store: StoreWish | None = None,
 ) -> Decision:
     """The decision for ``spec``; ``taken`` are network ranges of other U-Clouds.
 
-    ``marks`` are those of the images as they are now, ``kept`` the volumes that there are.
+    ``marks`` are those of the images as they are now, ``kept`` the volumes that there are, and
+    ``kept_store`` the object store.
 
     Raises NoResources, saying of each host why not; Invalid and Unsupported for volumes.
     """
     kept = kept or {}
     check_volumes(spec, offers, kept)
+    check_store(spec, offers, kept_store)
     platforms = before.platforms if before else {}
     assignments = before.assignments if before else {}
     networks = allot.ranges(spec.networks, before.networks if before else {}, taken)
     hosts = _hosts(spec, offers, platforms)
-    placed = _place(spec, offers, hosts, assignments, platforms, kept)
+    placed = _place(spec, offers, hosts, assignments, platforms, kept, kept_store)
     wishes = _wishes(spec, offers, set(placed.values()), platforms, networks)
     addresses = allot.Addresses(networks, assignments)
     return Decision(
@@ -75,6 +86,7 @@ def decide(
         },
         marks=marks,
         volumes=homes_of(spec, placed, kept),
+        store=store_of(spec, offers, placed, kept_store),
     )
 
 
@@ -85,6 +97,7 @@ def _place(
     assignments: Mapping[str, Assignment],
     platforms: Mapping[str, PlatformWish],
     kept: Mapping[str, VolumeWish],
+    store: StoreWish | None,
 ) -> dict[str, HostKey]:
     standing = {
         name: (platforms[item.platform].provider.name, platforms[item.platform].host)
@@ -93,7 +106,8 @@ def _place(
     }
     volumes = {name: (wish.provider.name, wish.host) for name, wish in kept.items()}
     try:
-        return place(spec.environments, hosts, standing, volumes)
+        home = (store.provider.name, store.host) if store else None
+        return place(spec.environments, hosts, standing, volumes, home)
     except NoResources as error:
         silent = "; ".join(f"{o.provider.name}: {o.unreachable}" for o in offers if o.unreachable)
         if silent and not hosts:
@@ -124,6 +138,7 @@ def _hosts(
                     size=spec.platform,
                     standing=name in platforms,
                     volumes=offer.features.get("volumes", ""),
+                    objects=offer.features.get("objects", ""),
                     refusal=_refusal(spec.platform, host, _freed(offer, host, platforms)),
                 )
             )

@@ -3,8 +3,8 @@
 ``ucloud/U`` holds the wish and what was decided once for it (placement, addresses, port slots), in
 one row, so that a decision is taken whole or not at all. ``platform/U/P`` and ``environment/U/E``
 follow from it and hold how far each object is; so does ``volume/U/V``, which outlives its U-Cloud
-for as long as it has data. A document is JSON; ``kind`` and the fields are
-stable names, and a field that was added later has a default.
+for as long as it has data, and ``objects/U/objects``, its object store. A document is JSON;
+``kind`` and the fields are stable names, and a field that was added later has a default.
 """
 
 import secrets
@@ -15,8 +15,16 @@ from typing import Any, TypeVar
 import msgspec
 
 from supercloud.model.errors import Permanent
-from supercloud.model.resources import Environment, PlatformSize, Provider, UCloud, Volume
+from supercloud.model.resources import (
+    Bucket,
+    Environment,
+    PlatformSize,
+    Provider,
+    UCloud,
+    Volume,
+)
 from supercloud.wire.messages import EnvironmentSpec, ImageRef
+from supercloud.wire.objects import STORE, Position
 from supercloud.wire.volumes import Seal
 
 Document = TypeVar("Document")
@@ -75,6 +83,15 @@ class VolumeWish:
 
 
 @dataclass(slots=True, kw_only=True)
+class StoreWish:
+    """The object store that the U-Cloud is to have, and where: decided when it is first used."""
+
+    provider: Provider
+    host: str
+    buckets: list[Bucket]
+
+
+@dataclass(slots=True, kw_only=True)
 class UCloudDocument:
     """A U-Cloud: the wish of ``generation``, and all that was decided for it."""
 
@@ -92,7 +109,8 @@ class UCloudDocument:
     platforms: dict[str, PlatformWish] = field(default_factory=dict)
     assignments: dict[str, Assignment] = field(default_factory=dict)  # by EE
     volumes: dict[str, VolumeWish] = field(default_factory=dict)
-    drop_volumes: bool = False  # going down, it takes its volumes with it
+    store: StoreWish | None = None
+    drop_volumes: bool = False  # going down, it takes its volumes and buckets with it
     marks: dict[str, str] = field(default_factory=dict)  # of images, by reference: their content
     providers: dict[str, Provider] = field(default_factory=dict)  # that may have platforms, by key
     applied_s: float = field(default_factory=time.time)
@@ -204,13 +222,66 @@ class VolumeDocument:
     steps: list[Step] = field(default_factory=list)
 
 
-AnyDocument = UCloudDocument | PlatformDocument | EnvironmentDocument | VolumeDocument
+@dataclass(slots=True, kw_only=True)
+class KeptBucket:
+    """A bucket of the store, in the manifest or kept; ``deleting``: with all that is in it."""
+
+    spec: Bucket
+    deleting: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Access:
+    """An EE that may use ``buckets`` (``read`` or ``write``), and its keys there."""
+
+    buckets: dict[str, str]
+    access_key: str
+    wrapped_secret: str = field(repr=False)
+    region: str
+
+
+@dataclass(slots=True, kw_only=True)
+class StoreDocument:
+    """The object store of a U-Cloud. ``state`` is one of ``model.states.KEPT_STORE``.
+
+    ``position`` is how far its journal has come, as its host said; it never goes back.
+    ``wrapped_key`` is its data key under the U-Cloud's wrapping key. ``made``: its host may have
+    it; ``running``: it may run there. ``given`` names what the host was last told and has made so.
+    """
+
+    ucloud: str
+    name: str = STORE
+    provider: Provider
+    host: str
+    buckets: dict[str, KeptBucket]
+    state: str = "pending"
+    since_s: float = field(default_factory=time.time)
+    reason: str = ""
+    error: dict[str, Any] | None = None  # it will not get better without a change
+    deleting: bool = False
+    wrapped_key: str = field(default="", repr=False)
+    csr_pem: str = ""
+    cert_pem: str = ""
+    position: Position = field(default_factory=Position)
+    made: bool = False
+    running: bool = False
+    given: str = ""
+    access: dict[str, Access] = field(default_factory=dict)  # by EE
+    created_s: float = field(default_factory=time.time)
+    steps: list[Step] = field(default_factory=list)
+
+
+Following = PlatformDocument | EnvironmentDocument | VolumeDocument | StoreDocument
+"""What is of a U-Cloud, and may fail."""
+
+AnyDocument = UCloudDocument | Following
 
 KINDS: dict[type, str] = {
     UCloudDocument: "ucloud",
     PlatformDocument: "platform",
     EnvironmentDocument: "environment",
     VolumeDocument: "volume",
+    StoreDocument: "objects",
 }
 _DECODERS: dict[type, msgspec.json.Decoder[Any]] = {cls: msgspec.json.Decoder(cls) for cls in KINDS}
 _ENCODER = msgspec.json.Encoder()
@@ -241,6 +312,11 @@ def environment_key(ucloud: str, name: str) -> str:
 def volume_key(ucloud: str, name: str) -> str:
     """The key of a volume."""
     return f"volume/{ucloud}/{name}"
+
+
+def store_key(ucloud: str) -> str:
+    """The key of a U-Cloud's object store."""
+    return f"objects/{ucloud}/{STORE}"
 
 
 def dump(document: object) -> bytes:

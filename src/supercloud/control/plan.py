@@ -5,9 +5,9 @@ from dataclasses import fields
 from typing import Any
 
 from supercloud.control.desire import Decision
-from supercloud.control.documents import UCloudDocument, VolumeWish
+from supercloud.control.documents import StoreWish, UCloudDocument, VolumeWish
 from supercloud.control.offers import Offer
-from supercloud.model.resources import Environment, replica_names
+from supercloud.model.resources import Bucket, Environment, replica_names
 from supercloud.wire.api import Change, Plan
 
 _OF_THE_GROUP = ("name", "replicas", "placement")  # what does not make an EE anew
@@ -18,16 +18,19 @@ def plan(
     before: UCloudDocument | None,
     offers: Sequence[Offer],
     kept: Mapping[str, VolumeWish] | None = None,
+    kept_store: StoreWish | None = None,
 ) -> Plan:
     """The changes from ``before`` (None: nothing is there) to ``decision``.
 
-    ``kept`` are the volumes that there are, whether ``before`` has them or not.
+    ``kept`` are the volumes and ``kept_store`` the object store that there are, whether ``before``
+    has them or not.
     """
     old = before if before is not None and not before.deleting else None
     changes = [
         *_networks(decision.networks, old.networks if old else {}),
         *_platforms(decision, old),
         *_volumes(decision.volumes, old.volumes if old else {}, kept or {}),
+        *_buckets(decision, old, kept_store),
         *_environments(decision, old),
     ]
     return Plan(ucloud=decision.spec.name, changes=changes, warnings=_warnings(decision, offers))
@@ -97,6 +100,42 @@ def _volumes(
     ]
 
 
+def _buckets(
+    decision: Decision, old: UCloudDocument | None, kept: StoreWish | None
+) -> list[Change]:
+    store = decision.store
+    named = {bucket.name: bucket for bucket in decision.spec.buckets} if store else {}
+    before = {bucket.name: bucket for bucket in old.spec.buckets} if old and old.store else {}
+    there = {bucket.name: bucket for bucket in kept.buckets} if kept else {}
+    changes = []
+    for name, bucket in named.items():
+        subject = f"bucket/{name}"
+        details = [size_text(bucket.quota_bytes)]
+        details += [f"at {store.provider.name}/{store.host}"] if store else []
+        if name in before:
+            details = _bucket_differences(before[name], bucket)
+            if details:
+                changes.append(Change(action="change", subject=subject, details=details))
+        elif name in there:
+            details = ["the kept one, with its objects", *details]
+            changes.append(Change(action="change", subject=subject, details=details))
+        else:
+            changes.append(Change(action="create", subject=subject, details=details))
+    details = ["is kept with its objects until supercloud buckets delete"]
+    gone = [name for name in before if name not in named]
+    return changes + [
+        Change(action="change", subject=f"bucket/{name}", details=details) for name in gone
+    ]
+
+
+def _bucket_differences(old: Bucket, new: Bucket) -> list[str]:
+    return [
+        _difference(item.name, before, after)
+        for item in fields(new)
+        if (before := getattr(old, item.name)) != (after := getattr(new, item.name))
+    ]
+
+
 def _volume_details(wish: VolumeWish) -> list[str]:
     spec = wish.spec
     return [size_text(spec.size_bytes), spec.format, f"at {wish.provider.name}/{wish.host}"]
@@ -126,6 +165,8 @@ def _differences(old: Environment, new: Environment) -> list[str]:
 def _difference(name: str, before: Any, after: Any) -> str:
     if name == "env":  # may hold secrets
         return f"env of {', '.join(sorted(before.keys() | after.keys()))}"
+    if name == "buckets":
+        before, after = ([f"{use.name}:{use.access}" for use in uses] for uses in (before, after))
     if name in ("ports", "volumes"):
         key = "port" if name == "ports" else "name"
         before, after = [getattr(p, key) for p in before], [getattr(p, key) for p in after]
@@ -153,6 +194,8 @@ def _warnings(decision: Decision, offers: Sequence[Offer]) -> list[str]:
         for volume in decision.spec.volumes
         if volume.name not in decision.volumes
     ]
+    if decision.spec.buckets and decision.store is None:
+        warnings.append("buckets are used by no environment: they are made when one does")
     for offer in offers:
         name = offer.provider.name
         if offer.unreachable:
@@ -160,7 +203,8 @@ def _warnings(decision: Decision, offers: Sequence[Offer]) -> list[str]:
         if name not in used:
             continue
         for feature, reason in sorted(offer.features.items()):
-            if reason and (feature != "volumes" or decision.spec.volumes):
+            asked = {"volumes": decision.spec.volumes, "objects": decision.spec.buckets}
+            if reason and asked.get(feature, True):
                 warnings.append(f"provider {name} has no {feature}: {reason}")
         warnings += _disagreements(offer)
     return warnings

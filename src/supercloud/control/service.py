@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from supercloud.control import views
+from supercloud.control.buckets import BucketService
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.desire import Decision, decide, provider_key
-from supercloud.control.documents import UCloudDocument, VolumeWish, ucloud_key
+from supercloud.control.documents import StoreWish, UCloudDocument, VolumeWish, ucloud_key
 from supercloud.control.fits import at_its_place, check_sizes
 from supercloud.control.images import mark_of
 from supercloud.control.manifest import parse
@@ -36,6 +37,14 @@ class Manifest:
     directory: str = "/"
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What there is and holds data, whatever the manifest says."""
+
+    volumes: dict[str, VolumeWish]
+    store: StoreWish | None
+
+
 May = Callable[[str], None]
 
 
@@ -52,6 +61,7 @@ class Service:
         self.events = plane.events
         self._deciding = asyncio.Lock()  # two U-Clouds must not get the same range
         self.volumes = VolumeService(plane, self._deciding)
+        self.buckets = BucketService(plane, self._deciding)
 
     # -- changing
 
@@ -61,9 +71,9 @@ class Service:
         may(spec.name)
         offers, marks = await self._offers(spec), await self._marks(spec)
         before = await self._plane.state.ucloud(spec.name)
-        taken, kept = await self._taken(spec.name), await self.volumes.kept(spec.name, before)
+        taken, kept = await self._taken(spec.name), await self._kept(spec.name, before)
         decision = _decided(asked, spec, offers, before, taken, marks, kept)
-        return plan(decision, before, offers, kept)
+        return plan(decision, before, offers, kept.volumes, kept.store)
 
     async def up(self, asked: Manifest, may: May = anything) -> api.Applied:
         """Store the wish and the decision for it; the reconcilers do the rest."""
@@ -74,29 +84,30 @@ class Service:
             for _ in range(TRIES):
                 before = await self._plane.state.ucloud(spec.name)
                 taken = await self._taken(spec.name)
-                kept = await self.volumes.kept(spec.name, before)
+                kept = await self._kept(spec.name, before)
                 decision = _decided(asked, spec, offers, before, taken, marks, kept)
                 try:
                     document = await self._store(decision, before, asked)
                 except (Conflict, NotFound):  # it was changed, or went away, meanwhile
                     continue
                 self._look(ucloud_key(spec.name), 0.0)
-                done = plan(decision, before, offers, kept)
+                done = plan(decision, before, offers, kept.volumes, kept.store)
                 return api.Applied(ucloud=spec.name, generation=document.generation, plan=done)
         raise Busy(f"U-Cloud {spec.name} is being changed by others; try again")
 
     async def down(self, name: str) -> api.UCloudView:
-        """The desired state is absence; volumes with data are kept."""
+        """The desired state is absence; volumes and buckets with data are kept."""
         return await self._down(await self._ucloud(name), drop_volumes=False)
 
     async def purge(self, name: str) -> api.UCloudView | None:
-        """Likewise, and its volumes go with all that is in them; None when only those were left."""
+        """Likewise, and volumes and buckets go with all in them; None when only those were left."""
         async with self._deciding:  # nobody decides to keep one of them meanwhile
             document = await self._plane.state.ucloud(name)
             view = await self._down(document, drop_volumes=True) if document else None
             deleted = await self.volumes.delete_all(name)
+            deleted += await self.buckets.delete_all(name)
         if view is None and not deleted:
-            raise NotFound(f"there is no U-Cloud {name}, and no volume of one", hint=_SHOWN)
+            raise NotFound(f"there is no U-Cloud {name}, and nothing kept of one", hint=_SHOWN)
         return view
 
     async def _down(self, document: UCloudDocument, *, drop_volumes: bool) -> api.UCloudView:
@@ -111,6 +122,10 @@ class Service:
         await self._plane.state.change(document, absent)
         self._look(ucloud_key(name), 0.0)
         return await self.ucloud(name)
+
+    async def _kept(self, name: str, before: UCloudDocument | None) -> Kept:
+        volumes = await self.volumes.kept(name, before)
+        return Kept(volumes, await self.buckets.kept(name, before))
 
     async def _parsed(self, asked: Manifest) -> UCloud:
         directory = Path(asked.directory)
@@ -205,6 +220,7 @@ class Service:
             "memory_used_bytes": status.memory_bytes if status else 0,
             "cpu_used_s": status.cpu_s if status else 0.0,
             "volumes": await self.volumes.mounted(document),
+            "buckets": {use.name: use.access for use in document.spec.buckets},
         }
 
     async def session(self, ucloud: str, name: str) -> AgentSession:
@@ -228,7 +244,11 @@ class Service:
         environments = await self._plane.state.environments(document.name)
         volumes = await self._plane.state.volumes(document.name)
         fractions, seen = self._plane.fractions, self._plane.seen
-        return views.ucloud_view(document, platforms, environments, fractions, volumes, seen)
+        store = await self._plane.state.store_document(document.name)
+        told = self._plane.stores.get(document.name)
+        return views.ucloud_view(
+            document, platforms, environments, fractions, volumes, seen, store, told
+        )
 
 
 def _decided(
@@ -238,12 +258,12 @@ def _decided(
     before: UCloudDocument | None,
     taken: list[str],
     marks: dict[str, str],
-    kept: dict[str, VolumeWish],
+    kept: Kept,
 ) -> Decision:
     """The decision; what refuses it is told with its place in the manifest."""
     with at_its_place(asked.manifest, asked.file):
         check_sizes(spec, offers)
-        return decide(spec, offers, before, taken, marks, kept)
+        return decide(spec, offers, before, taken, marks, kept.volumes, kept.store)
 
 
 def _decide(document: UCloudDocument, decision: Decision, asked: Manifest) -> None:
@@ -256,6 +276,7 @@ def _decide(document: UCloudDocument, decision: Decision, asked: Manifest) -> No
     document.spec, document.networks = decision.spec, decision.networks
     document.platforms, document.assignments = decision.platforms, decision.assignments
     document.marks, document.volumes = decision.marks, decision.volumes
+    document.store = decision.store
     document.providers |= {provider_key(item): item for item in decision.spec.providers}
 
 
@@ -268,4 +289,5 @@ def _same(document: UCloudDocument, decision: Decision) -> bool:
         and document.networks == decision.networks
         and document.marks == decision.marks
         and document.volumes == decision.volumes
+        and document.store == decision.store
     )

@@ -12,16 +12,20 @@ from supercloud.wire.messages import (
     EnvironmentSpec,
     ImageRef,
     Nic,
+    ObjectAccess,
     PortMap,
     Process,
     VolumeMount,
 )
 
 
-def environment_spec(document: EnvironmentDocument, image: ImageRef) -> EnvironmentSpec:
+def environment_spec(
+    document: EnvironmentDocument, image: ImageRef, objects: ObjectAccess | None = None
+) -> EnvironmentSpec:
     """The EE as its platform is to run it, without host ports and slots of volumes.
 
     The uid is a hash of everything that makes it what it is: another wish is another EE.
+    ``objects`` is without keys; it is for those that use buckets.
     """
     wish, place = document.spec, document.assignment
     spec = EnvironmentSpec(
@@ -46,6 +50,7 @@ def environment_spec(document: EnvironmentDocument, image: ImageRef) -> Environm
             VolumeMount(volume=use.name, path=use.path, read_only=use.read_only)
             for use in wish.volumes
         ],
+        objects=objects if wish.buckets else None,
     )
     return replace(spec, uid="e" + _digest([document.ucloud, spec])[:20])
 
@@ -55,13 +60,17 @@ def apply_for(
     environments: Sequence[EnvironmentDocument],
     generation: int,
     volumes: Sequence[VolumeDocument] = (),
+    access: Mapping[str, ObjectAccess] | None = None,
 ) -> Apply:
-    """All that ``platform`` is to run, of all the EEs and with the volumes of its U-Cloud."""
+    """All that ``platform`` is to run, of all the EEs and with the volumes of its U-Cloud.
+
+    ``access`` is what those EEs that use buckets are told of the object store.
+    """
     slots = slots_of(platform, volumes)
     here = [item for item in environments if runs_on(item, platform.name)]
     return Apply(
         generation=generation,
-        environments=[_published(item, platform, slots) for item in here],
+        environments=[_published(item, platform, slots, access or {}) for item in here],
         names=names_for(platform.name, environments),
     )
 
@@ -83,7 +92,10 @@ def slots_of(platform: PlatformDocument, volumes: Sequence[VolumeDocument]) -> d
 
 
 def _published(
-    document: EnvironmentDocument, platform: PlatformDocument, slots: Mapping[str, int]
+    document: EnvironmentDocument,
+    platform: PlatformDocument,
+    slots: Mapping[str, int],
+    access: Mapping[str, ObjectAccess],
 ) -> EnvironmentSpec:
     spec = document.ready
     if spec is None:
@@ -93,7 +105,8 @@ def _published(
         for item in spec.ports
     ]
     mounts = [replace(mount, slot=slots.get(mount.volume, 0)) for mount in spec.volumes]
-    return replace(spec, ports=ports, volumes=mounts)
+    objects = access.get(spec.name, spec.objects) if spec.objects else None
+    return replace(spec, ports=ports, volumes=mounts, objects=objects)
 
 
 def host_port(

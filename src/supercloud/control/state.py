@@ -8,6 +8,7 @@ from supercloud.control.documents import (
     KINDS,
     EnvironmentDocument,
     PlatformDocument,
+    StoreDocument,
     UCloudDocument,
     VolumeDocument,
     dump,
@@ -15,6 +16,7 @@ from supercloud.control.documents import (
     key_of,
     load,
     platform_key,
+    store_key,
     ucloud_key,
     volume_key,
 )
@@ -22,7 +24,12 @@ from supercloud.control.store import Conflict, Row, Store
 from supercloud.model.errors import NotFound
 
 AnyDocument = TypeVar(
-    "AnyDocument", UCloudDocument, PlatformDocument, EnvironmentDocument, VolumeDocument
+    "AnyDocument",
+    UCloudDocument,
+    PlatformDocument,
+    EnvironmentDocument,
+    VolumeDocument,
+    StoreDocument,
 )
 
 
@@ -52,6 +59,14 @@ class State:
     async def volume(self, ucloud: str, name: str) -> VolumeDocument | None:
         """A volume, or None."""
         return await self._get(VolumeDocument, volume_key(ucloud, name))
+
+    async def store_document(self, ucloud: str) -> StoreDocument | None:
+        """The object store of a U-Cloud, or None."""
+        return await self._get(StoreDocument, store_key(ucloud))
+
+    async def store_documents(self) -> list[StoreDocument]:
+        """Those of all U-Clouds."""
+        return await self._list(StoreDocument, "objects/")
 
     async def uclouds(self) -> list[UCloudDocument]:
         """All U-Clouds, by name."""

@@ -10,6 +10,7 @@ from supercloud.control.documents import (
     EnvironmentDocument,
     PlatformDocument,
     Step,
+    StoreDocument,
     UCloudDocument,
     VolumeDocument,
     environment_key,
@@ -18,6 +19,7 @@ from supercloud.control.seals import WINDOW_S
 from supercloud.control.specs import host_port
 from supercloud.model.errors import BadState, to_wire
 from supercloud.wire import api
+from supercloud.wire.objects import ObjectsStatus, booked_bytes
 from supercloud.wire.volumes import VolumeFigures
 
 MESSAGES = {
@@ -25,6 +27,7 @@ MESSAGES = {
     ("platform", "boot"): "boot it and wait for its agent",
     ("volume", "open"): "open it",
     ("volume", "attach"): "attach it to its platform",
+    ("objects", "start"): "start the object store",
     ("environment", "image"): "prepare the image",
     ("environment", "start"): "start it",
 }
@@ -38,19 +41,23 @@ def ucloud_view(
     fractions: Mapping[str, float],
     volumes: Sequence[VolumeDocument] = (),
     seen: Mapping[tuple[str, str], Seen] | None = None,
+    store: StoreDocument | None = None,
+    told: ObjectsStatus | None = None,
 ) -> api.UCloudView:
     """A U-Cloud with all that is in it."""
     by_name = {platform.name: platform for platform in platforms}
     wanted = [volume for volume in volumes if volume.name in ucloud.volumes]
+    kept = store if ucloud.store else None
     return api.UCloudView(
         name=ucloud.name,
         state=ucloud.state,
         generation=ucloud.generation,
         platforms=[platform_row(item) for item in platforms],
         environments=[environment_row(item, by_name) for item in environments],
-        steps=_steps(platforms, environments, fractions, wanted),
-        error=_error(platforms, environments, wanted),
+        steps=_steps(platforms, environments, fractions, wanted, kept),
+        error=_error(platforms, environments, wanted, kept),
         volumes=[volume_row(item, environments, (seen or {}).get(id_of(item))) for item in volumes],
+        buckets=bucket_rows(store, environments, told) if store else [],
     )
 
 
@@ -151,6 +158,67 @@ def _volume_fields(
     }
 
 
+def bucket_rows(
+    store: StoreDocument,
+    environments: Sequence[EnvironmentDocument],
+    status: ObjectsStatus | None,
+) -> list[api.BucketRow]:
+    """Rows of ``buckets``; ``status`` is what the store's host last said."""
+    return [
+        api.BucketRow(**_bucket_fields(store, name, environments, status))
+        for name in sorted(store.buckets)
+    ]
+
+
+def bucket_view(
+    store: StoreDocument,
+    name: str,
+    environments: Sequence[EnvironmentDocument],
+    status: ObjectsStatus | None,
+) -> api.BucketView:
+    """A bucket in all detail, with the store that it is in."""
+    return api.BucketView(
+        **_bucket_fields(store, name, environments, status),
+        store_capacity_bytes=status.capacity_bytes if status else 0,
+        store_booked_bytes=booked_bytes(status.capacity_bytes) if status else 0,
+        store_disk_bytes=status.disk_bytes if status else 0,
+        position=store.position,
+        wrapping_key=store.wrapped_key.partition(":")[0],
+    )
+
+
+def _bucket_fields(
+    store: StoreDocument,
+    name: str,
+    environments: Sequence[EnvironmentDocument],
+    status: ObjectsStatus | None,
+) -> dict[str, Any]:
+    bucket = store.buckets[name]
+    spec = bucket.spec
+    usage = next((row for row in status.buckets if row.name == name), None) if status else None
+    return {
+        "ucloud": store.ucloud,
+        "name": name,
+        "state": "deleting" if bucket.deleting or store.deleting else store.state,
+        "reason": store.reason,
+        "quota_bytes": spec.quota_bytes,
+        "versioning": spec.versioning,
+        "expire_days": spec.expire_days,
+        "provider": store.provider.name,
+        "host": store.host,
+        "used_by": {
+            item.name: use.access
+            for item in environments
+            if not item.deleting
+            for use in item.spec.buckets
+            if use.name == name
+        },
+        "used_bytes": usage.charged_bytes if usage else -1,
+        "entries": usage.entries if usage else -1,
+        "created_s": store.created_s,
+    }
+
+
 def seal_age_s(volume: VolumeDocument, seen: Seen | None) -> float:
     """How long ago its host showed its seal; -1 while it is not open."""
     if not volume.opened or not volume.seal.root:
@@ -209,8 +277,9 @@ def _steps(
     environments: Sequence[EnvironmentDocument],
     fractions: Mapping[str, float],
     volumes: Sequence[VolumeDocument],
+    store: StoreDocument | None,
 ) -> list[api.Step]:
-    steps = []
+    steps = [_step("objects", "objects", item, -1.0) for item in (store.steps if store else [])]
     for volume in volumes:
         subject = f"volume/{volume.name}"
         steps += [_step(subject, "volume", item, -1.0) for item in volume.steps]
@@ -244,8 +313,10 @@ def _error(
     platforms: Sequence[PlatformDocument],
     environments: Sequence[EnvironmentDocument],
     volumes: Sequence[VolumeDocument],
+    store: StoreDocument | None,
 ) -> dict[str, Any] | None:
     errors = [item.error for item in platforms] + [item.error for item in volumes]
+    errors += [store.error] if store else []
     for error in errors + [item.error for item in environments]:
         if error:
             return error

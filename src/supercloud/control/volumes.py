@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 
 from supercloud.control import seals, views
+from supercloud.control.controllers.access import rewrap, wrapped_in
 from supercloud.control.controllers.learning import waits
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.documents import (
@@ -161,10 +162,11 @@ class VolumeService:
         return await self.volume(ucloud, name)
 
     async def rotate_key(self, ucloud: str) -> api.Rotated:
-        """A new wrapping key for a U-Cloud's volumes; their data stays as it is."""
+        """A new wrapping key for a U-Cloud's volumes and buckets; their data stays as it is."""
         volumes = await self._plane.state.volumes(ucloud)
-        if not volumes:
-            raise NotFound(f"U-Cloud {ucloud} has no volumes")
+        store = await self._plane.state.store_document(ucloud)
+        if not volumes and store is None:
+            raise NotFound(f"U-Cloud {ucloud} has no volumes and no buckets")
         keys = self._plane.keys(ucloud)
         keys.rotate()
 
@@ -175,8 +177,14 @@ class VolumeService:
         for volume in volumes:
             changed = await self._plane.state.change(volume, rewrapped)
             self._plane.tell(changed, "volume.rewrapped", keys.current)
+        if store is not None:
+            rewrapped_store = await self._plane.state.change(store, lambda s: rewrap(s, keys))
+            self._plane.tell(rewrapped_store, "objects.rewrapped", keys.current)
         now = await self._plane.state.volumes(ucloud)
-        keys.settle(volume.wrapped_key for volume in now if volume.wrapped_key)
+        kept = await self._plane.state.store_document(ucloud)
+        wrapped = [volume.wrapped_key for volume in now]
+        wrapped += wrapped_in(kept) if kept is not None else []
+        keys.settle(text for text in wrapped if text)
         return api.Rotated(ucloud=ucloud, wrapping_key=keys.current, volumes=len(now))
 
     async def _volume(self, ucloud: str, name: str) -> VolumeDocument:

@@ -16,7 +16,7 @@ MIB, GIB = 1 << 20, 1 << 30
 DEFAULT_NETWORK = "default"
 
 # Words that later versions give a meaning to; now they are refused, rather than ignored.
-RESERVED = ("buckets", "services", "isolation", "mobility", "survive")
+RESERVED = ("services", "isolation", "mobility", "survive")
 
 # The forms of an image. A path is relative to the manifest's directory.
 TRANSPORTS = ("oci", "docker-archive", "docker")
@@ -24,6 +24,8 @@ TRANSPORTS = ("oci", "docker-archive", "docker")
 LABEL = "lower case letters, digits and '-', at most 63, not '-' at either end"
 # Shorter than a label: replicas and generated names add to it.
 SHORT_NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
+BUCKET_NAME = r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]"
+BUCKET_LABEL = "3 to 63 lower case letters, digits and '-', not '-' at either end"
 SHORT_LABEL = "a letter, then lower case letters, digits and '-', at most 40, not '-' at the end"
 
 
@@ -69,7 +71,7 @@ class Provider:
         Rule(
             doc="of the fake provider: `hosts`, `cpus`, `memory_gib`, `regions`; delays "
             "(`boot_ms`, `start_ms`, `latency_ms`), failures (`fail_create`, `fail_delete`), "
-            "`volumes` (0: it has none)",
+            "`volumes` and `objects` (0: it has none)",
             key_pattern=r"[a-z][a-z0-9_]{0,62}",
             max_length=256,
             max_items=64,
@@ -192,6 +194,53 @@ class VolumeUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """A bucket of the U-Cloud's object store, which speaks S3; it outlives what uses it.
+
+    The store is made on the host of the first environment that uses a bucket, and stays there with
+    all buckets of the U-Cloud: what uses one is placed there. The provider sees ciphertext, and no
+    names. `down`, and leaving it out of the manifest, keep it with its objects; `supercloud buckets
+    delete` does not.
+    """
+
+    name: str = declared(
+        Rule(doc="its name in S3", pattern=BUCKET_NAME, wanted=BUCKET_LABEL, example="photos")
+    )
+    quota_bytes: int = declared(
+        Rule(
+            doc="what it may hold: objects, all their versions, unfinished uploads; nothing is "
+            "stored beyond",
+            key="quota",
+            size=True,
+            ge=MIB,
+            le=1 << 43,
+        )
+    )
+    versioning: bool = declared(
+        Rule(doc="what is overwritten or deleted is kept as an older version"), default=False
+    )
+    expire_days: int = declared(
+        Rule(doc="objects are deleted so many days after they were put; 0: never", ge=0, le=3650), 0
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketUse:
+    """A bucket in a container, which finds endpoint and credentials in its environment variables.
+
+    These are `AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION` and
+    `AWS_CA_BUNDLE`, a file with the root certificate that vouches for the endpoint.
+    """
+
+    name: str = declared(
+        Rule(doc="the bucket's name in this manifest", pattern=BUCKET_NAME, wanted=BUCKET_LABEL)
+    )
+    access: Literal["read", "write"] = declared(
+        Rule(doc="`read`: get and list; `write`: put and delete as well"), "write"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
     """An execution environment: a container or a virtual machine."""
 
@@ -244,6 +293,9 @@ class Environment:
     volumes: list[VolumeUse] = declared(
         Rule(doc="the volumes that it uses; it has no replicas then", max_items=8), factory=list
     )
+    buckets: list[BucketUse] = declared(
+        Rule(doc="the buckets that it uses; containers only", max_items=64), factory=list
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,6 +335,7 @@ class UCloud:
         Rule(doc="its networks; one called `default` if none is given", max_items=64), factory=list
     )
     volumes: list[Volume] = declared(Rule(doc="its volumes", max_items=256), factory=list)
+    buckets: list[Bucket] = declared(Rule(doc="its buckets", max_items=256), factory=list)
     platform: PlatformSize = declared(Rule(doc="the size of its platforms"), factory=PlatformSize)
 
 

@@ -84,6 +84,30 @@ KEPT_VOLUME = _table(
     gone="",
 )
 
+# A U-Cloud's object store on a host, as its user domain sees it: none; its data on the disk, and
+# nobody serves it; its server starts, serves, is started again after it died; it serves no more.
+STORE = _table(
+    absent="stopped",
+    stopped="starting absent",
+    starting="ready restarting failed stopped absent",
+    ready="restarting failed stopped absent",
+    restarting="starting ready failed stopped absent",
+    failed="stopped absent",
+)
+
+# The same, as the control plane sees it: to be made; on its way; serving; on its way to rest; with
+# its data on the provider's disk, and nobody uses it.
+KEPT_STORE = _table(
+    pending="starting failed deleting",
+    starting="ready stopping failed deleting",
+    ready="starting stopping failed deleting",
+    stopping="kept starting failed deleting",
+    kept="starting failed deleting",
+    failed="starting ready stopping kept deleting",
+    deleting="gone failed",
+    gone="",
+)
+
 # A U-Cloud.
 UCLOUD = _table(
     applying="ready degraded deleting",

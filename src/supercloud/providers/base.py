@@ -13,12 +13,19 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from supercloud.model.errors import Exists
+from supercloud.wire.objects import (
+    ObjectsApply,
+    ObjectsCredentials,
+    ObjectsSecret,
+    ObjectsStatus,
+    ServiceStatus,
+)
 from supercloud.wire.volumes import VolumeOpen, VolumeSpec, VolumeStatus
 
 Accept = Callable[[StreamReader, StreamWriter], Awaitable[None]]
 """Given the raw byte stream to an agent, which is about to send a TLS ClientHello over it."""
 
-FEATURES = ("platforms", "console", "rendezvous", "ports", "kvm", "volumes")
+FEATURES = ("platforms", "console", "rendezvous", "ports", "kvm", "volumes", "objects")
 """Every provider says of each of these "" (it has it) or the reason why not."""
 
 
@@ -145,8 +152,46 @@ class Volumes(Protocol):
         ...
 
 
+class Objects(Protocol):
+    """One U-Cloud's object stores at one provider, one a host: the host wire's calls.
+
+    All may be repeated. See ``wire.objects`` for how a store comes to be.
+    """
+
+    async def apply(self, host: str, asked: ObjectsApply) -> ObjectsStatus:
+        """Bring it closer to what it is to be. NoResources before any effect.
+
+        Permanent when what is there is not what ``asked`` is of: another key, an older state.
+        """
+        ...
+
+    async def state(self, host: str) -> ObjectsStatus:
+        """As it is now; ``absent`` where there is none."""
+        ...
+
+    async def credentials(self, host: str, asked: ObjectsCredentials) -> ObjectsSecret:
+        """Let somebody use buckets. NotFound, Invalid, Busy while it does not serve."""
+        ...
+
+    async def delete(self, host: str, bucket: str = "") -> ObjectsStatus:
+        """A bucket with all that is in it; "" is the whole store. Gone already is fine."""
+        ...
+
+    async def stop(self, host: str) -> ObjectsStatus:
+        """Serve no more; its data is kept."""
+        ...
+
+
 class Provider(Protocol):
     """One U-Cloud's access to one provider."""
+
+    @property
+    def objects(self) -> Objects | None:
+        """None where it has no object stores; ``features`` says why."""
+
+    async def services(self) -> list[tuple[str, ServiceStatus]]:
+        """Host and status of every service that the user has there."""
+        ...
 
     @property
     def volumes(self) -> Volumes | None:

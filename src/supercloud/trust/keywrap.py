@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap
 from supercloud.model.errors import Denied, Invalid
 
 KEY_BYTES: Final = 32
-WRAPPED_BYTES: Final = KEY_BYTES + 8
+_UNIT_BYTES: Final = 8
 
 
 def new_key() -> bytes:
@@ -20,18 +20,18 @@ def new_key() -> bytes:
     return os.urandom(KEY_BYTES)
 
 
-def wrap(wrapping_key: bytes, key: bytes) -> bytes:
-    """The key, sealed (40 bytes); deterministic. Invalid when either has another size."""
-    if len(wrapping_key) != KEY_BYTES or len(key) != KEY_BYTES:
-        raise Invalid(f"keys have {KEY_BYTES} bytes")
-    return aes_key_wrap(wrapping_key, key)
+def wrap(wrapping_key: bytes, secret: bytes) -> bytes:
+    """The secret, sealed (8 bytes more); deterministic. Invalid unless 16, 24, 32, ... bytes."""
+    if len(wrapping_key) != KEY_BYTES:
+        raise Invalid(f"a wrapping key has {KEY_BYTES} bytes")
+    if len(secret) < 2 * _UNIT_BYTES or len(secret) % _UNIT_BYTES:
+        raise Invalid(f"a secret of {len(secret)} bytes cannot be wrapped")
+    return aes_key_wrap(wrapping_key, secret)
 
 
 def unwrap(wrapping_key: bytes, untrusted_wrapped: bytes) -> bytes:
-    """The key; Denied when it was wrapped with another one, or altered."""
-    if len(untrusted_wrapped) != WRAPPED_BYTES:
-        raise Denied("this is no wrapped key")
+    """The secret; Denied when it was wrapped with another key, or altered."""
     try:
         return aes_key_unwrap(wrapping_key, untrusted_wrapped)
-    except InvalidUnwrap as error:
-        raise Denied("the key was wrapped with another wrapping key, or was altered") from error
+    except (InvalidUnwrap, ValueError) as error:
+        raise Denied("it was wrapped with another wrapping key, or was altered") from error

@@ -10,11 +10,12 @@ DOMAIN: Final = "supercloud.internal"
 CONTROL: Final = "control"
 HOST: Final = "host"
 PLATFORM: Final = "platform"
-ROLES: Final = frozenset({CONTROL, HOST, PLATFORM})
+SERVICE: Final = "service"
+ROLES: Final = frozenset({CONTROL, HOST, PLATFORM, SERVICE})
 
 _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _LABEL_ONLY = re.compile(_LABEL)
-_URI = re.compile(rf"supercloud://({_LABEL})/(control|host|platform)/({_LABEL})")
+_URI = re.compile(rf"supercloud://({_LABEL})/(control|host|platform|service)/({_LABEL})")
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,14 @@ def server_context(
     return _hardened(context)
 
 
+def check_pair(cert_path: str, key_path: str) -> None:
+    """Invalid unless the certificate in the first file is over the key in the second."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_path, key_path)
+    except (OSError, ssl.SSLError) as error:
+        raise Invalid(f"the certificate does not fit: {error}") from error
+
+
 def client_context(
     ca_pem: str,
     cert_path: str = "",

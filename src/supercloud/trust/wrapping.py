@@ -1,13 +1,14 @@
-"""The data keys of a U-Cloud's volumes, wrapped under a key-encryption key; control plane only.
+"""The data keys of a U-Cloud, wrapped under a key-encryption key; control plane only.
 
 ::
 
     DIRECTORY/UCLOUD/volumes.keys   key-encryption keys, one a line, the present one first (0600)
 
-A data key is 256 bits, made here, and kept only wrapped (AES Key Wrap, RFC 3394), as
-``ID:BASE64``: ``ID`` names the key-encryption key. Rotation makes a new one, under which every
-data key is wrapped anew; the old one is kept until none is left under it, so that whoever dies in
-between can go on. No volume's data is touched by that.
+They are of its volumes and its object store. A data key is 256 bits, made here, and kept only
+wrapped (AES Key Wrap, RFC 3394), as ``ID:BASE64``: ``ID`` names the key-encryption key. So are the
+keys of those who use the object store. Rotation makes a new one, under which everything is wrapped
+anew; the old one is kept until nothing is left under it, so that whoever dies in between can go on.
+No data is touched by that.
 """
 
 import base64
@@ -52,6 +53,10 @@ class VolumeKeys:
     def make(self) -> str:
         """A new data key, wrapped."""
         return self._wrap(new_key())
+
+    def wrap(self, secret: bytes) -> str:
+        """A secret of somebody else, wrapped as it is; Invalid unless 16, 24, 32, ... bytes."""
+        return self._wrap(secret)
 
     def unwrap(self, wrapped: str) -> bytes:
         """The data key. NotFound without its wrapping key, Denied when it was tampered with."""

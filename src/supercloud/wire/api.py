@@ -7,6 +7,7 @@ Times are seconds since the epoch, 0 when it has not happened.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from supercloud.wire.objects import Position
 from supercloud.wire.volumes import Seal, VolumeFigures
 
 API_PROTOCOL = 1
@@ -112,6 +113,64 @@ class Mounted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BucketRow:
+    """One bucket, a row of ``buckets``: the answer to ``GET /v1/buckets`` is a list of these.
+
+    ``state`` is its store's, one of ``model.states.KEPT_STORE``; ``used_by`` are EEs, and ``read``
+    or ``write``. ``used_bytes`` count against the quota; they and ``entries`` are -1 while its
+    host has not told.
+    """
+
+    ucloud: str
+    name: str
+    state: str
+    quota_bytes: int
+    provider: str
+    host: str
+    reason: str = ""
+    versioning: bool = False
+    expire_days: int = 0
+    used_by: dict[str, str] = field(default_factory=dict)
+    used_bytes: int = -1
+    entries: int = -1
+    created_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketView(BucketRow):
+    """A bucket in all detail. ``store_*`` are of the store with all buckets of the U-Cloud.
+
+    ``store_booked_bytes`` are taken of the disk quota, ``store_disk_bytes`` of the provider's disk.
+    An older state of the store than ``position`` is refused.
+    """
+
+    store_capacity_bytes: int = 0
+    store_booked_bytes: int = 0
+    store_disk_bytes: int = 0
+    position: Position = field(default_factory=Position)
+    wrapping_key: str = ""  # its name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceRow:
+    """One of a U-Cloud's services on a host: ``GET /v1/services`` is a list of these.
+
+    ``state`` is ``running``, ``not running`` or ``unknown``: its host does not answer.
+    ``started_s`` 0: it does not run, or has run for longer than its host knows.
+    """
+
+    ucloud: str
+    provider: str
+    host: str
+    kind: str
+    state: str
+    reason: str = ""
+    memory_bytes: int = 0
+    memory_limit_bytes: int = 0
+    started_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rotated:
     """``POST /v1/uclouds/U/rotate-key``: how many data keys are wrapped under the new key."""
 
@@ -124,8 +183,9 @@ class Rotated:
 class Step:
     """Something that is being done or has been done for the present generation, in order of start.
 
-    ``subject`` is ``platform/NAME``, ``volume/NAME`` or ``environment/NAME``; ``message`` what is
-    being done, in words. ``fraction`` is from 0 to 1 where it is known, else -1.
+    ``subject`` is ``platform/NAME``, ``volume/NAME``, ``environment/NAME`` or ``objects`` (the
+    store of all buckets); ``message`` what is being done, in words. ``fraction`` is from 0 to 1
+    where it is known, else -1.
     """
 
     subject: str
@@ -153,6 +213,7 @@ class UCloudView:
     steps: list[Step] = field(default_factory=list)
     error: dict[str, Any] | None = None
     volumes: list[VolumeRow] = field(default_factory=list)
+    buckets: list["BucketRow"] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,14 @@ from typing import Annotated, Any, Literal
 
 from supercloud.model.errors import Denied
 from supercloud.wire.codec import Limit, Name, Sha256, Text, decode, encode
+from supercloud.wire.objects import (
+    ObjectsApply,
+    ObjectsCredentials,
+    ObjectsDelete,
+    ObjectsSecret,
+    ObjectsStatus,
+    ServiceList,
+)
 from supercloud.wire.peer import Call, Detach, Handler
 from supercloud.wire.quota import Bytes, Quota
 from supercloud.wire.volumes import (
@@ -261,6 +269,20 @@ class VolumeMount:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectAccess:
+    """A container's way to its U-Cloud's object store, in its environment.
+
+    ``server_name`` is in the store's certificate, which ``ca_pem`` vouches for.
+    """
+
+    server_name: Annotated[str, Limit(max_length=253, pattern=r"[a-z0-9.-]+")]
+    ca_pem: Pem
+    access_key: Annotated[str, Limit(max_length=128)] = ""
+    secret_key: Annotated[str, Limit(max_length=128)] = field(default="", repr=False)
+    region: Annotated[str, Limit(max_length=64)] = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EnvironmentSpec:
     """One EE as its platform's agent is to run it."""
 
@@ -275,6 +297,7 @@ class EnvironmentSpec:
     ports: list[PortMap] = field(default_factory=list)
     nics: list[Nic] = field(default_factory=list)
     volumes: list[VolumeMount] = field(default_factory=list)
+    objects: ObjectAccess | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -398,6 +421,12 @@ HOST = {
         Method("volume.snapshot", VolumeSnapshot, VolumeStatus),
         Method("volume.revert", VolumeSnapshot, VolumeStatus, doc="while it is not attached"),
         Method("volume.forget", VolumeSnapshot, VolumeStatus, doc="delete a snapshot"),
+        Method("objects.apply", ObjectsApply, ObjectsStatus, doc="what the store is to be"),
+        Method("objects.state", Empty, ObjectsStatus),
+        Method("objects.credentials", ObjectsCredentials, ObjectsSecret, doc="of one who uses it"),
+        Method("objects.delete", ObjectsDelete, ObjectsStatus, doc="a bucket, or all of it"),
+        Method("objects.stop", Empty, ObjectsStatus, doc="nobody uses it; its data is kept"),
+        Method("service.list", Empty, ServiceList, doc="the user's services on this host"),
     )
 }
 

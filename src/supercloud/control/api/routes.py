@@ -71,6 +71,7 @@ class Inspected(api.EnvironmentRow):
     memory_used_bytes: int = 0
     cpu_used_s: float = 0.0
     volumes: list[api.Mounted] = field(default_factory=list)
+    buckets: dict[str, str] = field(default_factory=dict)  # read or write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,15 +94,16 @@ class Routes:
         """Declare."""
         environment = "/v1/uclouds/{ucloud}/environments/{environment}"
         volume = "/v1/uclouds/{ucloud}/volumes/{volume}"
+        bucket = "/v1/uclouds/{ucloud}/buckets/{bucket}"
         self.all = (
             Route(method="POST", path="/v1/plan", params=Manifest, result=api.Plan,
                   handle=self._plan, doc="what `up` would change"),
             Route(method="POST", path="/v1/up", params=Manifest, result=api.Applied,
                   handle=self._up, doc="store the wish; it is worked on from then on"),
             Route(method="POST", path="/v1/uclouds/{ucloud}/down", result=api.UCloudView,
-                  handle=self._down, doc="the wish is that it is not there; volumes are kept"),
+                  handle=self._down, doc="the wish is that it is not there; data is kept"),
             Route(method="POST", path="/v1/uclouds/{ucloud}/purge",
-                  handle=self._purge, doc="likewise, and its volumes with all that is in them"),
+                  handle=self._purge, doc="likewise, and its volumes and buckets"),
             Route(method="GET", path="/v1/uclouds", result=list[api.UCloudView],
                   handle=self._uclouds, doc="all U-Clouds"),
             Route(method="GET", path="/v1/uclouds/{ucloud}", result=api.UCloudView,
@@ -135,6 +137,15 @@ class Routes:
                   doc="take a volume that was refused as it is, without what is missing in it"),
             Route(method="POST", path="/v1/uclouds/{ucloud}/rotate-key", result=api.Rotated,
                   handle=self._rotate_key, doc="wrap the keys of its volumes anew"),
+            Route(method="GET", path="/v1/buckets", params=OfUCloud, result=list[api.BucketRow],
+                  handle=self._buckets, doc="all buckets, also of U-Clouds that are not up"),
+            Route(method="GET", path=bucket, result=api.BucketView,
+                  handle=self._bucket, doc="one bucket in all detail"),
+            Route(method="POST", path=bucket + "/delete", handle=self._delete_bucket,
+                  doc="with all that is in it"),
+            Route(method="GET", path="/v1/services", params=OfUCloud,
+                  result=list[api.ServiceRow], handle=self._services,
+                  doc="the services of U-Clouds on their hosts, as they say now"),
             Route(method="GET", path="/v1/events", params=EventsQuery,
                   stream="application/jsonl", handle=self._events, doc="what happened"),
             Route(method="GET", path="/v1/ca", result=Ca, handle=self._ca,
@@ -208,6 +219,25 @@ class Routes:
 
     async def _rotate_key(self, asked: Asked[Nothing]) -> api.Rotated:
         return await self.service.volumes.rotate_key(asked.at["ucloud"])
+
+    async def _buckets(self, asked: Asked[OfUCloud]) -> list[api.BucketRow]:
+        ucloud = asked.params.ucloud
+        if ucloud:
+            asked.caller.may(ucloud)
+        return await self.service.buckets.rows(ucloud or asked.caller.scope)
+
+    async def _bucket(self, asked: Asked[Nothing]) -> api.BucketView:
+        return await self.service.buckets.bucket(asked.at["ucloud"], asked.at["bucket"])
+
+    async def _delete_bucket(self, asked: Asked[Nothing]) -> dict[str, str]:
+        await self.service.buckets.delete(asked.at["ucloud"], asked.at["bucket"])
+        return {"bucket": asked.at["bucket"], "state": "deleting"}
+
+    async def _services(self, asked: Asked[OfUCloud]) -> list[api.ServiceRow]:
+        ucloud = asked.params.ucloud
+        if ucloud:
+            asked.caller.may(ucloud)
+        return await self.service.buckets.services(ucloud or asked.caller.scope)
 
     async def _logs(self, asked: Asked[LogsQuery]) -> web.StreamResponse:
         query = asked.params

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 from supercloud.control import specs
+from supercloud.control.controllers import access
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.documents import (
     EnvironmentDocument,
@@ -14,11 +15,13 @@ from supercloud.control.documents import (
     step_end,
     ucloud_key,
 )
+from supercloud.model.errors import Temporary
 from supercloud.model.events import Severity
 from supercloud.model.states import ENVIRONMENT, observed
-from supercloud.wire.messages import EnvironmentStatus, ImageRef
+from supercloud.wire.messages import EnvironmentStatus, ImageRef, ObjectAccess
 
 IMAGE, START = "image", "start"
+STORE_WAIT_S = 1.0  # it is looked at sooner when it can go on
 AGENT_STATES = frozenset({"starting", "running", "serving", "unready", "exited", "failed"})
 UP = frozenset({"running", "serving", "unready"})
 
@@ -46,7 +49,8 @@ class EnvironmentController:
 
     async def _make_ready(self, document: EnvironmentDocument) -> EnvironmentDocument:
         image = await self._image(document)
-        spec = specs.environment_spec(document, image)
+        objects = await self._objects(document)
+        spec = specs.environment_spec(document, image, objects)
         platform = document.assignment.platform
         if document.current and document.ready == spec and document.ready_on == platform:
             return document
@@ -67,6 +71,16 @@ class EnvironmentController:
         for affected in {platform, old_platform} - {""}:
             self._plane.look(platform_key(document.ucloud, affected), self._plane.pace.settle_s)
         return document
+
+    async def _objects(self, document: EnvironmentDocument) -> ObjectAccess | None:
+        """How it finds its buckets. Temporary until the store knows it."""
+        if not document.spec.buckets:
+            return None
+        store = await self._plane.state.store_document(document.ucloud)
+        if not access.has_access(document, store):
+            state = f"is {store.state} {store.reason}".rstrip() if store else "is not there"
+            raise Temporary(f"waits for its object store, which {state}", delay_s=STORE_WAIT_S)
+        return access.plain(self._plane, document.ucloud)
 
     async def _image(self, document: EnvironmentDocument) -> ImageRef:
         image = document.image

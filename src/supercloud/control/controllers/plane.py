@@ -16,6 +16,7 @@ from supercloud.control.pool import ProviderPool
 from supercloud.control.state import State
 from supercloud.model.events import Event, Severity
 from supercloud.trust.wrapping import VolumeKeys
+from supercloud.wire.objects import ObjectsStatus
 from supercloud.wire.volumes import VolumeStatus
 
 
@@ -63,6 +64,7 @@ class Plane:
     keys: Callable[[str], VolumeKeys]  # of a U-Cloud's volumes
     pace: Pace = field(default_factory=Pace)
     fractions: dict[str, float] = field(default_factory=dict)  # of image preparations, by EE key
+    stores: dict[str, ObjectsStatus] = field(default_factory=dict)  # as hosts last said it
     seen: dict[tuple[str, str], Seen] = field(default_factory=dict)  # by U-Cloud and volume
 
     def tell(

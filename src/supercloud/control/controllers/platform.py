@@ -6,6 +6,7 @@ from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 from supercloud.control import bootdata, specs
+from supercloud.control.controllers.access import access_of
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.documents import (
     PlatformDocument,
@@ -210,7 +211,8 @@ class PlatformController:
         environments = await self._plane.state.environments(platform.ucloud)
         _, revision = await self._plane.state.store.list("lease/none/")
         volumes = await self._plane.state.volumes(platform.ucloud)
-        apply = specs.apply_for(platform, environments, revision, volumes)
+        access = await access_of(self._plane, platform.ucloud)
+        apply = specs.apply_for(platform, environments, revision, volumes, access)
         agents, wanted = self._plane.agents, specs.fingerprint(apply)
         if agents.applied.get(session) == wanted:
             return None

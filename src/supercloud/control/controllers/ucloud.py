@@ -8,13 +8,18 @@ from supercloud.control.controllers.platform import tag_of
 from supercloud.control.desire import provider_key
 from supercloud.control.documents import (
     EnvironmentDocument,
+    Following,
+    KeptBucket,
     PlatformDocument,
+    StoreDocument,
+    StoreWish,
     UCloudDocument,
     VolumeDocument,
     VolumeWish,
     environment_key,
     platform_key,
     step_begin,
+    store_key,
     volume_key,
 )
 from supercloud.model.events import Severity
@@ -41,6 +46,7 @@ class UCloudController:
             await self._take_down(document, platforms, environments)
             return None
         await self._have_volumes(document)
+        await self._have_store(document)
         await self._have_platforms(document, platforms)
         await self._have_environments(document, environments)
         await self._retire_platforms(platforms, document.platforms.keys())
@@ -67,6 +73,46 @@ class UCloudController:
                 await self._have_volume(there[name], wish)
         for name in there:
             self._plane.look(volume_key(document.name, name), 0.0)
+
+    async def _have_store(self, document: UCloudDocument) -> None:
+        """Likewise: a bucket that the manifest has no more is kept as it is."""
+        there, wish = await self._plane.state.store_document(document.name), document.store
+        if wish is not None and there is None:
+            buckets = {spec.name: KeptBucket(spec=spec) for spec in wish.buckets}
+            new = StoreDocument(
+                ucloud=document.name, provider=wish.provider, host=wish.host, buckets=buckets
+            )
+            await self._plane.state.add(new)
+        elif wish is not None and there is not None:
+            await self._have_buckets(there, wish)
+        self._plane.look(store_key(document.name), 0.0)
+
+    async def _have_buckets(self, store: StoreDocument, wish: StoreWish) -> None:
+        if store.deleting or store.host != wish.host:
+            return  # it goes first, then it is made anew
+        kept = {name: bucket.spec for name, bucket in store.buckets.items()}
+        new = {spec.name: spec for spec in wish.buckets}
+        if store.provider == wish.provider and kept == kept | new:
+            return
+
+        def changed(fresh: StoreDocument) -> None:
+            fresh.provider, fresh.error = wish.provider, None
+            for name, spec in new.items():
+                bucket = fresh.buckets.setdefault(name, KeptBucket(spec=spec))
+                if not bucket.deleting:
+                    bucket.spec = spec
+
+        await self._plane.state.change(store, changed)
+
+    async def _release_store(self, document: UCloudDocument) -> bool:
+        """Whether it is at rest; with ``drop_volumes``, and one never made: whether it is gone."""
+        store = await self._plane.state.store_document(document.name)
+        if store is None:
+            return True
+        if not store.deleting and (document.drop_volumes or not store.made):
+            store = await self._plane.state.change(store, _mark)
+        self._plane.look(store_key(document.name), 0.0)
+        return not store.deleting and not store.running
 
     async def _have_volume(self, volume: VolumeDocument, wish: VolumeWish) -> None:
         same = (volume.spec, volume.provider) == (wish.spec, wish.provider)
@@ -176,7 +222,8 @@ class UCloudController:
         platforms = await self._plane.state.platforms(name)
         environments = await self._plane.state.environments(name)
         volumes = await self._plane.state.volumes(name)
-        state = summary(document, platforms, environments, volumes)
+        store = await self._plane.state.store_document(name)
+        state = summary(document, platforms, environments, volumes, store)
 
         def moved(fresh: UCloudDocument) -> None:
             if fresh.generation == document.generation and not fresh.deleting:
@@ -201,7 +248,8 @@ class UCloudController:
         for item in environments:
             await self._retire_environment(item)
         await self._retire_platforms(platforms, ())
-        if not await self._release_volumes(document) or platforms or environments:
+        released = await self._release_volumes(document)
+        if not await self._release_store(document) or not released or platforms or environments:
             return
         await self._sweep(document.name, document.providers.values())
         if not await self._removed(document):
@@ -249,7 +297,7 @@ def _ours(seen: PlatformObservation, ucloud: str) -> bool:
     return seen.tag in ("", tag_of(ucloud))
 
 
-def _mark(document: PlatformDocument | EnvironmentDocument | VolumeDocument) -> None:
+def _mark(document: Following) -> None:
     document.deleting = True
 
 
@@ -279,6 +327,7 @@ def summary(
     platforms: Sequence[PlatformDocument],
     environments: Sequence[EnvironmentDocument],
     volumes: Sequence[VolumeDocument] = (),
+    store: StoreDocument | None = None,
 ) -> str:
     """``ready`` when everything is as wished; ``degraded`` when it was or will not become so."""
     wanted = [item for item in platforms if item.name in document.platforms]
@@ -286,6 +335,7 @@ def summary(
     whole = whole and {item.name for item in environments} == document.assignments.keys()
     there = all(item.state == "ready" and not item.deleting for item in wanted)
     refused = any(item.error for item in volumes if item.name in document.volumes)
+    refused = refused or bool(store and document.store and store.error)
     if whole and there and not refused and all(good(item) for item in environments):
         return "ready"
     bad = any(item.error or item.state == "failed" for item in environments)

@@ -4,7 +4,7 @@ import ipaddress
 from collections.abc import Callable
 from typing import Any
 
-from supercloud.control.manifest import volumes
+from supercloud.control.manifest import buckets, volumes
 from supercloud.control.manifest.decode import BAD
 from supercloud.control.manifest.problems import Problems, did_you_mean, listed
 from supercloud.model.resources import (
@@ -26,7 +26,7 @@ PREFIX_MIN, PREFIX_MAX = 8, 24  # a platform takes a /24
 
 def check(values: dict[str, Any], problems: Problems) -> None:
     """Note every problem between fields of a UCloud; ``values`` are BAD where one is wrong."""
-    kinds = ("providers", "networks", "environments", "volumes")
+    kinds = ("providers", "networks", "environments", "volumes", "buckets")
     names = {kind: _names(kind, problems) for kind in kinds}
     for kind, there in names.items():
         _unique(kind, there, problems)
@@ -43,9 +43,12 @@ def check(values: dict[str, Any], problems: Problems) -> None:
         _wishes(path, environment, values, problems)
         for number, use in enumerate(environment.volumes):
             _known(f"{path}.volumes[{number}].name", use.name, names["volumes"], problems)
+        for number, used in enumerate(environment.buckets):
+            _known(f"{path}.buckets[{number}].name", used.name, names["buckets"], problems)
         if platform is not BAD:
             _fits(path, environment, platform, problems)
     volumes.check(environments, problems)
+    buckets.check(_good(values, "buckets"), environments, problems)
 
 
 def _good(values: dict[str, Any], name: str) -> list[tuple[int, Any]]:

@@ -70,7 +70,7 @@ class Domain:
     starts: int = 0
     wait_status: int = 0
     last: tuple[int, Values, str] = (0, (), "")
-    purge: bool = False  # its private directory ends with it
+    purge: bool = False  # its private directory ends with it, and those of its children
 
 
 def checked_limits(figures: Values) -> Limits:
@@ -216,6 +216,7 @@ class State:
         for other in list(self.domains.values()):
             its = other.parent is domain or other.context.parent is context
             if its and other.id in self.domains:
+                other.purge = domain.purge
                 self._end_domain(other)
         for made in list(self.objects.values()):
             its = domain in (made.maker, *made.ends) or made.context is context

@@ -1,5 +1,8 @@
 """Driver for disk backing: sparse files in its private directory, for scratch disks and volumes.
 
+One for ``objects`` is never written to: it books what a user's object store may take in the private
+directory of its own domain.
+
 A file is booked with its full size on its user's scheduling context before it exists, so that a
 user can never hold more than the quota. The descriptor is handed out for reading and writing; its
 holder could make the file longer, so the driver cuts files back to their size every few seconds.
@@ -19,7 +22,7 @@ from supercloud.wire.portal import Reply, Request
 
 STATE = "/run/state"
 USER_PREFIX = "user:"
-USES = ("scratch", "volume")
+USES = ("scratch", "volume", "objects")
 WATCH_S = 5.0
 MAX_DISK_BYTES = 1 << 45
 MAX_DISKS_OF_ONE_USER = 1024

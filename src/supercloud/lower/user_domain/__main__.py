@@ -10,8 +10,12 @@ from supercloud.lower.component import set_up_logging
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.hub import Hub
 from supercloud.lower.user_domain.identity import IdentityStore, read_birth
+from supercloud.lower.user_domain.object_service import object_methods, service_methods
+from supercloud.lower.user_domain.objects import Objects
 from supercloud.lower.user_domain.platforms import Platforms
 from supercloud.lower.user_domain.service import Service
+from supercloud.lower.user_domain.services import Services
+from supercloud.lower.user_domain.volume_service import volume_methods
 from supercloud.lower.user_domain.volumes import Volumes
 
 STATE = "/run/state"
@@ -29,18 +33,27 @@ async def serve(core: Core) -> None:
     hub = Hub(core)
     feed = Feed(identity.ucloud or birth.user, f"host/{facts['instance']}")
     platforms = Platforms(hub, birth.user, facts, feed, f"{STATE}/platforms")
-    volumes = Volumes(hub, birth.user, feed, f"{STATE}/volumes", platforms.machine)
+    services = Services(hub, birth.user)
+    volumes = Volumes(hub, services, feed, f"{STATE}/volumes", platforms.machine)
+    objects = Objects(hub.join("disk"), services, feed, f"{STATE}/objects")
     platforms.on_end = volumes.platform_ended
+    platforms.on_object_client = objects.client
 
     def ended(entry: str) -> None:
-        if not volumes.service_ended(entry):
+        if not volumes.service_ended(entry) and not objects.service_ended(entry):
             platforms.domain_ended(entry)
 
     hub.ended = ended
     hub.start()
     await platforms.adopt()
     await volumes.adopt(platforms.running())
-    service = Service(facts, identity, platforms, volumes, feed)
+    objects.adopt()
+    implemented = {
+        **volume_methods(volumes),
+        **object_methods(objects, lambda: identity.ucloud or birth.user),
+        **service_methods(services),
+    }
+    service = Service(facts, identity, platforms, implemented, feed)
     hub.join("front_door", service.connection)
     log.info("serving %s", birth.user)
     await hub.gone.wait()

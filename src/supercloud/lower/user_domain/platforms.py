@@ -41,6 +41,7 @@ from supercloud.wire.messages import (
     TemplateSpec,
     TemplateStatus,
 )
+from supercloud.wire.objects import LINK_PORT
 from supercloud.wire.quota import Quota
 
 MAX_CONFIG_BYTES: Final = 1 << 20
@@ -71,6 +72,7 @@ class Platforms:
         self._assembly = Assembly(hub, user, self._accelerator, told=self._told)
         self._assembly.agent_connected = self._agent_connected
         self.on_end: Callable[[str], Awaitable[None]] = _nothing
+        self.on_object_client: Callable[[str, socket.socket], None] = _refused
         self._templates = Templates(hub, user, facts, feed, f"{directory}/../templates")
         self._templates.used = lambda: {r.template for r in self._records.by_name.values()}
         self._makes_templates = facts.get("templates", "auto") == "auto"
@@ -312,6 +314,9 @@ class Platforms:
             return
         sock = socket.socket(fileno=descriptors[0])
         sock.setblocking(False)
+        if untrusted.get("port") == LINK_PORT:
+            self.on_object_client(platform, sock)
+            return
         self.rendezvous.agent(platform, sock)
         record = self._records.by_name.get(platform)
         if self._makes_templates and record is not None and not record.template:
@@ -396,6 +401,11 @@ class Platforms:
         with contextlib.suppress(asyncio.CancelledError):
             if (error := task.exception()) is not None:
                 log.error("in the background: %s", error, exc_info=error)
+
+
+def _refused(_platform: str, sock: socket.socket) -> None:
+    """There is no object store."""
+    sock.close()
 
 
 async def _nothing(_platform: str) -> None:

@@ -6,13 +6,12 @@ import logging
 import os
 import socket
 import ssl
+from collections.abc import Mapping
 from typing import Any, Final
 
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.identity import IdentityStore
 from supercloud.lower.user_domain.platforms import Platforms
-from supercloud.lower.user_domain.volume_service import volume_methods
-from supercloud.lower.user_domain.volumes import Volumes
 from supercloud.model.errors import SupercloudError
 from supercloud.trust import tls
 from supercloud.wire.codec import encode
@@ -24,6 +23,7 @@ from supercloud.wire.messages import (
     CsrResult,
     Empty,
     HostInfo,
+    Implementation,
     PlatformList,
     PlatformSpec,
     PlatformStatus,
@@ -42,14 +42,14 @@ log = logging.getLogger("supercloud.lower.user_domain.service")
 
 
 class Service:
-    """Serves the control plane of one U-Cloud."""
+    """Serves the control plane of one U-Cloud; ``implemented`` beside what is here."""
 
     def __init__(
         self,
         facts: dict[str, Any],
         identity: IdentityStore,
         platforms: Platforms,
-        volumes: Volumes,
+        implemented: Mapping[str, Implementation],
         feed: Feed,
     ) -> None:
         self._facts, self._identity = facts, identity
@@ -69,7 +69,7 @@ class Service:
                 "platform.console": self.platform_console,
                 "rendezvous.accept": self.rendezvous_accept,
                 "events.watch": self.events_watch,
-                **volume_methods(volumes),
+                **implemented,
             },
         )
 
@@ -133,6 +133,7 @@ class Service:
             images=facts["images"], quota=quota, used=used, cpus=facts["cpus"],
             features={
                 "volumes": "",
+                "objects": "",
                 "kvm": "" if facts["accelerator"] == "kvm" else kvm,
                 "attestation": "not implemented: the domain's key is trusted at first use",
             },

@@ -5,6 +5,7 @@ started has no process. One that died is made anew; what it had open is its user
 """
 
 import logging
+import time
 from typing import Final
 
 from supercloud.lower import quota as quotas
@@ -14,6 +15,7 @@ from supercloud.lower.user_domain.hub import Hub
 from supercloud.model.capability import SELF
 from supercloud.model.errors import NotFound
 from supercloud.wire.frames import DomainState
+from supercloud.wire.objects import ServiceStatus
 
 CONTROL: Final = "control"
 
@@ -21,10 +23,12 @@ log = logging.getLogger("supercloud.lower.user_domain.services")
 
 
 class Services:
-    """By kind (``isolation.kinds.SERVICES``); what they tell goes to ``told``."""
+    """By kind (``isolation.kinds.SERVICES``); what one tells goes to its ``told``."""
 
-    def __init__(self, hub: Hub, user: str, told: Told) -> None:
-        self._hub, self._core, self._user, self._told = hub, hub.core, user, told
+    def __init__(self, hub: Hub, user: str) -> None:
+        self._hub, self._core, self._user = hub, hub.core, user
+        self.told: dict[str, Told] = {}
+        self._since: dict[str, float] = {}
 
     def reserve(self) -> None:
         """Have the domain of each, so that there is room for it when it is needed."""
@@ -44,23 +48,46 @@ class Services:
             return False
         return status.state is not DomainState.CREATED
 
+    def join(self, kind: str) -> Channel:
+        """The channel to it, whether it runs or not."""
+        self.reserve()
+        return self._hub.join(self._channel(kind), self.told.get(kind))
+
+    def status(self, kind: str) -> ServiceStatus:
+        """What it uses; ``started_s`` 0 as well when it runs longer than this process."""
+        limit = quotas.SERVICES[kind].memory_bytes
+        if not self.is_running(kind):
+            return ServiceStatus(kind=kind, state="not running", memory_limit_bytes=limit)
+        selector = self._core.lookup(f"sched:{self._domain(kind)}").selector
+        return ServiceStatus(
+            kind=kind,
+            state="running",
+            memory_bytes=self._core.usage(selector).memory_bytes,
+            memory_limit_bytes=limit,
+            started_s=self._since.get(kind, 0.0),
+        )
+
     def start(self, kind: str) -> Channel:
         """The channel to it; it is started if it does not run."""
-        self.reserve()
-        channel = self._hub.join(self._channel(kind), self._told)
+        channel = self.join(kind)
         if not self.is_running(kind):
             self._core.start(self._core.lookup(self._domain(kind)).selector)
+            self._since[kind] = time.time()
             log.info("service %s is started", kind)
         return channel
 
-    def end(self, kind: str) -> None:
-        """Kill it, and have its domain anew."""
+    def end(self, kind: str, *, purge: bool = False) -> None:
+        """Kill it, and have its domain anew; ``purge``: what it keeps on the disk goes, too."""
         try:
-            self._core.destroy(self._core.lookup(self._domain(kind)).selector)
+            self._core.destroy(self._core.lookup(self._domain(kind)).selector, purge=purge)
         except NotFound:
             log.info("service %s was gone already", kind)
         self._hub.leave(self._channel(kind))
         self.reserve()
+
+    def statuses(self) -> list[ServiceStatus]:
+        """Of all of them."""
+        return [self.status(kind) for kind in quotas.SERVICES]
 
     def kind_of(self, entry: str) -> str:
         """The service whose domain has that name; "" for none."""

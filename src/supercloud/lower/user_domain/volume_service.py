@@ -39,10 +39,12 @@ def volume_methods(volumes: Volumes) -> dict[str, Implementation]:
         "volume.revert": volumes.revert,
         "volume.forget": volumes.forget,
     }
-    return {name: _shielded(function) for name, function in functions.items()}
+    return {name: shielded(function) for name, function in functions.items()}
 
 
-def _shielded(function: Callable[[Any], Awaitable[Any]]) -> Implementation:
+def shielded(function: Callable[[Any], Awaitable[Any]]) -> Implementation:
+    """It is finished once it was begun."""
+
     async def serve(_call: Call, asked: Any) -> Any:
         return await asyncio.shield(asyncio.ensure_future(function(asked)))
 

@@ -42,6 +42,9 @@ from supercloud.wire.volumes import (
 
 SIZE_UNIT_BYTES: Final = 4096
 IN_USE: Final = ("opened", "served", "attached")
+KINDS: Final = ("protection", "block")
+"""The services that volumes are made of."""
+
 Machine = Callable[[str], Awaitable[Channel]]
 """The monitor of a running platform by name; NotFound, BadState."""
 
@@ -51,13 +54,16 @@ log = logging.getLogger("supercloud.lower.user_domain.volumes")
 class Volumes:
     """Records, and the layers that each volume is made of."""
 
-    def __init__(self, hub: Hub, user: str, feed: Feed, directory: str, machine: Machine) -> None:
+    def __init__(
+        self, hub: Hub, services: Services, feed: Feed, directory: str, machine: Machine
+    ) -> None:
         self._feed, self._machine = feed, machine
         self._records = VolumeRecords(directory)
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._services = Services(hub, user, self._told)
-        self._layers = Layers(hub.join("disk"), self._services)
+        self._services = services
+        services.told |= dict.fromkeys(KINDS, self._told)
+        self._layers = Layers(hub.join("disk"), services)
 
     # -- what is
 
@@ -258,7 +264,7 @@ class Volumes:
     async def adopt(self, running: set[str]) -> None:
         """Take up what is open; ``running`` are the platforms that live."""
         self._services.reserve()
-        alive = all(self._services.is_running(kind) for kind in ("protection", "block"))
+        alive = all(self._services.is_running(kind) for kind in KINDS)
         for volume in list(self._records.by_name.values()):
             if volume.state == "deleting":
                 await self.delete(volume.spec.name)
@@ -270,11 +276,11 @@ class Volumes:
             self._layers.join()
 
     def service_ended(self, entry: str) -> bool:
-        """A domain died: True when it was one of the services. All that was open has failed."""
+        """A domain died: True when it was one of ours. All that was open has failed."""
         kind = self._services.kind_of(entry)
-        if not kind:
+        if kind not in KINDS:
             return False
-        for other in ("protection", "block"):
+        for other in KINDS:
             self._services.end(other)  # the one is of no use without the other
         for volume in self._records.by_name.values():
             if volume.state in IN_USE:

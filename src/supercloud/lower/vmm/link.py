@@ -1,8 +1,9 @@
 """Process 1 of a platform's link domain: where the platform's link NIC ends.
 
 passt, its child, makes TCP connections of the guest's frames; the guest reaches nothing but the
-rendezvous, on the loopback of this domain's own network. Each connection there is passed as it is
-to the user's domain over the channel ``link``, which thereby knows whose it is.
+rendezvous and the U-Cloud's object store, on the loopback of this domain's own network. Each
+connection there is passed as it is, with the port that it came to, to the user's domain over the
+channel ``link``, which thereby knows whose it is.
 """
 
 import logging
@@ -15,10 +16,12 @@ from supercloud.lower.component import Component
 from supercloud.model.errors import SupercloudError
 from supercloud.wire import portal
 from supercloud.wire.children import Children, how_it_ended
+from supercloud.wire.objects import LINK_PORT
 
 GUEST_ADDRESS: Final = "169.254.77.2"
 RENDEZVOUS_ADDRESS: Final = "169.254.77.1"
 RENDEZVOUS_PORT: Final = 7444
+OBJECTS_PORT: Final = LINK_PORT
 PASST: Final = "/usr/bin/passt"
 BACKLOG: Final = 16
 
@@ -42,18 +45,22 @@ class Link(Component):
     def __init__(self, core: Core) -> None:
         super().__init__(core)
         self.serve("link", {})
-        self._listener = socket.create_server(("127.0.0.1", RENDEZVOUS_PORT), backlog=BACKLOG)
-        self._listener.setblocking(False)
-        self.reactor.watch(self._listener, self._accept)
+        for port in (RENDEZVOUS_PORT, OBJECTS_PORT):
+            self._listen(port)
         guest = core.take(core.lookup("guest").selector)
         try:
             Children(self.reactor).start(passt_command(guest), [guest], self._passt_ended)
         finally:
             os.close(guest)
 
-    def _accept(self) -> None:
+    def _listen(self, port: int) -> None:
+        listener = socket.create_server(("127.0.0.1", port), backlog=BACKLOG)
+        listener.setblocking(False)
+        self.reactor.watch(listener, lambda: self._accept(listener, port))
+
+    def _accept(self, listener: socket.socket, port: int) -> None:
         try:
-            sock, _ = self._listener.accept()
+            sock, _ = listener.accept()
         except OSError as error:
             log.warning("accept: %s", error)
             return
@@ -62,7 +69,7 @@ class Link(Component):
             if channel is None:
                 return  # the user's domain is just being started again: the agent dials again
             try:
-                portal.send(channel, {"m": "connection", "p": {}}, [sock.fileno()])
+                portal.send(channel, {"m": "connection", "p": {"port": port}}, [sock.fileno()])
             except (OSError, SupercloudError) as error:
                 log.warning("a connection was dropped: %s", error)
 

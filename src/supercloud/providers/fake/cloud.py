@@ -6,6 +6,7 @@
     DIRECTORY/NAME.json         a platform (mode 0600: it holds its token)
     DIRECTORY/NAME.key .pem     its agent's key, and its certificate once it enrolled
     DIRECTORY/volumes           see ``volumes``
+    DIRECTORY/objects           see ``objects``
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from supercloud.model.states import MACHINE, step
 from supercloud.providers.base import HostCapacity, PlatformObservation, PlatformRequest
 from supercloud.providers.fake import bootdata
 from supercloud.providers.fake.files import write_private
+from supercloud.providers.fake.objects import FakeObjects
 from supercloud.providers.fake.options import Options
 from supercloud.providers.fake.volumes import FakeVolumes
 from supercloud.wire.codec import decode, encode
@@ -89,7 +91,7 @@ class FakeCloud:
             hosts=self.options.fail_hosts,
         )
         self._load()
-        self.volumes = FakeVolumes(self)
+        self.volumes, self.objects = FakeVolumes(self), FakeObjects(self)
 
     # -- what a provider does
 

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator
+from typing import Literal
 
 from supercloud.model.errors import SupercloudError
 from supercloud.providers.base import (
@@ -12,6 +13,7 @@ from supercloud.providers.base import (
     Accept,
     Console,
     HostCapacity,
+    Objects,
     PlatformObservation,
     PlatformRequest,
     Volumes,
@@ -21,6 +23,7 @@ from supercloud.providers.fake.agent import FakeAgent, dial, raw_streams
 from supercloud.providers.fake.cloud import FakeCloud
 from supercloud.providers.fake.options import options_of
 from supercloud.trust.names import check_label
+from supercloud.wire.objects import ServiceStatus
 
 log = logging.getLogger("supercloud.providers.fake")
 
@@ -38,12 +41,14 @@ class FakeProvider:
         self.cloud = cloud
         self._agents: dict[str, FakeAgent] = {}
         self.volumes: Volumes | None = cloud.volumes if cloud.options.volumes else None
+        self.objects: Objects | None = cloud.objects if cloud.options.objects else None
 
     async def features(self) -> dict[str, str]:
         """Everything but speed: there is no machine to have KVM."""
         pretended = dict.fromkeys(FEATURES, "")
-        volumes = "" if self.volumes else "its options say so"
-        return pretended | {"kvm": "nothing really runs here", "volumes": volumes}
+        has = {"volumes": self.volumes, "objects": self.objects}
+        lacks = {name: "" if there else "its options say so" for name, there in has.items()}
+        return pretended | {"kvm": "nothing really runs here"} | lacks
 
     async def hosts(self) -> list[HostCapacity]:
         """The pretended hosts."""
@@ -70,6 +75,17 @@ class FakeProvider:
     async def console(self, name: str) -> AsyncIterator[Console]:
         """A console that greets and echoes."""
         yield EchoConsole(self.cloud.find(name).name)
+
+    async def services(self) -> list[tuple[str, ServiceStatus]]:
+        """The object stores; volumes need none here."""
+        await self.cloud.pretend("services")
+        found = []
+        for host, store in self.cloud.objects.stores.items():
+            state: Literal["running", "not running"] = "running" if store.running else "not running"
+            memory_bytes = store.status().memory_bytes
+            status = ServiceStatus(kind="objects", state=state, memory_bytes=memory_bytes)
+            found.append((host, status))
+        return found
 
     async def rendezvous(self, accept: Accept) -> None:
         """Keep every running platform's agent dialling."""

@@ -18,6 +18,7 @@ from supercloud.providers.base import (
 )
 from supercloud.providers.context import Context
 from supercloud.providers.lower_layer.dial import Connection, Dialer, Target, why_lost
+from supercloud.providers.lower_layer.objects import HostObjects
 from supercloud.providers.lower_layer.rendezvous import Rendezvous
 from supercloud.providers.lower_layer.volumes import HostVolumes
 from supercloud.wire.codec import decode, encode
@@ -30,6 +31,7 @@ from supercloud.wire.messages import (
     PlatformSpec,
     PlatformStatus,
 )
+from supercloud.wire.objects import ServiceList, ServiceStatus
 from supercloud.wire.peer import ConnectionLost, Stream
 
 CREATE_TIMEOUT_S: Final = 120.0
@@ -59,12 +61,14 @@ class LowerLayerProvider:
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
         self.volumes = HostVolumes(entry.name, self._call)
+        self.objects = HostObjects(entry.name, self._call)
 
     async def features(self) -> dict[str, str]:
         """What the host says of itself."""
         info = await self._info()
         kvm = "" if info.accelerator == "kvm" else f"its accelerator is {info.accelerator}"
-        silent = {"kvm": kvm, "volumes": "the host does not say that it has any"}
+        unsaid = "the host does not say that it has any"
+        silent = {"kvm": kvm, "volumes": unsaid, "objects": unsaid}
         return dict.fromkeys(FEATURES, "") | silent | info.features
 
     async def hosts(self) -> list[HostCapacity]:
@@ -117,6 +121,11 @@ class LowerLayerProvider:
         connection = await self._connected()
         async with connection.peer.open("platform.console", encode(ByName(name=name))) as stream:
             yield StreamConsole(stream)
+
+    async def services(self) -> list[tuple[str, ServiceStatus]]:
+        """All that the user domain has."""
+        listed: ServiceList = await self._call("service.list", Empty())
+        return [(self._entry.name, status) for status in listed.services]
 
     async def rendezvous(self, accept: Accept) -> None:
         """Keep connections parked for agents, until cancelled."""

@@ -77,6 +77,24 @@ class Front:
             raise
         return theirs.detach()
 
+    def accept(self, descriptor: int) -> None:
+        """Serve a client's connection, which is this one's from now on."""
+        connection = socket.socket(fileno=descriptor)
+        connection.setblocking(False)
+        try:
+            self._call(self._gate.accept(connection))
+        except BaseException:
+            connection.close()
+            raise
+
+    def present(self, context: ssl.SSLContext) -> None:
+        """Show clients that come from now on another certificate."""
+
+        async def change() -> None:
+            self._gate.context = context
+
+        self._call(change())
+
     def set_quotas(self, quotas: dict[str, int]) -> None:
         """The buckets that there are, and what each may hold."""
 

@@ -5,6 +5,8 @@
 | ``objects.start`` | ``directory``, ``capacity_bytes``, ``durable``, ``least`` | state |
 | ``objects.state`` | | state, position of the journal, bytes on the disk |
 | ``objects.connect`` | | a connected stream to the S3 port, which speaks TLS |
+| ``objects.accept`` | a client's connection, one descriptor | |
+| ``objects.present`` | key and chain for TLS, one descriptor | |
 | ``objects.credentials`` | ``name``, ``buckets``, ``generation`` | access key; the secret |
 | ``objects.revoke`` | ``name`` | |
 | ``bucket.apply`` | ``name``, ``quota_bytes``, ``versioning``, ``expire_days`` | the bucket's row |
@@ -95,6 +97,8 @@ class ObjectService:
             "objects.start": self._start,
             "objects.state": lambda _request: self._described(),
             "objects.connect": self._connect,
+            "objects.accept": self._accept,
+            "objects.present": self._present,
             "objects.credentials": self._credentials,
             "objects.revoke": self._revoke,
             "bucket.apply": self._apply,
@@ -206,6 +210,18 @@ class ObjectService:
 
     def _connect(self, _request: Request) -> Reply:
         return Reply(None, [self._running()[1].connect()])
+
+    def _accept(self, request: Request) -> None:
+        front = self._running()[1]
+        if len(request.descriptors) != 1:
+            raise Invalid("one descriptor is needed: the connection")
+        front.accept(*request.take())
+
+    def _present(self, request: Request) -> None:
+        if len(request.descriptors) != 1:
+            raise Invalid("one descriptor is needed: the TLS identity")
+        context = _context(_read(request.descriptors[0], MAX_IDENTITY_BYTES))
+        self._running()[1].present(context)
 
     def _credentials(self, request: Request) -> Reply:
         weed, front = self._ready()

@@ -3,8 +3,8 @@
 Pure: from hosts, environments and where things stand to an assignment, or to NoResources that
 says of each host why not. An EE that stands where it may stand is never moved. What fits anywhere
 is put where a platform stands already, on the emptiest one. What uses a volume goes where that is,
-and what shares one goes where the other is. The search takes back a choice when a
-later EE finds no room because of it, within a bounded number of steps.
+and what shares one goes where the other is; likewise all that use buckets. The search takes back a
+choice when a later EE finds no room because of it, within a bounded number of steps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,6 +38,7 @@ class Host:
     refusal: str = ""
     features: Mapping[str, str] = field(default_factory=dict)  # EE kind -> "" or why not
     volumes: str = ""  # why it has no volumes, or ""
+    objects: str = ""  # why it has no object store, or ""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -91,12 +92,14 @@ def place(
     hosts: Sequence[Host],
     standing: Mapping[str, HostKey] | None = None,
     volumes: Mapping[str, HostKey] | None = None,
+    store: HostKey | None = None,
 ) -> dict[str, HostKey]:
     """EE name -> (provider, host name) for every EE. Raises NoResources, with why per host.
 
-    ``standing`` is where EEs are; one that may stay there does. ``volumes`` is where volumes are.
+    ``standing`` is where EEs are; one that may stay there does. ``volumes`` is where volumes are,
+    ``store`` where the object store is.
     """
-    return _Search(hosts, standing or {}, volumes or {}).run(instances_of(environments))
+    return _Search(hosts, standing or {}, volumes or {}, store).run(instances_of(environments))
 
 
 class _Search:
@@ -105,10 +108,11 @@ class _Search:
         hosts: Sequence[Host],
         standing: Mapping[str, HostKey],
         volumes: Mapping[str, HostKey],
+        store: HostKey | None,
     ) -> None:
         self._hosts = list(hosts)
         self._by_key = {host.key: host for host in hosts}
-        self._standing, self._volumes = standing, volumes
+        self._standing, self._volumes, self._store = standing, volumes, store
         self._loads = {host.key: _Load() for host in hosts}
         self._placed: dict[str, HostKey] = {}
         self._worst: tuple[int, NoResources] | None = None
@@ -183,6 +187,7 @@ class _Search:
             or self._platform_refused(host)
             or _size_refused(instance, host)
             or self._volumes_refused(instance, host)
+            or self._store_refused(instance, host)
             or self._full(instance, host)
             or self._crowded(instance, host)
         )
@@ -202,6 +207,23 @@ class _Search:
         if len(there | wanted) > VOLUME_SLOTS:
             return f"a platform takes {VOLUME_SLOTS} volumes, {len(there)} are in use there"
         return ""
+
+    def _store_refused(self, instance: Instance, host: Host) -> str:
+        if not instance.environment.buckets:
+            return ""
+        if host.objects:
+            return f"its provider has no object store: {host.objects}"
+        place = self._store or self._with_buckets()
+        if place is not None and place != host.key:
+            return f"its buckets are at {'/'.join(place)}"
+        return ""
+
+    def _with_buckets(self) -> HostKey | None:
+        """Where another EE that uses buckets has been put."""
+        for key, load in self._loads.items():
+            if any(other.environment.buckets for other in load.instances):
+                return key
+        return None
 
     def _shared(self, volume: str) -> HostKey | None:
         """Where another EE that shares the volume has been put."""
@@ -270,6 +292,8 @@ def _no_resources(instance: Instance, refusals: Mapping[HostKey, str]) -> NoReso
     hint += "or enlarge `platform` or the quota"
     if instance.volumes:
         hint += "; a volume stays where it is until it is deleted (supercloud volumes)"
+    if instance.environment.buckets:
+        hint += "; all buckets of a U-Cloud are on one host (supercloud buckets)"
     return NoResources(
         f"no host can take environment {instance.name}: " + ("; ".join(shown) or "no hosts"),
         hint=hint,

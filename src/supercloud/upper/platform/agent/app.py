@@ -63,7 +63,8 @@ def run() -> int:
     log.info("platform %s of %s; link %s, uplink %s", boot.platform, boot.ucloud,
              link_nic and link_nic.name, uplink_nic and uplink_nic.name)  # fmt: skip
     way_out = uplink.Uplink(uplink_nic) if uplink_nic else None
-    asyncio.run(Agent(boot, way_out, cloned=waiting is not None).run())
+    link_name = link_nic.name if link_nic else ""
+    asyncio.run(Agent(boot, way_out, link_name, cloned=waiting is not None).run())
     return 0
 
 
@@ -80,9 +81,14 @@ class Agent:
     """The composition root."""
 
     def __init__(
-        self, boot: BootData, way_out: uplink.Uplink | None, *, cloned: bool = False
+        self,
+        boot: BootData,
+        way_out: uplink.Uplink | None,
+        link_nic: str,
+        *,
+        cloned: bool = False,
     ) -> None:
-        self._boot, self._uplink, self._cloned = boot, way_out, cloned
+        self._boot, self._uplink, self._link_nic, self._cloned = boot, way_out, link_nic, cloned
         self._accelerator, self._scratch = Accelerator(), Scratch()
         self._link: Link | None = None
         self._leasing: asyncio.Task[None] | None = None
@@ -95,9 +101,8 @@ class Agent:
             blobs, networks.Networks(), self._scratch, self._accelerator, Volumes(Disks())
         )
         way_out = self._uplink.nic.name if self._uplink else "none"
-        self._manager = Manager(
-            services, Names(self._boot.ucloud), way_out, self._report, self._event
-        )
+        names, link_nic = Names(self._boot.ucloud), self._link_nic
+        self._manager = Manager(services, names, way_out, link_nic, self._report, self._event)
         methods = Methods(self._manager)
         link.handlers = handlers(CONTROL_TO_AGENT, methods.table())
         link.make_key()

@@ -81,10 +81,14 @@ class Container:
         resolvers = "".join(f"nameserver {nic.gateway}\n" for nic in spec.nics[:1])
         own = "".join(f"{nic.address.partition('/')[0]} {spec.name}\n" for nic in spec.nics[:1])
         local = "127.0.0.1 localhost\n::1 localhost\n"
+        if spec.objects:
+            own += "".join(f"{nic.gateway} {spec.objects.server_name}\n" for nic in spec.nics[:1])
         for name, text in (
             ("resolv.conf", resolvers), ("hosts", local + own), ("hostname", f"{spec.name}\n"),
         ):  # fmt: skip
             write_private(f"{place}/{name}", text, 0o644)
+        if spec.objects:
+            write_private(f"{place}/{oci.CA_FILE}", spec.objects.ca_pem, 0o644)
         first = oci.first_process(spec, self._user())
         text = oci.config(spec, first, root=self.root, place=place, cgroup=f"/ee/{spec.uid}")
         write_private(f"{place}/config.json", text)
@@ -165,7 +169,8 @@ class Container:
         """The OCI process (JSON) for a program run beside the first one, under the same limits."""
         image, own = self.spec.image.process, self.spec.process
         who = users.resolve(user or own.user or image.user, self.root)
-        lines = oci.environment(image.env, own.env, env, home=who.home)
+        store = oci.store_variables(self.spec)
+        lines = oci.environment(image.env, store, own.env, env, home=who.home)
         place = workdir or own.workdir or image.workdir
         return json.dumps(oci.process(argv, lines, place, who, terminal=terminal))
 

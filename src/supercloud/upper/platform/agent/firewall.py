@@ -1,18 +1,22 @@
 """The platform's nftables rules as one text, replaced as a whole by one ``nft -f``.
 
 EEs reach the world by the uplink and each other inside their network. They reach of the platform
-only DNS, DHCP and echo at their gateway; never the link, the metadata range or another network.
-The uids that VM engines run as may open no socket to anywhere. A port that is not published says so
-at once, instead of letting its caller wait.
+only DNS, DHCP and echo at their gateway; those that use buckets, their object store too, which is a
+port of the gateway that leads over the link to one of the rendezvous' address; never the link, the
+metadata range or another network. The uids that VM engines run as may open no socket to anywhere.
+A port that is not published says so at once, instead of letting its caller wait.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from supercloud.upper.platform.agent.networks import Network
 from supercloud.upper.platform.agent.processes import run
+from supercloud.wire.objects import LINK_PORT, PORT
 
 TABLE = "supercloud"
+STORE_ADDRESS = "169.254.77.1"
 VM_UIDS = (0x7000_0000, 0x7FFF_FFFF)
 FORBIDDEN = "{ 127.0.0.0/8, 169.254.0.0/16, 224.0.0.0/4 }"
 
@@ -31,7 +35,20 @@ def _map(name: str, entries: list[str]) -> str:
     return f"map {name} {{ type inet_service : ipv4_addr . inet_service; {elements} }}"
 
 
-def ruleset(uplink: str, networks: Iterable[Network], published: Iterable[Publication]) -> str:
+@dataclass(frozen=True, slots=True)
+class StoreWay:
+    """How ``clients`` (addresses of EEs) get to the object store: over the NIC ``link``."""
+
+    link: str
+    clients: Sequence[str]
+
+
+def ruleset(
+    uplink: str,
+    networks: Iterable[Network],
+    published: Iterable[Publication],
+    store: StoreWay | None = None,
+) -> str:
     """The text for ``nft -f``. All values must have been validated: they are pasted in."""
     maps: dict[str, list[str]] = {"tcp": [], "udp": []}
     for one in sorted(published):
@@ -41,6 +58,7 @@ def ruleset(uplink: str, networks: Iterable[Network], published: Iterable[Public
     masquerade = f'ip saddr {{ {ranges} }} oifname "{uplink}" masquerade' if ranges else ""
     same = "\n    ".join(f'iifname "{n.bridge}" oifname "{n.bridge}" accept' for n in ordered)
     own = "\n    ".join(_at_gateway(network) for network in ordered)
+    to_store = _StoreRules.of(store, [str(network.gateway.ip) for network in ordered])
     return f"""destroy table inet {TABLE}
 table inet {TABLE} {{
   {_map("to_tcp", maps["tcp"])}
@@ -49,15 +67,18 @@ table inet {TABLE} {{
     type nat hook prerouting priority dstnat; policy accept;
     iifname "{uplink}" dnat ip to tcp dport map @to_tcp
     iifname "{uplink}" dnat ip to udp dport map @to_udp
+    {to_store.there}
   }}
   chain postrouting {{
     type nat hook postrouting priority srcnat; policy accept;
     {masquerade}
+    {to_store.from_us}
   }}
   chain forward {{
     type filter hook forward priority filter; policy drop;
     ct state established,related accept
     iifname "{uplink}" ct status dnat accept
+    {to_store.through}
     {same}
     iifname "ee*" oifname "{uplink}" ip daddr != {FORBIDDEN} accept
   }}
@@ -77,6 +98,26 @@ table inet {TABLE} {{
   }}
 }}
 """
+
+
+@dataclass(frozen=True, slots=True)
+class _StoreRules:
+    there: str = ""
+    from_us: str = ""
+    through: str = ""
+
+    @classmethod
+    def of(cls, store: StoreWay | None, gateways: Sequence[str]) -> "_StoreRules":
+        if store is None or not store.clients or not gateways:
+            return cls()
+        at = f"ip daddr {STORE_ADDRESS} tcp dport {LINK_PORT}"
+        who = f'iifname "ee*" ip saddr {{ {", ".join(sorted(store.clients))} }}'
+        gate = f"ip daddr {{ {', '.join(gateways)} }} tcp dport {PORT}"
+        return cls(
+            there=f"{who} {gate} dnat ip to {STORE_ADDRESS}:{LINK_PORT}",
+            from_us=f'oifname "{store.link}" {at} masquerade',
+            through=f'{who} oifname "{store.link}" {at} ct status dnat accept',
+        )
 
 
 def _at_gateway(network: Network) -> str:

@@ -10,7 +10,7 @@ from supercloud.model.errors import Invalid, NotFound, SupercloudError
 from supercloud.upper.platform.agent import cgroups, paths, rootfs, volumes
 from supercloud.upper.platform.agent.container import Container
 from supercloud.upper.platform.agent.engine import Places, Services, digests
-from supercloud.upper.platform.agent.firewall import Firewall, Publication, ruleset
+from supercloud.upper.platform.agent.firewall import Firewall, Publication, StoreWay, ruleset
 from supercloud.upper.platform.agent.machine import Machine
 from supercloud.upper.platform.agent.names import Names
 from supercloud.upper.platform.agent.namespaces import IDS_PER_ENVIRONMENT
@@ -29,13 +29,17 @@ log = logging.getLogger("supercloud.agent.manager")
 
 
 class Manager:
-    """``report`` and ``event`` are called with what the control plane should hear at once."""
+    """``report`` and ``event`` are called with what the control plane should hear at once.
+
+    ``uplink`` and ``link`` are names of NICs; "" is no link.
+    """
 
     def __init__(
-        self, services: Services, names: Names, uplink: str,
+        self, services: Services, names: Names, uplink: str, link: str,
         report: Callable[[PlatformReport], None], event: Callable[..., None],
     ) -> None:  # fmt: skip
-        self._services, self._names, self._uplink = services, names, uplink
+        self._services, self._names = services, names
+        self._uplink, self._link = uplink, link
         self._report, self._event = report, event
         self._firewall = Firewall()
         self._workers: dict[str, Worker] = {}  # by uid
@@ -207,7 +211,8 @@ class Manager:
         networks = self._services.networks
         networks.ensure(self._all_specs(specs))
         found = list(networks.by_name.values())
-        text = ruleset(self._uplink, found, publications(specs))
+        store = StoreWay(self._link, store_clients(specs)) if self._link else None
+        text = ruleset(self._uplink, found, publications(specs), store)
         names = self._names.apply(found, specs, desired.names)
         await asyncio.gather(self._firewall.apply(text), names)
 
@@ -227,6 +232,11 @@ def publications(specs: list[EnvironmentSpec]) -> list[Publication]:
         for port in spec.ports
         if port.host_port and spec.nics
     ]
+
+
+def store_clients(specs: list[EnvironmentSpec]) -> list[str]:
+    """Addresses of the EEs that may reach the object store."""
+    return [str(check_nic(nic).ip) for spec in specs if spec.objects for nic in spec.nics]
 
 
 def _check(desired: Apply) -> None:

@@ -9,6 +9,7 @@ from supercloud.model.errors import Invalid
 from supercloud.upper.platform.agent.users import User
 from supercloud.upper.platform.agent.volumes import view
 from supercloud.wire.messages import EnvironmentSpec
+from supercloud.wire.objects import PORT
 
 # Well below Docker's fourteen: no raw sockets, device nodes, chroot, file capabilities, audit.
 CAPABILITIES = (
@@ -45,6 +46,8 @@ MOUNTS = (
     _mount("/sys/fs/cgroup", "cgroup", "nosuid,noexec,nodev,relatime,ro"),
 )
 FILES = ("resolv.conf", "hosts", "hostname")
+CA_FILE = "supercloud-ca.pem"
+"""In ``/etc``: the U-Cloud's root certificate, of an EE that uses its object store."""
 
 
 def environment(*layers: Mapping[str, str], home: str) -> list[str]:
@@ -56,6 +59,20 @@ def environment(*layers: Mapping[str, str], home: str) -> list[str]:
         if not name or "=" in name or "\0" in name + value:
             raise Invalid(f"{name!r:.80} cannot be an environment variable")
     return [f"{name}={value}" for name, value in merged.items()]
+
+
+def store_variables(spec: EnvironmentSpec) -> dict[str, str]:
+    """By which S3 clients find the object store, and who they are there."""
+    objects = spec.objects
+    if objects is None:
+        return {}
+    return {
+        "AWS_ENDPOINT_URL": f"https://{objects.server_name}:{PORT}",
+        "AWS_ACCESS_KEY_ID": objects.access_key,
+        "AWS_SECRET_ACCESS_KEY": objects.secret_key,
+        "AWS_REGION": objects.region,
+        "AWS_CA_BUNDLE": f"/etc/{CA_FILE}",
+    }
 
 
 def process(
@@ -84,7 +101,7 @@ def process(
 def first_process(spec: EnvironmentSpec, user: User) -> dict[str, Any]:
     """What the EE runs: its own wishes over the image's."""
     image, own = spec.image.process, spec.process
-    env = environment(image.env, own.env, home=user.home)
+    env = environment(image.env, store_variables(spec), own.env, home=user.home)
     return process(own.argv or image.argv, env, own.workdir or image.workdir, user)
 
 
@@ -121,8 +138,9 @@ def config(
     namespaces = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "cgroup")]
     namespaces += [{"type": kind, "path": f"{place}/ns/{name}"}
                    for kind, name in (("user", "user"), ("network", "net"))]  # fmt: skip
+    files = [*FILES, CA_FILE] if spec.objects else FILES
     binds = [_mount(f"/etc/{name}", "bind", "bind,ro,nosuid,nodev,noexec", f"{place}/{name}")
-             for name in FILES]  # fmt: skip
+             for name in files]  # fmt: skip
     value = {
         "ociVersion": "1.0.2",
         "process": first,

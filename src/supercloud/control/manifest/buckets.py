@@ -1,0 +1,44 @@
+"""What is wrong with the buckets of a manifest, and with who uses them."""
+
+from collections.abc import Sequence
+
+from supercloud.control.manifest.problems import Problems
+from supercloud.model.resources import Bucket, Environment
+from supercloud.model.sizes import format_size
+
+STORE_MAX_BYTES = 1 << 44
+"""All buckets of a U-Cloud are in one store; it has room for so much."""
+
+RESERVED = "supercloud-ready"
+"""The store's own."""
+
+
+def check(
+    buckets: Sequence[tuple[int, Bucket]],
+    environments: Sequence[tuple[int, Environment]],
+    problems: Problems,
+) -> None:
+    """Note every problem; each bucket and environment comes with its place in the manifest."""
+    total_bytes = 0
+    for index, bucket in buckets:
+        total_bytes += bucket.quota_bytes
+        if bucket.name == RESERVED:
+            problems.at_path(f"buckets[{index}].name", f"found {RESERVED!r}, the store's own")
+        if total_bytes > STORE_MAX_BYTES:
+            message = f"with it all are {format_size(total_bytes)}, allowed are at most "
+            message += f"{format_size(STORE_MAX_BYTES)} for the buckets of a U-Cloud"
+            problems.at_path(f"buckets[{index}].quota", message)
+            break
+    for index, environment in environments:
+        _uses(f"environments[{index}]", environment, problems)
+
+
+def _uses(path: str, environment: Environment, problems: Problems) -> None:
+    seen: set[str] = set()
+    if environment.buckets and environment.kind == "vm":
+        message = "is for containers only: a virtual machine gets no environment variables"
+        problems.at_path(f"{path}.buckets", message, hint="use the bucket from a container")
+    for number, use in enumerate(environment.buckets):
+        if use.name in seen:
+            problems.at_path(f"{path}.buckets[{number}].name", f"found {use.name!r} twice")
+        seen.add(use.name)

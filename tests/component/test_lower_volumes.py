@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from supercloud.model.errors import Denied, Exists, Invalid, NoResources, NotFound
-from support.lower import ControlPlane, RunningHost, patient, running_host
+from support.lower import ControlPlane, RunningHost, patient, pids_of_session, running_host
 
 pytestmark = [pytest.mark.root]
 
@@ -183,6 +183,50 @@ async def test_a_service_that_dies_fails_what_was_open_and_can_be_had_again(
     assert service in now["reason"]
     again = await patient(lambda: served(user, status["seal"]))
     assert (again["state"], again["seal"]["epoch"]) == ("served", status["seal"]["epoch"] + 1)
+
+
+def children_of(host: RunningHost, domain: str, program: str) -> list[int]:
+    found = pids_of_session(host.pid_of(domain))
+    return [pid for pid in found if program in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+async def until(user: ControlPlane, state: str) -> Any:
+    deadline = time.monotonic() + 30
+    while True:
+        (now,) = (await user.call("volume.list"))["volumes"]
+        if now["state"] == state:
+            return now
+        assert time.monotonic() < deadline, now
+
+
+async def failed(host: RunningHost, user: ControlPlane) -> Any:
+    """A volume whose storage daemon was killed: its device is open still."""
+    status = await served(user)
+    (daemon,) = children_of(host, "block:demo", "qemu-storage-daemon")
+    os.kill(daemon, 9)
+    assert "storage daemon" in (await until(user, "failed"))["reason"]
+    return status
+
+
+def held(host: RunningHost) -> list[str]:
+    """Backing files that the protection service has open."""
+    numbers = Path(f"/proc/{host.pid_of('protection:demo')}/fd")
+    files = [os.readlink(number) for number in numbers.iterdir()]
+    return [file for file in files if "volume:" in file]
+
+
+@pytest.mark.parametrize("method", ["close", "delete"])
+async def test_nothing_of_a_failed_volume_stays_open_when_it_is_given_up(
+    host: RunningHost, user: ControlPlane, method: str
+) -> None:
+    status = await failed(host, user)
+    assert held(host)
+    await user.call(f"volume.{method}", {"name": "data"})
+    assert held(host) == []
+    if method == "close":
+        assert (await until(user, "closed"))["reason"] == ""
+        again = await served(user, status["seal"])
+        assert again["seal"]["epoch"] == status["seal"]["epoch"] + 1
 
 
 async def test_the_users_domain_may_die_while_a_volume_is_served(

@@ -76,8 +76,7 @@ class Layers:
             secret = _secret(key)
             opened.callback(os.close, secret)
             passed, device = [made.descriptors[0], secret], {"device": spec.name}
-            with contextlib.suppress(NotFound):  # of an opening that failed further up
-                await self._ask(PROTECTION, "device.close", device)
+            await self.put_away(spec.name)
             if not seal.root:
                 asked = {**device, "size_bytes": size}
                 seal = _seal(await self._ask(PROTECTION, "device.create", asked, passed))
@@ -93,9 +92,20 @@ class Layers:
 
     async def close(self, name: str) -> Seal:
         """Close both layers; the device's final seal."""
-        with contextlib.suppress(SupercloudError):  # it was not served yet
+        with contextlib.suppress(NotFound):  # it was not served yet
             await self._ask(BLOCKS, "volume.close", {"volume": name})
         return _seal(await self._ask(PROTECTION, "device.close", {"device": name}))
+
+    async def put_away(self, name: str) -> Seal:
+        """Close what is left of an opening that has failed, as far as it can be; its last seal."""
+        if self._services.is_running(BLOCKS):
+            for method in ("volume.detach", "volume.close"):
+                with contextlib.suppress(SupercloudError):
+                    await self._ask(BLOCKS, method, {"volume": name})
+        if self._services.is_running(PROTECTION):
+            with contextlib.suppress(SupercloudError):
+                return _seal(await self._ask(PROTECTION, "device.close", {"device": name}))
+        return Seal()
 
     async def delete(self, name: str) -> None:
         """Give the backing file back."""

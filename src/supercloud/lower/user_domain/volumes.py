@@ -32,6 +32,7 @@ from supercloud.model.errors import (
 from supercloud.model.events import Severity
 from supercloud.wire.volumes import (
     VOLUME_SLOTS,
+    Seal,
     VolumeAttach,
     VolumeOpen,
     VolumeServe,
@@ -133,11 +134,21 @@ class Volumes:
         async with self._found(name) as volume:
             if volume.state == "attached":
                 raise BadState(f"volume {name} is attached to {volume.platform}")
-            if volume.state not in IN_USE:
+            if volume.state not in (*IN_USE, "failed"):
                 return volume.status()
-            seal = await self._layers.close(name)
+            seal = await self._close(volume)
             self._go(volume, "closed")
             return volume.status(seal=seal)
+
+    async def _close(self, volume: Volume) -> Seal:
+        """A second try closes what the first one has left."""
+        if volume.state == "failed":
+            return await self._layers.put_away(volume.spec.name)
+        try:
+            return await self._layers.close(volume.spec.name)
+        except SupercloudError as error:
+            self._go(volume, "failed", f"it could not be closed in order: {error}")
+            raise
 
     async def delete(self, name: str) -> None:
         """With all that is in it; nothing when it is not there. BadState when attached."""
@@ -147,9 +158,7 @@ class Volumes:
                 return
             if volume.state == "attached":
                 raise BadState(f"volume {name} is attached to {volume.platform}")
-            if volume.state in IN_USE:
-                with contextlib.suppress(SupercloudError):  # what is in it is not wanted any more
-                    await self._layers.close(name)
+            await self._layers.put_away(name)  # what is in it is not wanted any more
             if volume.state != "deleting":
                 self._go(volume, "deleting")
             await self._layers.delete(name)

@@ -1,8 +1,10 @@
 """Volumes on a really running host: opened in two steps, served by the user's own services."""
 
+import asyncio
 import base64
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -242,6 +244,26 @@ async def test_the_users_domain_may_die_while_a_volume_is_served(
     assert now["state"] == "served"
     assert now["seal"]["epoch"] == before["seal"]["epoch"]
     assert (await user.call("volume.close", {"name": "data"}))["state"] == "closed"
+
+
+@pytest.mark.parametrize("what", ["protection", "block", "daemon"])
+async def test_what_dies_while_the_users_domain_is_away_is_noticed(
+    host: RunningHost, user: ControlPlane, what: str
+) -> None:
+    before = await served(user)
+    away = host.pid_of("user:demo")
+    os.kill(away, signal.SIGSTOP)
+    pids = children_of(host, "block:demo", "qemu-storage-daemon")
+    (dying,) = pids if what == "daemon" else [host.pid_of(f"{what}:demo")]
+    os.kill(dying, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{dying}").exists():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+    os.kill(away, signal.SIGKILL)
+    await patient(lambda: until(user, "failed" if what == "daemon" else "closed"))
+    again = await served(user, before["seal"])
+    assert (again["state"], again["seal"]["epoch"]) == ("served", before["seal"]["epoch"] + 1)
 
 
 async def test_a_removed_user_leaves_no_volume(host: RunningHost, tmp_path: Path) -> None:

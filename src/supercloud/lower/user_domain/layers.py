@@ -59,6 +59,16 @@ class Layers:
             facts["snapshots"] = [str(one["snapshot"]) for one in listed["snapshots"]]
         return facts
 
+    async def lost(self, name: str, state: str) -> str:
+        """What is not there any more of a volume in that state; empty when it is whole."""
+        if name not in await self._ask(PROTECTION, "device.list", {}):
+            return "its device is not open any more"
+        if state != "opened":
+            listed = await self._ask(BLOCKS, "volume.list", {})
+            if name not in listed["volumes"]:
+                return "its storage daemon ended"
+        return ""
+
     async def open(self, spec: VolumeSpec, key: bytes, seal: Seal) -> Seal:
         """The device, made if ``seal`` is of none; the seal to keep before it is served.
 

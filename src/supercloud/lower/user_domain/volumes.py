@@ -43,6 +43,9 @@ from supercloud.wire.volumes import (
 
 SIZE_UNIT_BYTES: Final = 4096
 IN_USE: Final = ("opened", "served", "attached")
+KINDS: Final = ("protection", "block")
+"""The services that volumes are made of."""
+
 Machine = Callable[[str], Awaitable[Channel]]
 """The monitor of a running platform by name; NotFound, BadState."""
 
@@ -267,23 +270,36 @@ class Volumes:
     async def adopt(self, running: set[str]) -> None:
         """Take up what is open; ``running`` are the platforms that live."""
         self._services.reserve()
-        alive = all(self._services.is_running(kind) for kind in ("protection", "block"))
-        for volume in list(self._records.by_name.values()):
+        alive = all(self._services.is_running(kind) for kind in KINDS)
+        for kind in () if alive else KINDS:
+            self._services.end(kind)  # the one is of no use without the other
+        for name, volume in list(self._records.by_name.items()):
             if volume.state == "deleting":
-                await self.delete(volume.spec.name)
+                with contextlib.suppress(SupercloudError):  # it is asked for again
+                    await self.delete(name)
             elif volume.state in IN_USE and not alive:
                 self._go(volume, "closed", "the host was started anew")
         for platform in {v.platform for v in self._records.by_name.values()} - running - {""}:
             await self.platform_ended(platform)
         if alive:
             self._layers.join()
+            for volume in self._records.by_name.values():
+                self._in_background(self._look_after(volume))
+
+    async def _look_after(self, volume: Volume) -> None:
+        """What was lost while nobody was there to be told."""
+        with contextlib.suppress(SupercloudError):
+            if volume.state in IN_USE:
+                lost = await self._layers.lost(volume.spec.name, volume.state)
+                if lost:
+                    await self._lost(volume, lost)
 
     def service_ended(self, entry: str) -> bool:
         """A domain died: True when it was one of the services. All that was open has failed."""
         kind = self._services.kind_of(entry)
         if not kind:
             return False
-        for other in ("protection", "block"):
+        for other in KINDS:
             self._services.end(other)  # the one is of no use without the other
         for volume in self._records.by_name.values():
             if volume.state in IN_USE:
@@ -304,17 +320,19 @@ class Volumes:
         elif method == "volume.damaged":
             self._warn(volume, "damaged", reason)
         elif method == "volume.lost" and volume.state in IN_USE:
-            self._in_background(self._lost(volume, reason))
+            self._in_background(self._lost(volume, f"its storage daemon ended: {reason}"))
 
     async def _lost(self, volume: Volume, reason: str) -> None:
-        """Its storage daemon has ended: its platform gets I/O errors until it is there again."""
+        """Something of it is gone: its platform gets I/O errors until it is there again."""
         async with self._lock(volume.spec.name):
+            if volume.state not in IN_USE:
+                return  # it was closed meanwhile
             if volume.state == "attached":
                 with contextlib.suppress(SupercloudError):
                     await self._layers.unplug(
                         volume.spec.name, await self._machine(volume.platform)
                     )
-            self._go(volume, "failed", f"its storage daemon ended: {reason}")
+            self._go(volume, "failed", reason)
 
     def _warn(self, volume: Volume, code: str, message: str) -> None:
         subject = f"volume/{volume.spec.name}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from supercloud.model.errors import Denied, Exists, Invalid, NoResources, NotFound
+from supercloud.model.errors import Denied, Exists, Invalid, NoResources, NotFound, SupercloudError
 from support.lower import ControlPlane, RunningHost, patient, pids_of_session, running_host
 
 pytestmark = [pytest.mark.root]
@@ -158,6 +158,27 @@ async def test_it_grows_and_is_charged_for_it(host: RunningHost, user: ControlPl
         await user.call("volume.change", spec(size_bytes=64 * MIB))
     with pytest.raises(NoResources):
         await user.call("volume.change", spec(size_bytes=1 << 30))
+
+
+async def test_a_growing_that_is_cut_short_loses_nothing(
+    host: RunningHost, user: ControlPlane
+) -> None:
+    before, size = await served(user), backing(host).stat().st_size
+    protection = host.pid_of("protection:demo")
+    os.kill(protection, signal.SIGSTOP)
+    growing = asyncio.ensure_future(user.call("volume.change", spec(size_bytes=96 * MIB)))
+    deadline = time.monotonic() + 30
+    while backing(host).stat().st_size == size:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+    os.kill(host.pid_of("user:demo"), signal.SIGKILL)
+    with pytest.raises(SupercloudError):
+        await growing
+    os.kill(protection, signal.SIGCONT)
+    await patient(lambda: user.call("volume.close", {"name": "data"}))
+    await served(user, before["seal"])
+    grown = await user.call("volume.change", spec(size_bytes=96 * MIB))
+    assert (grown["size_bytes"], used(host)) == (96 * MIB, backing(host).stat().st_size)
 
 
 async def test_snapshots_are_made_listed_and_deleted(user: ControlPlane) -> None:

@@ -11,7 +11,14 @@ from typing import Any, Final
 
 from supercloud.lower.user_domain.channel import Channel
 from supercloud.lower.user_domain.services import Services
-from supercloud.model.errors import BadState, Exists, NotFound, SupercloudError, Temporary
+from supercloud.model.errors import (
+    BadState,
+    Exists,
+    NotFound,
+    Permanent,
+    SupercloudError,
+    Temporary,
+)
 from supercloud.services.block import capacity
 from supercloud.services.protection.format import BLOCK, backing_blocks
 from supercloud.wire.codec import decode, encode
@@ -74,24 +81,33 @@ class Layers:
 
         Denied when it is not the device that ``seal`` is of, NotFound when there is none.
         """
-        size = device_bytes(spec)
-        asked = {"use": "volume", "name": spec.name, "size_bytes": _backing_bytes(size)}
-        made = await self._disk.call("disk.create", asked)
+        size, given = device_bytes(spec), await self._backing(spec, new=not seal.root)
         with contextlib.ExitStack() as opened:
-            for descriptor in made.descriptors:
+            for descriptor in given:
                 opened.callback(os.close, descriptor)
-            if seal.root and made.result["made"]:
-                await self.delete(spec.name)
-                raise NotFound(f"the backing of volume {spec.name} is gone from this host")
+            if len(given) != 1:
+                raise Permanent(f"the provider's driver gave no backing for volume {spec.name}")
             secret = _secret(key)
             opened.callback(os.close, secret)
-            passed, device = [made.descriptors[0], secret], {"device": spec.name}
+            passed, device = [*given, secret], {"device": spec.name}
             await self.put_away(spec.name)
             if not seal.root:
                 asked = {**device, "size_bytes": size}
                 seal = _seal(await self._ask(PROTECTION, "device.create", asked, passed))
             asked = {**device, "cache_bytes": CACHE_BYTES, **encode(seal)}
             return _seal(await self._ask(PROTECTION, "device.prepare", asked, passed))
+
+    async def _backing(self, spec: VolumeSpec, *, new: bool) -> list[int]:
+        """It may be larger than ``spec`` says, after a growing that failed half-way."""
+        asked: dict[str, Any] = {"use": "volume", "name": spec.name}
+        if new:
+            asked["size_bytes"] = _backing_bytes(device_bytes(spec))
+            return (await self._disk.call("disk.create", asked)).descriptors
+        try:
+            return (await self._disk.call("disk.open", asked)).descriptors
+        except NotFound as error:
+            message = f"the backing of volume {spec.name} is gone from this host"
+            raise NotFound(message) from error
 
     async def serve(self, spec: VolumeSpec, epoch: int, *, new: bool) -> None:
         """Let the block service have it."""
@@ -167,9 +183,12 @@ class Layers:
                 raise BadState(f"volume {name} is attached", hint="it grows when nothing uses it")
             asked = {"use": "volume", "name": name, "size_bytes": _backing_bytes(size)}
             await self._disk.result("disk.grow", asked)
-            await self._ask(BLOCKS, "volume.close", {"volume": name})
-            await self._ask(PROTECTION, "device.grow", {"device": name, "size_bytes": size})
-            await self._open_volume("volume.open", old)
+            with contextlib.suppress(NotFound):  # it was closed by an attempt that failed
+                await self._ask(BLOCKS, "volume.close", {"volume": name})
+            try:
+                await self._ask(PROTECTION, "device.grow", {"device": name, "size_bytes": size})
+            finally:
+                await self._open_volume("volume.open", old)
             if new.format != "raw":  # a raw volume is its device
                 asked = {"volume": name, "size_bytes": new.size_bytes}
                 await self._ask(BLOCKS, "volume.grow", asked)

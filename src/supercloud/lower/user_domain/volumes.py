@@ -234,7 +234,11 @@ class Volumes:
     async def _change(self, volume: Volume, spec: VolumeSpec) -> None:
         if volume.spec == spec:
             return
-        await self._layers.change(volume.spec, spec, attached=volume.state == "attached")
+        try:
+            await self._layers.change(volume.spec, spec, attached=volume.state == "attached")
+        except SupercloudError:
+            self._in_background(self._look_after(volume))
+            raise
         volume.spec = spec
         self._records.put(volume)
         self._say(volume, "changed")
@@ -287,7 +291,7 @@ class Volumes:
                 self._in_background(self._look_after(volume))
 
     async def _look_after(self, volume: Volume) -> None:
-        """What was lost while nobody was there to be told."""
+        """What was lost, and nobody was there to be told."""
         with contextlib.suppress(SupercloudError):
             if volume.state in IN_USE:
                 lost = await self._layers.lost(volume.spec.name, volume.state)

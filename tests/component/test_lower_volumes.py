@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from supercloud.model.errors import Denied, Exists, Invalid, NoResources, NotFound, SupercloudError
+from supercloud.services.protection.format import BLOCK, FIRST_SLOT
 from support.lower import ControlPlane, RunningHost, patient, pids_of_session, running_host
 
 pytestmark = [pytest.mark.root]
@@ -179,6 +180,30 @@ async def test_a_growing_that_is_cut_short_loses_nothing(
     await served(user, before["seal"])
     grown = await user.call("volume.change", spec(size_bytes=96 * MIB))
     assert (grown["size_bytes"], used(host)) == (96 * MIB, backing(host).stat().st_size)
+
+
+async def test_a_growing_that_was_refused_is_not_forgotten(user: ControlPlane) -> None:
+    await served(user)
+    closed = await user.call("volume.close", {"name": "data"})
+    for _ in range(2):
+        with pytest.raises(NoResources):
+            await served(user, closed["seal"], size_bytes=1 << 30)
+    assert (await served(user, closed["seal"]))["size_bytes"] == 64 * MIB
+
+
+async def test_one_that_cannot_be_served_has_failed_and_says_why(
+    host: RunningHost, user: ControlPlane
+) -> None:
+    await served(user)
+    closed = await user.call("volume.close", {"name": "data"})
+    with backing(host).open("r+b") as file:  # where the image begins
+        os.pwrite(file.fileno(), bytes(64 * BLOCK), FIRST_SLOT * BLOCK)
+    status = await opened(user, closed["seal"])
+    with pytest.raises(SupercloudError):
+        await user.call("volume.serve", {"name": "data", "epoch": status["seal"]["epoch"]})
+    assert (await until(user, "failed"))["reason"]
+    await user.call("volume.delete", {"name": "data"})
+    assert held(host) == []
 
 
 async def test_snapshots_are_made_listed_and_deleted(user: ControlPlane) -> None:

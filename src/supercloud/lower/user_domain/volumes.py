@@ -90,6 +90,7 @@ class Volumes:
             if volume is not None:
                 _check_alike(volume, spec)
                 if volume.state in ("served", "attached"):
+                    volume.wanted = spec
                     return await self._status(volume)
                 if volume.used and not asked.seal.root:
                     raise Exists(
@@ -124,13 +125,21 @@ class Volumes:
             if volume.state == "opened":
                 if asked.epoch != volume.promised:
                     raise BadState(f"volume {asked.name} was opened for epoch {volume.promised}")
-                await self._layers.serve(volume.spec, asked.epoch, new=not volume.used)
-                volume.used = True
-                self._go(volume, "served")
+                await self._serve(volume)
+            if volume.state == "served":  # also when it could not be changed the last time
                 await self._change(volume, volume.wanted or volume.spec)
             if volume.state not in IN_USE:
                 raise BadState(f"volume {asked.name} is {volume.state}", hint="open it first")
             return await self._status(volume)
+
+    async def _serve(self, volume: Volume) -> None:
+        try:
+            await self._layers.serve(volume.spec, volume.promised, new=not volume.used)
+        except SupercloudError as error:
+            self._go(volume, "failed", f"it could not be served: {error}")
+            raise
+        volume.used = True
+        self._go(volume, "served")
 
     async def close(self, name: str) -> VolumeStatus:
         """What was written is on the disk, and the seal final. BadState when attached."""

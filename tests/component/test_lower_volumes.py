@@ -127,6 +127,8 @@ async def test_a_backing_that_is_gone_is_not_replaced_by_an_empty_one(
         (spec(size_bytes=1000), Invalid),
         (spec(name="../data"), Invalid),
         (spec(format="vmdk"), Invalid),
+        (spec(iops=5), Invalid),
+        (spec(bytes_per_s=1 << 42), Invalid),
     ],
 )
 async def test_what_cannot_be_had_leaves_nothing(
@@ -159,6 +161,10 @@ async def test_it_grows_and_is_charged_for_it(host: RunningHost, user: ControlPl
         await user.call("volume.change", spec(size_bytes=64 * MIB))
     with pytest.raises(NoResources):
         await user.call("volume.change", spec(size_bytes=1 << 30))
+    with pytest.raises(Invalid):
+        await user.call("volume.change", spec(size_bytes=128 * MIB, iops=5))
+    assert used(host) == backing(host).stat().st_size
+    assert (await user.call("volume.close", {"name": "data"}))["size_bytes"] == 96 * MIB
 
 
 async def test_a_growing_that_is_cut_short_loses_nothing(

@@ -46,6 +46,8 @@ def check(values: dict[str, Any], problems: Problems) -> None:
         if platform is not BAD:
             _fits(path, environment, platform, problems)
     volumes.check(environments, problems)
+    for index, volume in _good(values, "volumes"):
+        volumes.check_volume(f"volumes[{index}]", volume, problems)
 
 
 def _good(values: dict[str, Any], name: str) -> list[tuple[int, Any]]:

@@ -31,6 +31,8 @@ from supercloud.model.errors import (
 )
 from supercloud.model.events import Severity
 from supercloud.wire.volumes import (
+    LIMITS,
+    SIZE_UNIT_BYTES,
     VOLUME_SLOTS,
     Seal,
     VolumeAttach,
@@ -41,7 +43,6 @@ from supercloud.wire.volumes import (
     VolumeStatus,
 )
 
-SIZE_UNIT_BYTES: Final = 4096
 IN_USE: Final = ("opened", "served", "attached")
 KINDS: Final = ("protection", "block")
 """The services that volumes are made of."""
@@ -84,7 +85,7 @@ class Volumes:
     async def open(self, asked: VolumeOpen) -> VolumeStatus:
         """Have it, and its next epoch. Exists, NoResources, Denied (it is not what it was)."""
         key, spec = _key(asked), asked.spec
-        _check_size(spec)
+        _check_spec(spec)
         async with self._lock(spec.name):
             volume = self._records.by_name.get(spec.name)
             if volume is not None:
@@ -232,7 +233,7 @@ class Volumes:
 
     async def change(self, spec: VolumeSpec) -> VolumeStatus:
         """Grow it, or throttle it otherwise. Invalid when it would shrink."""
-        _check_size(spec)
+        _check_spec(spec)
         async with self._found(spec.name) as volume:
             _check_alike(volume, spec)
             if volume.state not in ("served", "attached"):
@@ -390,9 +391,12 @@ def _key(asked: VolumeOpen) -> bytes:
     return key
 
 
-def _check_size(spec: VolumeSpec) -> None:
+def _check_spec(spec: VolumeSpec) -> None:
     if spec.size_bytes % SIZE_UNIT_BYTES:
         raise Invalid(f"a volume is a multiple of {SIZE_UNIT_BYTES} bytes", where="size_bytes")
+    for name, (least, most) in LIMITS.items():
+        if (limit := getattr(spec, name)) and not least <= limit <= most:
+            raise Invalid(f"{name} must be 0 (no limit) or {least} to {most}", where=name)
 
 
 def _check_alike(volume: Volume, spec: VolumeSpec) -> None:

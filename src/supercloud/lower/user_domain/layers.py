@@ -156,6 +156,13 @@ class Layers:
                 os.close(descriptor)
         return mode
 
+    async def slots_beside(self, name: str, machine: Channel) -> set[int]:
+        """What is taken in the machine, once what an earlier attachment left of it is out."""
+        slots = await _plugged(machine)
+        if slots.pop(name, None) is not None:
+            await self.unplug(name, machine)
+        return set(slots.values())
+
     async def detach(self, name: str, machine: Channel | None) -> None:
         """Out of the machine, if it is still there."""
         if machine is not None:
@@ -169,11 +176,12 @@ class Layers:
             with contextlib.suppress(NotFound):
                 await machine.result("machine.detach", {"volume": name})
             for _ in range(UNPLUG_LOOKS):
-                listed = await machine.result("machine.disks")
-                if all(disk["volume"] != name for disk in listed["disks"]):
+                if name not in await _plugged(machine):
                     return
                 await asyncio.sleep(UNPLUG_LOOK_S)
-        raise Temporary(f"the platform does not let go of volume {name}")
+        raise Temporary(
+            f"the platform does not let go of volume {name}: it does when nothing there uses it"
+        )
 
     async def change(self, old: VolumeSpec, new: VolumeSpec, *, attached: bool) -> None:
         """Grow every layer from below, and throttle. BadState: attached, it cannot grow."""
@@ -234,6 +242,15 @@ class Layers:
         channel = self._services.start(kind)
         reply = await channel.call(method, parameters, given, timeout_s=TIMEOUT_S)
         return reply.descriptors
+
+
+async def _plugged(machine: Channel) -> dict[str, int]:
+    """The slots of the volumes that are in the machine, by its monitor."""
+    untrusted = await machine.result("machine.disks")
+    try:
+        return {str(disk["volume"]): int(disk["slot"]) for disk in untrusted["disks"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise Permanent("the platform's monitor does not say which volumes it has") from error
 
 
 def _seal(told: dict[str, Any]) -> Seal:

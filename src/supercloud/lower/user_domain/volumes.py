@@ -191,14 +191,15 @@ class Volumes:
                 raise BadState(f"volume {asked.name} is {volume.state}", hint="open it first")
             machine = await self._machine(asked.platform)
             async with self._lock(f"slots of {asked.platform}"):
-                slot = self._free_slot(asked.platform)
+                there = await self._layers.slots_beside(asked.name, machine)
+                slot = self._free_slot(asked.platform, there)
                 mode = await self._layers.attach(asked.name, asked.platform, machine, slot)
                 volume.platform, volume.slot, volume.mode = asked.platform, slot, mode
                 self._go(volume, "attached")
             return await self._status(volume)
 
-    def _free_slot(self, platform: str) -> int:
-        taken = {v.slot for v in self._records.by_name.values() if v.platform == platform}
+    def _free_slot(self, platform: str, taken: set[int]) -> int:
+        taken |= {v.slot for v in self._records.by_name.values() if v.platform == platform}
         for slot in range(1, VOLUME_SLOTS + 1):
             if slot not in taken:
                 return slot

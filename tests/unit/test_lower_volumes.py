@@ -13,7 +13,7 @@ from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.layers import Layers
 from supercloud.lower.user_domain.volumes import Volumes
 from supercloud.model.errors import BadState, Exists, NotFound, Permanent
-from supercloud.wire.portal import Reply
+from supercloud.wire.portal import Closed, Reply
 from supercloud.wire.volumes import Seal, VolumeAttach, VolumeOpen, VolumeServe, VolumeSpec
 
 SPEC = VolumeSpec(name="data", size_bytes=64 << 20)
@@ -149,4 +149,54 @@ async def test_a_monitor_that_answers_nonsense_is_an_error_that_says_so(
     world.machine.answers["machine.disks"] = nonsense
     with pytest.raises(Permanent, match="monitor"):
         await world.attach()
+    assert await world.state() == {"data": "served"}
+
+
+# -- what is given back
+
+
+async def test_a_new_one_that_cannot_be_given_back_is_when_it_is_asked_for_again(
+    world: World,
+) -> None:
+    world.protection.answers["device.prepare"] = Permanent("no")
+    world.disk.answers["disk.delete"] = Closed("the driver is away")
+    with pytest.raises(Permanent):
+        await world.open()
+    assert await world.state() == {"data": "deleting"}
+    world.protection.answers["device.prepare"] = SEALED
+    with pytest.raises(Closed):
+        await world.open()
+    with pytest.raises(Closed):
+        await world.volumes.delete("data")
+    world.disk.answers["disk.delete"] = {}
+    world.disk.heard.clear()
+    await world.open(VolumeSpec(name="data", size_bytes=128 << 20))
+    assert world.disk.heard == ["disk.delete", "disk.create"]
+    assert await world.state() == {"data": "opened"}
+
+
+async def test_one_that_is_being_deleted_is_not_opened_as_what_it_was(world: World) -> None:
+    await world.serve()
+    world.disk.answers["disk.delete"] = Closed("the driver is away")
+    with pytest.raises(Closed):
+        await world.volumes.delete("data")
+    world.disk.answers["disk.delete"] = {}
+    with pytest.raises(NotFound):
+        await world.open(seal=Seal(**SEALED))  # type: ignore[arg-type]
+    assert await world.state() == {}
+
+
+@pytest.mark.parametrize("fails", ["device.prepare", "device.open"])
+async def test_what_holds_data_is_never_given_back_by_an_opening_that_fails(
+    world: World, fails: str
+) -> None:
+    await world.serve()
+    await world.volumes.close("data")
+    world.protection.answers[fails] = Permanent("no")
+    with pytest.raises(Permanent):
+        await world.serve(seal=Seal(**SEALED))  # type: ignore[arg-type]
+    assert await world.state() == {"data": "failed"}
+    assert "disk.delete" not in world.disk.heard
+    world.protection.answers[fails] = SEALED
+    await world.serve(seal=Seal(**SEALED))  # type: ignore[arg-type]
     assert await world.state() == {"data": "served"}

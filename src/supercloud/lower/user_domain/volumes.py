@@ -88,6 +88,9 @@ class Volumes:
         _check_spec(spec)
         async with self._lock(spec.name):
             volume = self._records.by_name.get(spec.name)
+            if volume is not None and volume.state == "deleting":
+                await self._give_back(volume)  # as was begun
+                volume = None
             if volume is not None:
                 _check_alike(volume, spec)
                 if volume.state in ("served", "attached"):
@@ -114,9 +117,8 @@ class Volumes:
 
     async def _not_opened(self, volume: Volume, error: BaseException, *, fresh: bool) -> None:
         if fresh:
-            self._records.remove(volume.spec.name)
             with contextlib.suppress(SupercloudError):
-                await self._layers.delete(volume.spec.name)
+                await self._give_back(volume)
         elif isinstance(error, SupercloudError):
             self._go(volume, "failed", str(error))
 
@@ -171,12 +173,16 @@ class Volumes:
                 return
             if volume.state == "attached":
                 raise BadState(f"volume {name} is attached to {volume.platform}")
-            await self._layers.put_away(name)  # what is in it is not wanted any more
-            if volume.state != "deleting":
-                self._go(volume, "deleting")
-            await self._layers.delete(name)
-            self._records.remove(name)
+            await self._give_back(volume)
             self._say(volume, "gone")
+
+    async def _give_back(self, volume: Volume) -> None:
+        """Whatever there is of it; its record goes last, so that this may be tried again."""
+        volume.go("deleting")
+        self._records.put(volume)
+        await self._layers.put_away(volume.spec.name)
+        await self._layers.delete(volume.spec.name)
+        self._records.remove(volume.spec.name)
 
     # -- attach and detach
 

@@ -50,6 +50,8 @@ SWEEP_S: Final = 60.0
 TEMPLATE_DELAY_S: Final = 20.0
 """After a platform's agent has dialled: its first environments have the processor till then."""
 DEAD: Final = ("failed", "stopped")
+TOLD: Final = MACHINE.keys() - {"deleting", "gone"}
+"""What a machine's monitor may say that it is; the rest is said here."""
 
 log = logging.getLogger("supercloud.lower.user_domain.platforms")
 
@@ -299,7 +301,7 @@ class Platforms:
             os.close(descriptor)
         record = self._records.by_name.get(str(untrusted.get("platform")))
         state = str(untrusted.get("state"))
-        if method == "machine.state" and record is not None and state in MACHINE:
+        if method == "machine.state" and record is not None and state in TOLD:
             self._set(record, state, str(untrusted.get("reason", ""))[:1000])
 
     def _agent_connected(

@@ -1,8 +1,10 @@
 """Volumes on a really running host: opened in two steps, served by the user's own services."""
 
+import asyncio
 import base64
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from supercloud.model.errors import Denied, Exists, Invalid, NoResources, NotFound
-from support.lower import ControlPlane, RunningHost, patient, running_host
+from supercloud.model.errors import Denied, Exists, Invalid, NoResources, NotFound, SupercloudError
+from supercloud.services.protection.format import BLOCK, FIRST_SLOT
+from support.lower import ControlPlane, RunningHost, patient, pids_of_session, running_host
 
 pytestmark = [pytest.mark.root]
 
@@ -124,6 +127,8 @@ async def test_a_backing_that_is_gone_is_not_replaced_by_an_empty_one(
         (spec(size_bytes=1000), Invalid),
         (spec(name="../data"), Invalid),
         (spec(format="vmdk"), Invalid),
+        (spec(iops=5), Invalid),
+        (spec(bytes_per_s=1 << 42), Invalid),
     ],
 )
 async def test_what_cannot_be_had_leaves_nothing(
@@ -156,6 +161,55 @@ async def test_it_grows_and_is_charged_for_it(host: RunningHost, user: ControlPl
         await user.call("volume.change", spec(size_bytes=64 * MIB))
     with pytest.raises(NoResources):
         await user.call("volume.change", spec(size_bytes=1 << 30))
+    with pytest.raises(Invalid):
+        await user.call("volume.change", spec(size_bytes=128 * MIB, iops=5))
+    assert used(host) == backing(host).stat().st_size
+    assert (await user.call("volume.close", {"name": "data"}))["size_bytes"] == 96 * MIB
+
+
+async def test_a_growing_that_is_cut_short_loses_nothing(
+    host: RunningHost, user: ControlPlane
+) -> None:
+    before, size = await served(user), backing(host).stat().st_size
+    protection = host.pid_of("protection:demo")
+    os.kill(protection, signal.SIGSTOP)
+    growing = asyncio.ensure_future(user.call("volume.change", spec(size_bytes=96 * MIB)))
+    deadline = time.monotonic() + 30
+    while backing(host).stat().st_size == size:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+    os.kill(host.pid_of("user:demo"), signal.SIGKILL)
+    with pytest.raises(SupercloudError):
+        await growing
+    os.kill(protection, signal.SIGCONT)
+    await patient(lambda: user.call("volume.close", {"name": "data"}))
+    await served(user, before["seal"])
+    grown = await user.call("volume.change", spec(size_bytes=96 * MIB))
+    assert (grown["size_bytes"], used(host)) == (96 * MIB, backing(host).stat().st_size)
+
+
+async def test_a_growing_that_was_refused_is_not_forgotten(user: ControlPlane) -> None:
+    await served(user)
+    closed = await user.call("volume.close", {"name": "data"})
+    for _ in range(2):
+        with pytest.raises(NoResources):
+            await served(user, closed["seal"], size_bytes=1 << 30)
+    assert (await served(user, closed["seal"]))["size_bytes"] == 64 * MIB
+
+
+async def test_one_that_cannot_be_served_has_failed_and_says_why(
+    host: RunningHost, user: ControlPlane
+) -> None:
+    await served(user)
+    closed = await user.call("volume.close", {"name": "data"})
+    with backing(host).open("r+b") as file:  # where the image begins
+        os.pwrite(file.fileno(), bytes(64 * BLOCK), FIRST_SLOT * BLOCK)
+    status = await opened(user, closed["seal"])
+    with pytest.raises(SupercloudError):
+        await user.call("volume.serve", {"name": "data", "epoch": status["seal"]["epoch"]})
+    assert (await until(user, "failed"))["reason"]
+    await user.call("volume.delete", {"name": "data"})
+    assert held(host) == []
 
 
 async def test_snapshots_are_made_listed_and_deleted(user: ControlPlane) -> None:
@@ -185,6 +239,50 @@ async def test_a_service_that_dies_fails_what_was_open_and_can_be_had_again(
     assert (again["state"], again["seal"]["epoch"]) == ("served", status["seal"]["epoch"] + 1)
 
 
+def children_of(host: RunningHost, domain: str, program: str) -> list[int]:
+    found = pids_of_session(host.pid_of(domain))
+    return [pid for pid in found if program in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+async def until(user: ControlPlane, state: str) -> Any:
+    deadline = time.monotonic() + 30
+    while True:
+        (now,) = (await user.call("volume.list"))["volumes"]
+        if now["state"] == state:
+            return now
+        assert time.monotonic() < deadline, now
+
+
+async def failed(host: RunningHost, user: ControlPlane) -> Any:
+    """A volume whose storage daemon was killed: its device is open still."""
+    status = await served(user)
+    (daemon,) = children_of(host, "block:demo", "qemu-storage-daemon")
+    os.kill(daemon, 9)
+    assert "storage daemon" in (await until(user, "failed"))["reason"]
+    return status
+
+
+def held(host: RunningHost) -> list[str]:
+    """Backing files that the protection service has open."""
+    numbers = Path(f"/proc/{host.pid_of('protection:demo')}/fd")
+    files = [os.readlink(number) for number in numbers.iterdir()]
+    return [file for file in files if "volume:" in file]
+
+
+@pytest.mark.parametrize("method", ["close", "delete"])
+async def test_nothing_of_a_failed_volume_stays_open_when_it_is_given_up(
+    host: RunningHost, user: ControlPlane, method: str
+) -> None:
+    status = await failed(host, user)
+    assert held(host)
+    await user.call(f"volume.{method}", {"name": "data"})
+    assert held(host) == []
+    if method == "close":
+        assert (await until(user, "closed"))["reason"] == ""
+        again = await served(user, status["seal"])
+        assert again["seal"]["epoch"] == status["seal"]["epoch"] + 1
+
+
 async def test_the_users_domain_may_die_while_a_volume_is_served(
     host: RunningHost, user: ControlPlane
 ) -> None:
@@ -198,6 +296,26 @@ async def test_the_users_domain_may_die_while_a_volume_is_served(
     assert now["state"] == "served"
     assert now["seal"]["epoch"] == before["seal"]["epoch"]
     assert (await user.call("volume.close", {"name": "data"}))["state"] == "closed"
+
+
+@pytest.mark.parametrize("what", ["protection", "block", "daemon"])
+async def test_what_dies_while_the_users_domain_is_away_is_noticed(
+    host: RunningHost, user: ControlPlane, what: str
+) -> None:
+    before = await served(user)
+    away = host.pid_of("user:demo")
+    os.kill(away, signal.SIGSTOP)
+    pids = children_of(host, "block:demo", "qemu-storage-daemon")
+    (dying,) = pids if what == "daemon" else [host.pid_of(f"{what}:demo")]
+    os.kill(dying, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{dying}").exists():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+    os.kill(away, signal.SIGKILL)
+    await patient(lambda: until(user, "failed" if what == "daemon" else "closed"))
+    again = await served(user, before["seal"])
+    assert (again["state"], again["seal"]["epoch"]) == ("served", before["seal"]["epoch"] + 1)
 
 
 async def test_a_removed_user_leaves_no_volume(host: RunningHost, tmp_path: Path) -> None:

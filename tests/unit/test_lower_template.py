@@ -25,6 +25,7 @@ from supercloud.lower.vmm.template import Inputs, key_of, load, machine_of, save
 from supercloud.model.capability import Limits
 from supercloud.model.errors import Busy, Exists, Invalid, NoResources, NotFound
 from supercloud.upper.platform.agent import identity
+from supercloud.wire.portal import Closed
 from supercloud.wire.quota import Quota
 from supercloud.wire.reactor import Reactor
 
@@ -206,6 +207,10 @@ def allowed(memory_bytes: int, vms: int = 2) -> Limits:
     return quotas.to_limits(Quota(memory_bytes=memory_bytes, vms=vms))
 
 
+OWN_BYTES = quotas.USER_OWN_MEMORY_BYTES + sum(s.memory_bytes for s in quotas.SERVICES.values())
+"""Booked from the start: the user's domain, and its services' domains."""
+
+
 class FakeCore:
     """As much of the core as templates need; memory is real, booking as the core does it."""
 
@@ -226,20 +231,22 @@ class FakeCore:
         return self.number
 
     def booked(self) -> int:
-        own = quotas.USER_OWN_MEMORY_BYTES
-        return own + sum(booked for _, _, booked in self.table.values())
+        return OWN_BYTES + self.held()
 
     def held(self) -> int:
-        return self.booked() - quotas.USER_OWN_MEMORY_BYTES
+        return sum(booked for _, _, booked in self.table.values())
 
     def limits(self) -> Limits:
         return self.allowed
 
     def usage(self) -> SimpleNamespace:
-        made = sum(kind == "domain" for _, kind, _ in self.table.values())
+        domains = self.domains() + len(quotas.SERVICES)
         return SimpleNamespace(
-            booked_memory_bytes=self.booked(), booked_domains=made, booked_disk_bytes=0
+            booked_memory_bytes=self.booked(), booked_domains=domains, booked_disk_bytes=0
         )
+
+    def domains(self) -> int:
+        return sum(kind == "domain" for _, kind, _ in self.table.values())
 
     def create_memory(self, size: int, name: str, scheduling: int = 1) -> int:
         selector = self._add(name, "memory", size if scheduling == 1 else 0)
@@ -351,7 +358,7 @@ async def test_a_made_template_is_found_and_only_its_memory_stays_booked(world: 
     assert found is not None
     assert (found.key, found.state_bytes) == (key, 5)
     assert world.core.held() == found.booked_bytes == INPUTS.memory_bytes + 4096
-    assert world.core.usage().booked_domains == 0
+    assert world.core.domains() == 0
     for name, value in CHANGES.items():
         assert world.templates.find(dataclasses.replace(INPUTS, **{name: value})) is None
 
@@ -465,6 +472,39 @@ async def test_there_are_as_many_as_allowed_and_the_oldest_idle_one_goes(world: 
     for shape in shapes:
         await world.make(shape)
     assert [world.templates.state(shape)[0] for shape in shapes] == ["absent", "ready", "ready"]
+
+
+async def test_none_gives_way_to_one_for_which_there_is_no_room_all_the_same(world: World) -> None:
+    shapes = [dataclasses.replace(INPUTS, cpus=n + 1) for n in range(3)]
+    for shape in shapes[:2]:
+        await world.make(shape)
+    world.core.allowed = allowed(world.core.held())
+    world.templates.prepare(shapes[2])
+    assert [world.templates.state(shape)[0] for shape in shapes] == ["ready", "ready", "absent"]
+    world.core.allowed = allowed(world.core.held() + INPUTS.memory_bytes)
+    await world.make(shapes[2])
+    assert [world.templates.state(shape)[0] for shape in shapes] == ["absent", "ready", "ready"]
+
+
+async def test_a_state_that_nobody_waits_for_any_more_is_closed(world: World) -> None:
+    async def call(*_: object, **__: object) -> None:
+        world.saved()
+        raise Closed("its monitor died")
+
+    world.hub.call = call  # type: ignore[method-assign]
+    world.templates.prepare(INPUTS)
+    await world.until("refused")
+    open_now = [os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+    assert not [file for file in open_now if file.startswith("/memfd:state")]
+
+
+async def test_a_state_that_is_no_file_is_not_read(world: World) -> None:
+    await world.begin()
+    reading, writing = os.pipe()
+    os.close(writing)
+    world.tell("template.saved", {}, [reading])
+    assert "no file" in await world.until("refused", "ready")
+    assert world.core.held() == 0
 
 
 async def test_one_is_made_at_a_time(world: World) -> None:

@@ -128,6 +128,10 @@ def test_more_volumes_than_a_platform_takes_are_refused(images):
         ("format: raw", "format: vmdk", "one of qcow2, raw"),
         ("name: other", "name: data", "twice"),
         ("iops: 100", "iops: -1", "a whole number from 0"),
+        ("iops: 100", "iops: 5", "0 (no limit), or 10 to"),
+        ("bandwidth: 10MiB", "bandwidth: 1KiB", "0 (no limit), or 65536 to"),
+        ("bandwidth: 10MiB", "bandwidth: 2TiB", "0 (no limit), or 65536 to"),
+        ("size: 64MiB", "size: 67108865", "a multiple of 4096"),
     ],
 )
 def test_a_wrong_volume_is_refused(images, old, new, message):

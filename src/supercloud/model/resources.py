@@ -161,11 +161,12 @@ class Volume:
         Rule(doc="how it is stored; `qcow2` can have snapshots, `raw` is quicker"), "qcow2"
     )
     iops: int = declared(
-        Rule(doc="reads and writes a second, at most; 0 is no limit", ge=0, le=1 << 31), 0
+        Rule(doc="reads and writes a second, at most; 10 or more, 0 is no limit", ge=0, le=1 << 31),
+        0,
     )
     bytes_per_s: int = declared(
         Rule(
-            doc="bytes read and written a second, at most; 0 is no limit",
+            doc="bytes read and written a second, at most; 64KiB or more, 0 is no limit",
             key="bandwidth",
             size=True,
             ge=0,

@@ -15,6 +15,10 @@ from supercloud.wire.quota import Bytes
 VOLUME_SLOTS = 8
 """A platform takes so many volumes: free PCIe root ports, which are there from its start."""
 
+SIZE_UNIT_BYTES = 4096
+LIMITS = {"iops": (10, 10_000_000), "bytes_per_s": (64 << 10, 1 << 40)}
+"""What a volume may be throttled to, least and most, where it is not 0."""
+
 Root = Annotated[str, Limit(pattern=r"([0-9a-f]{64})?")]
 Key = Annotated[str, Limit(min_length=44, max_length=44)]  # 32 bytes, base64
 SnapshotName = Annotated[str, Limit(pattern=r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")]

@@ -49,6 +49,8 @@ def check(values: dict[str, Any], problems: Problems) -> None:
             _fits(path, environment, platform, problems)
     volumes.check(environments, problems)
     buckets.check(_good(values, "buckets"), environments, problems)
+    for index, volume in _good(values, "volumes"):
+        volumes.check_volume(f"volumes[{index}]", volume, problems)
 
 
 def _good(values: dict[str, Any], name: str) -> list[tuple[int, Any]]:

@@ -1,10 +1,11 @@
-"""What is wrong with the volumes of a manifest's environments."""
+"""What is wrong with the volumes of a manifest, and of its environments."""
 
 import posixpath
 from collections.abc import Sequence
 
 from supercloud.control.manifest.problems import Problems
-from supercloud.model.resources import Environment, VolumeUse
+from supercloud.model.resources import Environment, Volume, VolumeUse
+from supercloud.wire.volumes import LIMITS, SIZE_UNIT_BYTES
 
 SERIAL_MAX = 20
 """Characters of a virtio disk's serial, by which a virtual machine knows its volumes."""
@@ -25,6 +26,18 @@ def check(environments: Sequence[tuple[int, Environment]], problems: Problems) -
             problems.at_path(f"{path}.replicas", message, hint=hint)
         _paths(path, environment, problems)
     _users(environments, problems)
+
+
+def check_volume(path: str, volume: Volume, problems: Problems) -> None:
+    """Note what its host would refuse."""
+    if volume.size_bytes % SIZE_UNIT_BYTES:
+        message = f"found {volume.size_bytes}, allowed is a multiple of {SIZE_UNIT_BYTES} bytes"
+        problems.at_path(f"{path}.size", message)
+    for field, key in (("iops", "iops"), ("bytes_per_s", "bandwidth")):
+        found, (least, most) = getattr(volume, field), LIMITS[field]
+        if found and not least <= found <= most:
+            message = f"found {found}, allowed is 0 (no limit), or {least} to {most}"
+            problems.at_path(f"{path}.{key}", message)
 
 
 def _paths(path: str, environment: Environment, problems: Problems) -> None:

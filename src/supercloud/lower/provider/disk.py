@@ -63,6 +63,7 @@ class DiskDriver(Component):
             USER_PREFIX,
             {
                 "disk.create": self.create,
+                "disk.open": self.open,
                 "disk.grow": self.grow,
                 "disk.delete": self.delete,
                 "disk.list": self.names,
@@ -84,6 +85,14 @@ class DiskDriver(Component):
         if found is None:
             self._make(disk)
         return Reply({"made": found is None}, [_opened(disk)])
+
+    def open(self, request: Request) -> Reply:
+        """``{use, name}`` -> a descriptor (O_RDWR) of the disk that is there. NotFound."""
+        name = request.name("name")
+        found = _find(_user(request), _use(request), name)
+        if found is None:
+            raise NotFound(f"no disk {name}")
+        return Reply({"size_bytes": found.size_bytes}, [_opened(found)])
 
     def grow(self, request: Request) -> dict[str, Any]:
         """``{use, name, size_bytes}``: that large from now on; never smaller. NotFound."""

@@ -11,7 +11,14 @@ from typing import Any, Final
 
 from supercloud.lower.user_domain.channel import Channel
 from supercloud.lower.user_domain.services import Services
-from supercloud.model.errors import BadState, Exists, NotFound, SupercloudError, Temporary
+from supercloud.model.errors import (
+    BadState,
+    Exists,
+    NotFound,
+    Permanent,
+    SupercloudError,
+    Temporary,
+)
 from supercloud.services.block import capacity
 from supercloud.services.protection.format import BLOCK, backing_blocks
 from supercloud.wire.codec import decode, encode
@@ -59,30 +66,48 @@ class Layers:
             facts["snapshots"] = [str(one["snapshot"]) for one in listed["snapshots"]]
         return facts
 
+    async def lost(self, name: str, state: str) -> str:
+        """What is not there any more of a volume in that state; empty when it is whole."""
+        if name not in await self._ask(PROTECTION, "device.list", {}):
+            return "its device is not open any more"
+        if state != "opened":
+            listed = await self._ask(BLOCKS, "volume.list", {})
+            if name not in listed["volumes"]:
+                return "its storage daemon ended"
+        return ""
+
     async def open(self, spec: VolumeSpec, key: bytes, seal: Seal) -> Seal:
         """The device, made if ``seal`` is of none; the seal to keep before it is served.
 
         Denied when it is not the device that ``seal`` is of, NotFound when there is none.
         """
-        size = device_bytes(spec)
-        asked = {"use": "volume", "name": spec.name, "size_bytes": _backing_bytes(size)}
-        made = await self._disk.call("disk.create", asked)
+        size, given = device_bytes(spec), await self._backing(spec, new=not seal.root)
         with contextlib.ExitStack() as opened:
-            for descriptor in made.descriptors:
+            for descriptor in given:
                 opened.callback(os.close, descriptor)
-            if seal.root and made.result["made"]:
-                await self.delete(spec.name)
-                raise NotFound(f"the backing of volume {spec.name} is gone from this host")
+            if len(given) != 1:
+                raise Permanent(f"the provider's driver gave no backing for volume {spec.name}")
             secret = _secret(key)
             opened.callback(os.close, secret)
-            passed, device = [made.descriptors[0], secret], {"device": spec.name}
-            with contextlib.suppress(NotFound):  # of an opening that failed further up
-                await self._ask(PROTECTION, "device.close", device)
+            passed, device = [*given, secret], {"device": spec.name}
+            await self.put_away(spec.name)
             if not seal.root:
                 asked = {**device, "size_bytes": size}
                 seal = _seal(await self._ask(PROTECTION, "device.create", asked, passed))
             asked = {**device, "cache_bytes": CACHE_BYTES, **encode(seal)}
             return _seal(await self._ask(PROTECTION, "device.prepare", asked, passed))
+
+    async def _backing(self, spec: VolumeSpec, *, new: bool) -> list[int]:
+        """It may be larger than ``spec`` says, after a growing that failed half-way."""
+        asked: dict[str, Any] = {"use": "volume", "name": spec.name}
+        if new:
+            asked["size_bytes"] = _backing_bytes(device_bytes(spec))
+            return (await self._disk.call("disk.create", asked)).descriptors
+        try:
+            return (await self._disk.call("disk.open", asked)).descriptors
+        except NotFound as error:
+            message = f"the backing of volume {spec.name} is gone from this host"
+            raise NotFound(message) from error
 
     async def serve(self, spec: VolumeSpec, epoch: int, *, new: bool) -> None:
         """Let the block service have it."""
@@ -93,9 +118,20 @@ class Layers:
 
     async def close(self, name: str) -> Seal:
         """Close both layers; the device's final seal."""
-        with contextlib.suppress(SupercloudError):  # it was not served yet
+        with contextlib.suppress(NotFound):  # it was not served yet
             await self._ask(BLOCKS, "volume.close", {"volume": name})
         return _seal(await self._ask(PROTECTION, "device.close", {"device": name}))
+
+    async def put_away(self, name: str) -> Seal:
+        """Close what is left of an opening that has failed, as far as it can be; its last seal."""
+        if self._services.is_running(BLOCKS):
+            for method in ("volume.detach", "volume.close"):
+                with contextlib.suppress(SupercloudError):
+                    await self._ask(BLOCKS, method, {"volume": name})
+        if self._services.is_running(PROTECTION):
+            with contextlib.suppress(SupercloudError):
+                return _seal(await self._ask(PROTECTION, "device.close", {"device": name}))
+        return Seal()
 
     async def delete(self, name: str) -> None:
         """Give the backing file back."""
@@ -120,6 +156,13 @@ class Layers:
                 os.close(descriptor)
         return mode
 
+    async def slots_beside(self, name: str, machine: Channel) -> set[int]:
+        """What is taken in the machine, once what an earlier attachment left of it is out."""
+        slots = await _plugged(machine)
+        if slots.pop(name, None) is not None:
+            await self.unplug(name, machine)
+        return set(slots.values())
+
     async def detach(self, name: str, machine: Channel | None) -> None:
         """Out of the machine, if it is still there."""
         if machine is not None:
@@ -133,11 +176,12 @@ class Layers:
             with contextlib.suppress(NotFound):
                 await machine.result("machine.detach", {"volume": name})
             for _ in range(UNPLUG_LOOKS):
-                listed = await machine.result("machine.disks")
-                if all(disk["volume"] != name for disk in listed["disks"]):
+                if name not in await _plugged(machine):
                     return
                 await asyncio.sleep(UNPLUG_LOOK_S)
-        raise Temporary(f"the platform does not let go of volume {name}")
+        raise Temporary(
+            f"the platform does not let go of volume {name}: it does when nothing there uses it"
+        )
 
     async def change(self, old: VolumeSpec, new: VolumeSpec, *, attached: bool) -> None:
         """Grow every layer from below, and throttle. BadState: attached, it cannot grow."""
@@ -147,9 +191,12 @@ class Layers:
                 raise BadState(f"volume {name} is attached", hint="it grows when nothing uses it")
             asked = {"use": "volume", "name": name, "size_bytes": _backing_bytes(size)}
             await self._disk.result("disk.grow", asked)
-            await self._ask(BLOCKS, "volume.close", {"volume": name})
-            await self._ask(PROTECTION, "device.grow", {"device": name, "size_bytes": size})
-            await self._open_volume("volume.open", old)
+            with contextlib.suppress(NotFound):  # it was closed by an attempt that failed
+                await self._ask(BLOCKS, "volume.close", {"volume": name})
+            try:
+                await self._ask(PROTECTION, "device.grow", {"device": name, "size_bytes": size})
+            finally:
+                await self._open_volume("volume.open", old)
             if new.format != "raw":  # a raw volume is its device
                 asked = {"volume": name, "size_bytes": new.size_bytes}
                 await self._ask(BLOCKS, "volume.grow", asked)
@@ -195,6 +242,15 @@ class Layers:
         channel = self._services.start(kind)
         reply = await channel.call(method, parameters, given, timeout_s=TIMEOUT_S)
         return reply.descriptors
+
+
+async def _plugged(machine: Channel) -> dict[str, int]:
+    """The slots of the volumes that are in the machine, by its monitor."""
+    untrusted = await machine.result("machine.disks")
+    try:
+        return {str(disk["volume"]): int(disk["slot"]) for disk in untrusted["disks"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise Permanent("the platform's monitor does not say which volumes it has") from error
 
 
 def _seal(told: dict[str, Any]) -> Seal:

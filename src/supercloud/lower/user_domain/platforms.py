@@ -51,6 +51,8 @@ SWEEP_S: Final = 60.0
 TEMPLATE_DELAY_S: Final = 20.0
 """After a platform's agent has dialled: its first environments have the processor till then."""
 DEAD: Final = ("failed", "stopped")
+TOLD: Final = MACHINE.keys() - {"deleting", "gone"}
+"""What a machine's monitor may say that it is; the rest is said here."""
 
 log = logging.getLogger("supercloud.lower.user_domain.platforms")
 
@@ -179,15 +181,20 @@ class Platforms:
         return record.status()
 
     async def _start(self, record: Record, config: bytes, template: Template | None) -> Uplink:
-        """From the template; when that cannot even be begun, by its kernel."""
-        if template is not None:
-            try:
-                return await self._assembly.make(record.spec, config, template)
-            except SupercloudError as error:
-                log.warning("%s did not start from memory: %s", record.spec.name, error)
-                record.template = ""
-                self._templates.distrust(template.key, str(error))
-        return await self._assembly.make(record.spec, config)
+        """From the template; when that cannot even be begun, by its kernel.
+
+        Where that cannot be done either, the template is not to blame.
+        """
+        if template is None:
+            return await self._assembly.make(record.spec, config)
+        try:
+            return await self._assembly.make(record.spec, config, template)
+        except SupercloudError as error:
+            log.warning("%s did not start from memory: %s", record.spec.name, error)
+            record.template, why = "", str(error)
+        uplink = await self._assembly.make(record.spec, config)
+        self._templates.distrust(template.key, why)
+        return uplink
 
     # -- templates
 
@@ -211,6 +218,7 @@ class Platforms:
     async def _template_later(self, record: Record) -> None:
         """The next platform of this shape is to start from memory, if this one is still wanted."""
         await asyncio.sleep(TEMPLATE_DELAY_S)
+        record.awaits_template = False
         if self._records.by_name.get(record.spec.name) is record and record.state == "running":
             self._templates.prepare(self._inputs(record.spec))
 
@@ -301,7 +309,7 @@ class Platforms:
             os.close(descriptor)
         record = self._records.by_name.get(str(untrusted.get("platform")))
         state = str(untrusted.get("state"))
-        if method == "machine.state" and record is not None and state in MACHINE:
+        if method == "machine.state" and record is not None and state in TOLD:
             self._set(record, state, str(untrusted.get("reason", ""))[:1000])
 
     def _agent_connected(
@@ -319,7 +327,10 @@ class Platforms:
             return
         self.rendezvous.agent(platform, sock)
         record = self._records.by_name.get(platform)
-        if self._makes_templates and record is not None and not record.template:
+        if not self._makes_templates or record is None or record.template:
+            return
+        if not record.awaits_template:  # it may dial as often as it likes
+            record.awaits_template = True
             self._in_background(self._template_later(record))
 
     def domain_ended(self, entry: str) -> None:

@@ -19,7 +19,8 @@ _STORED = (
 class Record:
     """A platform. ``spec`` has no config disk: that holds a token and is not kept.
 
-    ``template`` is the key of the one that it was started from.
+    ``template`` is the key of the one that it was started from; ``awaits_template`` is of this
+    process alone.
     """
 
     spec: PlatformSpec
@@ -30,6 +31,7 @@ class Record:
     address: str = ""
     first_port: int = 0
     template: str = ""
+    awaits_template: bool = False
 
     def status(self) -> PlatformStatus:
         """As the control plane sees it."""

@@ -15,10 +15,11 @@ import contextlib
 import json
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from supercloud.lower import quota as quotas
 from supercloud.lower.client import SCHEDULING, Core
@@ -65,8 +66,13 @@ class _Making:
 
     key: str
     booked_bytes: int
-    saved: asyncio.Future[int]
+    saved: asyncio.Future[BinaryIO]
     task: asyncio.Task[None] | None = None
+
+    def close(self) -> None:
+        """The state's file, if it came."""
+        if self.saved.done() and not self.saved.cancelled() and not self.saved.exception():
+            self.saved.result().close()
 
 
 class Templates:
@@ -127,12 +133,14 @@ class Templates:
         """Begin to make it, unless it is there, refused, another is being made, or room lacks."""
         if self.state(inputs)[0] != "absent" or self._making is not None:
             return
-        key = key_of(inputs)
-        self._make_room_for_one_more()
-        if lacking := self._lacks(2 * inputs.memory_bytes):  # its own, and its maker's
+        key, old = key_of(inputs), self._one_too_many()
+        needed = 2 * inputs.memory_bytes  # its own, and its maker's
+        if lacking := self._lacks(needed - sum(template.booked_bytes for template in old)):
             self._lacked[key] = f"no room in the quota: {lacking}"
             return
         self._lacked.pop(key, None)
+        for template in old:
+            self.drop(template.key)
         maker = quotas.vmm_limits(inputs.memory_bytes, inputs.cpus).memory_bytes
         booked = inputs.memory_bytes + maker
         making = _Making(key, booked, asyncio.get_running_loop().create_future())
@@ -155,6 +163,7 @@ class Templates:
             self._put(made)
             self._feed.say(subject, "host.template.ready", details=_shown(made))
         finally:
+            making.close()
             self._end_maker(key)
             if key not in self.by_key:
                 self._destroy(_ram(key), _state(key))
@@ -184,9 +193,8 @@ class Templates:
         core.create_channel(SELF, vmm.selector, _control(key), "control")
         core.start(vmm.selector)
 
-    def _seal(self, inputs: Inputs, key: str, state: int) -> Template:
-        with open(state, "rb") as file:
-            content = file.read(MAX_STATE_BYTES + 1)
+    def _seal(self, inputs: Inputs, key: str, state: BinaryIO) -> Template:
+        content = state.read(MAX_STATE_BYTES + 1)
         if len(content) > MAX_STATE_BYTES:
             raise Permanent(f"the devices' state is larger than {MAX_STATE_BYTES} bytes")
         _, state_sha256 = parts.sealed_memory(self._core, _state(key), content, SCHEDULING)
@@ -200,8 +208,10 @@ class Templates:
         making = self._making
         if making is None or making.saved.done():
             pass
-        elif method == "template.saved" and len(descriptors) == 1:
-            making.saved.set_result(descriptors.pop())
+        elif method == "template.saved" and not _is_file(descriptors):
+            making.saved.set_exception(Permanent("its machine's state came as no file"))
+        elif method == "template.saved":
+            making.saved.set_result(os.fdopen(descriptors.pop(), "rb"))
         elif method == "machine.state" and untrusted.get("state") in ("failed", "stopped"):
             why = str(untrusted.get("reason"))[:1000]
             making.saved.set_exception(Temporary(f"its machine ended: {why}"))
@@ -216,10 +226,10 @@ class Templates:
 
     # -- giving back
 
-    def _make_room_for_one_more(self) -> None:
+    def _one_too_many(self) -> list[Template]:
+        """The idle ones that give way to another one, the oldest first."""
         oldest = sorted(self._idle(), key=lambda t: t.made_s)
-        for template in oldest[: max(0, len(self.by_key) + 1 - MAX_TEMPLATES)]:
-            self.drop(template.key)
+        return oldest[: max(0, len(self.by_key) + 1 - MAX_TEMPLATES)]
 
     async def yield_room(self, memory_bytes: int) -> None:
         """Give back what is idle until a platform fits that has so much memory, as far as it is."""
@@ -319,6 +329,11 @@ def lend(core: Core, template: Template, vmm: int) -> None:
     key = template.key
     core.delegate(core.lookup(_ram(key)).selector, vmm, parts.READ, "ram")
     core.delegate(core.lookup(_state(key)).selector, vmm, parts.READ, "state")
+
+
+def _is_file(descriptors: list[int]) -> bool:
+    """One that can be read without waiting."""
+    return len(descriptors) == 1 and stat.S_ISREG(os.fstat(descriptors[0]).st_mode)
 
 
 def _ram(key: str) -> str:

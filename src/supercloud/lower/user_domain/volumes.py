@@ -31,7 +31,10 @@ from supercloud.model.errors import (
 )
 from supercloud.model.events import Severity
 from supercloud.wire.volumes import (
+    LIMITS,
+    SIZE_UNIT_BYTES,
     VOLUME_SLOTS,
+    Seal,
     VolumeAttach,
     VolumeOpen,
     VolumeServe,
@@ -40,7 +43,6 @@ from supercloud.wire.volumes import (
     VolumeStatus,
 )
 
-SIZE_UNIT_BYTES: Final = 4096
 IN_USE: Final = ("opened", "served", "attached")
 KINDS: Final = ("protection", "block")
 """The services that volumes are made of."""
@@ -86,12 +88,16 @@ class Volumes:
     async def open(self, asked: VolumeOpen) -> VolumeStatus:
         """Have it, and its next epoch. Exists, NoResources, Denied (it is not what it was)."""
         key, spec = _key(asked), asked.spec
-        _check_size(spec)
+        _check_spec(spec)
         async with self._lock(spec.name):
             volume = self._records.by_name.get(spec.name)
+            if volume is not None and volume.state == "deleting":
+                await self._give_back(volume)  # as was begun
+                volume = None
             if volume is not None:
                 _check_alike(volume, spec)
                 if volume.state in ("served", "attached"):
+                    volume.wanted = spec
                     return await self._status(volume)
                 if volume.used and not asked.seal.root:
                     raise Exists(
@@ -114,9 +120,8 @@ class Volumes:
 
     async def _not_opened(self, volume: Volume, error: BaseException, *, fresh: bool) -> None:
         if fresh:
-            self._records.remove(volume.spec.name)
             with contextlib.suppress(SupercloudError):
-                await self._layers.delete(volume.spec.name)
+                await self._give_back(volume)
         elif isinstance(error, SupercloudError):
             self._go(volume, "failed", str(error))
 
@@ -126,24 +131,42 @@ class Volumes:
             if volume.state == "opened":
                 if asked.epoch != volume.promised:
                     raise BadState(f"volume {asked.name} was opened for epoch {volume.promised}")
-                await self._layers.serve(volume.spec, asked.epoch, new=not volume.used)
-                volume.used = True
-                self._go(volume, "served")
+                await self._serve(volume)
+            if volume.state == "served":  # also when it could not be changed the last time
                 await self._change(volume, volume.wanted or volume.spec)
             if volume.state not in IN_USE:
                 raise BadState(f"volume {asked.name} is {volume.state}", hint="open it first")
             return await self._status(volume)
+
+    async def _serve(self, volume: Volume) -> None:
+        try:
+            await self._layers.serve(volume.spec, volume.promised, new=not volume.used)
+        except SupercloudError as error:
+            self._go(volume, "failed", f"it could not be served: {error}")
+            raise
+        volume.used = True
+        self._go(volume, "served")
 
     async def close(self, name: str) -> VolumeStatus:
         """What was written is on the disk, and the seal final. BadState when attached."""
         async with self._found(name) as volume:
             if volume.state == "attached":
                 raise BadState(f"volume {name} is attached to {volume.platform}")
-            if volume.state not in IN_USE:
+            if volume.state not in (*IN_USE, "failed"):
                 return volume.status()
-            seal = await self._layers.close(name)
+            seal = await self._close(volume)
             self._go(volume, "closed")
             return volume.status(seal=seal)
+
+    async def _close(self, volume: Volume) -> Seal:
+        """A second try closes what the first one has left."""
+        if volume.state == "failed":
+            return await self._layers.put_away(volume.spec.name)
+        try:
+            return await self._layers.close(volume.spec.name)
+        except SupercloudError as error:
+            self._go(volume, "failed", f"it could not be closed in order: {error}")
+            raise
 
     async def delete(self, name: str) -> None:
         """With all that is in it; nothing when it is not there. BadState when attached."""
@@ -153,14 +176,16 @@ class Volumes:
                 return
             if volume.state == "attached":
                 raise BadState(f"volume {name} is attached to {volume.platform}")
-            if volume.state in IN_USE:
-                with contextlib.suppress(SupercloudError):  # what is in it is not wanted any more
-                    await self._layers.close(name)
-            if volume.state != "deleting":
-                self._go(volume, "deleting")
-            await self._layers.delete(name)
-            self._records.remove(name)
+            await self._give_back(volume)
             self._say(volume, "gone")
+
+    async def _give_back(self, volume: Volume) -> None:
+        """Whatever there is of it; its record goes last, so that this may be tried again."""
+        volume.go("deleting")
+        self._records.put(volume)
+        await self._layers.put_away(volume.spec.name)
+        await self._layers.delete(volume.spec.name)
+        self._records.remove(volume.spec.name)
 
     # -- attach and detach
 
@@ -175,14 +200,15 @@ class Volumes:
                 raise BadState(f"volume {asked.name} is {volume.state}", hint="open it first")
             machine = await self._machine(asked.platform)
             async with self._lock(f"slots of {asked.platform}"):
-                slot = self._free_slot(asked.platform)
+                there = await self._layers.slots_beside(asked.name, machine)
+                slot = self._free_slot(asked.platform, there)
                 mode = await self._layers.attach(asked.name, asked.platform, machine, slot)
                 volume.platform, volume.slot, volume.mode = asked.platform, slot, mode
                 self._go(volume, "attached")
             return await self._status(volume)
 
-    def _free_slot(self, platform: str) -> int:
-        taken = {v.slot for v in self._records.by_name.values() if v.platform == platform}
+    def _free_slot(self, platform: str, taken: set[int]) -> int:
+        taken |= {v.slot for v in self._records.by_name.values() if v.platform == platform}
         for slot in range(1, VOLUME_SLOTS + 1):
             if slot not in taken:
                 return slot
@@ -217,7 +243,7 @@ class Volumes:
 
     async def change(self, spec: VolumeSpec) -> VolumeStatus:
         """Grow it, or throttle it otherwise. Invalid when it would shrink."""
-        _check_size(spec)
+        _check_spec(spec)
         async with self._found(spec.name) as volume:
             _check_alike(volume, spec)
             if volume.state not in ("served", "attached"):
@@ -228,7 +254,11 @@ class Volumes:
     async def _change(self, volume: Volume, spec: VolumeSpec) -> None:
         if volume.spec == spec:
             return
-        await self._layers.change(volume.spec, spec, attached=volume.state == "attached")
+        try:
+            await self._layers.change(volume.spec, spec, attached=volume.state == "attached")
+        except SupercloudError:
+            self._in_background(self._look_after(volume))
+            raise
         volume.spec = spec
         self._records.put(volume)
         self._say(volume, "changed")
@@ -265,15 +295,28 @@ class Volumes:
         """Take up what is open; ``running`` are the platforms that live."""
         self._services.reserve()
         alive = all(self._services.is_running(kind) for kind in KINDS)
-        for volume in list(self._records.by_name.values()):
+        for kind in () if alive else KINDS:
+            self._services.end(kind)  # the one is of no use without the other
+        for name, volume in list(self._records.by_name.items()):
             if volume.state == "deleting":
-                await self.delete(volume.spec.name)
+                with contextlib.suppress(SupercloudError):  # it is asked for again
+                    await self.delete(name)
             elif volume.state in IN_USE and not alive:
                 self._go(volume, "closed", "the host was started anew")
         for platform in {v.platform for v in self._records.by_name.values()} - running - {""}:
             await self.platform_ended(platform)
         if alive:
             self._layers.join()
+            for volume in self._records.by_name.values():
+                self._in_background(self._look_after(volume))
+
+    async def _look_after(self, volume: Volume) -> None:
+        """What was lost, and nobody was there to be told."""
+        with contextlib.suppress(SupercloudError):
+            if volume.state in IN_USE:
+                lost = await self._layers.lost(volume.spec.name, volume.state)
+                if lost:
+                    await self._lost(volume, lost)
 
     def service_ended(self, entry: str) -> bool:
         """A domain died: True when it was one of ours. All that was open has failed."""
@@ -301,17 +344,19 @@ class Volumes:
         elif method == "volume.damaged":
             self._warn(volume, "damaged", reason)
         elif method == "volume.lost" and volume.state in IN_USE:
-            self._in_background(self._lost(volume, reason))
+            self._in_background(self._lost(volume, f"its storage daemon ended: {reason}"))
 
     async def _lost(self, volume: Volume, reason: str) -> None:
-        """Its storage daemon has ended: its platform gets I/O errors until it is there again."""
+        """Something of it is gone: its platform gets I/O errors until it is there again."""
         async with self._lock(volume.spec.name):
+            if volume.state not in IN_USE:
+                return  # it was closed meanwhile
             if volume.state == "attached":
                 with contextlib.suppress(SupercloudError):
                     await self._layers.unplug(
                         volume.spec.name, await self._machine(volume.platform)
                     )
-            self._go(volume, "failed", f"its storage daemon ended: {reason}")
+            self._go(volume, "failed", reason)
 
     def _warn(self, volume: Volume, code: str, message: str) -> None:
         subject = f"volume/{volume.spec.name}"
@@ -356,9 +401,12 @@ def _key(asked: VolumeOpen) -> bytes:
     return key
 
 
-def _check_size(spec: VolumeSpec) -> None:
+def _check_spec(spec: VolumeSpec) -> None:
     if spec.size_bytes % SIZE_UNIT_BYTES:
         raise Invalid(f"a volume is a multiple of {SIZE_UNIT_BYTES} bytes", where="size_bytes")
+    for name, (least, most) in LIMITS.items():
+        if (limit := getattr(spec, name)) and not least <= limit <= most:
+            raise Invalid(f"{name} must be 0 (no limit) or {least} to {most}", where=name)
 
 
 def _check_alike(volume: Volume, spec: VolumeSpec) -> None:

@@ -29,17 +29,13 @@ from supercloud.services.block.volume import Attachment, Volume
 from supercloud.wire.children import Children
 from supercloud.wire.portal import Handler, Reply, Request
 from supercloud.wire.reactor import Reactor
+from supercloud.wire.volumes import LIMITS, SIZE_UNIT_BYTES
 
 MAX_VOLUMES: Final = 64
 FORMATS: Final = ("qcow2", "raw")
 MODES: Final = ("vhost-user-blk", "nbd")
 MIN_SIZE_BYTES: Final = 1 << 20
 MAX_SIZE_BYTES: Final = 1 << 44
-SIZE_UNIT_BYTES: Final = 4096
-MAX_IOPS: Final = 10_000_000
-MAX_BYTES_PER_S: Final = 1 << 40
-MIN_BYTES_PER_S: Final = 64 << 10
-MIN_IOPS: Final = 10
 
 # method -> what must not be: a machine has it ("attached"), it is being copied ("copied")
 LEGAL: Final[Mapping[str, tuple[str, ...]]] = {
@@ -266,10 +262,7 @@ class BlockService:
     def throttle(self, request: Request) -> dict[str, Any]:
         """``{volume, iops, bytes_per_s}`` from now on, for reads and writes together; 0: none."""
         volume = self._legal(request)
-        limits = {
-            "iops": _limit(request, "iops", MIN_IOPS, MAX_IOPS),
-            "bytes_per_s": _limit(request, "bytes_per_s", MIN_BYTES_PER_S, MAX_BYTES_PER_S),
-        }
+        limits = {name: _limit(request, name, *between) for name, between in LIMITS.items()}
         volume.throttle(limits)
         return volume.status()
 

@@ -1,0 +1,87 @@
+"""The user domain's platforms over pretended drivers: what a machine's monitor may bring about."""
+
+import asyncio
+import contextlib
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from supercloud.lower.user_domain.assembly import Uplink
+from supercloud.lower.user_domain.feed import Feed
+from supercloud.lower.user_domain.platforms import Platforms
+from supercloud.lower.user_domain.records import Record
+from supercloud.model.errors import Temporary
+from supercloud.wire.messages import PlatformSpec
+
+FACTS: dict[str, Any] = {
+    "images": ["sha256:" + "1" * 64], "accelerator": "tcg", "runtime_sha256": "2" * 64,
+    "kernel": "6.18",
+}  # fmt: skip
+SPEC = PlatformSpec(
+    name="p", image=FACTS["images"][0], cpus=1, memory_bytes=512 << 20, scratch_bytes=1 << 30,
+    config_base64="", ports=4,
+)  # fmt: skip
+
+
+@pytest.fixture
+def platforms(tmp_path: Path) -> Platforms:
+    hub: Any = SimpleNamespace(core=None, join=lambda *_: None)
+    made = Platforms(hub, "u", FACTS, Feed("u", "host/t"), str(tmp_path / "platforms"))
+    made._records.put(Record(SPEC, "tcg", 0.0, state="running"))
+    return made
+
+
+@pytest.mark.parametrize("word", ["deleting", "gone", "creating", "nonsense", None, ["failed"]])
+async def test_a_monitor_cannot_say_that_its_platform_is_deleted(
+    platforms: Platforms, word: Any
+) -> None:
+    for state in (word, "gone"):
+        platforms._told("machine.state", {"platform": "p", "state": state}, [])
+    await asyncio.sleep(0)
+    (status,) = platforms.statuses()
+    assert status.state == "running"
+
+
+class Made:
+    """An assembly that can make nothing, or nothing from memory; templates that say yes."""
+
+    def __init__(self, *, boots: bool) -> None:
+        self.boots = boots
+        self.distrusted: list[str] = []
+
+    async def make(self, _spec: Any, _config: bytes, template: Any = None) -> Uplink:
+        if template is not None or not self.boots:
+            raise Temporary("it could not be made")
+        return Uplink("uplink", "127.0.0.1", 40000)
+
+    def distrust(self, key: str, _why: str) -> None:
+        self.distrusted.append(key)
+
+
+@pytest.mark.parametrize("boots", [True, False])
+async def test_a_template_is_to_blame_only_where_a_platform_boots_that_did_not_start_from_it(
+    platforms: Platforms, boots: bool
+) -> None:
+    made: Any = Made(boots=boots)
+    platforms._assembly = platforms._templates = made
+    record = Record(SPEC, "tcg", 0.0, template="key")
+    template: Any = SimpleNamespace(key="key")
+    with contextlib.nullcontext() if boots else pytest.raises(Temporary):
+        await platforms._start(record, b"", template)
+    assert made.distrusted == (["key"] if boots else [])
+
+
+async def test_an_agent_that_dials_all_the_time_costs_no_more_than_one_that_dials_once(
+    platforms: Platforms,
+) -> None:
+    for _ in range(300):
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        platforms._agent_connected("connection", {"platform": "p"}, [ours.detach()])
+    assert len(platforms._tasks) == 1
+    platforms.rendezvous.drop("p")
+    for task in platforms._tasks:
+        task.cancel()

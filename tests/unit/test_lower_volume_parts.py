@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from supercloud.lower.user_domain.feed import Feed
-from supercloud.lower.user_domain.layers import Layers
 from supercloud.lower.user_domain.volumes import Volumes
 from supercloud.model.errors import BadState, Exists, NotFound, Permanent
 from supercloud.wire.portal import Closed, Reply
@@ -87,16 +86,16 @@ class World:
         self.block = Far(volume_snapshots={"snapshots": []}, volume_attach=descriptor)
         self.machine = Slots()
         channels = {"protection": self.protection, "block": self.block}
-        services = SimpleNamespace(start=channels.__getitem__, is_running=lambda _kind: True)
+        services: Any = SimpleNamespace(
+            start=channels.__getitem__, is_running=lambda _kind: True, told={}
+        )
 
         async def machine(_platform: str) -> Any:
             return self.machine
 
         hub: Any = SimpleNamespace(core=None, join=lambda *_: self.disk)
         feed = Feed("u", "host/t")
-        self.volumes = Volumes(hub, "u", feed, str(directory), machine)
-        given: Any = (self.disk, services)
-        self.volumes._services, self.volumes._layers = given[1], Layers(*given)
+        self.volumes = Volumes(hub, services, feed, str(directory), machine)
 
     async def serve(self, name: str = "data", seal: Seal | None = None) -> None:
         spec = VolumeSpec(name=name, size_bytes=SPEC.size_bytes)

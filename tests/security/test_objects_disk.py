@@ -85,7 +85,7 @@ def test_that_search_finds_what_plain_weed_shows(tmp_path: Path) -> None:
         s3 = client_of(endpoint, secret)
         eventually(lambda: s3.create_bucket(Bucket=BUCKET))
         eventually(lambda: s3.put_object(Bucket=BUCKET, Key="ready", Body=b"1"))
-        store_known_objects(s3)
+        eventually(lambda: store_known_objects(s3))
     assert shown(tmp_path / "plain", [CONTENT, NAME.encode(), BUCKET.encode()]) == {
         CONTENT,
         NAME.encode(),

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from supercloud.isolation.kinds import SERVICES
 from supercloud.upper.platform.image.tools import ToolTree
 from supercloud.wire import admin
 from support.guardian import Guardian
@@ -154,6 +155,12 @@ class Stack:
         wanted = {"cpus": 2, "memory": "4GiB", "disk": "32GiB", "vms": 4, **quota}
         words = [word for name, value in wanted.items() for word in (f"--{name}", str(value))]
         self.hosts[host].command("user", "add", user, "--ca", str(pem), *words)
+        wait_for(lambda: self._is_whole(user, host), START_S)
+
+    def _is_whole(self, user: str, host: str) -> bool:
+        """Whether the user's domain has made those of its services, which it keeps for good."""
+        rows = {row["name"]: row for row in self.hosts[host].json("domains")}
+        return bool(rows[f"user:{user}"]["domains_inside"] == len(SERVICES))
 
     # -- the control plane
 

@@ -12,14 +12,26 @@ class Children:
     """Starts and reaps. As process 1 it reaps whatever else is left to it, too."""
 
     def __init__(self, reactor: Reactor) -> None:
+        self._reactor = reactor
         self._ended: dict[int, Callable[[int], None]] = {}
         self._woken, wake = socket.socketpair()
         for end in (self._woken, wake):
             end.setblocking(False)
         self._wake = wake
-        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._before = (
+            signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False),
+            signal.signal(signal.SIGCHLD, lambda *_: None),
+        )
         reactor.watch(self._woken, self._reap)
+
+    def close(self) -> None:
+        """Wait for none any more; signals are again whose they were."""
+        descriptor, handler = self._before
+        signal.set_wakeup_fd(descriptor)
+        signal.signal(signal.SIGCHLD, handler)
+        self._reactor.forget(self._woken)
+        for end in (self._woken, self._wake):
+            end.close()
 
     def start(
         self,

@@ -91,6 +91,7 @@ class BlockService:
         for volume in [*self._volumes.values()]:
             volume.close()
         self._volumes.clear()
+        self._children.close()
 
     # -- opening and closing
 

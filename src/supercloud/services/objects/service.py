@@ -114,6 +114,7 @@ class ObjectService:
         if self._front is not None:
             self._front.close()
             self._front = None
+        self._children.close()
 
     def _start(self, request: Request) -> dict[str, Any]:
         if self._state != "new":

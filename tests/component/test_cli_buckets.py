@@ -60,6 +60,7 @@ def test_the_list_says_where_each_is_and_who_uses_it(line):
 def test_inspect_shows_the_store_and_no_secret(line):
     text = line.run("buckets", "inspect", "photos").stdout
     assert "store_capacity_bytes: 1GiB" in text
+    assert "undetected_rollback: at most 5 s" in text
     assert re.search(r"wrapping_key: [0-9a-f]{16}$", text, re.MULTILINE)
     assert "photos: write" in line.run("inspect", "stored/web").stdout
     shown = text + line.run("inspect", "stored", "--json").stdout

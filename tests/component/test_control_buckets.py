@@ -1,12 +1,15 @@
 """Buckets of a U-Cloud: made, used, kept, refused, deleted; on the fake provider."""
 
+import datetime as dt
 import json
 
 import msgspec
 import pytest
 
 from supercloud.model.errors import BadState, Invalid, NoResources, NotFound, Unsupported
-from supercloud.wire.objects import booked_bytes
+from supercloud.trust.authority import due_pem
+from supercloud.trust.names import SERVICE, Identity
+from supercloud.wire.objects import STORE, booked_bytes
 from support.control import World, environment, manifest_of
 
 MIB = 1 << 20
@@ -278,6 +281,23 @@ async def test_the_rotated_key_opens_it(world):
     await down(world)
     await up(world)
     assert (await told_spec(world))["objects"]["secret_key"]
+
+
+async def test_its_certificate_is_signed_again_at_half_of_its_life(world):
+    await up(world)
+    store = await document(world)
+    assert "CERTIFICATE REQUEST" in store.csr_pem
+    old = world.app.authority("test").issue(
+        store.csr_pem, Identity("test", SERVICE, STORE), dt.timedelta(minutes=2)
+    )
+
+    def grown_old(fresh):
+        fresh.cert_pem = old.cert_pem
+
+    await world.app.plane.state.change(store, grown_old)
+    store = await until(world, lambda d: not due_pem(d.cert_pem), "there is another one")
+    assert store.cert_pem not in ("", old.cert_pem)
+    assert store.state == "ready"
 
 
 async def test_a_control_plane_that_starts_anew_knows_its_keys(world):

@@ -1,6 +1,8 @@
 """The object service by a real S3 client: what it does, and what it holds to."""
 
 import http.client
+import os
+import socket
 import ssl
 import time
 import urllib.error
@@ -15,7 +17,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from supercloud.model.errors import BadState, Busy, Exists, Invalid, NoResources, NotFound
-from support.object_store import MIB, ObjectStore, object_store
+from support.object_store import MIB, ObjectStore, make_identity, memory, object_store
 
 pytestmark = pytest.mark.root
 
@@ -344,3 +346,66 @@ def test_calls_before_the_start_and_bad_starts_are_refused(tmp_path: Path) -> No
             store.call("objects.start", {"directory": "/nowhere", "capacity_bytes": MIB})
     finally:
         store.close()
+
+
+def test_a_bucket_goes_with_all_versions_and_unfinished_uploads_in_it(store: ObjectStore) -> None:
+    s3 = bucket(store, "full", versioning=True)
+    for number in range(210):  # more than are deleted in one call
+        s3.put_object(Bucket="full", Key=f"a b/{number}&+<é>%20", Body=b"1")
+    for body in (b"one", b"two"):
+        s3.put_object(Bucket="full", Key="twice", Body=body)
+    s3.delete_object(Bucket="full", Key="twice")
+    s3.create_multipart_upload(Bucket="full", Key="never/finished")
+    store.call("objects.revoke", {"name": "user-full"})
+    with pytest.raises(BadState, match="not empty"):
+        store.call("bucket.delete", {"name": "full"})
+    rounds = 1
+    while store.call("bucket.delete", {"name": "full", "contents": True})["left"]:
+        rounds += 1
+        assert rounds < 10
+    assert rounds > 2
+    assert "full" not in {row["name"] for row in store.call("bucket.list")}
+    again = bucket(store, "full")
+    assert "Contents" not in again.list_objects_v2(Bucket="full")
+    assert row(store, "full")["charged_bytes"] < 4096
+
+
+def certificate_of(store: ObjectStore, sock: socket.socket) -> str:
+    context = ssl.create_default_context(cafile=str(store.identity))
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    with context.wrap_socket(sock) as wrapped:
+        shown = wrapped.getpeercert(binary_form=True)
+        assert shown is not None
+        return ssl.DER_cert_to_PEM_cert(shown)
+
+
+def test_a_connection_may_be_given_and_another_certificate_presented(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    def given() -> socket.socket:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            client = socket.create_connection(listener.getsockname())
+            accepted, _ = listener.accept()
+        with accepted:
+            store.call("objects.accept", {}, [accepted.fileno()])
+        return client
+
+    before = certificate_of(store, given())
+    other = make_identity(tmp_path)
+    presented = memory(other.read_bytes())
+    try:
+        store.call("objects.present", {}, [presented])
+    finally:
+        os.close(presented)
+    after = certificate_of(store, given())
+    assert before != after
+    assert after.strip() in other.read_text()
+    assert before.strip() in store.identity.read_text()
+    with pytest.raises(Invalid):
+        store.call("objects.accept")
+    wrong = memory(b"no identity")
+    with pytest.raises(Invalid):
+        store.call("objects.present", {}, [wrong])
+    os.close(wrong)
+    store.identity = other  # for clients of the tests that follow

@@ -193,7 +193,18 @@ def test_what_was_acknowledged_outlives_the_death_of_the_service(kept: Kept) -> 
     assert answer["Body"].read() == b"acknowledged"
 
 
+def test_the_store_goes_on_while_the_users_domain_is_restarted(kept: Kept) -> None:
+    kept.client().put_object(Bucket="photos", Key="before", Body=b"1")
+    store = kept.host.pid_of("objects:kept")
+    os.kill(kept.host.pid_of("user:kept"), signal.SIGKILL)
+    read = eventually(lambda: kept.client().get_object(Bucket="photos", Key="before"))
+    assert read["Body"].read() == b"1"
+    assert kept.host.pid_of("objects:kept") == store
+    assert kept.buckets()["photos"]["state"] == "ready"
+
+
 def test_down_keeps_the_objects_and_up_finds_them(kept: Kept) -> None:
+    kept.client().put_object(Bucket="photos", Key="holiday/second", Body=b"2")
     before = kept.variables()
     said = kept.stack.cli("down", "kept").stdout
     assert "photos" in said
@@ -202,6 +213,14 @@ def test_down_keeps_the_objects_and_up_finds_them(kept: Kept) -> None:
     assert kept.variables() == before
     s3 = kept.client()
     assert s3.get_object(Bucket="photos", Key="holiday/first")["Body"].read() == SECRET
+
+
+def test_a_bucket_is_deleted_with_all_that_is_in_it_and_the_others_stay(kept: Kept) -> None:
+    kept.stack.cli("down", "kept")
+    kept.stack.cli("buckets", "delete", "kept/photos")
+    assert kept.buckets().keys() == {"notes"}
+    kept.up()
+    assert kept.client().list_objects_v2(Bucket="photos")["KeyCount"] == 0
 
 
 def test_deleted_buckets_leave_nothing(kept: Kept) -> None:

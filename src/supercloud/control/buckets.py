@@ -27,8 +27,8 @@ class BucketService:
         for store in await self._plane.state.store_documents():
             if ucloud in ("", store.ucloud):
                 environments = await self._plane.state.environments(store.ucloud)
-                status = self._plane.stores.get(store.ucloud)
-                rows += views.bucket_rows(store, environments, status)
+                seen = self._plane.stores.get(store.ucloud)
+                rows += views.bucket_rows(store, environments, seen)
         return rows
 
     async def bucket(self, ucloud: str, name: str) -> api.BucketView:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from supercloud.control.controllers.plane import Seen
+from supercloud.control.controllers.plane import Seen, SeenStore
 from supercloud.control.controllers.usage import users_of
 from supercloud.control.documents import (
     EnvironmentDocument,
@@ -19,7 +19,7 @@ from supercloud.control.seals import WINDOW_S
 from supercloud.control.specs import host_port
 from supercloud.model.errors import BadState, to_wire
 from supercloud.wire import api
-from supercloud.wire.objects import ObjectsStatus, booked_bytes
+from supercloud.wire.objects import booked_bytes
 from supercloud.wire.volumes import VolumeFigures
 
 MESSAGES = {
@@ -42,7 +42,7 @@ def ucloud_view(
     volumes: Sequence[VolumeDocument] = (),
     seen: Mapping[tuple[str, str], Seen] | None = None,
     store: StoreDocument | None = None,
-    told: ObjectsStatus | None = None,
+    told: SeenStore | None = None,
 ) -> api.UCloudView:
     """A U-Cloud with all that is in it."""
     by_name = {platform.name: platform for platform in platforms}
@@ -161,11 +161,11 @@ def _volume_fields(
 def bucket_rows(
     store: StoreDocument,
     environments: Sequence[EnvironmentDocument],
-    status: ObjectsStatus | None,
+    seen: SeenStore | None,
 ) -> list[api.BucketRow]:
-    """Rows of ``buckets``; ``status`` is what the store's host last said."""
+    """Rows of ``buckets``; ``seen`` is what the store's host last said."""
     return [
-        api.BucketRow(**_bucket_fields(store, name, environments, status))
+        api.BucketRow(**_bucket_fields(store, name, environments, seen))
         for name in sorted(store.buckets)
     ]
 
@@ -174,15 +174,21 @@ def bucket_view(
     store: StoreDocument,
     name: str,
     environments: Sequence[EnvironmentDocument],
-    status: ObjectsStatus | None,
+    seen: SeenStore | None,
 ) -> api.BucketView:
     """A bucket in all detail, with the store that it is in."""
+    status = seen.status if seen else None
+    age_s = -1.0
+    if store.running and seen is not None:
+        age_s = round(max(0.0, time.time() - seen.time_s), 1)
     return api.BucketView(
-        **_bucket_fields(store, name, environments, status),
+        **_bucket_fields(store, name, environments, seen),
         store_capacity_bytes=status.capacity_bytes if status else 0,
         store_booked_bytes=booked_bytes(status.capacity_bytes) if status else 0,
         store_disk_bytes=status.disk_bytes if status else 0,
         position=store.position,
+        position_age_s=age_s,
+        undetected_rollback=rollback_text(age_s),
         wrapping_key=store.wrapped_key.partition(":")[0],
     )
 
@@ -191,10 +197,10 @@ def _bucket_fields(
     store: StoreDocument,
     name: str,
     environments: Sequence[EnvironmentDocument],
-    status: ObjectsStatus | None,
+    seen: SeenStore | None,
 ) -> dict[str, Any]:
     bucket = store.buckets[name]
-    spec = bucket.spec
+    spec, status = bucket.spec, seen.status if seen else None
     usage = next((row for row in status.buckets if row.name == name), None) if status else None
     return {
         "ucloud": store.ucloud,

@@ -141,13 +141,16 @@ class BucketView(BucketRow):
     """A bucket in all detail. ``store_*`` are of the store with all buckets of the U-Cloud.
 
     ``store_booked_bytes`` are taken of the disk quota, ``store_disk_bytes`` of the provider's disk.
-    An older state of the store than ``position`` is refused.
+    An older state of the store than ``position`` is refused; ``position_age_s`` is how long ago its
+    host said it, -1 while it does not run.
     """
 
     store_capacity_bytes: int = 0
     store_booked_bytes: int = 0
     store_disk_bytes: int = 0
     position: Position = field(default_factory=Position)
+    position_age_s: float = -1.0
+    undetected_rollback: str = ""
     wrapping_key: str = ""  # its name
 
 

@@ -47,6 +47,14 @@ class Seen:
     time_s: float = field(default_factory=time.time)
 
 
+@dataclass(frozen=True, slots=True)
+class SeenStore:
+    """What a host last said of an object store, and when."""
+
+    status: ObjectsStatus
+    time_s: float = field(default_factory=time.time)
+
+
 @dataclass(slots=True, kw_only=True)
 class Plane:
     """The reconcilers' world. ``look`` puts an object's key on the queue, after a delay."""
@@ -64,7 +72,7 @@ class Plane:
     keys: Callable[[str], VolumeKeys]  # of a U-Cloud's volumes
     pace: Pace = field(default_factory=Pace)
     fractions: dict[str, float] = field(default_factory=dict)  # of image preparations, by EE key
-    stores: dict[str, ObjectsStatus] = field(default_factory=dict)  # as hosts last said it
+    stores: dict[str, SeenStore] = field(default_factory=dict)  # by U-Cloud
     seen: dict[tuple[str, str], Seen] = field(default_factory=dict)  # by U-Cloud and volume
 
     def tell(

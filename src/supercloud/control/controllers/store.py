@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from supercloud.control.controllers import access
-from supercloud.control.controllers.plane import Plane
+from supercloud.control.controllers.plane import Plane, SeenStore
 from supercloud.control.controllers.platform import tag_of
 from supercloud.control.documents import (
     Access,
@@ -194,7 +194,7 @@ class StoreController:
                 step_end(fresh.steps, START)
 
         store = await self._change(store, taken)
-        self._plane.stores[store.ucloud] = status
+        self._plane.stores[store.ucloud] = SeenStore(status)
         if store.state != before.state:
             severity: Severity = "warning" if store.state == "failed" else "info"
             self._plane.tell(store, f"objects.{store.state}", store.reason, severity)

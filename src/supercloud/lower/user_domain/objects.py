@@ -9,7 +9,6 @@ handed to the service as it was accepted. One call at a time; every refusal come
 import asyncio
 import base64
 import binascii
-import contextlib
 import json
 import logging
 import os
@@ -224,10 +223,11 @@ class Objects:
                 return ObjectsStatus(state="absent")
             if not asked.bucket:
                 return await self._delete_all()
-            with contextlib.suppress(NotFound):
-                await self._let_go(asked.bucket)
-                await self._ask("bucket.delete", {"name": asked.bucket})
-                self._say("bucket_deleted", asked.bucket)
+            await self._let_go(asked.bucket)
+            asking = {"name": asked.bucket, "contents": True}
+            while (await self._ask("bucket.delete", asking))["left"]:
+                log.info("the bucket %s is being emptied", asked.bucket)
+            self._say("bucket_deleted", asked.bucket)
             return await self.status()
 
     async def _let_go(self, bucket: str) -> None:

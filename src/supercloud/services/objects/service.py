@@ -11,11 +11,12 @@
 | ``objects.revoke`` | ``name`` | |
 | ``bucket.apply`` | ``name``, ``quota_bytes``, ``versioning``, ``expire_days`` | the bucket's row |
 | ``bucket.list`` | | rows with usage |
-| ``bucket.delete`` | ``name`` | |
+| ``bucket.delete`` | ``name``, ``contents`` | whether something is ``left``: call again |
 
 With ``objects.start`` come two descriptors: 32 bytes of key, and key and chain for TLS in PEM; both
 are read once and kept in memory only. A user's secret goes as a descriptor, too, of JSON.
-``buckets`` says ``read`` or ``write`` by name.
+``buckets`` says ``read`` or ``write`` by name. A bucket with something in it is deleted only with
+``contents``: true.
 ``least`` is a position as ``objects.state`` said it before: an older journal is refused.
 """
 
@@ -277,16 +278,29 @@ class ObjectService:
         self._running()
         return [self._row(name) for name in sorted(self._records.buckets)]
 
-    def _delete(self, request: Request) -> None:
+    def _delete(self, request: Request) -> dict[str, bool]:
         weed, front = self._ready()
         name = bucket_name(request)
         users = [u.name for u in self._records.users.values() if name in u.buckets]
         if users:
             raise Exists(f"{name} is used by {', '.join(users)}", hint="objects.revoke them first")
+        if request.untrusted.get("contents") is True and self._emptied(weed, front, name):
+            return {"left": True}
         administer.delete(weed, name)
         self._records.buckets.pop(name, None)
         self._keep(front)
         self._set_quotas()
+        return {"left": False}
+
+    @staticmethod
+    def _emptied(weed: Weed, front: Front, name: str) -> bool:
+        """Delete some of it; whether there may be more. BadState when it does not become less."""
+        before = front.usage(name).entries
+        if administer.empty(weed, name):
+            return False
+        if front.usage(name).entries >= before:
+            raise BadState(f"bucket {name} cannot be emptied", hint="delete the whole store")
+        return True
 
     def _row(self, name: str) -> dict[str, Any]:
         return {**asdict(self._records.buckets[name]), **asdict(self._running()[1].usage(name))}

@@ -35,10 +35,11 @@ def call(
     *,
     timeout_s: float = 20.0,
 ) -> tuple[int, bytes]:
-    """(status, body). ``query`` is one name without a value, or nothing. OSError."""
+    """(status, body). ``query`` is one name without a value, or encoded and in order. OSError."""
     host = f"{address[0]}:{address[1]}"
     path = quote(path)
-    headers = signed_headers(host, credentials, (method, path, f"{query}=" if query else ""), body)
+    signed = f"{query}=" if query and "=" not in query else query
+    headers = signed_headers(host, credentials, (method, path, signed), body)
     connection = http.client.HTTPConnection(*address, timeout=timeout_s)
     try:
         connection.request(method, f"{path}?{query}" if query else path, body, headers)

@@ -8,9 +8,9 @@ import os
 import socket
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -73,6 +73,7 @@ class Broker:
         self.state, self._graph, self._log, self._measured = state, state.graph, log, measured
         self._domains = domains
         domains.on_request, domains.on_exit = self.answer, self.exited
+        self._hashing: deque[tuple[Call, Object, Any, int]] = deque()  # in turn
         # op -> what carries it out, what each argument must be, how many names it takes
         self._calls: dict[int, tuple[Callable[..., Values], tuple[_Need, ...], int]] = {
             Op.PING: (lambda _: (), (), 0),
@@ -363,16 +364,21 @@ class Broker:
                 system.seal(memory.descriptors[0])
             except OSError as error:
                 raise errors.Busy("it is mapped for writing somewhere") from error
-            self._hash(call, memory, hashlib.sha256(), 0)
+            self._hashing.append((call, memory, hashlib.sha256(), 0))
+            if len(self._hashing) == 1:
+                self._domains.loop.later(0.0, self._hash)
         return ()
 
-    def _hash(self, call: Call, memory: Object, digest: Any, offset: int) -> None:
-        """A piece of sealed memory in each round, so that no other domain waits for it."""
+    def _hash(self) -> None:
+        """One piece of one sealed memory in each round, so that no other domain waits for it."""
+        call, memory, digest, offset = self._hashing.popleft()
         piece = os.pread(memory.descriptors[0], PIECE_BYTES, offset) if memory.descriptors else b""
         digest.update(piece)
         if piece:
-            following = partial(self._hash, call, memory, digest, offset + len(piece))
-            self._domains.loop.later(_NEXT_PIECE_S, following)
+            self._hashing.append((call, memory, digest, offset + len(piece)))
+        if self._hashing:
+            self._domains.loop.later(_NEXT_PIECE_S, self._hash)
+        if piece:
             return
         process, status = self._domains.running.get(call.caller.id), 0
         if memory.descriptors and not memory.sha256:

@@ -46,6 +46,8 @@ class Services:
 
     def start(self, kind: str) -> Channel:
         """The channel to it; it is started if it does not run."""
+        if not self.is_running(kind):
+            self._hub.drain()  # of its death is heard before it is made anew, not afterwards
         self.reserve()
         channel = self._hub.join(self._channel(kind), self._told)
         if not self.is_running(kind):

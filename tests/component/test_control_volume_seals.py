@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from supercloud.control.documents import volume_key
 from supercloud.model.errors import BadState, Denied, Temporary
 from support.control import World
 from support.volumes import (
@@ -253,3 +254,25 @@ async def test_a_list_that_comes_late_is_no_evidence(world):
         volumes_of.list = listing
     assert told(world, "evidence") == told(world, "refused") == []
     assert len((await host(world)).volumes["data"].words) == 4
+
+
+async def test_a_provider_that_refuses_us_says_nothing_of_the_volume(world):
+    await up(world)
+    await down(world)
+    pretended = await host(world)
+    opening = pretended.open
+
+    async def refuses(*_: object) -> None:
+        raise Denied("fake refuses our certificate: expired")
+
+    pretended.open = refuses
+    await world.app.service.up(manifest(world))
+    async with asyncio.timeout(30):
+        while not (volume := await document(world)).error:
+            await asyncio.sleep(0.01)
+    assert "certificate" in volume.error["message"]
+    assert not volume.halted
+    pretended.open = opening
+    world.app.plane.look(volume_key("test", "data"), 0.0)
+    await world.ready()
+    assert told(world, "refused") == []

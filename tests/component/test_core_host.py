@@ -198,6 +198,24 @@ def test_a_large_memory_is_hashed_while_others_are_answered_and_may_go_meanwhile
     assert one("result = len(core.seal(big))") == 32  # the core goes on
 
 
+def test_many_seals_at_once_hold_up_nobody_more_than_one_does(one):
+    many = 20
+    answered = one(
+        "from supercloud.lower import client\nfrom supercloud.wire.frames import Op\n"
+        f"big = core.create_memory({64 << 20}, 'big')\n"
+        f"for _ in range({many}): core._send(client.pack_request(Op.SEAL, 1, (big,)))\n"
+        "pings, seals = 0, []\n"
+        "while not seals:\n"
+        "    core._send(client.pack_request(Op.PING, 2, ()))\n"
+        "    while (answer := core._receive()).sequence != 2: seals.append(answer)\n"
+        "    pings += 1\n"
+        f"while len(seals) < {many}: seals.append(core._receive())\n"
+        "result = [pings, len({seal.payload.hex() for seal in seals})]"
+    )
+    assert answered[1] == 1
+    assert answered[0] > 2 * many  # with all of them in one round it would be some eight
+
+
 def _steal(console: Console, name: str) -> socket.socket:
     _, (end,) = console.with_descriptors(f"send = [core.take(core.lookup('c/{name}').selector)]")
     return socket.socket(fileno=end)

@@ -1,20 +1,27 @@
-"""A template's inputs, QEMU's part in saving and loading it, and the port of a clone's identity."""
+"""Templates without a machine: what they are of, who may have one, what becomes of them."""
 
+import asyncio
+import contextlib
 import dataclasses
+import hashlib
 import itertools
-import json
-import socket
-from collections.abc import Iterator
+import os
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from supercloud.lower.vmm.identity import IdentityPort
-from supercloud.lower.vmm.machine import Descriptors, command_line
+from supercloud.lower import quota as quotas
+from supercloud.lower.user_domain import templates as module
+from supercloud.lower.user_domain.feed import Feed
+from supercloud.lower.user_domain.templates import Templates
+from supercloud.lower.vmm.machine import Descriptors, Machine, command_line
 from supercloud.lower.vmm.template import Inputs, key_of, load, machine_of, save
-from supercloud.model.errors import Invalid
-from supercloud.upper.platform.agent import identity
-from supercloud.wire.reactor import Reactor
+from supercloud.model.capability import Limits
+from supercloud.model.errors import Busy, Exists, NoResources, NotFound
+from supercloud.wire.portal import Closed
+from supercloud.wire.quota import Quota
 
 MIB = 1 << 20
 INPUTS = Inputs(
@@ -113,75 +120,323 @@ def test_what_qemu_refuses_is_said(begin: Any) -> None:
     assert "it does not like that" in failed[0]
 
 
-# -- the port
+# -- this domain's templates
+
+
+def allowed(memory_bytes: int, vms: int = 2) -> Limits:
+    return quotas.to_limits(Quota(memory_bytes=memory_bytes, vms=vms))
+
+
+OWN_BYTES = quotas.USER_OWN_MEMORY_BYTES + sum(s.memory_bytes for s in quotas.SERVICES.values())
+"""Booked from the start: the user's domain, and its services' domains."""
+
+
+class FakeCore:
+    """As much of the core as templates need; memory is real, booking as the core does it."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        self.allowed = allowed(memory_bytes)
+        self.table: dict[str, tuple[int, str, int]] = {"image.0.kernel": (1, "", 0)}
+        self.table |= {f"image.0.{part}": (n, "", 0) for n, part in enumerate(("initrd", "root"), 2)}  # fmt: skip
+        self.files: dict[int, int] = {}
+        self.number = 10
+
+    def _add(self, name: str, kind: str, booked: int) -> int:
+        if name in self.table:
+            raise Exists(name)
+        if booked > self.allowed.memory_bytes - self.booked():
+            raise NoResources(f"memory_bytes: {booked} asked")
+        self.number += 1
+        self.table[name] = (self.number, kind, booked)
+        return self.number
+
+    def booked(self) -> int:
+        return OWN_BYTES + self.held()
+
+    def held(self) -> int:
+        return sum(booked for _, _, booked in self.table.values())
+
+    def limits(self) -> Limits:
+        return self.allowed
+
+    def usage(self) -> SimpleNamespace:
+        domains = self.domains() + len(quotas.SERVICES)
+        return SimpleNamespace(
+            booked_memory_bytes=self.booked(), booked_domains=domains, booked_disk_bytes=0
+        )
+
+    def domains(self) -> int:
+        return sum(kind == "domain" for _, kind, _ in self.table.values())
+
+    def create_memory(self, size: int, name: str, scheduling: int = 1) -> int:
+        selector = self._add(name, "memory", size if scheduling == 1 else 0)
+        self.files[selector] = os.memfd_create(name)
+        os.ftruncate(self.files[selector], size)
+        return selector
+
+    def create_domain(self, _kind: str, name: str, limits: Limits) -> SimpleNamespace:
+        selector = self._add(name, "domain", limits.memory_bytes)
+        return SimpleNamespace(selector=selector, scheduling=99)
+
+    def lookup(self, name: str) -> SimpleNamespace:
+        if name not in self.table:
+            raise NotFound(name)
+        return SimpleNamespace(selector=self.table[name][0], name=name)
+
+    def entries(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name=name) for name in self.table]
+
+    def take(self, selector: int) -> int:
+        return os.dup(self.files[selector])
+
+    def seal(self, selector: int) -> bytes:
+        return hashlib.sha256(str(selector).encode()).digest()
+
+    def destroy(self, selector: int) -> None:
+        """With a domain goes what is booked on it."""
+        gone = next(v for v in self.table.values() if v[0] == selector)
+        self.table = {
+            name: v
+            for name, v in self.table.items()
+            if v[0] != selector and (gone[1], v[1:]) != ("domain", ("memory", 0))
+        }
+
+    def create_channel(self, *_: object) -> None: ...
+    def delegate(self, *_: object) -> None: ...
+    def start(self, *_: object) -> None: ...
+
+
+class FakeHub:
+    """Control channels whose far ends the test plays."""
+
+    def __init__(self, core: FakeCore) -> None:
+        self.core, self.told = core, {}
+
+    def join(self, name: str, told: Any) -> "FakeHub":
+        self.told[name] = told
+        return self
+
+    def leave(self, name: str) -> None:
+        self.told.pop(name, None)
+
+    async def call(self, *_: object, **__: object) -> None: ...
+
+
+class World:
+    def __init__(self, directory: Path, memory_bytes: int = 4096 * MIB) -> None:
+        self.core = FakeCore(memory_bytes)
+        self.hub, self.directory, self.used = FakeHub(self.core), directory, set()
+        self.start()
+
+    def start(self, **facts: object) -> None:
+        """This domain, once more."""
+        feed = Feed("demo", "host/x")
+        made = Templates(self.hub, "demo", {**FACTS, **facts}, feed, str(self.directory))  # type: ignore[arg-type]
+        made.used = lambda: self.used
+        made.adopt()
+        self.templates = made
+
+    def tell(self, method: str, parameters: dict[str, Any], descriptors: list[int]) -> None:
+        (told,) = self.hub.told.values()
+        told(method, parameters, descriptors)
+
+    def saved(self, content: bytes = b"state") -> None:
+        descriptor = os.memfd_create("state")
+        os.write(descriptor, content)
+        os.lseek(descriptor, 0, 0)
+        self.tell("template.saved", {}, [descriptor])
+
+    async def until(self, *states: str, inputs: Inputs = INPUTS) -> str:
+        async with asyncio.timeout(5):
+            while (found := self.templates.state(inputs))[0] not in states:
+                await asyncio.sleep(0)
+        return found[1]
+
+    async def begin(self, inputs: Inputs = INPUTS) -> None:
+        """Until its machine is started."""
+        self.templates.prepare(inputs)
+        async with asyncio.timeout(5):
+            while not self.hub.told:
+                await asyncio.sleep(0)
+
+    async def make(self, inputs: Inputs = INPUTS) -> str:
+        await self.begin(inputs)
+        self.saved()
+        await self.until("ready", inputs=inputs)
+        return key_of(inputs)
 
 
 @pytest.fixture
-def port() -> Iterator[tuple[Reactor, IdentityPort, socket.socket, list[str]]]:
-    reactor, said = Reactor(), []
-    ours, guest = socket.socketpair()
-    guest.settimeout(2)
-    made = IdentityPort(reactor, ours, said.append)
-    yield reactor, made, guest, said
-    made.close()
-    guest.close()
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
 
 
-def turn(reactor: Reactor) -> None:
-    reactor._stopped = False
-    reactor.after(0.02, reactor.stop)
-    reactor.run()
+async def test_a_made_template_is_found_and_only_its_memory_stays_booked(world: World) -> None:
+    assert world.templates.find(INPUTS) is None
+    key = await world.make()
+    found = world.templates.find(INPUTS)
+    assert found is not None
+    assert (found.key, found.state_bytes) == (key, 5)
+    assert world.core.held() == found.booked_bytes == INPUTS.memory_bytes + 4096
+    assert world.core.domains() == 0
+    for name, value in CHANGES.items():
+        assert world.templates.find(dataclasses.replace(INPUTS, **{name: value})) is None
 
 
-def test_a_clone_is_told_once_and_believed_for_the_right_word_only(port: Any) -> None:
-    reactor, made, guest, said = port
-    guest.send(b"ready 0123456789abcdef\nwaiting\n")
-    turn(reactor)
-    assert said == ["waiting"]  # nothing was told yet, so nobody can be ready
-    made.tell("02:5c:00:00:00:01", "02:5c:77:00:00:01")
-    told = identity.parse(guest.recv(4096))
-    assert told.macs == ["02:5c:00:00:00:01", "02:5c:77:00:00:01"]
-    guest.send(b"ready ffffffffffffffff\n")
-    turn(reactor)
-    assert said == ["waiting"]
-    guest.send(f"ready {told.nonce}\n".encode() * 2)
-    turn(reactor)
-    assert said == ["waiting", "ready"]
-
-
-def test_no_two_are_told_the_same_seed(port: Any) -> None:
-    _, made, guest, _ = port
-    seeds = set()
-    for _ in range(8):
-        made.tell("02:5c:00:00:00:01", "02:5c:77:00:00:01")
-        seeds.add(identity.parse(guest.recv(4096)).seed)
-    assert len(seeds) == 8
-
-
-@pytest.mark.parametrize("nonsense", [b"x" * 200, b"\xff\0\n" * 40, b"waiting", b"ready \n"])
-def test_nonsense_of_a_guest_is_no_word(port: Any, nonsense: bytes) -> None:
-    reactor, _, guest, said = port
-    guest.send(nonsense)
-    turn(reactor)
-    assert said == []
-
-
-TOLD = {
-    "version": 1, "nonce": "0" * 16, "seed": "1" * 128, "time_s": 1.5,
-    "macs": ["02:5c:00:00:00:01", "02:5c:77:00:00:01"],
-}  # fmt: skip
+async def test_a_restarted_domain_takes_up_what_is_whole_and_gives_back_the_rest(
+    world: World,
+) -> None:
+    await world.make()
+    world.core.create_memory(4096, "template-ram:" + "f" * 20)
+    world.core.create_domain("vmm", "template:demo:" + "f" * 20, Limits(memory_bytes=MIB))
+    world.start()
+    assert world.templates.find(INPUTS) is not None
+    assert world.core.held() == INPUTS.memory_bytes + 4096
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        {"version": 2}, {"nonce": "0\n"}, {"seed": "1" * 127}, {"time_s": "soon"},
-        {"macs": ["52:54:00:00:00:01"]}, {"macs": ["02:5c:00:00:00:01"] * 5},
-    ],
-)  # fmt: skip
-def test_an_identity_that_is_none_is_refused(wrong: dict[str, object]) -> None:
-    identity.parse(json.dumps(TOLD).encode())
-    with pytest.raises(Invalid):
-        identity.parse(json.dumps({**TOLD, **wrong}).encode())
-    with pytest.raises(Invalid):
-        identity.parse(b"{")
+    "facts", [{"runtime_sha256": "9" * 64}, {"kernel": "7"}, {"images": []}, {"accelerator": "kvm"}]
+)
+async def test_a_template_of_other_inputs_than_now_is_dropped_at_the_start(
+    world: World, facts: dict[str, object]
+) -> None:
+    await world.make()
+    world.start(**facts)
+    assert world.templates.by_key == {}
+    assert world.core.held() == 0
+    assert list(world.directory.iterdir()) == []
+
+
+async def test_a_record_without_its_memory_or_that_cannot_be_read_is_no_template(
+    world: World,
+) -> None:
+    await world.make()
+    (world.directory / "x.json").write_text("{")
+    for name in [n for n in world.core.table if n.startswith("template")]:
+        world.core.destroy(world.core.lookup(name).selector)
+    world.start()
+    assert world.templates.by_key == {}
+    assert list(world.directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["failed", "died", "too large"])
+async def test_a_maker_that_fails_leaves_nothing_and_is_not_tried_again(
+    world: World, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.begin()
+    if how == "failed":
+        world.tell("machine.state", {"state": "failed", "reason": "a panic"}, [])
+    elif how == "died":
+        world.templates.ended("template:demo:" + key_of(INPUTS)[:20])
+    else:
+        monkeypatch.setattr(module, "MAX_STATE_BYTES", 3)
+        world.saved()
+    assert await world.until("refused")
+    assert world.core.held() == 0
+    world.templates.prepare(INPUTS)
+    assert world.templates.state(INPUTS)[0] == "refused"
+
+
+async def test_without_room_there_is_no_template_and_later_perhaps(tmp_path: Path) -> None:
+    world = World(tmp_path, memory_bytes=INPUTS.memory_bytes + 10 * MIB)
+    world.templates.prepare(INPUTS)
+    state, reason = world.templates.state(INPUTS)
+    assert (state, world.core.held()) == ("absent", 0)
+    assert "memory_bytes" in reason
+    world.core.allowed = allowed(4096 * MIB)
+    await world.make()
+
+
+async def test_an_idle_template_gives_way_and_one_in_use_does_not(world: World) -> None:
+    key = await world.make()
+    free = 4096 * MIB - world.core.held()
+    await world.templates.yield_room(free)
+    assert world.templates.find(INPUTS) is not None  # it fits
+    assert world.templates.yielding() == (INPUTS.memory_bytes + 4096, 0)
+    world.used.add(key)
+    assert world.templates.yielding() == (0, 0)
+    await world.templates.yield_room(free + 1)
+    assert world.templates.find(INPUTS) is not None
+    world.used.clear()
+    await world.templates.yield_room(free + 1)
+    assert (world.templates.find(INPUTS), world.core.held()) == (None, 0)
+
+
+async def test_a_maker_gives_way_to_a_platform(world: World) -> None:
+    await world.begin()
+    memory, domains = world.templates.yielding()
+    assert (memory, domains) == (world.core.held(), 1)
+    await world.templates.yield_room(4096 * MIB)
+    assert (world.templates.state(INPUTS), world.core.held()) == (("absent", ""), 0)
+    await world.make()
+
+
+async def test_of_a_template_whose_clone_failed_nothing_is_started_and_it_goes_with_the_last(
+    world: World,
+) -> None:
+    key = await world.make()
+    world.used.add(key)
+    world.templates.distrust(key, "it did not come to life")
+    assert world.templates.find(INPUTS) is None
+    assert world.core.held() > 0  # another clone runs from it
+    world.templates.drop_unused(key)
+    assert world.core.held() > 0
+    world.used.clear()
+    world.templates.drop_unused(key)
+    assert world.core.held() == 0
+    assert world.templates.state(INPUTS) == ("refused", "it did not come to life")
+
+
+async def test_there_are_as_many_as_allowed_and_the_oldest_idle_one_goes(world: World) -> None:
+    shapes = [dataclasses.replace(INPUTS, cpus=n + 1) for n in range(3)]
+    for shape in shapes:
+        await world.make(shape)
+    assert [world.templates.state(shape)[0] for shape in shapes] == ["absent", "ready", "ready"]
+
+
+async def test_none_gives_way_to_one_for_which_there_is_no_room_all_the_same(world: World) -> None:
+    shapes = [dataclasses.replace(INPUTS, cpus=n + 1) for n in range(3)]
+    for shape in shapes[:2]:
+        await world.make(shape)
+    world.core.allowed = allowed(world.core.held())
+    world.templates.prepare(shapes[2])
+    assert [world.templates.state(shape)[0] for shape in shapes] == ["ready", "ready", "absent"]
+    world.core.allowed = allowed(world.core.held() + INPUTS.memory_bytes)
+    await world.make(shapes[2])
+    assert [world.templates.state(shape)[0] for shape in shapes] == ["absent", "ready", "ready"]
+
+
+async def test_a_state_that_nobody_waits_for_any_more_is_closed(world: World) -> None:
+    async def call(*_: object, **__: object) -> None:
+        world.saved()
+        raise Closed("its monitor died")
+
+    world.hub.call = call  # type: ignore[method-assign]
+    world.templates.prepare(INPUTS)
+    await world.until("refused")
+    open_now = [os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+    assert not [file for file in open_now if file.startswith("/memfd:state")]
+
+
+async def test_a_state_that_is_no_file_is_not_read(world: World) -> None:
+    await world.begin()
+    reading, writing = os.pipe()
+    os.close(writing)
+    world.tell("template.saved", {}, [reading])
+    assert "no file" in await world.until("refused", "ready")
+    assert world.core.held() == 0
+
+
+async def test_one_is_made_at_a_time(world: World) -> None:
+    world.templates.prepare(INPUTS)
+    world.templates.prepare(dataclasses.replace(INPUTS, cpus=2))
+    assert world.templates.state(dataclasses.replace(INPUTS, cpus=2)) == ("absent", "")
+    with contextlib.suppress(Busy):
+        await world.templates.give_up_making()
+    assert world.core.held() == 0
+
+
+def test_a_machine_for_a_template_is_nobodys() -> None:
+    machine: Machine = machine_of(INPUTS)
+    assert machine.start == "template"
+    assert {machine.uplink_mac, machine.link_mac} == {"02:5c:00:00:00:00", "02:5c:77:00:00:00"}

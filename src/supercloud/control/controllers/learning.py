@@ -59,6 +59,13 @@ def halt(volume: VolumeDocument, message: str, found: Seal | None) -> None:
             step.ended_s, step.error = time.time(), message
 
 
+def is_of_the_volume(error: UserError) -> bool:
+    """Whether the refusal to open it is about what is there, not about who asks."""
+    return not isinstance(error, Denied) or not error.details.keys().isdisjoint(
+        ("evidence", "found")
+    )
+
+
 def found_in(error: UserError) -> Seal | None:
     """The seal of the device that its host refused to open, when it says that."""
     untrusted = error.details.get("found")

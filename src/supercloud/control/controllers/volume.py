@@ -93,7 +93,7 @@ class VolumeController:
             # What it tells is kept by then, its epoch above all: before it is used.
             volume = await self._act(volume, "open", lambda host: host.open(volume.host, asked))
         except (Denied, NotFound) as error:
-            if not volume.seal.root:
+            if not volume.seal.root or not learning.is_of_the_volume(error):
                 raise
             await self._calls.halt(volume, error)
             return 0.0

@@ -9,15 +9,17 @@ holder could make the file longer, so the driver cuts files back to their size e
 What is booked follows from the files alone: after a restart it is compared and corrected.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from supercloud.lower.client import Core
 from supercloud.lower.component import Component
-from supercloud.model.errors import Exists, Invalid, NotFound
+from supercloud.model.errors import Exists, Invalid, NoResources, NotFound
 from supercloud.wire.portal import Reply, Request
 
 STATE = "/run/state"
@@ -103,9 +105,9 @@ class DiskDriver(Component):
             raise Invalid(f"disk {disk.name} has {found.size_bytes} bytes", where="size_bytes")
         if disk != found:
             more = disk.size_bytes - found.size_bytes
-            self.core.charge(self._context(disk.user), more)  # NoResources: nothing is done
-            os.rename(found.path, disk.path)  # the size by name holds from here on
-            os.truncate(disk.path, disk.size_bytes)
+            with self._charged(disk.user, more):
+                os.truncate(found.path, disk.size_bytes)
+                os.rename(found.path, disk.path)  # the size by name holds from here on
             log.info("disk %s of %s: now %d bytes", disk.name, disk.user, disk.size_bytes)
         return {}
 
@@ -158,13 +160,31 @@ class DiskDriver(Component):
         if len(_disks(disk.user)) >= MAX_DISKS_OF_ONE_USER:
             raise Invalid("too many disks")
         os.makedirs(directory_of(disk.user), mode=0o700, exist_ok=True)
-        self.core.charge(self._context(disk.user), disk.size_bytes)  # NoResources: nothing is done
-        descriptor = os.open(disk.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(descriptor, disk.size_bytes)
-        finally:
-            os.close(descriptor)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with self._charged(disk.user, disk.size_bytes):
+            descriptor = os.open(disk.path, flags, 0o600)
+            try:
+                os.ftruncate(descriptor, disk.size_bytes)
+            except OSError:
+                os.unlink(disk.path)
+                raise
+            finally:
+                os.close(descriptor)
         log.info("disk %s of %s: %d bytes", disk.name, disk.user, disk.size_bytes)
+
+    @contextlib.contextmanager
+    def _charged(self, user: str, size_bytes: int) -> Iterator[None]:
+        """Booked while and after it is done. NoResources by quota or file system: not booked."""
+        context = self._context(user)
+        self.core.charge(context, size_bytes)
+        try:
+            yield
+        except OSError as error:
+            self.core.charge(context, -size_bytes)
+            raise NoResources(
+                f"the provider's file system does not take {size_bytes} bytes: {error.strerror}",
+                hint="use another provider, or ask this one for room",
+            ) from error
 
     def _context(self, user: str) -> int:
         return self.core.lookup(f"sched:{user}").selector
@@ -195,9 +215,12 @@ class DiskDriver(Component):
     def _cut_back(self) -> None:
         for name in self.channels:
             for disk in _disks(name.removeprefix(USER_PREFIX)):
-                if os.stat(disk.path).st_size != disk.size_bytes:
-                    log.warning("disk %s of %s had another size", disk.name, disk.user)
-                    os.truncate(disk.path, disk.size_bytes)
+                try:
+                    if os.stat(disk.path).st_size != disk.size_bytes:
+                        log.warning("disk %s of %s had another size", disk.name, disk.user)
+                        os.truncate(disk.path, disk.size_bytes)
+                except OSError:  # of one: the others are cut back all the same
+                    log.exception("disk %s of %s has another size", disk.name, disk.user)
 
 
 def _user(request: Request) -> str:

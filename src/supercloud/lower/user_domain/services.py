@@ -69,6 +69,8 @@ class Services:
 
     def start(self, kind: str) -> Channel:
         """The channel to it; it is started if it does not run."""
+        if not self.is_running(kind):
+            self._hub.drain()  # of its death is heard before it is made anew, not afterwards
         channel = self.join(kind)
         if not self.is_running(kind):
             self._core.start(self._core.lookup(self._domain(kind)).selector)

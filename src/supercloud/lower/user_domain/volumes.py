@@ -294,8 +294,9 @@ class Volumes:
     async def adopt(self, running: set[str]) -> None:
         """Take up what is open; ``running`` are the platforms that live."""
         self._services.reserve()
-        alive = all(self._services.is_running(kind) for kind in KINDS)
-        for kind in () if alive else KINDS:
+        running_kinds = [kind for kind in KINDS if self._services.is_running(kind)]
+        alive = len(running_kinds) == len(KINDS)
+        for kind in () if alive else running_kinds:
             self._services.end(kind)  # the one is of no use without the other
         for name, volume in list(self._records.by_name.items()):
             if volume.state == "deleting":

@@ -292,7 +292,8 @@ class FakeVolumes:
 def _check(volume: Volume, asked: VolumeOpen) -> None:
     """Whether it is the one that its owner means: the state kept, or a later one."""
     if volume.key_sha256 != _hash(asked.key_base64):
-        raise Denied(f"volume {volume.spec.name} was made with another key")
+        message = f"volume {volume.spec.name} was made with another key"
+        raise Denied(message, details={"evidence": "not_a_device"})
     kept, found = asked.seal, volume.seal
     if not kept.root:
         if volume.used:

@@ -132,6 +132,5 @@ class Bench:
 
     def close(self) -> None:
         self.service.close()
-        signal.set_wakeup_fd(-1)
         for device in self.devices.values():
             device.close()

@@ -1,5 +1,6 @@
 """Child processes of a domain's process 1, with descriptors passed on at their own numbers."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -25,7 +26,14 @@ class Children:
         reactor.watch(self._woken, self._reap)
 
     def close(self) -> None:
-        """Wait for none any more; signals are again whose they were."""
+        """Kill and reap whoever is left, unheard; signals are again whose they were."""
+        if self._wake.fileno() < 0:
+            return
+        for pid in self._ended:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        self._ended.clear()
         descriptor, handler = self._before
         signal.set_wakeup_fd(descriptor)
         signal.signal(signal.SIGCHLD, handler)

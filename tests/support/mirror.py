@@ -27,7 +27,7 @@ class Disk:
     def __init__(self, regions: int) -> None:
         self.durable = [0] * regions
         self.now = [0] * regions
-        self.epoch = 1
+        self.crashes = 0
         self.links: list[FakeLink] = []
         self.unreadable: set[int] = set()
 
@@ -43,7 +43,7 @@ class Disk:
             if self.now[region] != value and rnd.random() < 0.5:
                 self.now[region] = value
         self.durable = list(self.now)
-        self.epoch += 1
+        self.crashes += 1
         for link in self.links:
             link.dead = True
         self.end_connections()
@@ -81,9 +81,7 @@ class FakeLink:
         self.cut = self.dead = self.closed = False
         disk.links.append(self)
 
-    def send(
-        self, kind: int, offset: int, length: int, data: Any, flags: int, done: Any
-    ) -> None:
+    def send(self, kind: int, offset: int, length: int, data: Any, flags: int, done: Any) -> None:
         self.asked.append(Asked(kind, offset // REGION, length // REGION, bytes(data), done))
 
     def waiting_s(self) -> float:
@@ -139,6 +137,7 @@ def start(
     generation: int,
     disks: Mapping[str, Disk],
     in_sync: set[str],
+    kept: set[str],
     connected: set[str],
     clock_ns: Callable[[], int],
     *,
@@ -146,7 +145,7 @@ def start(
 ) -> Running:
     """As the service opens one; the devices end what older generations had of them."""
     found = Map(memory.descriptor, memory.size_bytes)
-    replicas = [Replica(n, d.epoch, n in in_sync, n in connected) for n, d in disks.items()]
+    replicas = [Replica(n, n in in_sync, n in kept, n in connected) for n in disks]
     members = begin(found, generation, replicas, clean=clean)
     told: list[tuple[str, Mapping[str, Any]]] = []
     mirror = Mirror(

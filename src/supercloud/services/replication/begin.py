@@ -15,11 +15,15 @@ from supercloud.services.replication.regions import MOST_REPLICAS, Before, Map
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """What the owner says of one: ``epoch`` of its device, which each opening of it raises."""
+    """What the owner says of one.
+
+    ``kept``: since it was last in sync its device was never ended but in order, so that it has all
+    that it answered, and not only what it flushed.
+    """
 
     name: str
-    epoch: int
     in_sync: bool
+    kept: bool
     connected: bool
 
 
@@ -35,13 +39,13 @@ def begin(found: Map, generation: int, replicas: Sequence[Replica], *, clean: bo
     places = _places(before, replicas)
     if before is None:
         found.empty()
-    known = before.replicas if before else {}
+    known = before.places if before else {}
     for replica in replicas:
         if replica.name not in known and not (replica.in_sync and clean):
             found.lacking(places[replica.name]).fill()
-    source = min(replicas, key=lambda replica: _rank(replica, known, found, places))
+    source = min(replicas, key=lambda replica: _rank(replica, found, places))
     _make_equal(found, source, replicas, places)
-    found.write(generation, {r.name: (places[r.name], r.epoch) for r in replicas})
+    found.write(generation, places)
     ordered = [source, *(replica for replica in replicas if replica is not source)]
     return [_member(found, replica, places[replica.name], source) for replica in ordered]
 
@@ -49,8 +53,8 @@ def begin(found: Map, generation: int, replicas: Sequence[Replica], *, clean: bo
 def _places(before: Before | None, replicas: Sequence[Replica]) -> dict[str, int]:
     """Those that are known keep their place in the map."""
     names = {replica.name for replica in replicas}
-    known = before.replicas.items() if before else ()
-    places = {name: place for name, (place, _) in known if name in names}
+    known = before.places.items() if before else ()
+    places = {name: place for name, place in known if name in names}
     free = [place for place in range(MOST_REPLICAS) if place not in places.values()]
     for replica in replicas:
         if replica.name not in places:
@@ -58,13 +62,10 @@ def _places(before: Before | None, replicas: Sequence[Replica]) -> dict[str, int
     return places
 
 
-def _rank(
-    replica: Replica, known: dict[str, tuple[int, int]], found: Map, places: dict[str, int]
-) -> tuple[bool, bool, bool]:
-    """The least is the source: in sync, its device never closed since, nothing that it lacks."""
+def _rank(replica: Replica, found: Map, places: dict[str, int]) -> tuple[bool, bool, bool]:
+    """The least is the source: in sync and here, its device never cut off, lacking nothing."""
     usable = replica.in_sync and replica.connected
-    forgot = replica.name in known and known[replica.name][1] != replica.epoch
-    return (not usable, forgot, bool(found.lacking(places[replica.name])))
+    return (not usable, not replica.kept, bool(found.lacking(places[replica.name])))
 
 
 def _make_equal(
@@ -81,7 +82,7 @@ def _make_equal(
 
 def _member(found: Map, replica: Replica, place: int, source: Replica) -> Member:
     lacks = found.lacking(place)
-    member = Member(replica.name, replica.epoch, "stale", lacks)
+    member = Member(replica.name, "stale", lacks)
     if replica.in_sync:
         equal = replica is source or (replica.connected and not lacks)
         member.standing = "in_sync" if equal else "failing"

@@ -49,7 +49,6 @@ class Member:
     """One replica. ``turn`` counts what the owner must write down of it in this generation."""
 
     name: str
-    epoch: int
     standing: Standing
     lacks: Regions
     link: Link | None = None

@@ -257,12 +257,12 @@ class Mirror:
         if member.counted and not self._alone(member):
             self._declare(member, "it did not keep what it had")
 
-    def attach(self, name: str, epoch: int, link: Link) -> None:
+    def attach(self, name: str, link: Link) -> None:
         """It is there again. BadState when it is there already."""
         member = self.named(name)
         if member.link is not None:
             raise BadState(f"replica {name} is connected ({member.standing})")
-        member.link, member.epoch = link, epoch
+        member.link = link
         if member.standing == "stale":
             member.move("connected")
             self._resync.go_on(member)

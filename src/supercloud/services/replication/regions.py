@@ -113,10 +113,10 @@ class Regions:
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """What the map said of the replicas when it was opened: name -> (place, device's epoch)."""
+    """What the map said when it was opened: which replica has which place in it."""
 
     generation: int
-    replicas: dict[str, tuple[int, int]]
+    places: dict[str, int]
 
 
 class Map:
@@ -143,25 +143,17 @@ class Map:
         found = json.loads(data)
         if found["size_bytes"] != self._size_bytes:
             return None
-        return Before(found["generation"], {n: (p, e) for n, p, e in found["replicas"]})
+        return Before(found["generation"], found["places"])
 
-    def write(self, generation: int, replicas: dict[str, tuple[int, int]]) -> None:
+    def write(self, generation: int, places: dict[str, int]) -> None:
         """From now on it is of that generation; a header that was cut off is of no use."""
-        rows = [[name, place, epoch] for name, (place, epoch) in replicas.items()]
         found: dict[str, Any] = {
-            "generation": generation, "size_bytes": self._size_bytes, "replicas": rows,
+            "generation": generation, "size_bytes": self._size_bytes, "places": places,
         }  # fmt: skip
         data = json.dumps(found).encode()
         self._memory[: _HEAD.size] = bytes(_HEAD.size)
         self._memory[_HEAD.size : _HEAD.size + len(data)] = data
         self._memory[: _HEAD.size] = _HEAD.pack(len(data), zlib.crc32(data))
-
-    def learn(self, name: str, epoch: int) -> None:
-        """A replica's device was opened anew."""
-        before = self.before()
-        if before is not None and name in before.replicas:
-            place = before.replicas[name][0]
-            self.write(before.generation, {**before.replicas, name: (place, epoch)})
 
     def empty(self) -> None:
         """Nobody lacks anything, as far as this map knows."""

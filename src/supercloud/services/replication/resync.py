@@ -5,12 +5,11 @@ what a request wrote. A region is no longer lacked when the replica has *flushed
 is killed may lose what it has not.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from supercloud.services.replication import nbd
-from supercloud.services.replication.members import Link, Member
+from supercloud.services.replication.members import Done, Link, Member
 from supercloud.services.replication.ranges import Ranges, Span
 from supercloud.services.replication.regions import REGION_BYTES
 from supercloud.services.replication.stream import Bytes
@@ -68,7 +67,7 @@ class Resync:
             if first is None:
                 break
             self._start(member, member.link, first)
-        if member.flushing or member.copies >= AT_ONCE and len(member.settled) < FLUSH_EVERY:
+        if member.flushing or (member.copies >= AT_ONCE and len(member.settled) < FLUSH_EVERY):
             return
         if member.settled and (not member.copies or len(member.settled) >= FLUSH_EVERY):
             self._flush(member, member.link)
@@ -107,9 +106,8 @@ class Resync:
         if source is None or source.link is None:
             return  # the mirror is over
         copy.source = source
-        self._ask(
-            copy, source, nbd.READ, b"", lambda e, data: self._was_read(copy, source, e, data)
-        )
+        then = lambda error, data: self._was_read(copy, source, error, data)  # noqa: E731
+        self._ask(copy, source, nbd.READ, b"", then)
 
     def _was_read(self, copy: _Copy, source: Member, error: int, data: Bytes) -> None:
         if error:
@@ -120,14 +118,7 @@ class Resync:
         kind = nbd.WRITE if any_set(data) else nbd.ZEROES
         self._ask(copy, copy.target, kind, data, lambda e, _: self._written(copy, e))
 
-    def _ask(
-        self,
-        copy: _Copy,
-        member: Member,
-        kind: int,
-        data: Bytes,
-        then: Callable[[int, Bytes], None],
-    ) -> None:
+    def _ask(self, copy: _Copy, member: Member, kind: int, data: Bytes, then: Done) -> None:
         link = member.link
 
         def done(error: int, read: Bytes) -> None:

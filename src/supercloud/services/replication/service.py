@@ -48,16 +48,17 @@ REMIND_EVERY_S: Final = 1.0
 SILENCE_MS: Final = 15_000
 _BUFFER_BYTES: Final = 1 << 20
 
-Number = Annotated[int, Limit(ge=0, le=1 << 62)]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaWish:
-    """One replica of ``mirror.open``: a stream comes for each that is ``connected``, in order."""
+    """One replica of ``mirror.open``: a stream comes for each that is ``connected``, in order.
+
+    See ``begin.Replica``.
+    """
 
     replica: Name
-    epoch: Number
     in_sync: bool
+    kept: bool
     connected: bool = True
 
 
@@ -119,7 +120,7 @@ class ReplicationService:
             raise Invalid("no replica that is in sync is connected", where="replicas")
         streams = _streams(request, wish)
         found = Map(request.descriptors[0], wish.size_bytes)
-        replicas = [Replica(r.replica, r.epoch, r.in_sync, r.connected) for r in wish.replicas]
+        replicas = [Replica(r.replica, r.in_sync, r.kept, r.connected) for r in wish.replicas]
         lease = Lease(wish.generation)
         self._end(wish.volume)
         members = beginning.begin(found, wish.generation, replicas, clean=wish.clean)
@@ -231,17 +232,15 @@ class ReplicationService:
         self._newest[name] = max(generation, self._newest.get(name, 0))
 
     def attach(self, request: Request) -> dict[str, Any]:
-        """``{volume, generation, replica, epoch}`` and [stream]: it gets what it lacks."""
+        """``{volume, generation, replica}`` and [stream]: it gets what it lacks."""
         held, name = self._current(request), request.name("replica")
-        epoch = request.number("epoch")
         if len(request.descriptors) != 1 or not _is_stream(request.descriptors[0]):
             raise Invalid("one connected stream is wanted")
         member = held.mirror.named(name)
         if member.link is not None:
             raise BadState(f"replica {name} is connected ({member.standing})")
         descriptor = os.dup(request.descriptors[0])
-        held.mirror.attach(name, epoch, self._link(held.mirror, member, descriptor))
-        held.map.learn(name, epoch)
+        held.mirror.attach(name, self._link(held.mirror, member, descriptor))
         return self._state(held)
 
     def confirm(self, request: Request) -> dict[str, Any]:
@@ -325,7 +324,6 @@ def make(reactor: Reactor, tell: Tell) -> ReplicationService:
 def _standing(member: Member) -> dict[str, Any]:
     return {
         "replica": member.name,
-        "epoch": member.epoch,
         "standing": member.standing,
         "turn": member.turn,
         "connected": member.link is not None,

@@ -5,6 +5,7 @@ and ``then`` says what is wanted next. ``on_end`` is called once, never from wit
 """
 
 import contextlib
+import functools
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -31,10 +32,12 @@ class Stream:
         self._reactor, self._socket, self._on_end = reactor, sock, on_end
         self._out: deque[memoryview] = deque()
         self._in, self._at = bytearray(), 0
-        self._wanted, self._then = 0, _nothing
+        self._wanted = 0
+        self._then: Then = _nothing
         self._large: bytearray | None = None
         self._filled = 0
         self._events = 0
+        self._broken = False
         self.paused = self.ended = False
         self._interest()
 
@@ -49,7 +52,7 @@ class Stream:
 
     def send(self, *parts: Bytes) -> None:
         """Send them in order; what cannot be sent any more is dropped."""
-        if self.ended:
+        if self.ended or self._broken:
             return
         idle = not self._out
         self._out.extend(memoryview(part) for part in parts if len(part))
@@ -104,7 +107,8 @@ class Stream:
             pass
         except OSError as error:
             self._out.clear()
-            self._reactor.after(0, lambda: self._end(str(error)))
+            self._broken = True
+            self._reactor.after(0, functools.partial(self._end, str(error)))
 
     def _sent(self, count: int) -> None:
         while count:

@@ -130,18 +130,21 @@ class Host:
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.process = spawn("replication_process", theirs.fileno())
         theirs.close()
-        self._answers: queue.Queue[portal.Message] = queue.Queue()
+        self._answers: queue.Queue[portal.Message | None] = queue.Queue()
         self._calling = threading.Lock()
         self._last = 0
-        threading.Thread(target=self._listen, args=(self.channel,), daemon=True).start()
+        listen = (self.channel, self._answers)
+        self._listener = threading.Thread(target=self._listen, args=listen)
+        self._listener.start()
 
-    def _listen(self, channel: socket.socket) -> None:
+    def _listen(self, channel: socket.socket, answers: "queue.Queue[Any]") -> None:
         with contextlib.suppress(OSError):
             while (message := portal.receive(channel)) is not None:
                 if "m" in message.untrusted:
                     self.owner.told.put((self, message.untrusted["m"], message.untrusted["p"]))
                 else:
-                    self._answers.put(message)
+                    answers.put(message)
+        answers.put(None)  # whoever waits is not to wait for ever
 
     def call(self, method: str, descriptors: list[int] | None = None, **what: Any) -> portal.Reply:
         with self._calling:
@@ -150,6 +153,9 @@ class Host:
             portal.send(self.channel, message, descriptors)
             while True:
                 answer = self._answers.get(timeout=DEADLINE_S)
+                if answer is None:
+                    self._answers.put(None)
+                    raise portal.Closed("the service has ended")
                 if answer.untrusted.get("i") == self._last:
                     return portal.result_of(answer)
 
@@ -168,6 +174,7 @@ class Host:
         assert self.process is not None
         self.process.kill()
         self.process.wait()
+        self._listener.join()
         self.channel.close()
 
     def close(self) -> None:

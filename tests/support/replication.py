@@ -101,6 +101,8 @@ class Replica:
     @contextlib.contextmanager
     def silent(self) -> Iterator[None]:
         os.kill(self.process.pid, signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        until(lambda: all(") T " in (task / "stat").read_text() for task in tasks.iterdir()))
         try:
             yield
         finally:

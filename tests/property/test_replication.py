@@ -341,7 +341,7 @@ def settle(world: World) -> None:
     raise AssertionError([(m.name, m.standing, m.turn) for m in running.mirror.members])
 
 
-@settings(max_examples=1500, deadline=None, print_blob=True)
+@settings(max_examples=2500, deadline=None, print_blob=True)
 @given(st.integers(0, 1 << 48), st.sampled_from((NAMES[:2], NAMES)), st.integers(1, 800))
 def test_nothing_that_was_answered_is_ever_missing(
     seed: int, names: tuple[str, ...], length: int

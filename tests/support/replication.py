@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import queue
+import select
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from support.nbd import Client
 MIB = 1 << 20
 REGION = 64 << 10
 DEADLINE_S = 120.0
+GONE = (ConnectionResetError, BrokenPipeError)
 
 
 def until(so: Callable[[], Any]) -> Any:
@@ -386,3 +388,34 @@ def dialled(host: Host, place: Path) -> Iterator[str]:
             listener.shutdown(socket.SHUT_RDWR)
             thread.join()
             path.unlink()
+
+
+Make = Callable[..., Owner]
+
+
+def making(place: Path) -> Iterator[Make]:
+    """For a fixture: makes owners, of replicas ``a`` and ``b`` if not said otherwise."""
+    made: list[Owner] = []
+
+    def make(*names: str, mib: int = 16) -> Owner:
+        made.append(Owner(place, names or ("a", "b"), mib))
+        return made[-1]
+
+    yield make
+    for owner in made:
+        owner.close()
+
+
+def answered(client: Client) -> bool:
+    """Whether an answer is there, after a while in which one would have come."""
+    return bool(select.select([client.sock], [], [], 0.7)[0])
+
+
+def all_in_sync(owner: Owner) -> Callable[[], bool]:
+    return lambda: (
+        owner.in_sync == set(owner.replicas)
+        and all(
+            replica["standing"] == "in_sync"
+            for replica in (owner.host or owner.hosts[0]).state()["replicas"]
+        )
+    )

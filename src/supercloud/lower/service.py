@@ -23,6 +23,7 @@ SERVICES: Final[Mapping[str, str]] = {
     "block": "supercloud.services.block.service",
     "objects": "supercloud.services.objects.service",
     "protection": "supercloud.services.protection.service",
+    "replication": "supercloud.services.replication.service",
 }
 
 log = logging.getLogger("supercloud.lower.service")

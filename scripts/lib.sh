@@ -105,10 +105,15 @@ start_control() {
   wait_for 30 control_answers || { tail -n 20 "$LOGS/control.out"; return 1; }
 }
 
+# Whether a process is over; the lock of one is free a moment before.
+has_ended() { ! grep -qs '^State:[[:space:]]*[^ZX]' "/proc/$1/status"; }
+
 stop_control() {
   control_runs || return 0
-  kill -TERM "$(cat "$CONTROL_LOCK")"
-  flock --wait 30 "$CONTROL_LOCK" true && return
-  echo "process $(cat "$CONTROL_LOCK") does not end"
+  local pid
+  pid=$(cat "$CONTROL_LOCK")
+  kill -TERM "$pid"
+  flock --wait 30 "$CONTROL_LOCK" true && wait_for 10 has_ended "$pid" && return
+  echo "process $pid does not end"
   return 1
 }

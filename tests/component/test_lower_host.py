@@ -23,7 +23,7 @@ from supercloud.model.errors import (
 from supercloud.trust import tls
 from supercloud.wire import admin
 from supercloud.wire.codec import decode
-from supercloud.wire.messages import HostInfo
+from supercloud.wire.host import HostInfo
 from support.lower import ControlPlane, RunningHost, children, pids_of_session, running_host
 
 pytestmark = pytest.mark.root

@@ -9,7 +9,8 @@ import pytest
 
 from supercloud.model.errors import BadState, Denied, Invalid, NoResources, NotFound
 from supercloud.model.states import VOLUME
-from supercloud.wire.volumes import VOLUME_SLOTS, Seal, VolumeOpen, VolumeSpec
+from supercloud.wire.places import VOLUME_SLOTS
+from supercloud.wire.volumes import Seal, VolumeOpen, VolumeSpec
 from support.providers import KINDS, PRETENDED, REAL
 
 WITH_VOLUMES = [*PRETENDED, REAL]

@@ -21,19 +21,8 @@ from supercloud.providers.fake.options import Options
 from supercloud.providers.fake.volumes import FakeVolumes
 from supercloud.providers.lower_layer.provider import LowerLayerProvider, from_context
 from supercloud.trust import tls
-from supercloud.wire.messages import (
-    HOST,
-    ByName,
-    Certificate,
-    CsrResult,
-    Empty,
-    HostInfo,
-    PlatformList,
-    PlatformSpec,
-    PlatformStatus,
-    Quota,
-    handlers,
-)
+from supercloud.wire.host import HOST, HostInfo, PlatformList, PlatformSpec, PlatformStatus
+from supercloud.wire.messages import ByName, Certificate, CsrResult, Empty, handlers
 from supercloud.wire.objects import (
     ObjectsApply,
     ObjectsCredentials,
@@ -44,6 +33,7 @@ from supercloud.wire.objects import (
     ServiceStatus,
 )
 from supercloud.wire.peer import Call, Detach, Peer
+from supercloud.wire.quota import Quota
 from supercloud.wire.volumes import (
     VolumeAttach,
     VolumeList,

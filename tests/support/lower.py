@@ -21,7 +21,7 @@ from supercloud.providers.lower_layer.dial import Connection, Dialer, Target
 from supercloud.trust.authority import Authority, Root
 from supercloud.wire import admin
 from supercloud.wire.codec import encode
-from supercloud.wire.messages import PlatformSpec
+from supercloud.wire.host import PlatformSpec
 
 START = Path(next(iter(host_path))) / "__main__.py"
 READY_TIMEOUT_S = 60

@@ -36,7 +36,7 @@ from supercloud.wire.messages import (
     Process,
 )
 from supercloud.wire.peer import ConnectionLost
-from supercloud.wire.volumes import VOLUME_SLOTS
+from supercloud.wire.places import VOLUME_SLOTS
 from support.guest import BUILD, IMAGES, MACHINE, cpio
 from support.link import Link
 from support.slots import vm_slots

@@ -21,10 +21,10 @@ from supercloud.model.errors import (
     SupercloudError,
     Unsupported,
 )
+from supercloud.wire.places import VOLUME_SLOTS
 from supercloud.wire.portal import Request
 from supercloud.wire.qmp import Qmp
 from supercloud.wire.reactor import Reactor
-from supercloud.wire.volumes import VOLUME_SLOTS
 
 
 class Qemu(threading.Thread):

@@ -14,7 +14,7 @@ from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.platforms import Platforms
 from supercloud.lower.user_domain.records import Record
 from supercloud.model.errors import Temporary
-from supercloud.wire.messages import PlatformSpec
+from supercloud.wire.host import PlatformSpec
 
 FACTS: dict[str, Any] = {
     "images": ["sha256:" + "1" * 64], "accelerator": "tcg", "runtime_sha256": "2" * 64,

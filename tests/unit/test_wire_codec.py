@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supercloud.model.errors import Invalid
-from supercloud.wire import messages
+from supercloud.wire import host, messages
 from supercloud.wire.codec import Limit, Name, decode, encode
 
 
@@ -83,7 +83,7 @@ json = st.recursive(
 @pytest.mark.parametrize(
     "declared",
     [
-        *messages.HOST.values(),
+        *host.HOST.values(),
         *messages.AGENT_TO_CONTROL.values(),
         *messages.CONTROL_TO_AGENT.values(),
     ],

@@ -11,26 +11,9 @@ from typing import Annotated, Any, Literal
 
 from supercloud.model.errors import Denied
 from supercloud.wire.codec import Limit, Name, Sha256, Text, decode, encode
-from supercloud.wire.objects import (
-    ObjectsApply,
-    ObjectsCredentials,
-    ObjectsDelete,
-    ObjectsSecret,
-    ObjectsStatus,
-    ServiceList,
-)
 from supercloud.wire.peer import Call, Detach, Handler
-from supercloud.wire.quota import Bytes, Quota
-from supercloud.wire.volumes import (
-    VOLUME_SLOTS,
-    VolumeAttach,
-    VolumeList,
-    VolumeOpen,
-    VolumeServe,
-    VolumeSnapshot,
-    VolumeSpec,
-    VolumeStatus,
-)
+from supercloud.wire.places import VOLUME_SLOTS
+from supercloud.wire.quota import Bytes
 
 PROTOCOL = 1
 
@@ -49,24 +32,6 @@ class Empty:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HostInfo:
-    """What a host says of itself to a user. ``images`` are digests of L1 images that it holds."""
-
-    instance: str
-    protocol: int
-    region: str
-    jurisdiction: str
-    accelerator: str
-    kernel: str
-    runtime_sha256: str
-    images: list[str]
-    quota: Quota
-    used: Quota
-    cpus: int
-    features: dict[str, str] = field(default_factory=dict)  # feature -> "" or why not
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class CsrResult:
     """A certificate request made inside the platform or user domain."""
 
@@ -79,84 +44,6 @@ class Certificate:
 
     cert_pem: Pem
     chain_pem: Pem
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlatformSpec:
-    """An L1 platform to run. ``config_base64`` is the config disk (ISO 9660), at most 1 MiB.
-
-    ``image`` is the digest of an L1 image that the host holds (its manifest's sha256).
-    """
-
-    name: Name
-    image: Sha256
-    cpus: Annotated[int, Limit(ge=1, le=64)] = 1
-    memory_bytes: Annotated[int, Limit(ge=128 << 20, le=1 << 42)] = 1 << 30
-    scratch_bytes: Bytes = 4 << 30
-    ports: Annotated[int, Limit(ge=0, le=1024)] = 32
-    config_base64: Base64 = ""
-    tag: Annotated[str, Limit(max_length=256)] = ""  # whose it is; given back in its status
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlatformStatus:
-    """A platform as its user domain sees it. Published host ports are first_port .. +ports-1.
-
-    ``state`` is one of ``model.states.MACHINE``.
-    """
-
-    name: str
-    state: str
-    image: str
-    cpus: int
-    memory_bytes: int
-    scratch_bytes: int
-    address: str
-    first_port: int
-    ports: int
-    accelerator: str
-    created_s: float
-    reason: str = ""
-    tag: str = ""
-    spec_sha256: str = (
-        ""  # of the PlatformSpec without config_base64: same name, other spec = Exists
-    )
-    started_from: str = ""  # boot | memory; empty from a host that does not say
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TemplateSpec:
-    """Platforms of this shape are to start from memory, as soon as that can be had.
-
-    An older host has no such method (NotFound), and its platforms boot.
-    """
-
-    image: Sha256
-    cpus: Annotated[int, Limit(ge=1, le=64)] = 1
-    memory_bytes: Annotated[int, Limit(ge=128 << 20, le=1 << 42)] = 1 << 30
-    scratch_bytes: Bytes = 4 << 30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TemplateStatus:
-    """``state`` is absent (with what it lacked), making, ready or refused (with the reason).
-
-    ``ram_sha256`` and ``state_sha256`` are the host core's measurements of a ready one, and
-    ``booked_bytes`` what it takes of the quota, unless a platform needs the room.
-    """
-
-    state: str
-    reason: str = ""
-    booked_bytes: Bytes = 0
-    ram_sha256: str = ""
-    state_sha256: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlatformList:
-    """All platforms of the user on this host."""
-
-    platforms: list[PlatformStatus]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -391,44 +278,6 @@ class Method:
     idempotent: bool = True
     doc: str = ""
 
-
-HOST = {
-    m.name: m
-    for m in (
-        Method("host.info", Empty, HostInfo, doc="what the host is, holds and allows"),
-        Method("identity.request", Empty, CsrResult, doc="the user domain's certificate request"),
-        Method("identity.install", Certificate, Empty, doc="the certificate signed over it"),
-        Method("platform.create", PlatformSpec, PlatformStatus, doc="make and start a platform"),
-        Method("platform.list", Empty, PlatformList),
-        Method("platform.delete", ByName, Empty, doc="stop it and give everything back"),
-        Method(
-            "template.prepare",
-            TemplateSpec,
-            TemplateStatus,
-            doc="begin to make a template, or see how far it is; ask again",
-        ),
-        Method("platform.console", ByName, Empty, stream=True, doc="its serial console"),
-        Method("rendezvous.accept", Empty, ByName, doc="park; then raw: one agent's connection"),
-        Method("events.watch", Empty, Empty, stream=True, doc="events as JSON lines"),
-        Method("volume.open", VolumeOpen, VolumeStatus, doc="have it, and its next epoch"),
-        Method("volume.serve", VolumeServe, VolumeStatus, doc="let it be used"),
-        Method("volume.attach", VolumeAttach, VolumeStatus, doc="to a running platform"),
-        Method("volume.detach", ByName, VolumeStatus, doc="from its platform"),
-        Method("volume.close", ByName, VolumeStatus, doc="what was written is on the disk"),
-        Method("volume.delete", ByName, Empty, doc="with all that is in it"),
-        Method("volume.list", Empty, VolumeList),
-        Method("volume.change", VolumeSpec, VolumeStatus, doc="grow it, or throttle it otherwise"),
-        Method("volume.snapshot", VolumeSnapshot, VolumeStatus),
-        Method("volume.revert", VolumeSnapshot, VolumeStatus, doc="while it is not attached"),
-        Method("volume.forget", VolumeSnapshot, VolumeStatus, doc="delete a snapshot"),
-        Method("objects.apply", ObjectsApply, ObjectsStatus, doc="what the store is to be"),
-        Method("objects.state", Empty, ObjectsStatus),
-        Method("objects.credentials", ObjectsCredentials, ObjectsSecret, doc="of one who uses it"),
-        Method("objects.delete", ObjectsDelete, ObjectsStatus, doc="a bucket, or all of it"),
-        Method("objects.stop", Empty, ObjectsStatus, doc="nobody uses it; its data is kept"),
-        Method("service.list", Empty, ServiceList, doc="the user's services on this host"),
-    )
-}
 
 AGENT_TO_CONTROL = {
     m.name: m

@@ -15,12 +15,6 @@ from supercloud.wire.volumes import Key
 STORE = "objects"
 """The name of a U-Cloud's store, in its certificate and in the control plane's records."""
 
-PORT = 9000
-"""Where EEs find the store, at their gateway's address."""
-
-LINK_PORT = 7445
-"""Where their platform finds it, at the rendezvous' address of its link NIC."""
-
 MAX_BUCKETS = 256
 MAX_EXPIRE_DAYS = 3650
 MIN_QUOTA_BYTES = 1 << 20

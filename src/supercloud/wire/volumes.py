@@ -12,9 +12,6 @@ from typing import Annotated, Literal
 from supercloud.wire.codec import Limit, Name
 from supercloud.wire.quota import Bytes
 
-VOLUME_SLOTS = 8
-"""A platform takes so many volumes: free PCIe root ports, which are there from its start."""
-
 SIZE_UNIT_BYTES = 4096
 LIMITS = {"iops": (10, 10_000_000), "bytes_per_s": (64 << 10, 1 << 40)}
 """What a volume may be throttled to, least and most, where it is not 0."""

@@ -22,7 +22,7 @@ from supercloud.lower.user_domain.hub import Hub
 from supercloud.lower.user_domain.templates import Template, lend
 from supercloud.model.capability import SELF
 from supercloud.model.errors import NotFound, SupercloudError
-from supercloud.wire.messages import PlatformSpec
+from supercloud.wire.host import PlatformSpec
 
 START_TIMEOUT_S: Final = 60.0
 

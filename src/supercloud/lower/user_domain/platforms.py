@@ -35,13 +35,8 @@ from supercloud.model.errors import (
 from supercloud.model.events import Severity
 from supercloud.model.states import MACHINE
 from supercloud.wire.codec import replace
-from supercloud.wire.messages import (
-    PlatformSpec,
-    PlatformStatus,
-    TemplateSpec,
-    TemplateStatus,
-)
-from supercloud.wire.objects import LINK_PORT
+from supercloud.wire.host import PlatformSpec, PlatformStatus, TemplateSpec, TemplateStatus
+from supercloud.wire.places import OBJECTS_LINK_PORT
 from supercloud.wire.quota import Quota
 
 MAX_CONFIG_BYTES: Final = 1 << 20
@@ -322,7 +317,7 @@ class Platforms:
             return
         sock = socket.socket(fileno=descriptors[0])
         sock.setblocking(False)
-        if untrusted.get("port") == LINK_PORT:
+        if untrusted.get("port") == OBJECTS_LINK_PORT:
             self.on_object_client(platform, sock)
             return
         self.rendezvous.agent(platform, sock)

@@ -8,7 +8,7 @@ from typing import Any
 from supercloud.lower.user_domain.files import Files
 from supercloud.model.states import MACHINE, step
 from supercloud.wire.codec import decode, encode, replace
-from supercloud.wire.messages import PlatformSpec, PlatformStatus
+from supercloud.wire.host import PlatformSpec, PlatformStatus
 
 _STORED = (
     "accelerator", "created_s", "state", "reason", "address", "first_port", "template",

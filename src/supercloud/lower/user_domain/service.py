@@ -15,20 +15,22 @@ from supercloud.lower.user_domain.platforms import Platforms
 from supercloud.model.errors import SupercloudError
 from supercloud.trust import tls
 from supercloud.wire.codec import encode
-from supercloud.wire.messages import (
+from supercloud.wire.host import (
     HOST,
-    PROTOCOL,
-    ByName,
-    Certificate,
-    CsrResult,
-    Empty,
     HostInfo,
-    Implementation,
     PlatformList,
     PlatformSpec,
     PlatformStatus,
     TemplateSpec,
     TemplateStatus,
+)
+from supercloud.wire.messages import (
+    PROTOCOL,
+    ByName,
+    Certificate,
+    CsrResult,
+    Empty,
+    Implementation,
     handlers,
 )
 from supercloud.wire.peer import Call, Detach, Peer, Stream

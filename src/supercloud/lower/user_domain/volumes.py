@@ -30,10 +30,10 @@ from supercloud.model.errors import (
     Unsupported,
 )
 from supercloud.model.events import Severity
+from supercloud.wire.places import VOLUME_SLOTS
 from supercloud.wire.volumes import (
     LIMITS,
     SIZE_UNIT_BYTES,
-    VOLUME_SLOTS,
     Seal,
     VolumeAttach,
     VolumeOpen,

@@ -24,10 +24,10 @@ from supercloud.model.errors import (
     Unsupported,
 )
 from supercloud.wire.codec import Limit, Name, decode
+from supercloud.wire.places import VOLUME_SLOTS
 from supercloud.wire.portal import Request
 from supercloud.wire.qmp import Qmp, Refused
 from supercloud.wire.reactor import Reactor
-from supercloud.wire.volumes import VOLUME_SLOTS
 
 FULL_RETRY_S: Final = 2.0
 _SERIAL_LENGTH: Final = 20

@@ -16,12 +16,11 @@ from supercloud.lower.component import Component
 from supercloud.model.errors import SupercloudError
 from supercloud.wire import portal
 from supercloud.wire.children import Children, how_it_ended
-from supercloud.wire.objects import LINK_PORT
+from supercloud.wire.places import OBJECTS_LINK_PORT
 
 GUEST_ADDRESS: Final = "169.254.77.2"
 RENDEZVOUS_ADDRESS: Final = "169.254.77.1"
 RENDEZVOUS_PORT: Final = 7444
-OBJECTS_PORT: Final = LINK_PORT
 PASST: Final = "/usr/bin/passt"
 BACKLOG: Final = 16
 
@@ -45,7 +44,7 @@ class Link(Component):
     def __init__(self, core: Core) -> None:
         super().__init__(core)
         self.serve("link", {})
-        for port in (RENDEZVOUS_PORT, OBJECTS_PORT):
+        for port in (RENDEZVOUS_PORT, OBJECTS_LINK_PORT):
             self._listen(port)
         guest = core.take(core.lookup("guest").selector)
         try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from supercloud.wire.codec import Limit, Text
-from supercloud.wire.volumes import VOLUME_SLOTS
+from supercloud.wire.places import VOLUME_SLOTS
 
 QEMU = "/usr/bin/qemu-system-x86_64"
 FIRMWARE = ("/usr/share/seabios", "/usr/share/qemu")

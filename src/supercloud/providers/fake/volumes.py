@@ -19,8 +19,8 @@ from supercloud.model.errors import BadState, Denied, Invalid, NoResources, NotF
 from supercloud.model.states import VOLUME, step
 from supercloud.providers.fake.files import write_private
 from supercloud.wire.codec import decode, encode
+from supercloud.wire.places import VOLUME_SLOTS
 from supercloud.wire.volumes import (
-    VOLUME_SLOTS,
     Seal,
     VolumeFigures,
     VolumeOpen,

@@ -22,15 +22,8 @@ from supercloud.providers.lower_layer.objects import HostObjects
 from supercloud.providers.lower_layer.rendezvous import Rendezvous
 from supercloud.providers.lower_layer.volumes import HostVolumes
 from supercloud.wire.codec import decode, encode
-from supercloud.wire.messages import (
-    HOST,
-    ByName,
-    Empty,
-    HostInfo,
-    PlatformList,
-    PlatformSpec,
-    PlatformStatus,
-)
+from supercloud.wire.host import HOST, HostInfo, PlatformList, PlatformSpec, PlatformStatus
+from supercloud.wire.messages import ByName, Empty
 from supercloud.wire.objects import ServiceList, ServiceStatus
 from supercloud.wire.peer import ConnectionLost, Stream
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from supercloud.model.errors import NoResources
 from supercloud.model.resources import Environment, PlatformSize, replica_names
-from supercloud.wire.volumes import VOLUME_SLOTS
+from supercloud.wire.places import VOLUME_SLOTS
 
 PLATFORM_RESERVE_BYTES = 192 << 20
 """Of a platform's memory, what its kernel, agent and page cache need."""

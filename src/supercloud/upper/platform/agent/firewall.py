@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from supercloud.upper.platform.agent.networks import Network
 from supercloud.upper.platform.agent.processes import run
-from supercloud.wire.objects import LINK_PORT, PORT
+from supercloud.wire.places import OBJECTS_LINK_PORT, OBJECTS_PORT
 
 TABLE = "supercloud"
 STORE_ADDRESS = "169.254.77.1"
@@ -110,11 +110,11 @@ class _StoreRules:
     def of(cls, store: StoreWay | None, gateways: Sequence[str]) -> "_StoreRules":
         if store is None or not store.clients or not gateways:
             return cls()
-        at = f"ip daddr {STORE_ADDRESS} tcp dport {LINK_PORT}"
+        at = f"ip daddr {STORE_ADDRESS} tcp dport {OBJECTS_LINK_PORT}"
         who = f'iifname "ee*" ip saddr {{ {", ".join(sorted(store.clients))} }}'
-        gate = f"ip daddr {{ {', '.join(gateways)} }} tcp dport {PORT}"
+        gate = f"ip daddr {{ {', '.join(gateways)} }} tcp dport {OBJECTS_PORT}"
         return cls(
-            there=f"{who} {gate} dnat ip to {STORE_ADDRESS}:{LINK_PORT}",
+            there=f"{who} {gate} dnat ip to {STORE_ADDRESS}:{OBJECTS_LINK_PORT}",
             from_us=f'oifname "{store.link}" {at} masquerade',
             through=f'{who} oifname "{store.link}" {at} ct status dnat accept',
         )

@@ -9,7 +9,7 @@ from supercloud.model.errors import Invalid
 from supercloud.upper.platform.agent.users import User
 from supercloud.upper.platform.agent.volumes import view
 from supercloud.wire.messages import EnvironmentSpec
-from supercloud.wire.objects import PORT
+from supercloud.wire.places import OBJECTS_PORT
 
 # Well below Docker's fourteen: no raw sockets, device nodes, chroot, file capabilities, audit.
 CAPABILITIES = (
@@ -67,7 +67,7 @@ def store_variables(spec: EnvironmentSpec) -> dict[str, str]:
     if objects is None:
         return {}
     return {
-        "AWS_ENDPOINT_URL": f"https://{objects.server_name}:{PORT}",
+        "AWS_ENDPOINT_URL": f"https://{objects.server_name}:{OBJECTS_PORT}",
         "AWS_ACCESS_KEY_ID": objects.access_key,
         "AWS_SECRET_ACCESS_KEY": objects.secret_key,
         "AWS_REGION": objects.region,

@@ -6,6 +6,13 @@ Apart from ``messages``, which a platform's agent carries: a module less that it
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from supercloud.wire.checkpoints import (
+    CheckpointCollect,
+    CheckpointCollected,
+    CheckpointTake,
+    CheckpointTaken,
+    RestoreFrom,
+)
 from supercloud.wire.codec import Limit, Name, Sha256
 from supercloud.wire.messages import Base64, ByName, Certificate, CsrResult, Empty, Method
 from supercloud.wire.objects import (
@@ -61,6 +68,7 @@ class PlatformSpec:
     ports: Annotated[int, Limit(ge=0, le=1024)] = 32
     config_base64: Base64 = ""
     tag: Annotated[str, Limit(max_length=256)] = ""  # whose it is; given back in its status
+    restore: RestoreFrom | None = None  # it goes on as it was, instead of booting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +141,13 @@ HOST = {
         Method("platform.create", PlatformSpec, PlatformStatus, doc="make and start a platform"),
         Method("platform.list", Empty, PlatformList),
         Method("platform.delete", ByName, Empty, doc="stop it and give everything back"),
+        Method(
+            "platform.checkpoint",
+            CheckpointTake,
+            CheckpointTaken,
+            doc="its nested VMs stopped by its agent first; answers when it is stored",
+        ),
+        Method("checkpoint.collect", CheckpointCollect, CheckpointCollected),
         Method(
             "template.prepare",
             TemplateSpec,

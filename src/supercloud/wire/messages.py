@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from supercloud.model.errors import Denied
+from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken, RestoreFrom
 from supercloud.wire.codec import Limit, Name, Sha256, Text, decode, encode
 from supercloud.wire.peer import Call, Detach, Handler
 from supercloud.wire.places import VOLUME_SLOTS
@@ -185,6 +186,8 @@ class EnvironmentSpec:
     nics: list[Nic] = field(default_factory=list)
     volumes: list[VolumeMount] = field(default_factory=list)
     objects: ObjectAccess | None = None
+    checkpoints: bool = False  # it must be possible to take some; chosen at its start
+    restore: RestoreFrom | None = None  # for its first start only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,6 +301,7 @@ CONTROL_TO_AGENT = {
         Method("ee.logs", Logs, Empty, stream=True),
         Method("ee.console", ByName, Empty, stream=True, doc="a VM's serial console"),
         Method("ee.restart", ByName, Empty, idempotent=False),
+        Method("ee.checkpoint", CheckpointTake, CheckpointTaken, doc="answers when it is stored"),
         Method("platform.shutdown", Empty, Empty, doc="stop all EEs, sync, power off"),
     )
 }

@@ -1,0 +1,115 @@
+"""Messages about checkpoints: of EEs on the agent link, of platforms on the host wire.
+
+Who takes one streams it into the U-Cloud's object store by itself, under keys that are derived from
+``StoreAccess.secret``; what is kept of it at the control plane is its ``Head``, without which
+nothing is restored. A call that was cut off may have taken its checkpoint: asked again with the
+same ``head``, another one is taken in its place, and a collection removes what nobody remembers.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Final, Literal
+
+from supercloud.wire.codec import Limit, Name, Text
+
+BUCKET: Final = "supercloud-checkpoints"
+"""The bucket of all checkpoints of a U-Cloud; no manifest may name it."""
+
+Pem = Annotated[str, Limit(max_length=65536)]
+Sequence = Annotated[int, Limit(ge=1, le=(1 << 48) - 1)]
+Root = Annotated[str, Limit(pattern=r"[0-9a-f]{64}")]
+Count = Annotated[int, Limit(ge=0, le=1 << 62)]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A checkpoint that its control plane remembers: it vouches for those before it."""
+
+    sequence: Sequence
+    root: Root
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreAccess:
+    """Where a U-Cloud's checkpoints are, and the secret that they are sealed under."""
+
+    secret: Annotated[str, Limit(pattern=r"[0-9a-f]{64}")] = field(repr=False)
+    server_name: Annotated[str, Limit(max_length=253, pattern=r"[a-z0-9.-]+")]
+    ca_pem: Pem
+    access_key: Annotated[str, Limit(max_length=128)]
+    secret_key: Annotated[str, Limit(max_length=128)] = field(repr=False)
+    region: Annotated[str, Limit(max_length=64)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointTake:
+    """Take one of EE (or platform) ``name``, after ``head``. BadState unless it runs.
+
+    ``uid`` is the EE's; another one than is running is refused (NotFound).
+    """
+
+    name: Name
+    uid: Name
+    store: StoreAccess
+    head: Head | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointTaken:
+    """A whole checkpoint, in the store. ``new_bytes`` is what the store grew by.
+
+    ``dirty_bytes``: memory written since the base, 0 where the whole memory was written
+    (``base``). ``pause_ms``: how long its processes stood still.
+    """
+
+    head: Head
+    engine: str
+    taken_ms: Count  # since 1970
+    pause_ms: float
+    base: bool
+    memory_bytes: Count
+    dirty_bytes: Count
+    disk_bytes: Count
+    new_bytes: Count
+    details: dict[str, Text] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreFrom:
+    """In an EE's or platform's specification: it starts as that checkpoint left it.
+
+    ``ee`` is whose it was. ``sequence`` None is that of ``head``; else an older one.
+    """
+
+    ee: Name
+    store: StoreAccess
+    head: Head
+    sequence: Sequence | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What is to stay of an EE: its newest, and ``sequences`` of those that it vouches for."""
+
+    head: Head
+    sequences: Annotated[list[Sequence], Limit(max_length=1024)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointCollect:
+    """Remove what is not to stay; the EEs of ``forget`` lose all of theirs.
+
+    An EE that is in neither is left as it is.
+    """
+
+    store: StoreAccess
+    keep: dict[str, Kept] = field(default_factory=dict)
+    forget: list[Name] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointCollected:
+    """What a collection did. ``busy``: another one was at work, ask later."""
+
+    removed_bytes: Count = 0
+    removed: Count = 0
+    state: Literal["done", "busy"] = "done"

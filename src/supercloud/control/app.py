@@ -15,9 +15,10 @@ from supercloud.control.controllers.environment import EnvironmentController
 from supercloud.control.controllers.plane import Pace, Plane
 from supercloud.control.controllers.platform import PlatformController
 from supercloud.control.controllers.store import StoreController
+from supercloud.control.controllers.template import TemplateController
 from supercloud.control.controllers.ucloud import UCloudController
 from supercloud.control.controllers.volume import VolumeController
-from supercloud.control.documents import Following, VolumeDocument, ucloud_key
+from supercloud.control.documents import TEMPLATES, Following, VolumeDocument, ucloud_key
 from supercloud.control.effects import Seam, SeamedStore
 from supercloud.control.events import EventLog
 from supercloud.control.images import Convert, Images
@@ -93,6 +94,7 @@ class ControlPlane:
         self._environments = EnvironmentController(self.plane)
         self._volumes = VolumeController(self.plane)
         self._stores = StoreController(self.plane)
+        self._templates = TemplateController(self.plane)
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -168,6 +170,8 @@ class ControlPlane:
                 return await self._volumes.reconcile(ucloud, name)
             if kind == "objects":
                 return await self._stores.reconcile(ucloud)
+            if kind == TEMPLATES:
+                return await self._templates.reconcile(ucloud)
             if kind == "seals":
                 return await self._volumes.sealing.poll(ucloud, name)
             return await self._environments.reconcile(ucloud, name)

@@ -7,12 +7,14 @@ any crash. Failures are ``UserError`` (with its reason), ``Temporary`` (try agai
 """
 
 from asyncio import StreamReader, StreamWriter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from supercloud.model.errors import Exists
+from supercloud.wire.host import TemplateSpec, TemplateStatus
+from supercloud.wire.messages import Blob
 from supercloud.wire.objects import (
     ObjectsApply,
     ObjectsCredentials,
@@ -25,7 +27,9 @@ from supercloud.wire.volumes import VolumeOpen, VolumeSpec, VolumeStatus
 Accept = Callable[[StreamReader, StreamWriter], Awaitable[None]]
 """Given the raw byte stream to an agent, which is about to send a TLS ClientHello over it."""
 
-FEATURES = ("platforms", "console", "rendezvous", "ports", "kvm", "volumes", "objects")
+FEATURES = (
+    "platforms", "console", "rendezvous", "ports", "kvm", "volumes", "objects", "templates",
+)  # fmt: skip
 """Every provider says of each of these "" (it has it) or the reason why not."""
 
 
@@ -182,8 +186,27 @@ class Objects(Protocol):
         ...
 
 
+class Templates(Protocol):
+    """What one U-Cloud's platforms at one provider start from, instead of booting."""
+
+    async def prepare(self, host: str, asked: TemplateSpec) -> TemplateStatus:
+        """Begin to make one, or see how far it is. NotFound where there are none; Invalid.
+
+        ``missing`` blobs are to be offered first.
+        """
+        ...
+
+    async def offer(self, host: str, blob: Blob, content: AsyncIterator[bytes]) -> None:
+        """Send a blob of an environment that is to be ready in one. Busy, Invalid."""
+        ...
+
+
 class Provider(Protocol):
     """One U-Cloud's access to one provider."""
+
+    @property
+    def templates(self) -> Templates | None:
+        """None where every platform boots; ``features`` says why."""
 
     @property
     def objects(self) -> Objects | None:

@@ -37,6 +37,9 @@ class Pace:
     token_lifetime_s: float = 3600.0
     recreate_first_s: float = 1.0
     recreate_longest_s: float = 60.0
+    template_ask_s: float = 2.0
+    template_wait_s: float = 10.0
+    template_look_s: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)

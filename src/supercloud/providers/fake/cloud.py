@@ -26,6 +26,7 @@ from supercloud.providers.fake import bootdata
 from supercloud.providers.fake.files import write_private
 from supercloud.providers.fake.objects import FakeObjects
 from supercloud.providers.fake.options import Options
+from supercloud.providers.fake.templates import FakeTemplates
 from supercloud.providers.fake.volumes import FakeVolumes
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.messages import EnvironmentSpec, EnvironmentStatus
@@ -92,6 +93,7 @@ class FakeCloud:
         )
         self._load()
         self.volumes, self.objects = FakeVolumes(self), FakeObjects(self)
+        self.templates = FakeTemplates(self)
 
     # -- what a provider does
 

@@ -18,6 +18,7 @@ _NUMBERS = {
     "platforms": (0, 10_000),
     "volumes": (0, 1),
     "objects": (0, 1),
+    "templates": (0, 1),
     "latency_ms": (0, 60_000),
     "boot_ms": (0, 600_000),
     "start_ms": (0, 600_000),
@@ -34,7 +35,7 @@ class Options:
 
     Every provider call takes ``latency_ms``; a platform's agent dials ``boot_ms`` after creation,
     an environment serves ``start_ms`` after it was applied. The first ``fail_*`` calls of that kind
-    are answered with Temporary. ``volumes``, ``objects`` 0: it has none.
+    are answered with Temporary. ``volumes``, ``objects``, ``templates`` 0: it has none.
     """
 
     hosts: int = 3
@@ -44,6 +45,7 @@ class Options:
     platforms: int = 64
     volumes: int = 1
     objects: int = 1
+    templates: int = 1
     latency_ms: int = 0
     boot_ms: int = 0
     start_ms: int = 0

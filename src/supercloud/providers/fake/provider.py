@@ -16,6 +16,7 @@ from supercloud.providers.base import (
     Objects,
     PlatformObservation,
     PlatformRequest,
+    Templates,
     Volumes,
 )
 from supercloud.providers.context import Context
@@ -42,11 +43,12 @@ class FakeProvider:
         self._agents: dict[str, FakeAgent] = {}
         self.volumes: Volumes | None = cloud.volumes if cloud.options.volumes else None
         self.objects: Objects | None = cloud.objects if cloud.options.objects else None
+        self.templates: Templates | None = cloud.templates if cloud.options.templates else None
 
     async def features(self) -> dict[str, str]:
         """Everything but speed: there is no machine to have KVM."""
         pretended = dict.fromkeys(FEATURES, "")
-        has = {"volumes": self.volumes, "objects": self.objects}
+        has = {"volumes": self.volumes, "objects": self.objects, "templates": self.templates}
         lacks = {name: "" if there else "its options say so" for name, there in has.items()}
         return pretended | {"kvm": "nothing really runs here"} | lacks
 

@@ -20,6 +20,7 @@ from supercloud.providers.context import Context
 from supercloud.providers.lower_layer.dial import Connection, Dialer, Target, why_lost
 from supercloud.providers.lower_layer.objects import HostObjects
 from supercloud.providers.lower_layer.rendezvous import Rendezvous
+from supercloud.providers.lower_layer.templates import HostTemplates
 from supercloud.providers.lower_layer.volumes import HostVolumes
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.host import HOST, HostInfo, PlatformList, PlatformSpec, PlatformStatus
@@ -55,13 +56,14 @@ class LowerLayerProvider:
         self._connecting = asyncio.Lock()
         self.volumes = HostVolumes(entry.name, self._call)
         self.objects = HostObjects(entry.name, self._call)
+        self.templates = HostTemplates(entry.name, self._call, self._opened)
 
     async def features(self) -> dict[str, str]:
         """What the host says of itself."""
         info = await self._info()
         kvm = "" if info.accelerator == "kvm" else f"its accelerator is {info.accelerator}"
         unsaid = "the host does not say that it has any"
-        silent = {"kvm": kvm, "volumes": unsaid, "objects": unsaid}
+        silent = {"kvm": kvm, "volumes": unsaid, "objects": unsaid, "templates": unsaid}
         return dict.fromkeys(FEATURES, "") | silent | info.features
 
     async def hosts(self) -> list[HostCapacity]:
@@ -145,6 +147,11 @@ class LowerLayerProvider:
         except ConnectionLost as error:
             raise why_lost(connection, str(self._dialer.target)) or error from error
         return decode(method.result, answer or {}, name, ignore_unknown=True)
+
+    async def _opened(
+        self, name: str, params: Any
+    ) -> contextlib.AbstractAsyncContextManager[Stream]:
+        return (await self._connected()).peer.open(name, params)
 
     async def _connected(self) -> Connection:
         async with self._connecting:

@@ -14,7 +14,7 @@ from supercloud.upper.platform.agent.engine import Places, Services
 from supercloud.upper.platform.agent.logs import Fifo, Log
 from supercloud.upper.platform.agent.processes import Watched, handles, run
 from supercloud.upper.platform.agent.state import remove_tree, write_private
-from supercloud.wire.messages import EnvironmentSpec, VolumeUsage
+from supercloud.wire.messages import Blob, EnvironmentSpec, VolumeUsage
 
 START_TIMEOUT_S = 60.0
 CRUN = ("crun", "--root", paths.CRUN, "--cgroup-manager=cgroupfs")
@@ -41,9 +41,7 @@ class Container:
 
     async def prepare(self) -> None:
         """Image here and mounted, root, namespaces with their network, configuration."""
-        image, place = self.spec.image.blobs.get("root"), self.places.run
-        if self.spec.image.format != "erofs" or image is None:
-            raise Invalid(f"a container cannot run from a {self.spec.image.format} image")
+        image, place = self._image(), self.places.run
         await self._services.scratch.ready()
         await self._services.blobs.get(image)
         self.places.make(self._base_id)
@@ -51,6 +49,21 @@ class Container:
         rootfs.mount_root(image.digest, place, self.places.layer, self._base_id)
         self._services.networks.attach(self.spec.uid, self.spec.nics, f"{place}/ns")
         await self.resume()
+
+    def _image(self) -> Blob:
+        image = self.spec.image.blobs.get("root")
+        if self.spec.image.format != "erofs" or image is None:
+            raise Invalid(f"a container cannot run from a {self.spec.image.format} image")
+        return image
+
+    async def start_ahead(self, _timeout_s: float) -> None:
+        """In a template: all that is not on scratch."""
+        place = self.places.run
+        await self._services.blobs.get(self._image())
+        self.places.make_run(self._base_id)
+        namespaces.create(self._base_id, f"{place}/ns")
+        rootfs.mount_image(self._image().digest)
+        self._services.networks.attach(self.spec.uid, self.spec.nics, f"{place}/ns")
 
     async def attach(self, waiting: Callable[[str], None]) -> None:
         """Its volumes mounted, new ones made; they are bound by the configuration."""

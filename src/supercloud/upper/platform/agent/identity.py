@@ -34,6 +34,7 @@ from supercloud.upper.platform.agent import (
     networks,
     paths,
     prefetch,
+    prepared,
     scratch,
     uplink,
 )
@@ -136,7 +137,11 @@ async def prepare() -> None:
     networks.prepare_kernel()
     uplink.bring_up(address="")
     accelerator = Accelerator()
-    for step in (_load_modules, accelerator.probe, _read_programs):
+
+    async def environments() -> None:
+        await prepared.prepare(accelerator)
+
+    for step in (_load_modules, accelerator.probe, _read_programs, environments):
         try:
             await step()
         except (SupercloudError, OSError) as error:

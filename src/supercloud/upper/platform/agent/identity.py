@@ -25,13 +25,14 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, Final
 
-from supercloud.model.errors import Invalid, SupercloudError
+from supercloud.model.errors import Invalid, NotFound, SupercloudError
 from supercloud.trust import libcrypto, tls
 from supercloud.upper.platform.agent import (
     bootdata,
     iso9660,
     netlink,
     networks,
+    nftables,
     paths,
     prefetch,
     prepared,
@@ -167,6 +168,10 @@ def rehearse() -> None:
     if libcrypto.is_there():
         libcrypto.rehearse()
     tls.bare_context()
+    with contextlib.suppress(OSError, NotFound):
+        scratch.rehearse()
+    if nftables.is_there():
+        nftables.apply("list tables")
 
 
 async def _load_modules() -> None:

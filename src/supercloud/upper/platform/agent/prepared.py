@@ -2,7 +2,7 @@
 
 The template's own scratch disk holds what to prepare (``wire.content``): blobs, which stay in
 memory; containers' images mounted, their namespaces and networks made; VMs started and stopped
-again where they wait for an identity (see ``guestport``). All of it is left as an earlier agent
+again where they wait for an identity (see ``guestport``), with their address if they wish. All of it is left as an earlier agent
 leaves it to the next one (``state.json``), so a clone takes it up as after a restart: what its
 first desired set does not name goes. Whatever cannot be prepared is left out, and starts as always.
 """
@@ -23,6 +23,7 @@ from supercloud.upper.platform.agent.container import Container
 from supercloud.upper.platform.agent.disks import Disks
 from supercloud.upper.platform.agent.engine import Places, Services
 from supercloud.upper.platform.agent.machine import ENGINE_BYTES, Machine
+from supercloud.upper.platform.agent.names import Names
 from supercloud.upper.platform.agent.namespaces import IDS_PER_ENVIRONMENT
 from supercloud.upper.platform.agent.networks import Networks
 from supercloud.upper.platform.agent.processes import Watched
@@ -64,10 +65,13 @@ async def prepare(accelerator: Accelerator) -> None:
     cgroups.prepare()
     services = Services(Blobs(_nobody), Networks(), Scratch(), accelerator, Volumes(Disks()))
     services.networks.ensure(content.environments)
+    names = Names("template")
+    await names.apply(services.networks.by_name.values(), content.environments, {})
     room, end_s = _Room(cgroups.total_memory_bytes() // 2), time.monotonic() + ALL_TIMEOUT_S
     for number, spec in enumerate(content.environments, 1):
         if time.monotonic() < end_s and room.take(spec):
             await _one(spec, services, number * IDS_PER_ENVIRONMENT)
+    await names.apply([], [], {})  # it ends: it has random numbers of its own
 
 
 async def _one(spec: EnvironmentSpec, services: Services, base_id: int) -> None:

@@ -7,9 +7,19 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
 from supercloud.model.errors import Invalid, Permanent
-from supercloud.upper.platform.agent import cgroups, namespaces, networks, oci, paths, rootfs, users
+from supercloud.upper.platform.agent import (
+    cgroups,
+    namespaces,
+    networks,
+    oci,
+    paths,
+    rootfs,
+    syscalls,
+    users,
+)
 from supercloud.upper.platform.agent.engine import Places, Services
 from supercloud.upper.platform.agent.logs import Fifo, Log
 from supercloud.upper.platform.agent.processes import Watched, handles, run
@@ -64,6 +74,29 @@ class Container:
         namespaces.create(self._base_id, f"{place}/ns")
         rootfs.mount_image(self._image().digest)
         self._services.networks.attach(self.spec.uid, self.spec.nics, f"{place}/ns")
+        await self._rehearse()
+
+    async def _rehearse(self) -> None:
+        """Run a program that is not there, in a root in memory, of which nothing is left.
+
+        crun keeps the filter of system calls that it has made, which is much of its work, and the
+        kernel has then done once what it will have to do for the container.
+        """
+        place = self.places.run
+        layer = f"{place}/rehearsal"
+        os.makedirs(layer, exist_ok=True)
+        syscalls.mount("tmpfs", layer, "tmpfs", syscalls.MS_NOSUID, "mode=0700,size=1m")
+        try:
+            rootfs.mount_root(self._image().digest, place, layer, self._base_id)
+            nobody = users.User(uid=0, gid=0, groups=[], home="/")
+            self._write_files(oci.process(["/nothing"], [], "", nobody))
+            with contextlib.suppress(Permanent):
+                await run(*self._crun(), timeout_s=START_TIMEOUT_S)
+            await self.ended()
+        finally:
+            rootfs.unmount_root(place)
+            syscalls.unmount(layer)
+            os.rmdir(layer)
 
     async def attach(self, waiting: Callable[[str], None]) -> None:
         """Its volumes mounted, new ones made; they are bound by the configuration."""
@@ -89,7 +122,7 @@ class Container:
         spec = self.spec
         return users.resolve(spec.process.user or spec.image.process.user, self.root)
 
-    def _write_files(self) -> None:
+    def _write_files(self, first: dict[str, Any]) -> None:
         place, spec = self.places.run, self.spec
         resolvers = "".join(f"nameserver {nic.gateway}\n" for nic in spec.nics[:1])
         own = "".join(f"{nic.address.partition('/')[0]} {spec.name}\n" for nic in spec.nics[:1])
@@ -102,7 +135,6 @@ class Container:
             write_private(f"{place}/{name}", text, 0o644)
         if spec.objects:
             write_private(f"{place}/{oci.CA_FILE}", spec.objects.ca_pem, 0o644)
-        first = oci.first_process(spec, self._user())
         text = oci.config(spec, first, root=self.root, place=place, cgroup=f"/ee/{spec.uid}")
         write_private(f"{place}/config.json", text)
 
@@ -116,21 +148,24 @@ class Container:
         """``crun run --detach``: the container's first process becomes a child of process 1."""
         if self._fifo is None:
             raise Permanent("start before prepare")
-        self._write_files()
+        self._write_files(oci.first_process(self.spec, self._user()))
         place, launched_s = self.places.run, time.monotonic()
         output = self._fifo.writer()
         try:
-            await run(
-                *CRUN, "--log", f"{place}/crun.log", "--log-format", "json", "run", "--detach",
-                "--bundle", place, "--pid-file", f"{place}/pid", self.spec.uid,
-                timeout_s=START_TIMEOUT_S, stdout=output, stderr=output,
-            )  # fmt: skip
+            await run(*self._crun(), timeout_s=START_TIMEOUT_S, stdout=output, stderr=output)
         except Permanent as error:
             raise Permanent(self._complaint() or str(error)) from error
         finally:
             os.close(output)
         with open(f"{place}/pid") as file:
             return Watched(int(file.read()), launched_s)
+
+    def _crun(self) -> list[str]:
+        place = self.places.run
+        return [
+            *CRUN, "--log", f"{place}/crun.log", "--log-format", "json", "run", "--detach",
+            "--bundle", place, "--pid-file", f"{place}/pid", self.spec.uid,
+        ]  # fmt: skip
 
     def _complaint(self) -> str:
         """What crun said last in its own log."""

@@ -12,8 +12,8 @@ it in return: a guest that says it waits and does not harms itself only.
 """
 
 import asyncio
-import contextlib
 import os
+import socket
 import time
 from typing import Final
 
@@ -34,36 +34,38 @@ class GuestPort:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._writer: asyncio.StreamWriter | None = None
+        self._socket: socket.socket | None = None
 
     @property
     def is_open(self) -> bool:
         """Whether it has been told, or is being."""
-        return self._writer is not None
+        return self._socket is not None
 
     async def until_waiting(self, timeout_s: float) -> None:
         """Return when the guest waits; Temporary when it does not come to that in time."""
         try:
             async with asyncio.timeout(timeout_s):
-                reader, self._writer = await asyncio.open_unix_connection(self._path)
-                await reader.readuntil(_WAITING)
+                reader, writer = await asyncio.open_unix_connection(self._path)
+                try:
+                    await reader.readuntil(_WAITING)
+                finally:
+                    writer.close()
         except (OSError, TimeoutError, EOFError, asyncio.LimitOverrunError) as error:
             raise Temporary("the guest does not wait for an identity") from error
-        finally:
-            self.close()
 
-    async def tell(self) -> None:
-        """Say it; the guest reads it when it comes to that."""
+    def tell(self) -> None:
+        """Say it; the guest reads it when it comes to that. Does not wait."""
         line = f"{VERSION} {os.urandom(_SEED_BYTES).hex()} {int(time.time())}\n"
+        self.close()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            _, self._writer = await asyncio.open_unix_connection(self._path)
-            self._writer.write(line.encode())
+            self._socket.connect(self._path)
+            self._socket.send(line.encode())
         except OSError as error:
             raise Temporary(f"no way to the guest's identity port: {error}") from error
 
     def close(self) -> None:
         """Let go of it."""
-        if self._writer:
-            with contextlib.suppress(OSError):
-                self._writer.close()
-            self._writer = None
+        if self._socket:
+            self._socket.close()
+            self._socket = None

@@ -25,7 +25,7 @@ from supercloud.upper.platform.agent.guestport import DEVICES, GuestPort
 from supercloud.upper.platform.agent.logs import Log
 from supercloud.upper.platform.agent.namespaces import IDS_PER_ENVIRONMENT
 from supercloud.upper.platform.agent.processes import Watched, run
-from supercloud.upper.platform.agent.qmp import Qmp
+from supercloud.upper.platform.agent.qmp import Qmp, shout
 from supercloud.upper.platform.agent.rootfs import mount_image
 from supercloud.upper.platform.agent.state import write_private
 from supercloud.upper.platform.agent.volumes import Claim
@@ -148,7 +148,7 @@ class Machine:
             if self._qmp is None:
                 await self._connect()
             if self.spec.image.identity and not self._port.is_open:
-                await self._port.tell()  # it may not have heard the agent before us
+                self._port.tell()  # it may not have heard the agent before us
 
     # -- out of a template
 
@@ -173,11 +173,9 @@ class Machine:
         return process
 
     async def _wake(self) -> None:
-        """It goes on as itself; then there is time for its log, which is on scratch."""
-        await self._connect()
-        await self._port.tell()
-        if self._qmp:
-            await self._qmp.call("cont")
+        """It goes on as itself, at once; then there is time for its log, which is on scratch."""
+        self._port.tell()
+        await shout(f"{self.places.run}/qmp", "cont")
         os.unlink(self._waiting)
         await self._services.scratch.ready()
         self.places.make()
@@ -196,7 +194,7 @@ class Machine:
         """Spawn QEMU; running when its control socket answers."""
         process = await self._spawn()
         if self.spec.image.identity:
-            await self._port.tell()
+            self._port.tell()
         return process
 
     async def _spawn(self) -> Watched:

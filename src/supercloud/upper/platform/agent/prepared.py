@@ -2,7 +2,7 @@
 
 The template's own scratch disk holds what to prepare (``wire.content``): blobs, which stay in
 memory; containers' images mounted, their namespaces and networks made; VMs started and stopped
-again where they wait for an identity (see ``guestport``), with their address if they wish. All of it is left as an earlier agent
+again where they wait for an identity (see ``guestport``). All of it is left as an earlier agent
 leaves it to the next one (``state.json``), so a clone takes it up as after a restart: what its
 first desired set does not name goes. Whatever cannot be prepared is left out, and starts as always.
 """

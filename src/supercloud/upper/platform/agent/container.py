@@ -16,6 +16,7 @@ from supercloud.upper.platform.agent import (
     networks,
     oci,
     paths,
+    prefetch,
     rootfs,
     syscalls,
     users,
@@ -27,6 +28,7 @@ from supercloud.upper.platform.agent.state import remove_tree, write_private
 from supercloud.wire.messages import Blob, EnvironmentSpec, VolumeUsage
 
 START_TIMEOUT_S = 60.0
+READ_AHEAD_BYTES = 16 << 20  # of an image, in a template
 CRUN = ("crun", "--root", paths.CRUN, "--cgroup-manager=cgroupfs")
 
 
@@ -72,7 +74,7 @@ class Container:
         await self._services.blobs.get(self._image())
         self.places.make_run(self._base_id)
         namespaces.create(self._base_id, f"{place}/ns")
-        rootfs.mount_image(self._image().digest)
+        prefetch.read_tree(rootfs.mount_image(self._image().digest), READ_AHEAD_BYTES)
         self._services.networks.attach(self.spec.uid, self.spec.nics, f"{place}/ns")
         await self._rehearse()
 

@@ -19,7 +19,8 @@ from supercloud.upper.platform.agent.netlink import Netlink
 from supercloud.upper.platform.agent.state import read_json, write_json
 from supercloud.wire.messages import EnvironmentSpec, Nic
 
-MODULES = ("bridge", "veth", "tun", "nf_tables", "nft_ct", "nft_chain_nat", "nft_nat", "nft_masq")
+MODULES = ("bridge", "veth", "tun", "nf_tables", "nft_ct", "nft_chain_nat", "nft_nat", "nft_masq",
+           "nft_reject_inet")  # fmt: skip
 MAX_NETWORKS = 64
 _HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 _MAC = re.compile(r"0[26ae](:[0-9a-f]{2}){5}")

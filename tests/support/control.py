@@ -31,6 +31,9 @@ QUICK = Pace(
     recreate_longest_s=0.1,
     seal_s=0.05,
     release_s=0.01,
+    template_ask_s=0.01,
+    template_wait_s=0.05,
+    template_look_s=0.5,
 )
 CONVERGES_S = 20.0
 

@@ -18,11 +18,21 @@ from supercloud.providers.fake.agent import FakeAgent, dial
 from supercloud.providers.fake.cloud import FakeCloud
 from supercloud.providers.fake.objects import FakeObjects
 from supercloud.providers.fake.options import Options
+from supercloud.providers.fake.templates import FakeTemplates
 from supercloud.providers.fake.volumes import FakeVolumes
 from supercloud.providers.lower_layer.provider import LowerLayerProvider, from_context
 from supercloud.trust import tls
-from supercloud.wire.host import HOST, HostInfo, PlatformList, PlatformSpec, PlatformStatus
-from supercloud.wire.messages import ByName, Certificate, CsrResult, Empty, handlers
+from supercloud.wire.codec import encode
+from supercloud.wire.host import (
+    HOST,
+    HostInfo,
+    PlatformList,
+    PlatformSpec,
+    PlatformStatus,
+    TemplateSpec,
+    TemplateStatus,
+)
+from supercloud.wire.messages import Blob, ByName, Certificate, CsrResult, Empty, handlers
 from supercloud.wire.objects import (
     ObjectsApply,
     ObjectsCredentials,
@@ -65,6 +75,7 @@ class LoopbackHost:
             "platform.list": self._list, "platform.delete": self._delete,
             "platform.console": self._console, "rendezvous.accept": self._accept,
         }  # fmt: skip
+        self.calls |= template_calls(self.cloud.templates, "loop-0")
         self.calls |= volume_calls(self.cloud.volumes, "loop-0")
         self.calls |= object_calls(self.cloud.objects, "loop-0")
         self.forget("identity")
@@ -134,7 +145,7 @@ class LoopbackHost:
                 cpu_permille=int(1000 * host.cpus_total), memory_bytes=host.memory_total_bytes,
                 disk_bytes=host.disk_total_bytes, vms=self.cloud.options.platforms,
             ),
-            used=used, features={"volumes": "", "objects": ""},
+            used=used, features={"volumes": "", "objects": "", "templates": ""},
         )  # fmt: skip
 
     async def _request(self, _call: Call, _params: Empty) -> CsrResult:
@@ -193,6 +204,19 @@ class LoopbackHost:
             self.rendezvous.agent(name, ours)
             await dial(agent, theirs)
             await asyncio.sleep(0.02)
+
+
+def template_calls(templates: FakeTemplates, host: str) -> dict[str, Any]:
+    """The pretended templates' methods as those of the wire."""
+
+    async def prepare(_call: Call, asked: TemplateSpec) -> TemplateStatus:
+        return await templates.prepare(host, asked)
+
+    async def offer(call: Call, blob: Blob) -> Empty:
+        await templates.offer(host, blob, call.accept(encode(Empty())).chunks())
+        return Empty()
+
+    return {"template.prepare": prepare, "template.blob": offer}
 
 
 def volume_calls(volumes: FakeVolumes, host: str) -> dict[str, Any]:

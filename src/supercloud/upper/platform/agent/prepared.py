@@ -22,6 +22,7 @@ from supercloud.upper.platform.agent.bootdata import disk
 from supercloud.upper.platform.agent.container import Container
 from supercloud.upper.platform.agent.disks import Disks
 from supercloud.upper.platform.agent.engine import Places, Services
+from supercloud.upper.platform.agent.fetch import Source
 from supercloud.upper.platform.agent.machine import ENGINE_BYTES, Machine
 from supercloud.upper.platform.agent.names import Names
 from supercloud.upper.platform.agent.namespaces import IDS_PER_ENVIRONMENT
@@ -33,7 +34,6 @@ from supercloud.upper.platform.agent.volumes import Volumes
 from supercloud.wire.codec import encode
 from supercloud.wire.content import HEADER_BYTES, Content, Placed, from_header
 from supercloud.wire.messages import EnvironmentSpec
-from supercloud.wire.peer import Peer
 
 MACHINE_TIMEOUT_S = 60.0
 ALL_TIMEOUT_S = 100.0
@@ -99,7 +99,7 @@ def _leave(spec: EnvironmentSpec, base_id: int, process: Watched | None) -> None
         process.close()
 
 
-def _nobody() -> Peer:
+def _nobody() -> Source:
     raise Temporary("a template has no control plane")
 
 

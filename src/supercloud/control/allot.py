@@ -7,6 +7,7 @@ What an EE has it keeps for as long as it stays on its platform.
 
 import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from supercloud.control.documents import Assignment, PlatformWish
 from supercloud.model.errors import NoResources
@@ -90,11 +91,26 @@ class Addresses:
             for port, slot in item.slots.items()
         }
 
-    def assign(self, name: str, environment: Environment, platform: PlatformWish) -> Assignment:
-        """What the EE ``name`` gets on ``platform``; what it has there, it keeps."""
+    def assign(
+        self,
+        name: str,
+        environment: Environment,
+        platform: PlatformWish,
+        place: Assignment | None = None,
+    ) -> Assignment:
+        """What the EE ``name`` gets on ``platform``; what it has there, it keeps.
+
+        ``place`` is another one in the network, on whatever platform, that it comes back to.
+        """
         subnet = self._subnet(environment.network, platform)
         had = self._kept.get(name)
         stays = had is not None and had.platform == platform.name
+        slots = self._ports(environment, platform, had.slots if had and stays else {})
+        back = place or (had if had and stays and had.moved else None)
+        if back is not None and back.network == environment.network:
+            self._addresses.add((back.network, back.address))
+            moved = not _within(back, environment, subnet)
+            return replace(back, platform=platform.name, slots=slots, moved=moved)
         address = had.address if had and stays and _within(had, environment, subnet) else ""
         address = address or self._free_address(environment.network, subnet)
         return Assignment(
@@ -104,7 +120,7 @@ class Addresses:
             prefix_length=PLATFORM_PREFIX,
             gateway=str(subnet[1]),
             mac=mac_of(address),
-            slots=self._ports(environment, platform, had.slots if had and stays else {}),
+            slots=slots,
         )
 
     def _subnet(self, network: str, platform: PlatformWish) -> ipaddress.IPv4Network:

@@ -17,8 +17,7 @@ from supercloud.control.documents import (
     UCloudDocument,
     ucloud_key,
 )
-from supercloud.control.store import Conflict
-from supercloud.model.errors import BadState, Invalid, NotFound
+from supercloud.model.errors import BadState, Busy, Invalid, NotFound
 from supercloud.model.resources import Environment, Placement
 from supercloud.model.states import UCLOUD, observed
 from supercloud.wire import api
@@ -46,11 +45,10 @@ class RestoreService:
             document = await self._checkpoints.find(ucloud, name)
             kept = _chosen(document, number)
             if document.of == "platform":
-                count = await self._platform(owner, document, kept, to)
-                changed = await self._store(
-                    owner, name, Restore(number=count, sequence=kept.sequence)
-                )
-                place = name
+                platform = await self._platform(owner, document, kept, to)
+                restore = Restore(number=_next(owner, platform), sequence=kept.sequence)
+                changed, place = await self._store(owner, name, restore), name
+                await self._plane.state.change(platform, _without_error)
             else:
                 changed, place = await self._environment(owner, document, kept, to)
         self._plane.look(ucloud_key(ucloud), 0.0)
@@ -65,8 +63,8 @@ class RestoreService:
 
     async def _platform(
         self, owner: UCloudDocument, document: CheckpointsDocument, kept: KeptCheckpoint, to: str
-    ) -> int:
-        """The number of the restore, if it can be."""
+    ) -> PlatformDocument:
+        """The platform, if it can be restored from that."""
         if to:
             raise Invalid("is for environments: a platform is restored where it was", where="to")
         platform = await self._plane.state.platform(owner.name, document.name)
@@ -74,7 +72,7 @@ class RestoreService:
             raise BadState(f"there is no platform {document.name} any more")
         if kept.shape != specs.platform_shape(platform):
             raise _other(document, kept)
-        return _next(owner, platform)
+        return platform
 
     async def _environment(
         self, owner: UCloudDocument, document: CheckpointsDocument, kept: KeptCheckpoint, to: str
@@ -112,7 +110,7 @@ class RestoreService:
 
         def decided(fresh: UCloudDocument) -> None:
             if fresh.generation != expected or fresh.deleting:
-                raise Conflict(ucloud_key(owner.name), expected, fresh.generation)
+                raise Busy(f"U-Cloud {owner.name} is being changed by others; try again")
             if decision is not None:
                 fresh.platforms, fresh.assignments = decision.platforms, decision.assignments
                 fresh.volumes, fresh.store = decision.volumes, decision.store
@@ -123,6 +121,10 @@ class RestoreService:
             fresh.state = observed(UCLOUD, fresh.state, "applying")
 
         return await self._plane.state.change(owner, decided)
+
+
+def _without_error(platform: PlatformDocument) -> None:
+    platform.error = None
 
 
 def nature(environment: Environment) -> Environment:

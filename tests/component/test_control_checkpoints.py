@@ -14,7 +14,7 @@ from supercloud.model.errors import (
     Unsupported,
 )
 from supercloud.wire.checkpoints import BUCKET
-from support.checkpoints import (
+from support.checkpointed import (
     PLAIN,
     WEB,
     cloud,

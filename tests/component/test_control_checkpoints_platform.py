@@ -3,7 +3,7 @@
 import pytest
 
 from supercloud.model.errors import BadState, Invalid, NoResources, NotFound
-from support.checkpoints import cloud, manifest, restore, take, told, until, up
+from support.checkpointed import cloud, manifest, restore, take, told, until, up
 from support.control import World, environment
 
 WEB = environment("web")

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from supercloud.model.errors import NotFound, SupercloudError
-from support.checkpoints import WEB, cloud, document, manifest
+from support.checkpointed import WEB, cloud, document, manifest
 from support.control import Kill, World
 
 LONG = bool(os.environ.get("SUPERCLOUD_LONG"))

@@ -376,8 +376,8 @@ class Platform(PlatformSize):
 
     checkpoint: Checkpointing | None = declared(
         Rule(
-            doc="checkpoints are taken of whole platforms, with all that runs in them; not with "
-            "volumes that are written to"
+            doc="checkpoints are taken of whole platforms, with all that runs in them; not where "
+            "volumes are used"
         ),
         None,
     )

@@ -29,6 +29,7 @@ from supercloud.wire.objects import ServiceList, ServiceStatus
 from supercloud.wire.peer import ConnectionLost, Stream
 
 CREATE_TIMEOUT_S: Final = 120.0
+RESTORE_TIMEOUT_S: Final = 1800.0
 CALL_TIMEOUT_S: Final = 60.0
 _ANYWHERE: Final = ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
 
@@ -97,7 +98,8 @@ class LowerLayerProvider:
             ports=request.ports, tag=request.tag, restore=request.restore,
             config_base64=base64.b64encode(request.config_iso).decode(),
         )  # fmt: skip
-        status: PlatformStatus = await self._call("platform.create", spec, CREATE_TIMEOUT_S)
+        timeout_s = CREATE_TIMEOUT_S if request.restore is None else RESTORE_TIMEOUT_S
+        status: PlatformStatus = await self._call("platform.create", spec, timeout_s)
         return self._observation(status)
 
     async def platforms(self) -> list[PlatformObservation]:

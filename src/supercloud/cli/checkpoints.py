@@ -47,7 +47,8 @@ def _await_taken(asked: dict[str, str], arguments: argparse.Namespace) -> list[d
             if all(task["done"] or task["id"] not in asked.values() for task in tasks):
                 break
             if time.monotonic() > end_s:
-                raise Temporary("a checkpoint is not done yet; it is still being taken")
+                why = "; ".join(view["reason"] for view in views if view["reason"])
+                raise Temporary(f"not done yet, but still being taken{why and f': {why}'}")
             time.sleep(LOOK_AGAIN_S)
     for task in tasks:
         if task["error"]:

@@ -41,6 +41,7 @@ from supercloud.wire.checkpoints import (
     CheckpointTake,
     CheckpointTaken,
     Kept,
+    StoreAccess,
 )
 
 TAKE = "take"
@@ -103,20 +104,33 @@ class CheckpointController:
         except (Temporary, Unsupported) as error:
             return await self._failed(document, error)
         place = (document.ucloud, subject.platform.name)
+        taker = access.taker_of(subject.platform.name)
+        try:
+            store = await access.checkpoint_access(self._plane, document.ucloud, taker)
+        except Temporary as error:
+            return await self._waits(document, error)
         if place in self._busy or len(self._busy) >= MOST_AT_ONCE:
             return self._plane.pace.release_s
         self._busy.add(place)
         try:
-            return await self._taken(document, subject)
+            return await self._taken(document, subject, store)
         except (UserError, Temporary, Permanent) as error:
             return await self._failed(document, error)
         finally:
             self._busy.discard(place)
 
-    async def _taken(self, document: CheckpointsDocument, subject: Subject) -> float:
-        taker = access.taker_of(subject.platform.name)
-        store = await access.checkpoint_access(self._plane, document.ucloud, taker)
+    async def _waits(self, document: CheckpointsDocument, error: Temporary) -> float:
+        """Not a failure: the store is on its way, and has this looked at when it is there."""
 
+        def waiting(fresh: CheckpointsDocument) -> None:
+            fresh.reason = str(error)
+
+        await self._change(document, waiting)
+        return error.delay_s
+
+    async def _taken(
+        self, document: CheckpointsDocument, subject: Subject, store: StoreAccess
+    ) -> float:
         def taking(fresh: CheckpointsDocument) -> None:
             _move(fresh, "taking")
             step_begin(fresh.steps, TAKE)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from supercloud.model.errors import NotFound, SupercloudError
-from support.checkpointed import WEB, cloud, document, manifest
+from support.checkpointed import PLAIN, WEB, cloud, document, manifest
 from support.control import Kill, World
 
 LONG = bool(os.environ.get("SUPERCLOUD_LONG"))
@@ -28,12 +28,15 @@ def run(coroutine):
 
 
 class Story:
-    """What is done to a U-Cloud with one EE, and what must be so afterwards."""
+    """What is done to a U-Cloud with one EE, and what must be so afterwards.
 
-    def __init__(self, directory: Path) -> None:
-        self.world = World(directory)
+    ``whole``: checkpoints are of its platform.
+    """
+
+    def __init__(self, directory: Path, *, whole: bool = False) -> None:
+        self.world, self.whole = World(directory), whole
+        self.name = "" if whole else NAME  # of what there are checkpoints
         self.words: list[str] = []  # what the EE has in mind; nothing while it is down
-        self.is_up = False
         self.taken: dict[int, list[str]] = {}  # by number: what it had in mind then
         self.newest = 0  # the number of the last one that was ever seen
         self.restores = 0  # numbers them
@@ -56,8 +59,14 @@ class Story:
         await _unless_dead(self.world, getattr(self, f"_{what}")())
 
     async def _up(self):
-        await self.world.app.service.up(manifest(self.world, [WEB]))
+        wish = manifest(self.world, [WEB])
+        if self.whole:
+            platform, one = {"checkpoint": {"keep": 3}}, {"hosts": "1"}
+            wish = manifest(self.world, [PLAIN], platform=platform, options=one)
+        await self.world.app.service.up(wish)
         await self.world.ready()
+        if self.whole and not self.world.seam.dead.is_set():
+            self.name = (await self.world.app.plane.state.platforms("test"))[0].name
 
     async def _down(self):
         if await self.world.app.service.uclouds():
@@ -78,12 +87,12 @@ class Story:
         await self._up()
 
         async def there():
-            kept = await document(self.world)
+            kept = await document(self.world, self.name)
             if kept is not None and kept.kept and kept.kept[-1].sequence > self.newest:
                 return kept.task is None or kept.task.done
             if kept is not None and (kept.task is None or kept.task.done):
                 with contextlib.suppress(SupercloudError):
-                    await self.world.app.service.checkpoints.take("test", NAME)
+                    await self.world.app.service.checkpoints.take("test", self.name)
             return False
 
         await self.world.until(there, "one more is there")
@@ -95,12 +104,12 @@ class Story:
 
         async def back():
             owner = await self.world.app.plane.state.ucloud("test")
-            decided = owner.restores.get(NAME)
+            decided = owner.restores.get(self.name)
             if decided is None or decided.number == self.restores:
                 with contextlib.suppress(SupercloudError):
-                    await self.world.app.service.restores.restore("test", NAME, oldest, "")
+                    await self.world.app.service.restores.restore("test", self.name, oldest, "")
                 return False
-            return await self.world.app.plane.restoring("test", NAME) is None
+            return await self.world.app.plane.restoring("test", self.name) is None
 
         await self._up()
         await self.world.until(back, "it is restored")
@@ -112,18 +121,16 @@ class Story:
         if what is PURGE:
             assert _stored(self.world.directory) == {}
             self.words, self.taken, self.newest, self.restores = [], {}, 0, 0
-            self.is_up = False
             return
         await self.world.until(self._collected, "what is too much has left the store")
         if what is DOWN:
-            self.words, self.restores, self.is_up = [], 0, False
-            kept = await document(self.world)
+            self.words, self.restores = [], 0
+            kept = await document(self.world, self.name)
             numbers = [item.sequence for item in kept.kept] if kept else []
             assert numbers == list(self.taken)
             return
-        self.is_up = True
         pretended = await cloud(self.world)
-        kept = await document(self.world)
+        kept = await document(self.world, self.name)
         numbers = [item.sequence for item in kept.kept]
         assert numbers == sorted(set(numbers))
         if what is TAKE:
@@ -134,7 +141,7 @@ class Story:
         if what is BACK and self.taken:
             self.words = list(self.taken[min(self.taken)])
             owner = await self.world.app.plane.state.ucloud("test")
-            self.restores = owner.restores[NAME].number
+            self.restores = owner.restores[self.name].number
         assert pretended.remembered(NAME) == self.words
         stored = _stored(self.world.directory)
         for item in kept.kept:
@@ -144,7 +151,7 @@ class Story:
         self.words.append(word)
 
     async def _collected(self):
-        kept = await document(self.world)
+        kept = await document(self.world, self.name)
         if kept is None or kept.policy is None:
             return True
         return not kept.stale and len(kept.kept) <= kept.policy.keep
@@ -167,12 +174,15 @@ def _stored(directory):
     found = {}
     for path in directory.glob("state/providers/*/*/checkpoints/*.json"):
         for record in msgspec.json.decode(path.read_bytes())["records"]:
-            found[record["head"]["root"]] = record["content"]["words"]
+            content = record["content"]
+            if "platform" in content:
+                (content["words"],) = content["platform"]["words"].values()
+            found[record["head"]["root"]] = content["words"]
     return found
 
 
-async def _tell(directory, chapters):
-    story = Story(directory)
+async def _tell(directory, chapters, *, whole=False):
+    story = Story(directory, whole=whole)
     for what, points in chapters:
         await story.chapter(what, points)
     await story.chapter(PURGE, [])
@@ -207,6 +217,25 @@ async def _rows(story):
 def test_any_story_of_checkpoints_and_kills_ends_as_wished(chapters):
     with tempfile.TemporaryDirectory() as directory:
         run(_tell(Path(directory), chapters))
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("what", [TAKE, BACK])
+def test_every_single_effect_on_checkpoints_of_a_platform_may_be_the_last(after, what, tmp_path):
+    async def count():
+        story = Story(tmp_path / "count", whole=True)
+        await story.chapter(TAKE, [])
+        return await story.chapter(what, [])
+
+    (tmp_path / "count").mkdir()
+    life = run(count())
+    assert ("provider.checkpoint" in life) == (what is TAKE)
+    assert ("provider.ensure_platform" in life) == (what is BACK)
+    for number in range(1, len(life) + 1, 1 if LONG else 3):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        story = [(TAKE, []), (what, [(number, after)]), (TAKE, []), (BACK, [])]
+        run(_tell(directory, story, whole=True))
 
 
 @pytest.mark.parametrize("after", [False, True])

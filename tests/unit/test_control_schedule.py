@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supercloud.control import schedule
-from supercloud.control.documents import CheckpointsDocument, KeptCheckpoint, TakeTask
+from supercloud.control.documents import CheckpointsDocument
+from supercloud.control.kept import KeptCheckpoint, TakeTask
 from supercloud.model.resources import Checkpointing
 
 NOW_S = 1_700_000_000.0

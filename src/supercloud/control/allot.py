@@ -7,9 +7,9 @@ What an EE has it keeps for as long as it stays on its platform.
 
 import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from supercloud.control.documents import Assignment, PlatformWish
+from supercloud.control.kept import Place
 from supercloud.model.errors import NoResources
 from supercloud.model.resources import Environment, Network
 
@@ -96,7 +96,7 @@ class Addresses:
         name: str,
         environment: Environment,
         platform: PlatformWish,
-        place: Assignment | None = None,
+        place: Place | None = None,
     ) -> Assignment:
         """What the EE ``name`` gets on ``platform``; what it has there, it keeps.
 
@@ -106,11 +106,19 @@ class Addresses:
         had = self._kept.get(name)
         stays = had is not None and had.platform == platform.name
         slots = self._ports(environment, platform, had.slots if had and stays else {})
-        back = place or (had if had and stays and had.moved else None)
+        back: Place | None = place or (had if had and stays and had.moved else None)
         if back is not None and back.network == environment.network:
             self._addresses.add((back.network, back.address))
-            moved = not _within(back, environment, subnet)
-            return replace(back, platform=platform.name, slots=slots, moved=moved)
+            return Assignment(
+                platform=platform.name,
+                network=back.network,
+                address=back.address,
+                prefix_length=back.prefix_length,
+                gateway=back.gateway,
+                mac=back.mac,
+                slots=slots,
+                moved=not _within(back, environment, subnet),
+            )
         address = had.address if had and stays and _within(had, environment, subnet) else ""
         address = address or self._free_address(environment.network, subnet)
         return Assignment(
@@ -158,7 +166,7 @@ class Addresses:
         )
 
 
-def _within(had: Assignment, environment: Environment, subnet: ipaddress.IPv4Network) -> bool:
+def _within(had: Place, environment: Environment, subnet: ipaddress.IPv4Network) -> bool:
     return had.network == environment.network and ipaddress.IPv4Address(had.address) in subnet
 
 

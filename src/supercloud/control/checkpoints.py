@@ -6,7 +6,8 @@ import contextlib
 from supercloud.control import schedule, views
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.controllers.subjects import subject_of
-from supercloud.control.documents import CheckpointsDocument, TakeTask, checkpoints_key
+from supercloud.control.documents import CheckpointsDocument, checkpoints_key
+from supercloud.control.kept import TakeTask
 from supercloud.model.errors import BadState, Busy, NotFound, Temporary, Unsupported
 from supercloud.wire import api
 

@@ -18,6 +18,7 @@ from supercloud.control.documents import (
     VolumeWish,
 )
 from supercloud.control.homes import check_volumes, homes_of
+from supercloud.control.kept import Place
 from supercloud.control.offers import Offer
 from supercloud.control.stores import check_names, check_store, store_of
 from supercloud.model.errors import NoResources
@@ -44,10 +45,10 @@ class Move:
     """An EE goes to ``provider``, and comes back to its ``place`` in the network."""
 
     provider: str
-    place: Assignment | None
+    place: Place | None
 
 
-def _back(move: Move | None) -> Assignment | None:
+def _back(move: Move | None) -> Place | None:
     return move.place if move is not None else None
 
 

@@ -11,10 +11,11 @@ a field that was added later has a default.
 import secrets
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
+from supercloud.control.kept import CheckpointsOf, KeptCheckpoint, Place, Restore, TakeTask
 from supercloud.model.errors import Permanent
 from supercloud.model.resources import (
     Bucket,
@@ -47,32 +48,16 @@ class Step:
 
 
 @dataclass(slots=True, kw_only=True)
-class Assignment:
-    """What was allotted to one EE; ``address`` and ``gateway`` are IPv4.
+class Assignment(Place):
+    """What was allotted to one EE.
 
     ``slots`` maps ``PORT/PROTOCOL`` to a place in the platform's range of published ports.
     ``moved``: the address came with it from another platform, and stays.
     """
 
     platform: str
-    network: str
-    address: str
-    prefix_length: int
-    gateway: str
-    mac: str
     slots: dict[str, int] = field(default_factory=dict)
     moved: bool = False
-
-
-@dataclass(slots=True, kw_only=True)
-class Restore:
-    """The decision that an EE or a platform starts anew from checkpoint ``sequence`` of its own.
-
-    ``number`` counts such decisions: each makes it another one, once.
-    """
-
-    number: int
-    sequence: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -294,46 +279,6 @@ class StoreDocument:
     access: dict[str, Access] = field(default_factory=dict)  # by EE, and by who takes checkpoints
     created_s: float = field(default_factory=time.time)
     steps: list[Step] = field(default_factory=list)
-
-
-@dataclass(slots=True, kw_only=True)
-class KeptCheckpoint:
-    """A checkpoint that can be restored; the figures are those of ``wire.checkpoints``.
-
-    ``shape`` names what it is of: only the same can go on from it. An EE's comes with its ``place``
-    in the network, a platform's with the pin of its key, ``pin``, and its ``image``.
-    """
-
-    sequence: int
-    root: str
-    engine: str
-    taken_ms: int
-    pause_ms: float
-    base: bool
-    memory_bytes: int
-    dirty_bytes: int
-    disk_bytes: int
-    new_bytes: int
-    details: dict[str, str]
-    shape: str
-    provider: str
-    host: str
-    place: Assignment | None = None
-    pin: str = ""
-    image: str = ""
-
-
-@dataclass(slots=True, kw_only=True)
-class TakeTask:
-    """A checkpoint that the user asked for; ``done`` with its ``sequence`` or an ``error``."""
-
-    id: str = field(default_factory=lambda: secrets.token_hex(8))
-    done: bool = False
-    sequence: int = 0
-    error: dict[str, Any] | None = None
-
-
-CheckpointsOf = Literal["environment", "platform"]
 
 
 @dataclass(slots=True, kw_only=True)

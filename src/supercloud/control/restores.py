@@ -11,12 +11,11 @@ from supercloud.control.documents import (
     Assignment,
     CheckpointsDocument,
     EnvironmentDocument,
-    KeptCheckpoint,
     PlatformDocument,
-    Restore,
     UCloudDocument,
     ucloud_key,
 )
+from supercloud.control.kept import KeptCheckpoint, Place, Restore
 from supercloud.model.errors import BadState, Busy, Invalid, NotFound
 from supercloud.model.resources import Environment, Placement
 from supercloud.model.states import UCLOUD, observed
@@ -168,7 +167,7 @@ def _next(owner: UCloudDocument, item: EnvironmentDocument | PlatformDocument) -
     return max(numbers) + 1
 
 
-def _free(owner: UCloudDocument, name: str, kept: KeptCheckpoint) -> Assignment | None:
+def _free(owner: UCloudDocument, name: str, kept: KeptCheckpoint) -> Place | None:
     """Its place in the network, if nobody else has that by now."""
     place = kept.place
     if place is None:

@@ -11,15 +11,10 @@ from supercloud.control.checkpoints import CheckpointService
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.controllers.ucloud import replicas
 from supercloud.control.desire import Decision, Move, decide, provider_key
-from supercloud.control.documents import (
-    Restore,
-    StoreWish,
-    UCloudDocument,
-    VolumeWish,
-    ucloud_key,
-)
+from supercloud.control.documents import StoreWish, UCloudDocument, VolumeWish, ucloud_key
 from supercloud.control.fits import at_its_place, check_sizes
 from supercloud.control.images import mark_of
+from supercloud.control.kept import Restore
 from supercloud.control.manifest import parse
 from supercloud.control.offers import Offer
 from supercloud.control.plan import plan

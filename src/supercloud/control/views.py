@@ -9,7 +9,6 @@ from supercloud.control.controllers.usage import users_of
 from supercloud.control.documents import (
     CheckpointsDocument,
     EnvironmentDocument,
-    KeptCheckpoint,
     PlatformDocument,
     Step,
     StoreDocument,
@@ -17,6 +16,7 @@ from supercloud.control.documents import (
     VolumeDocument,
     environment_key,
 )
+from supercloud.control.kept import KeptCheckpoint
 from supercloud.control.seals import WINDOW_S
 from supercloud.control.specs import host_port
 from supercloud.model.errors import BadState, to_wire

@@ -8,12 +8,8 @@ from collections.abc import Sequence
 
 from supercloud.control import specs
 from supercloud.control.controllers.plane import Plane
-from supercloud.control.documents import (
-    EnvironmentDocument,
-    PlatformDocument,
-    Restore,
-    StoreDocument,
-)
+from supercloud.control.documents import EnvironmentDocument, PlatformDocument, StoreDocument
+from supercloud.control.kept import Restore
 from supercloud.model.errors import Temporary
 from supercloud.trust.names import SERVICE, Identity
 from supercloud.trust.wrapping import VolumeKeys

@@ -18,13 +18,13 @@ from supercloud.control.controllers.plane import Plane
 from supercloud.control.controllers.subjects import Subject, subject_of
 from supercloud.control.documents import (
     CheckpointsDocument,
-    KeptCheckpoint,
     StoreDocument,
     step_begin,
     step_end,
     store_key,
     ucloud_key,
 )
+from supercloud.control.kept import KeptCheckpoint
 from supercloud.model.errors import (
     BadState,
     Permanent,

@@ -9,10 +9,11 @@ from typing import Any
 from supercloud.control.agents import Agents
 from supercloud.control.authorities import Authorities
 from supercloud.control.bootdata import Tokens
-from supercloud.control.documents import KINDS, AnyDocument, Restore, UCloudDocument
+from supercloud.control.documents import KINDS, AnyDocument, UCloudDocument
 from supercloud.control.effects import Seam
 from supercloud.control.events import EventLog
 from supercloud.control.images import Images
+from supercloud.control.kept import Restore
 from supercloud.control.pool import ProviderPool
 from supercloud.control.state import State
 from supercloud.model.events import Event, Severity

@@ -9,9 +9,7 @@ from supercloud.control import bootdata, specs
 from supercloud.control.controllers.access import STORE_WAIT_S, apply_of, restore_from
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.documents import (
-    KeptCheckpoint,
     PlatformDocument,
-    Restore,
     UCloudDocument,
     checkpoints_key,
     environment_key,
@@ -19,6 +17,7 @@ from supercloud.control.documents import (
     step_end,
     ucloud_key,
 )
+from supercloud.control.kept import KeptCheckpoint, Restore
 from supercloud.model.errors import Exists, NoResources, NotFound, SupercloudError, Temporary
 from supercloud.model.states import PLATFORM, step
 from supercloud.providers.base import PlatformObservation, PlatformRequest, Provider

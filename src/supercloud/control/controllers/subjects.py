@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from supercloud.control import specs
 from supercloud.control.controllers.access import UP
 from supercloud.control.controllers.plane import Plane
-from supercloud.control.documents import Assignment, CheckpointsDocument, PlatformDocument
+from supercloud.control.documents import CheckpointsDocument, PlatformDocument
+from supercloud.control.kept import Place, place_of
 from supercloud.model.errors import BadState, Temporary, Unsupported
 from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
 
@@ -20,7 +21,7 @@ class Subject:
     platform: PlatformDocument
     call: Callable[[CheckpointTake], Awaitable[CheckpointTaken]]
     effect: str
-    place: Assignment | None = None
+    place: Place | None = None
     pin: str = ""
     image: str = ""
 
@@ -51,7 +52,7 @@ async def _environment(plane: Plane, document: CheckpointsDocument) -> Subject:
         platform=platform,
         call=session.checkpoint,
         effect="link.checkpoint",
-        place=item.assignment,
+        place=place_of(item.assignment),
     )
 
 

@@ -8,12 +8,10 @@ from supercloud.control.controllers.platform import tag_of
 from supercloud.control.desire import provider_key
 from supercloud.control.documents import (
     CheckpointsDocument,
-    CheckpointsOf,
     EnvironmentDocument,
     Following,
     KeptBucket,
     PlatformDocument,
-    Restore,
     StoreDocument,
     StoreWish,
     UCloudDocument,
@@ -25,6 +23,7 @@ from supercloud.control.documents import (
     store_key,
     volume_key,
 )
+from supercloud.control.kept import CheckpointsOf, Restore
 from supercloud.model.events import Severity
 from supercloud.model.resources import Checkpointing, Environment, Provider, replica_names
 from supercloud.model.states import UCLOUD, observed

@@ -14,7 +14,7 @@ from supercloud.model.resources import (
     Environment,
     Network,
     Placement,
-    PlatformSize,
+    Platform,
     Port,
     Provider,
     UCloud,
@@ -121,7 +121,7 @@ UCLOUDS = st.builds(
     providers=listed(PROVIDERS).filter(bool),
     environments=listed(ENVIRONMENTS),
     networks=st.builds(Network, name=NAMES, range=st.sampled_from(["", "10.70.0.0/16"])).map(lambda n: [n]),
-    platform=st.builds(PlatformSize, scratch_bytes=st.integers(64 << 20, 1 << 40)),
+    platform=st.builds(Platform, scratch_bytes=st.integers(64 << 20, 1 << 40)),
 )  # fmt: skip
 
 

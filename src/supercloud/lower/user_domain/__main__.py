@@ -7,6 +7,7 @@ import os
 
 from supercloud.lower.client import Core
 from supercloud.lower.component import set_up_logging
+from supercloud.lower.user_domain.checkpoints import Checkpoints
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.hub import Hub
 from supercloud.lower.user_domain.identity import IdentityStore, read_birth
@@ -15,7 +16,7 @@ from supercloud.lower.user_domain.objects import Objects
 from supercloud.lower.user_domain.platforms import Platforms
 from supercloud.lower.user_domain.service import Service
 from supercloud.lower.user_domain.services import Services
-from supercloud.lower.user_domain.volume_service import volume_methods
+from supercloud.lower.user_domain.volume_service import shielded, volume_methods
 from supercloud.lower.user_domain.volumes import Volumes
 
 STATE = "/run/state"
@@ -38,9 +39,12 @@ async def serve(core: Core) -> None:
     objects = Objects(hub.join("disk"), services, feed, f"{STATE}/objects")
     platforms.on_end = volumes.platform_ended
     platforms.on_object_client = objects.client
+    checkpoints = Checkpoints(hub, services, platforms, feed, objects.client)
+    checkpoints.ucloud = lambda: identity.ucloud or birth.user
+    owners = (volumes.service_ended, objects.service_ended, checkpoints.service_ended)
 
     def ended(entry: str) -> None:
-        if not volumes.service_ended(entry) and not objects.service_ended(entry):
+        if not any(owner(entry) for owner in owners):
             platforms.domain_ended(entry)
 
     hub.ended = ended
@@ -52,6 +56,8 @@ async def serve(core: Core) -> None:
         **volume_methods(volumes),
         **object_methods(objects, lambda: identity.ucloud or birth.user),
         **service_methods(services),
+        "platform.checkpoint": shielded(checkpoints.take),
+        "checkpoint.collect": shielded(checkpoints.collect),
     }
     service = Service(facts, identity, platforms, implemented, feed)
     hub.join("front_door", service.connection)

@@ -22,7 +22,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
-from supercloud.model.errors import BadState, Invalid
+from supercloud.model.errors import BadState, Invalid, NoResources
 
 PAGE_BYTES: Final = 4096
 MAX_IMAGE_BYTES: Final = 1 << 42
@@ -94,10 +94,15 @@ class Memory:
                 raise
         return self._joined(listed)
 
-    def capture(self, into: int) -> int:
-        """Copy the dirty pages into an empty memory file, for ``Captured``; how many bytes."""
+    def capture(self, into: int, most_bytes: int = MAX_IMAGE_BYTES) -> int:
+        """Copy the dirty pages into an empty memory file, for ``Captured``; how many bytes.
+
+        NoResources, before any is copied, when they are more than ``most_bytes``.
+        """
         runs = self.dirty()
         pages = sum(run.length for run in runs)
+        if pages * PAGE_BYTES > most_bytes:
+            raise NoResources(f"{pages * PAGE_BYTES} bytes were written, {most_bytes} have room")
         data = _data_offset(len(runs))
         os.ftruncate(into, data + pages * PAGE_BYTES)
         header = _HEADER.pack(_MAGIC, self.size_bytes // PAGE_BYTES, len(runs), pages)

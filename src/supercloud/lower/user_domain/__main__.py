@@ -7,6 +7,7 @@ import os
 
 from supercloud.lower.client import Core
 from supercloud.lower.component import set_up_logging
+from supercloud.lower.user_domain.checkpoint_sessions import Sessions
 from supercloud.lower.user_domain.checkpoints import Checkpoints
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.hub import Hub
@@ -39,9 +40,9 @@ async def serve(core: Core) -> None:
     objects = Objects(hub.join("disk"), services, feed, f"{STATE}/objects")
     platforms.on_end = volumes.platform_ended
     platforms.on_object_client = objects.client
-    checkpoints = Checkpoints(hub, services, platforms, feed, objects.client)
-    checkpoints.ucloud = lambda: identity.ucloud or birth.user
-    owners = (volumes.service_ended, objects.service_ended, checkpoints.service_ended)
+    sessions = Sessions(services, objects.client, lambda: identity.ucloud or birth.user)
+    checkpoints = Checkpoints(hub, sessions, platforms, feed)
+    owners = (volumes.service_ended, objects.service_ended, sessions.service_ended)
 
     def ended(entry: str) -> None:
         if not any(owner(entry) for owner in owners):

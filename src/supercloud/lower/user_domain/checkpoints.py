@@ -1,10 +1,9 @@
 """Checkpoints of this user's platforms: taken, kept in the U-Cloud's object store, restored.
 
-The checkpointing service lives for one job at a time: it gets the secret, does it, and ends. Its
-connections to the object store are made here when it asks for them. A machine's monitor does what
-the machine has to stand still for (``vmm.checkpoint``); the scratch disk is read while the machine
-writes elsewhere, and what it wrote there is put back afterwards. Room for all of that is booked on
-the user's quota before anything stands still.
+A machine's monitor does what the machine has to stand still for (``vmm.checkpoint``); the scratch
+disk is read while the machine writes elsewhere, and what it wrote there is put back afterwards.
+Room for all of that is booked on the user's quota before anything stands still. What is captured is
+given to the checkpointing service (``checkpoint_sessions``).
 """
 
 import asyncio
@@ -13,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -22,11 +20,11 @@ from typing import Any, Final
 from supercloud.lower.client import SCHEDULING
 from supercloud.lower.user_domain import origins, parts
 from supercloud.lower.user_domain.channel import Channel
+from supercloud.lower.user_domain.checkpoint_sessions import Session, Sessions
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.hub import Hub
 from supercloud.lower.user_domain.platforms import Platforms
 from supercloud.lower.user_domain.records import KEPT_HEADS, Record
-from supercloud.lower.user_domain.services import Services
 from supercloud.lower.vmm.machine import Descriptors, command_line
 from supercloud.lower.vmm.template import MAX_STATE_BYTES, Inputs, machine_of
 from supercloud.model.errors import (
@@ -40,22 +38,18 @@ from supercloud.model.errors import (
     from_wire,
 )
 from supercloud.wire.checkpoints import (
-    BUCKET,
     CheckpointCollect,
     CheckpointCollected,
     CheckpointTake,
     CheckpointTaken,
     Head,
     RestoreFrom,
-    StoreAccess,
 )
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.host import PlatformSpec
 
-KIND: Final = "checkpoint"
 ENGINE: Final = "qemu"
 DEVICE, MEMORY, DISK = "device", "memory", "disk:scratch"
-JOB_S: Final = 3600.0
 CAPTURE_S: Final = 60.0
 OVER_S: Final = 600.0
 OVERLAY_BYTES: Final = (1 << 30, 64 << 20)
@@ -63,11 +57,8 @@ OVERLAY_BYTES: Final = (1 << 30, 64 << 20)
 ROOM_BYTES: Final = 32 << 20
 """Beyond what was seen of memory a moment before, which may be a quarter more by then."""
 GIVE_BACK_TRIES: Final = 10
-_MAX_CONNECTIONS: Final = 16
 
 log = logging.getLogger("supercloud.lower.user_domain.checkpoints")
-
-Client = Callable[[str, socket.socket], None]
 
 
 @dataclass(slots=True)
@@ -80,19 +71,13 @@ class _Still:
 
 
 class Checkpoints:
-    """``client`` takes the far end of a connection to the object store."""
+    """All of them; ``sessions`` give the service."""
 
-    def __init__(
-        self, hub: Hub, services: Services, platforms: Platforms, feed: Feed, client: Client
-    ) -> None:
-        self._core, self._services, self._platforms = hub.core, services, platforms
-        self._feed, self._client = feed, client
-        self._lock = asyncio.Lock()
-        self._jobs: dict[int, asyncio.Future[dict[str, Any]]] | None = None  # of the one session
+    def __init__(self, hub: Hub, sessions: Sessions, platforms: Platforms, feed: Feed) -> None:
+        self._core, self._platforms, self._feed = hub.core, platforms, feed
+        self._sessions = sessions
         self._still: dict[str, _Still] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self.ucloud: Callable[[], str] = lambda: ""
-        services.told[KIND] = self._service_told
         platforms.on_checkpoint = self._monitor_told
         platforms.on_taken_over = self._taken_over
         platforms.restore = self.restore
@@ -124,7 +109,7 @@ class Checkpoints:
         """Remove what is not to stay."""
         parameters = {"keep": encode(asked.keep), "forget": asked.forget}
         try:
-            async with self._session(asked.store) as session:
+            async with self._sessions.open(asked.store) as session:
                 report = await session.job("checkpoint.collect", parameters)
         except Busy:
             return CheckpointCollected(state="busy")
@@ -142,7 +127,7 @@ class Checkpoints:
                 f"platform {asked.name} has volumes, which a checkpoint of it does not hold",
                 hint="take checkpoints of the environments that have none",
             )
-        async with self._session(asked.store) as session:
+        async with self._sessions.open(asked.store) as session:
             if asked.head is not None:  # what it lies over is there and whole
                 named = {"ee": asked.name, "head": encode(asked.head)}
                 await session.job("checkpoint.list", named)
@@ -160,7 +145,7 @@ class Checkpoints:
         self,
         asked: CheckpointTake,
         record: Record,
-        session: "_Session",
+        session: Session,
         figures: dict[str, Any],
         files: list[int],
     ) -> dict[str, Any]:
@@ -201,7 +186,7 @@ class Checkpoints:
 
     @contextlib.asynccontextmanager
     async def _captured(
-        self, record: Record, machine: Channel, session: "_Session"
+        self, record: Record, machine: Channel, session: Session
     ) -> AsyncIterator[tuple[dict[str, Any], list[int]]]:
         """The monitor's figures and its two files; the machine runs on, its disk stays below."""
         name, still = record.spec.name, self._still[record.spec.name]
@@ -296,7 +281,7 @@ class Checkpoints:
             opened.callback(os.close, ram)
             state = os.memfd_create("state", os.MFD_CLOEXEC)
             opened.callback(os.close, state)
-            async with self._session(restore.store, spec.memory_bytes) as session:
+            async with self._sessions.open(restore.store, spec.memory_bytes) as session:
                 parameters = _asked(restore, inputs)
                 result = await session.job("checkpoint.restore", parameters, [state, ram, disk])
             content = os.pread(state, MAX_STATE_BYTES + 1, 0)
@@ -305,64 +290,6 @@ class Checkpoints:
                 raise Invalid(f"the checkpoint of {restore.ee} has a disk of another size")
             parts.sealed_memory(core, origins.restored_state(spec.name), content, SCHEDULING)
         self._say(spec.name, "read", f"number {restore.sequence or restore.head.sequence}")
-
-    # -- the service
-
-    @contextlib.asynccontextmanager
-    async def _session(self, access: StoreAccess, room_bytes: int = 0) -> AsyncIterator["_Session"]:
-        """The service, for as long as this is open; ``room_bytes`` more than what it has."""
-        async with self._lock:
-            channel = self._services.start(KIND)
-            session = _Session(channel, lambda: self._services.end(KIND))
-            self._jobs = session.jobs
-            try:
-                if room_bytes:
-                    self._services.give_room(KIND, room_bytes)
-                await session.configure(access, self.ucloud())
-                yield session
-            finally:
-                self._jobs = None
-                session.end()
-
-    def service_ended(self, entry: str) -> bool:
-        """A domain died: True when it was the service's."""
-        if self._services.kind_of(entry) != KIND:
-            return False
-        if self._jobs is not None and not self._services.is_running(KIND):
-            self._fail(Temporary("the checkpointing service died"))
-        return True
-
-    def _fail(self, error: SupercloudError) -> None:
-        for future in (self._jobs or {}).values():
-            if not future.done():
-                future.set_exception(error)
-
-    def _service_told(self, method: str, untrusted: dict[str, Any], descriptors: list[int]) -> None:
-        for descriptor in descriptors:
-            os.close(descriptor)
-        if method == "connection.wanted":
-            wanted = untrusted.get("count")
-            for _ in range(min(wanted, _MAX_CONNECTIONS) if isinstance(wanted, int) else 0):
-                self._in_background(self._connect())
-            return
-        number = untrusted.get("job")
-        if self._jobs is None or not isinstance(number, int):
-            return
-        future = self._jobs.setdefault(number, asyncio.get_running_loop().create_future())
-        if future.done():
-            return
-        if method == "job.done" and isinstance(untrusted.get("result"), dict):
-            future.set_result(untrusted["result"])
-        elif method == "job.failed":
-            future.set_exception(from_wire(untrusted.get("error")))
-
-    async def _connect(self) -> None:
-        """A connection to the object store for the service."""
-        ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        self._client("checkpoints", theirs)
-        with ours, contextlib.suppress(SupercloudError):  # it asks again, if it is there
-            await self._services.join(KIND).call("connection", {}, [ours.fileno()])
 
     # -- what a monitor tells
 
@@ -418,61 +345,6 @@ class Checkpoints:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-class _Session:
-    """The service while it works for one call. ``end`` ends its domain, once."""
-
-    def __init__(self, channel: Channel, end: Callable[[], None]) -> None:
-        self._channel, self._end = channel, end
-        self._is_over = False
-        self.jobs: dict[int, asyncio.Future[dict[str, Any]]] = {}
-
-    def end(self) -> None:
-        """It is gone when this returns."""
-        if not self._is_over:
-            self._is_over = True
-            self._end()
-
-    def spoil(self, error: SupercloudError) -> None:
-        """What it works on is no good any more: it ends, and whoever waits for it gets this."""
-        self.end()
-        for future in self.jobs.values():
-            if not future.done():
-                future.set_exception(error)
-
-    async def configure(self, access: StoreAccess, ucloud: str) -> None:
-        """Give it the secret, in a memory file, and whom to expect at the store."""
-        document = {
-            "ucloud": ucloud,
-            "secret": access.secret,
-            "server_name": access.server_name,
-            "ca_pem": access.ca_pem,
-            "region": access.region,
-            "bucket": BUCKET,
-            "access_key": access.access_key,
-            "secret_key": access.secret_key,
-        }
-        descriptor = os.memfd_create("configuration", os.MFD_CLOEXEC)
-        try:
-            os.write(descriptor, json.dumps(document).encode())
-            await self._channel.call("configure", {}, [descriptor])
-        finally:
-            os.close(descriptor)
-
-    async def job(
-        self, method: str, parameters: dict[str, Any], descriptors: list[int] | None = None
-    ) -> dict[str, Any]:
-        """Have it done; its result, or the error that it failed with."""
-        reply = await self._channel.call(method, parameters, descriptors)
-        number = int(reply.result["job"])
-        future = self.jobs.setdefault(number, asyncio.get_running_loop().create_future())
-        try:
-            return await asyncio.wait_for(future, JOB_S)
-        except TimeoutError:
-            raise Temporary(f"{method} was not done within {JOB_S:g} s") from None
-        finally:
-            self.jobs.pop(number, None)
 
 
 def expected_of(inputs: Inputs) -> dict[str, str]:

@@ -20,14 +20,15 @@ out): all that was ever touched is copied.
 
 import contextlib
 import logging
+import mmap
 import os
 import re
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Self
 
 from supercloud.lower.vmm.identity import IdentityPort
 from supercloud.lower.vmm.machine import Machine
@@ -51,7 +52,7 @@ RETRY_S: Final = 2.0
 _DISK, _OVERLAY, _FILE, _JOB = "scratch", "overlay", "overlay-file", "checkpoint"
 _OVERLAY_SET, _STATE_SET = 20, 21
 _MAX_STATE_BYTES: Final = 32 << 20
-_PIECE_BYTES: Final = 64 << 20
+_PIECE_BYTES: Final = 16 << 20
 
 # A processor's section in QEMU's stream: full section, number, "cpu", instance, version; then its
 # registers, instruction pointer and flags, and the emulator's own flags (target/i386/machine.c).
@@ -88,8 +89,11 @@ class Capture:
         self._reactor, self._qmp, self._identity, self._tell = reactor, qmp, identity, tell
         self._machine, self._pid, self._ram = machine, pid, ram
         self._order: Order | None = None  # while its agent has not answered
+        self._prepared = ExitStack()  # and what is open for it till then
         self._asked_s = 0.0
         self._waiting: Timer | None = None
+        self._state = self._copy = -1
+        self._capture: Callable[[], int] = lambda: 0
         self._has_nodes = self._is_split = self._is_made = self._is_ending = False
 
     # -- what may be asked
@@ -112,9 +116,11 @@ class Capture:
             raise Busy("another checkpoint of this platform is not over yet")
         try:
             self._add_nodes(order, request.descriptors[0])
+            self._prepare(order)
             self._identity.pause()
-        except SupercloudError:
+        except (SupercloudError, OSError):
             self._remove_nodes()
+            self._prepared.close()
             raise
         self._order, self._asked_s = order, time.monotonic()
         self._waiting = self._reactor.after(QUIET_S, self._no_answer)
@@ -140,12 +146,10 @@ class Capture:
         if word != "paused":
             self._fail(BadState("the platform's agent could not stop what runs inside it"))
             return
-        order = self._order
         try:
-            with ExitStack() as opened:
-                told, files = self._taken(order, opened)
-                self._settled()
-                self._tell("checkpoint.captured", told, files)
+            told, files = self._taken()
+            self._tell("checkpoint.captured", told, files)
+            self._settled()
         except (SupercloudError, OSError) as error:
             self._fail(error)
 
@@ -160,6 +164,7 @@ class Capture:
     def _settled(self) -> None:
         """Its agent has had its time."""
         self._order = None
+        self._prepared.close()
         if self._waiting is not None:
             self._waiting.cancel()
 
@@ -179,9 +184,25 @@ class Capture:
 
     # -- standing still
 
-    def _taken(self, order: Order, opened: ExitStack) -> tuple[dict[str, Any], list[int]]:
-        state, copy = (self._memory_file(name, opened) for name in ("state", "memory"))
-        source = self._source(opened)
+    def _prepare(self, order: Order) -> None:
+        """The two files, with room in them: nothing of that needs a machine that stands still."""
+        opened = self._prepared
+        self._state = self._memory_file("state", opened)
+        self._copy = self._memory_file("memory", opened)
+        ram = self._ram()
+        opened.callback(os.close, ram)
+        if self._machine.ram_shared:
+            touched = opened.enter_context(Touched(ram, self._copy))
+            touched.copy(order.room_bytes)
+            self._capture = lambda: touched.copy(order.room_bytes)
+        else:
+            memory = Memory(self._pid, ram)
+            opened.callback(memory.close)
+            room = memory.make_room(self._copy, order.room_bytes)
+            self._capture = lambda: memory.capture(self._copy, order.room_bytes, room)
+
+    def _taken(self) -> tuple[dict[str, Any], list[int]]:
+        state = self._state
         self._give_state(state)
         if self._qmp.ask("query-status").get("status") != "running":
             raise BadState("the machine stands still already: its disk is full, or it is ending")
@@ -191,7 +212,7 @@ class Capture:
             self._qmp.ask("blockdev-snapshot", {"node": _DISK, "overlay": _OVERLAY})
             self._is_split = True
             self._save_devices(state)
-            captured = source(copy, order.room_bytes)
+            captured = self._capture()
         finally:
             self._qmp.ask("cont")
             went_on_s = time.monotonic()
@@ -204,7 +225,7 @@ class Capture:
             "memory_bytes": captured,
             "incremental": not self._machine.ram_shared,
         }
-        return told, [state, copy]
+        return told, [state, self._copy]
 
     def _give_state(self, state: int) -> None:
         again = os.open(f"/proc/self/fd/{state}", os.O_WRONLY | os.O_CLOEXEC)
@@ -221,16 +242,6 @@ class Capture:
             raise BadState(f"the devices' state has {size} bytes")
         if self._machine.accelerator == "tcg" and is_inside_guest(os.pread(state, size, 0)):
             raise BadState("a nested VM runs, though the agent said that nothing does")
-
-    def _source(self, opened: ExitStack) -> Callable[[int, int], int]:
-        """What copies memory: into a file, at most so many bytes; how many it were."""
-        ram = self._ram()
-        opened.callback(os.close, ram)
-        if self._machine.ram_shared:
-            return lambda into, most: copy_touched(ram, into, most)
-        memory = Memory(self._pid, ram)
-        opened.callback(memory.close)
-        return memory.capture
 
     def _extent(self, opened: ExitStack) -> int:
         ram = self._ram()
@@ -318,19 +329,46 @@ def is_inside_guest(state: bytes) -> bool:
     return False
 
 
-def copy_touched(source: int, into: int, most_bytes: int) -> int:
-    """Copy what a sparse memory file has in it. NoResources: it is more than ``most_bytes``."""
-    os.ftruncate(into, os.fstat(source).st_size)
-    at = copied = 0
+class Touched:
+    """All that a sparse memory file ``source`` has in it, into the empty one ``into``.
+
+    What is copied once before the pause has its pages then, so that it takes a fifth of the time.
+    """
+
+    def __init__(self, source: int, into: int) -> None:
+        size = os.fstat(source).st_size
+        os.ftruncate(into, size)
+        self._source, self._target = source, mmap.mmap(into, size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._target.close()
+
+    def copy(self, most_bytes: int) -> int:
+        """Copy it, again or for the first time; how many bytes. NoResources: they are more."""
+        copied = 0
+        with memoryview(self._target) as view:
+            for at, end in extents(self._source):
+                copied += end - at
+                if copied > most_bytes:
+                    raise NoResources(f"more than {most_bytes} bytes of memory are in use")
+                self._copy(view[:end], at)
+        return copied
+
+    def _copy(self, view: memoryview, at: int) -> None:
+        while at < len(view):
+            at += os.preadv(self._source, [view[at : at + _PIECE_BYTES]], at)
+
+
+def extents(file: int) -> Iterator[tuple[int, int]]:
+    """Where a sparse file has anything."""
+    end = 0
     while True:
         try:
-            at = os.lseek(source, at, os.SEEK_DATA)
-        except OSError:  # no more
-            return copied
-        end = os.lseek(source, at, os.SEEK_HOLE)
-        copied += end - at
-        if copied > most_bytes:
-            raise NoResources(f"more than {most_bytes} bytes of memory are in use")
-        os.lseek(into, at, os.SEEK_SET)
-        while at < end:
-            at += os.sendfile(into, source, at, min(end - at, _PIECE_BYTES))
+            start = os.lseek(file, end, os.SEEK_DATA)
+        except OSError:  # nothing but a hole up to the end
+            return
+        end = os.lseek(file, start, os.SEEK_HOLE)
+        yield start, end

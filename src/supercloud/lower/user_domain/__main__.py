@@ -50,6 +50,7 @@ async def serve(core: Core) -> None:
 
     hub.ended = ended
     hub.start()
+    sessions.adopt()  # before a platform's disk is written to that it may be reading
     await platforms.adopt()
     await volumes.adopt(platforms.running())
     objects.adopt()

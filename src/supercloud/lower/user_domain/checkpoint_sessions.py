@@ -51,6 +51,11 @@ class Sessions:
                 self._present = None
                 session.end()
 
+    def adopt(self) -> None:
+        """After a restart of this domain: nobody waits for what it does any more."""
+        if self._services.is_running(KIND):
+            self._services.end(KIND)
+
     def service_ended(self, entry: str) -> bool:
         """A domain died: True when it was the service's."""
         if self._services.kind_of(entry) != KIND:

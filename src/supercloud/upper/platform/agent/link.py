@@ -64,6 +64,11 @@ class Link:
         host, _, port = endpoint.rpartition(":")
         return host.strip("[]"), int(port)
 
+    def dial_again(self) -> None:
+        """The present connection leads to nobody."""
+        if self._peer is not None:
+            self._peer.writer.transport.abort()
+
     def notify(self, method: str, params: Any) -> None:
         """Tell the control plane, if it is there; it asks for the rest when it comes back."""
         if self._peer is not None and not self._peer.closed.is_set():

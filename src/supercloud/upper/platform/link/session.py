@@ -11,6 +11,7 @@ from typing import Any, Final
 from supercloud.model.errors import Invalid, SupercloudError
 from supercloud.model.events import Event
 from supercloud.upper.platform.link.owner import Owner
+from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.messages import (
     Apply,
@@ -64,6 +65,11 @@ class AgentSession:
             await self.peer.call("platform.shutdown", timeout_s=timeout_s)
         except ConnectionLost:
             log.debug("%s: powered off before it answered", self.platform)
+
+    async def checkpoint(self, asked: CheckpointTake, *, timeout_s: float) -> CheckpointTaken:
+        """Take one of an EE; answers when it is stored."""
+        answer = await self.peer.call("ee.checkpoint", encode(asked), timeout_s=timeout_s)
+        return decode(CheckpointTaken, answer, "ee.checkpoint", ignore_unknown=True)
 
     def exec(self, asked: Exec) -> AbstractAsyncContextManager[Stream]:
         """A program's terminal, or its input and output; see ``Exec``."""

@@ -135,7 +135,7 @@ class _Pause:
         self._backup: Awaitable[dict[str, Any]] | None = None
 
     async def __aenter__(self) -> Self:
-        await self._give(f"{self._place}/{DEVICE}", DEVICE_SET)
+        await self._give(f"{self._place}/{DEVICE}", DEVICE_SET, os.O_WRONLY)
         if self._has_disk:
             await self._make_target()
         return self
@@ -180,13 +180,14 @@ class _Pause:
         size = (await _virtual_size(self._qmp)) or 0
         await run("qemu-img", "create", "-q", "-f", "qcow2", "-u", "-F",
                   self._machine.spec.image.format, "-b", image, path, str(size))  # fmt: skip
-        await self._give(path, DISK_SET)
+        await self._give(path, DISK_SET, os.O_RDWR)
         file = {"driver": "file", "filename": f"/dev/fdset/{DISK_SET}", "discard": "unmap"}
         node = {"driver": "qcow2", "node-name": TARGET, "file": file, "backing": "image"}
         await self._qmp.call("blockdev-add", **node)
 
-    async def _give(self, path: str, fdset: int) -> None:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    async def _give(self, path: str, fdset: int, access: int) -> None:
+        """QEMU takes a descriptor of a set only if it is open for just what it wants to do."""
+        file = os.open(path, access | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             await self._qmp.call("add-fd", [file], **{"fdset-id": fdset})
         finally:
@@ -275,7 +276,7 @@ async def fetch(machine: "Machine", ucloud: str, ram: int) -> int:
             with open(f"{place}/{DISK_PART}", "rb") as file:
                 machine.check_disk(file.read(512))
             os.replace(f"{place}/{DISK_PART}", machine.disk)
-        return os.open(f"{place}/{DEVICE}", os.O_RDWR | os.O_CLOEXEC)
+        return os.open(f"{place}/{DEVICE}", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _check(machine: "Machine", found: Found) -> None:

@@ -65,6 +65,20 @@ def thaw(uid: str) -> None:
         _write(f"{path_of(uid)}/cgroup.freeze", "0")
 
 
+async def untraced(uid: str, timeout_s: float) -> None:
+    """Return when nobody traces a process of an EE (or after ``timeout_s``)."""
+    with contextlib.suppress(TimeoutError, FileNotFoundError):
+        async with asyncio.timeout(timeout_s):
+            while any(map(_is_traced, _read(f"{path_of(uid)}/cgroup.procs").split())):  # noqa: ASYNC110 -- files
+                await asyncio.sleep(0.05)
+
+
+def _is_traced(pid: str) -> bool:
+    with contextlib.suppress(OSError):
+        return "TracerPid:\t0\n" not in _read(f"/proc/{pid}/status")
+    return False
+
+
 def usage(uid: str) -> tuple[int, float]:
     """Memory in bytes and processor time in seconds; zeros when there is no such cgroup."""
     try:

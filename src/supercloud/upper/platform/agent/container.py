@@ -121,7 +121,7 @@ class Container:
 
     async def resume(self) -> None:
         """Open the log and its FIFO; go on where a checkpoint was cut short."""
-        cgroups.thaw(self.spec.uid)
+        await frozen_container.recover(self)
         if self.log is None:
             self.log = Log(self.places.log)
             self._fifo = Fifo(f"{self.places.run}/output", self.log, self.base_id)

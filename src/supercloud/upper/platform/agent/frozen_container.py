@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 ENGINE = "criu"
 FREEZE_TIMEOUT_S = 10.0
+UNTRACED_TIMEOUT_S = 120.0
 CREATE_TIMEOUT_S = 60.0
 _DEVICES = ("null", "zero", "full", "tty", "random", "urandom")
 _USERNS_MAGIC = (0x54564319, 0x55474906)
@@ -74,6 +75,16 @@ async def take(
                 "write", Write(details=details), CheckpointTaken, ANSWER_TIMEOUT_S
             )
     return paused(taken, pause_ms)
+
+
+async def recover(container: "Container") -> None:
+    """Have it go on after an agent that was killed in the middle of a checkpoint.
+
+    CRIU does not die with the agent, which would do harm to what it holds; it leaves everything as
+    it found it, and that was frozen.
+    """
+    await cgroups.untraced(container.spec.uid, UNTRACED_TIMEOUT_S)
+    cgroups.thaw(container.spec.uid)
 
 
 def paused(taken: CheckpointTaken, pause_ms: float) -> CheckpointTaken:

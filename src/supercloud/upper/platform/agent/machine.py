@@ -198,16 +198,17 @@ class Machine:
         launched_s, spec = time.monotonic(), self.spec
         self._shut_down = False
         with ExitStack() as undo:
-            arguments, descriptors = self._arguments(undo)
             is_restored = frozen_machine.is_due(self)
-            if spec.checkpoints or is_restored:
-                more = await self._own_ram(undo, is_restored=is_restored)
-                arguments, descriptors = [*arguments, *more[0]], [*descriptors, *more[1]]
+            own: tuple[list[str], list[int]] = [], []
+            if spec.checkpoints or is_restored:  # first, as it puts the disk in place
+                own = await self._own_ram(undo, is_restored=is_restored)
+            arguments, descriptors = self._arguments(undo)
             error_file = undo.enter_context(open(f"{self.places.run}/qemu.log", "wb"))
             process = subprocess.Popen(  # noqa: ASYNC220 -- vfork and exec, a millisecond
-                arguments,
+                [*arguments, *own[0]],
                 stdin=subprocess.DEVNULL, stdout=error_file, stderr=error_file,
-                pass_fds=descriptors, user=self.uid, group=self.uid, extra_groups=[KVM_GROUP],
+                pass_fds=[*descriptors, *own[1]],
+                user=self.uid, group=self.uid, extra_groups=[KVM_GROUP],
                 start_new_session=True, cwd="/", env={"PATH": "/usr/bin"},
             )  # fmt: skip
             watched = Watched(process.pid, launched_s)

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from supercloud.model.errors import Permanent, Temporary
 from supercloud.upper.platform.agent import cgroups
-from supercloud.upper.platform.agent.processes import load_modules, run
+from supercloud.upper.platform.agent.processes import load_modules, run, set_oom_score
 
 MODULES: Final = (
     "unix_diag", "inet_diag", "tcp_diag", "udp_diag", "netlink_diag", "af_packet_diag",
@@ -90,6 +90,7 @@ async def _serve(
                 stderr=asyncio.subprocess.DEVNULL, cwd="/",
             )  # fmt: skip
         opened.callback(_end, process)
+        set_oom_score(process.pid, 0)  # what is restored would have ours
         if group:
             cgroups.enter(cgroups.path_of(group), process.pid)
         try:

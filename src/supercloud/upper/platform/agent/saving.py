@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 from supercloud.model.errors import Permanent, Temporary, from_wire
 from supercloud.upper.platform.agent import cgroups, paths
+from supercloud.upper.platform.agent.processes import set_oom_score
 from supercloud.upper.platform.agent.state import remove_tree
 from supercloud.upper.platform.saver.requests import KINDS, MAX_LINE_BYTES
 from supercloud.wire.codec import decode, encode
 
 MODULE = "supercloud.upper.platform.saver"
-END_TIMEOUT_S = 10.0
+OOM_SCORE = 500  # rather a checkpoint less than an environment
 ANSWER_TIMEOUT_S = 6 * 3600.0  # a whole disk over a slow link; progress is the store's to time out
 
 T = TypeVar("T")
@@ -62,11 +63,7 @@ async def saver(
             pass_fds=list(inherited), limit=MAX_LINE_BYTES, cwd="/",
         )  # fmt: skip
     try:
-        with (
-            contextlib.suppress(ProcessLookupError),
-            open(f"/proc/{process.pid}/oom_score_adj", "w") as file,
-        ):
-            file.write("500")
+        set_oom_score(process.pid, OOM_SCORE)
         if uid:
             cgroups.enter(cgroups.path_of(uid), process.pid)
         yield Saver(process)

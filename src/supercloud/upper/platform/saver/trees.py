@@ -165,7 +165,7 @@ def unpack(image: int, top: str, owner: int) -> None:
             with _Parent(root, entry["path"]) as (parent, name):
                 times = entry["mtime_ns"], entry["mtime_ns"]
                 os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
-    except (KeyError, TypeError, ValueError, struct.error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Invalid(f"an image of a directory makes no sense: {error!r:.200}") from error
     finally:
         os.close(root)

@@ -62,7 +62,7 @@ class Quiet:
     async def run(self) -> None:
         """Never returns, where there is such a port."""
         with contextlib.suppress(OSError):
-            cgroups.freeze(False)  # an agent before us may have ended in between
+            cgroups.freeze_all(False)  # an agent before us may have ended in between
         try:
             self._listen()
         except (Invalid, OSError) as error:
@@ -104,20 +104,20 @@ class Quiet:
         elif asked.seed:
             await self._become(asked)
         else:
-            cgroups.freeze(False)
+            cgroups.freeze_all(False)
 
     async def _pause(self, asked: Asked) -> None:
         """Acknowledge, and be sure that it ends."""
         try:
             await self._settled()
             await asyncio.to_thread(os.sync)  # so that little is left to write in the pause
-            cgroups.freeze(True)
+            cgroups.freeze_all(True)
             async with asyncio.timeout(FREEZE_S):
-                while not cgroups.is_frozen():  # noqa: ASYNC110 -- the kernel does not call
+                while not cgroups.all_are_frozen():  # noqa: ASYNC110 -- the kernel does not call
                     await asyncio.sleep(_LOOK_S)
         except (SupercloudError, OSError, TimeoutError) as error:
             log.warning("no pause: %s", error)
-            cgroups.freeze(False)
+            cgroups.freeze_all(False)
             self._say(f"refused {asked.nonce}")
             return
         asyncio.get_running_loop().call_later(LONGEST_S, _thaw)
@@ -128,7 +128,7 @@ class Quiet:
         identity.reseed(bytes.fromhex(asked.seed))
         time.clock_settime(time.CLOCK_REALTIME, asked.time_s)
         identity.set_macs(asked.macs)
-        cgroups.freeze(False)
+        cgroups.freeze_all(False)
         self._say(f"ready {asked.nonce}")
         with contextlib.suppress(SupercloudError, OSError):  # who was there may be another now
             await run("ip", "neigh", "flush", "all")
@@ -148,4 +148,4 @@ def _parse(untrusted: bytes) -> Asked:
 
 def _thaw() -> None:
     with contextlib.suppress(OSError):
-        cgroups.freeze(False)
+        cgroups.freeze_all(False)

@@ -75,11 +75,6 @@ class AgentSession:
         except ConnectionLost:
             log.debug("%s: powered off before it answered", self.platform)
 
-    async def checkpoint(self, asked: CheckpointTake, *, timeout_s: float) -> CheckpointTaken:
-        """Take one of an EE; answers when it is stored."""
-        answer = await self.peer.call("ee.checkpoint", encode(asked), timeout_s=timeout_s)
-        return decode(CheckpointTaken, answer, "ee.checkpoint", ignore_unknown=True)
-
     def exec(self, asked: Exec) -> AbstractAsyncContextManager[Stream]:
         """A program's terminal, or its input and output; see ``Exec``."""
         return self.peer.open("ee.exec", encode(asked))

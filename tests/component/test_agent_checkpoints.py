@@ -6,6 +6,7 @@ VM's shell counts. Both show whether what comes back is the moment that was kept
 
 import asyncio
 import hashlib
+import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -286,8 +287,8 @@ async def console(platform: Platform, text: bytes, until: bytes, timeout_s: floa
 
 
 def counts(text: bytes) -> list[int]:
-    words = text.decode(errors="replace").split()
-    return [int(w[6:]) for w in words if w.startswith("count-") and w[6:].isdigit()]
+    """Whole ones; the prompt may stand before one."""
+    return [int(number) for number in re.findall(rb"count-(\d+)\s", text)]
 
 
 async def test_a_vm_goes_on_and_comes_back_as_it_was(platform: Platform, way: StoreWay) -> None:

@@ -223,6 +223,8 @@ async def restore(container: "Container", output: int) -> Watched:
     images_path = f"{layer}/restore/criu"
     log_path = f"{images_path}/{criu.LOG_NAME}"
     await criu.check()
+    await cgroups.remove(uid)  # of a try that was cut short
+    remove_tree(f"{paths.CRUN}/{uid}")
     await _make_room(container, output)
     _move_owners(images_path, container.base_id)
     launched_s = time.monotonic()

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Awaitable, Sequence
@@ -41,6 +42,8 @@ DEVICE_SET, DISK_SET = 90, 91  # of descriptors, while a checkpoint is taken
 BACKUP, TARGET = "checkpoint", "checkpoint-target"
 DISK_PART = "disk-root"
 BACKUP_TIMEOUT_S = 3600.0
+
+log = logging.getLogger("supercloud.agent.frozen_machine")
 
 
 def refusal(machine: "Machine") -> str:
@@ -112,11 +115,10 @@ async def take(
         async with saver(log_path=f"{place}/log") as helper, _Pause(qmp, machine, place) as pause:
             ready = await helper.ask("take", request, Ready, ANSWER_TIMEOUT_S)
             _keep_base(machine, process, ready.base if not ready.is_new else "")
-            await pause.begin()
             try:
-                await asyncio.gather(
-                    pause.save(), helper.ask("capture", None, Captured, ANSWER_TIMEOUT_S)
-                )
+                saving = await pause.begin()
+                capturing = helper.ask("capture", None, Captured, ANSWER_TIMEOUT_S)
+                await asyncio.gather(saving, capturing)
             finally:
                 pause_ms = await pause.end()
             await pause.settled()
@@ -131,7 +133,7 @@ class _Pause:
     def __init__(self, qmp: Qmp, machine: "Machine", place: str) -> None:
         self._qmp, self._machine, self._place = qmp, machine, place
         self._has_disk = machine.has_disk
-        self._begun_s = 0.0
+        self._begun_s = self._stopped_s = 0.0
         self._backup: Awaitable[dict[str, Any]] | None = None
 
     async def __aenter__(self) -> Self:
@@ -144,11 +146,20 @@ class _Pause:
         with contextlib.suppress(SupercloudError, OSError):
             await recover(self._qmp)
 
-    async def begin(self) -> None:
-        self._begun_s = time.monotonic()
-        await self._qmp.call("stop")
+    async def begin(self) -> "asyncio.Future[None]":
+        """When it has stopped; QEMU goes on to save without waiting for our word."""
+        self._begun_s = self._stopped_s = time.monotonic()
+        stopping = asyncio.ensure_future(self._qmp.call("stop"))
+        saving = asyncio.ensure_future(self._save())
+        try:
+            await stopping
+        except BaseException:
+            saving.cancel()
+            raise
+        self._stopped_s = time.monotonic()
+        return saving
 
-    async def save(self) -> None:
+    async def _save(self) -> None:
         """The devices' state, and the disk's as it is kept from now on."""
         if self._has_disk:
             self._backup = self._machine.job_ended(BACKUP)
@@ -162,8 +173,13 @@ class _Pause:
 
     async def end(self) -> float:
         """Go on; how long it stood still, in ms."""
+        kept_s = time.monotonic()
         await self._qmp.call("cont")
-        return (time.monotonic() - self._begun_s) * 1000
+        ended_s = time.monotonic()
+        parts = self._stopped_s - self._begun_s, kept_s - self._stopped_s, ended_s - kept_s
+        log.info("%s stood still: stop %.1f, save %.1f, go on %.1f ms",
+                 self._machine.spec.name, *(part * 1000 for part in parts))  # fmt: skip
+        return (ended_s - self._begun_s) * 1000
 
     async def settled(self) -> None:
         """When what was written of it is whole."""

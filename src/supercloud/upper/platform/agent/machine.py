@@ -19,7 +19,7 @@ from supercloud.upper.platform.agent.accelerator import KVM, KVM_GROUP
 from supercloud.upper.platform.agent.blobs import path_of
 from supercloud.upper.platform.agent.console import Console
 from supercloud.upper.platform.agent.container import remove_places
-from supercloud.upper.platform.agent.engine import Places, Services, not_restored
+from supercloud.upper.platform.agent.engine import NotRestored, Places, Services, not_restored
 from supercloud.upper.platform.agent.firewall import VM_UIDS
 from supercloud.upper.platform.agent.logs import Log
 from supercloud.upper.platform.agent.namespaces import IDS_PER_ENVIRONMENT
@@ -34,6 +34,7 @@ ENGINE_BYTES = 192 << 20  # QEMU's own memory beside the guest's, with its trans
 TRANSLATION_CACHE_MIB = 64
 MAX_PIDS = 256
 SERIAL_BYTES = 20
+CONSOLE_TIMEOUT_S = 30.0
 FIRST_VOLUME_FDSET = 3  # after an image's two
 # What a kernel need not try in a virtual machine: a fifth of its boot under nested emulation.
 # The image's own arguments come after these, and win.
@@ -217,16 +218,25 @@ class Machine:
             try:
                 await self._connect()
                 if is_restored:
-                    await frozen_machine.load(self.qmp)
-                    frozen_machine.done(self)
+                    await self._go_on()
             except BaseException as error:
                 watched.send(signal.SIGKILL)
                 await watched.ended_within(5.0)
                 watched.close()
                 if isinstance(error, SupercloudError):
-                    raise Permanent(self._complaint() or str(error)) from error
+                    lost = is_restored and isinstance(error, Permanent)
+                    failure = NotRestored if lost else Permanent
+                    raise failure(self._complaint() or str(error)) from error
                 raise
         return watched
+
+    async def _go_on(self) -> None:
+        """From the checkpoint that it has been given; nothing that it says is lost."""
+        if self.console:
+            async with asyncio.timeout(CONSOLE_TIMEOUT_S):
+                await self.console.connected()
+        await frozen_machine.load(self.qmp)
+        frozen_machine.done(self)
 
     async def _own_ram(self, undo: ExitStack, *, is_restored: bool) -> tuple[list[str], list[int]]:
         """RAM in a memory file, filled if it is to go on from a checkpoint."""

@@ -11,7 +11,6 @@ from supercloud.model.errors import BadState
 from supercloud.services.checkpoint.lists import Tree
 from supercloud.services.checkpoint.manifest import Head, Manifest
 from supercloud.services.checkpoint.pages import PAGE_BYTES, is_rebase_due
-from supercloud.services.checkpoint.pages import Captured as Capture
 from supercloud.services.checkpoint.store import Checkpoint, Store
 from supercloud.services.checkpoint.writer import Writer
 from supercloud.upper.platform.saver.access import open_store
@@ -87,24 +86,25 @@ class _Machine(_Job):
         self._reuse: list[Checkpoint] = []
         self._base_bytes = 0
         self._tree = self._known()
+        is_new = self._tree is None
         if self._tree is None:
             self._tree = self._new_base()
-            return Ready(base=name_of(self._tree), is_new=True)
-        return Ready(base=name_of(self._tree))
+        self._buffer = bytearray()
+        self._memory.kept(self._buffer)  # a rehearsal: the buffer is there when it counts
+        return Ready(base=name_of(self._tree), is_new=is_new)
 
     def capture(self) -> Captured:
         """Copy the dirty pages."""
-        self._copy = os.memfd_create("dirty", os.MFD_CLOEXEC)
-        self._opened.callback(os.close, self._copy)
-        return Captured(dirty_bytes=self._memory.capture(self._copy))
+        self._kept = self._memory.kept(self._buffer)
+        return Captured(dirty_bytes=self._kept.dirty_bytes)
 
     def write(self, captured: Captured, details: dict[str, str]) -> wire.CheckpointTaken:
         """Store all parts."""
         if self._tree is None:
             raise BadState("capture before prepare")
-        capture, take = Capture(self._copy), self._take
+        kept, take = self._kept, self._take
         with Writer(self._store, take.ee, take.engine, self._head, self._reuse) as writer:
-            writer.increment(MEMORY, self._tree, capture.runs, capture.read_at)
+            writer.increment(MEMORY, self._tree, kept.runs, kept.read_at)
             for name, path in _files(take.directory):
                 with open(path, "rb", buffering=0) as file:
                     size = os.fstat(file.fileno()).st_size

@@ -9,14 +9,16 @@ Source: Documentation/admin-guide/mm/soft-dirty.rst and pagemap.rst of Linux.
 """
 
 import fcntl
+import itertools
 import os
 import re
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator
 from ctypes import addressof, c_char
 from typing import Final
 
-from supercloud.model.errors import BadState
+from supercloud.model.errors import BadState, Invalid
 from supercloud.services.checkpoint.pages import PAGE_BYTES, Mapping, Memory, Run
 from supercloud.upper.platform.saver.requests import RAM_NAME
 
@@ -54,6 +56,16 @@ class Tracked(Memory):
         """From now on a page is dirty when it is written; the machine may run."""
         clear(self._pid)
 
+    def kept(self, buffer: bytearray) -> "Kept":
+        """Copy the dirty pages into ``buffer``, which grows if it must."""
+        runs = self.dirty()
+        size = sum(run.length for run in runs) * PAGE_BYTES
+        if len(buffer) < size:
+            buffer.extend(bytes(size - len(buffer)))
+        with memoryview(buffer) as view:
+            self._copy(runs, view[:size])
+        return Kept(buffer, runs, size)
+
     def dirty(self) -> list[Run]:
         """The pages written since ``clear``, ascending; exact while nothing of it runs."""
         return self._joined(written)
@@ -64,6 +76,24 @@ class Tracked(Memory):
         if len(data) != size:
             raise BadState("the machine's memory became smaller")
         return data
+
+
+class Kept:
+    """Pages copied while the machine stood still; ``dirty_bytes`` of them."""
+
+    def __init__(self, buffer: bytearray, runs: list[Run], dirty_bytes: int) -> None:
+        self._buffer, self.runs, self.dirty_bytes = buffer, runs, dirty_bytes
+        self._starts = [run.page * PAGE_BYTES for run in runs]
+        lengths = itertools.accumulate((run.length * PAGE_BYTES for run in runs), initial=0)
+        self._places = list(lengths)
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Bytes of the RAM that lie within one run."""
+        number = bisect_right(self._starts, offset) - 1
+        start = self._places[number] + offset - self._starts[number]
+        if number < 0 or start + size > self._places[number + 1]:
+            raise Invalid(f"{size} bytes at {offset} were not kept")
+        return bytes(self._buffer[start : start + size])
 
 
 def clear(pid: int | str) -> None:

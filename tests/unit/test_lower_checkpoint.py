@@ -69,6 +69,7 @@ class Qemu(threading.Thread):
             self._file = os.dup(descriptors[0])
         elif name == "xen-save-devices-state":
             os.write(self._file, self.state)
+        elif name == "remove-fd" and arguments["fdset-id"] == 21:
             os.close(self._file)
         answer = {"error": {"desc": "no"}} if name in self.refuses else {"return": result}
         self._send({"id": command["id"], **answer})
@@ -160,6 +161,8 @@ class Bench:
 def bench() -> Iterator[Bench]:
     made = Bench()
     yield made
+    made.capture._settled()
+    os.close(made.ram)
     made.port.close()
     made.agent.close()
     made.qmp.close()

@@ -38,10 +38,15 @@ async def serve(core: Core) -> None:
     services = Services(hub, birth.user)
     volumes = Volumes(hub, services, feed, f"{STATE}/volumes", platforms.machine)
     objects = Objects(hub.join("disk"), services, feed, f"{STATE}/objects")
-    platforms.on_end = volumes.platform_ended
     platforms.on_object_client = objects.client
     sessions = Sessions(services, objects.client, lambda: identity.ucloud or birth.user)
     checkpoints = Checkpoints(hub, sessions, platforms, feed)
+
+    async def platform_ended(name: str) -> None:
+        await checkpoints.platform_ended(name)
+        await volumes.platform_ended(name)
+
+    platforms.on_end = platform_ended
     owners = (volumes.service_ended, objects.service_ended, sessions.service_ended)
 
     def ended(entry: str) -> None:

@@ -320,6 +320,14 @@ class Checkpoints:
         else:
             still.spoil(error)
 
+    async def platform_ended(self, name: str) -> None:
+        """Its machine is gone: what was captured is, what was not never will be."""
+        still = self._still.get(name)
+        if still is not None:
+            still.over.set()
+            if not still.captured.done():
+                still.captured.set_exception(Temporary(f"platform {name} ended"))
+
     def _taken_over(self, name: str) -> None:
         """After a restart of this domain: a checkpoint that was being taken is none."""
         self._in_background(self._clean_up(name))

@@ -115,8 +115,9 @@ class Platforms:
         return self._find(name)
 
     def put(self, record: Record) -> None:
-        """Keep what changed of it."""
-        self._records.put(record)
+        """Keep what changed of it, if it is still there."""
+        if self._records.by_name.get(record.spec.name) is record:
+            self._records.put(record)
 
     def inputs_of(self, spec: PlatformSpec) -> Inputs:
         """What its machine depends on, here and now."""

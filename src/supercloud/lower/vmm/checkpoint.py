@@ -203,9 +203,9 @@ class Capture:
 
     def _taken(self) -> tuple[dict[str, Any], list[int]]:
         state = self._state
-        self._give_state(state)
         if self._qmp.ask("query-status").get("status") != "running":
             raise BadState("the machine stands still already: its disk is full, or it is ending")
+        self._give_state(state)
         try:
             self._qmp.ask("stop")
             stopped_s, taken_ms = time.monotonic(), time.time_ns() // 1_000_000

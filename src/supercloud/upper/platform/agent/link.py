@@ -51,6 +51,11 @@ class Link:
             raise Temporary("not connected to the control plane")
         return self._peer
 
+    def dial_again(self) -> None:
+        """The present connection leads to nobody."""
+        if self._peer is not None:
+            self._peer.writer.transport.abort()
+
     def source(self) -> Source:
         """Where files are to be had; Temporary while we are not connected."""
         self.peer()
@@ -63,11 +68,6 @@ class Link:
         endpoint = self._boot.endpoints[self._turn % len(self._boot.endpoints)]
         host, _, port = endpoint.rpartition(":")
         return host.strip("[]"), int(port)
-
-    def dial_again(self) -> None:
-        """The present connection leads to nobody."""
-        if self._peer is not None:
-            self._peer.writer.transport.abort()
 
     def notify(self, method: str, params: Any) -> None:
         """Tell the control plane, if it is there; it asks for the rest when it comes back."""

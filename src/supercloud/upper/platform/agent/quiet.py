@@ -24,6 +24,7 @@ from supercloud.upper.platform.agent.processes import run
 from supercloud.wire.codec import Limit, decode
 
 LONGEST_S: Final = 60.0
+SYNC_S: Final = 5.0
 FREEZE_S: Final = 10.0
 _LOOK_S: Final = 0.001
 _REOPEN_S: Final = 1.0
@@ -57,12 +58,12 @@ class Quiet:
     ) -> None:
         self._settled, self._restored, self._port = settled, restored, port
         self._data = b""
+        self._forgotten: asyncio.TimerHandle | None = None
         self._queue: asyncio.Queue[bytes] = asyncio.Queue(16)
 
     async def run(self) -> None:
         """Never returns, where there is such a port."""
-        with contextlib.suppress(OSError):
-            cgroups.freeze_all(False)  # an agent before us may have ended in between
+        self._thaw()  # an agent before us may have ended in between
         try:
             self._listen()
         except (Invalid, OSError) as error:
@@ -104,23 +105,30 @@ class Quiet:
         elif asked.seed:
             await self._become(asked)
         else:
+            self._thaw()
+
+    def _thaw(self) -> None:
+        if self._forgotten is not None:
+            self._forgotten.cancel()
+        with contextlib.suppress(OSError):
             cgroups.freeze_all(False)
 
     async def _pause(self, asked: Asked) -> None:
         """Acknowledge, and be sure that it ends."""
         try:
             await self._settled()
-            await asyncio.to_thread(os.sync)  # so that little is left to write in the pause
+            with contextlib.suppress(TimeoutError):  # so that little is left to write in the pause
+                await asyncio.wait_for(asyncio.to_thread(os.sync), SYNC_S)
             cgroups.freeze_all(True)
             async with asyncio.timeout(FREEZE_S):
                 while not cgroups.all_are_frozen():  # noqa: ASYNC110 -- the kernel does not call
                     await asyncio.sleep(_LOOK_S)
         except (SupercloudError, OSError, TimeoutError) as error:
             log.warning("no pause: %s", error)
-            cgroups.freeze_all(False)
+            self._thaw()
             self._say(f"refused {asked.nonce}")
             return
-        asyncio.get_running_loop().call_later(LONGEST_S, _thaw)
+        self._forgotten = asyncio.get_running_loop().call_later(LONGEST_S, self._thaw)
         self._say(f"paused {asked.nonce}")
 
     async def _become(self, asked: Asked) -> None:
@@ -128,7 +136,7 @@ class Quiet:
         identity.reseed(bytes.fromhex(asked.seed))
         time.clock_settime(time.CLOCK_REALTIME, asked.time_s)
         identity.set_macs(asked.macs)
-        cgroups.freeze_all(False)
+        self._thaw()
         self._say(f"ready {asked.nonce}")
         with contextlib.suppress(SupercloudError, OSError):  # who was there may be another now
             await run("ip", "neigh", "flush", "all")
@@ -144,8 +152,3 @@ def _parse(untrusted: bytes) -> Asked:
     except (ValueError, RecursionError) as error:
         raise Invalid("no JSON") from error
     return decode(Asked, value, "identity port", ignore_unknown=True)
-
-
-def _thaw() -> None:
-    with contextlib.suppress(OSError):
-        cgroups.freeze_all(False)

@@ -131,7 +131,7 @@ def test_only_so_many_are_kept_and_an_older_one_can_be_chosen(kept: Kept) -> Non
         kept.stack.cli("checkpoint", "kept/chain")
     found = [item["number"] for item in kept.of("chain")["checkpoints"]]
     assert sorted(found) == [2, 3]
-    kept.stack.cli("exec", "kept/chain", "--", "touch", "/tmp/later")
+    kept.stack.cli("exec", "kept/chain", "--", "sh", "-c", "touch /tmp/later")
     kept.stack.cli("restore", "kept/chain", "--checkpoint", "2")
     assert "later" not in kept.stack.cli("exec", "kept/chain", "--", "ls", "/tmp").stdout
     refused = kept.stack.cli("restore", "kept/chain", "--checkpoint", "1", status=None)

@@ -15,6 +15,7 @@ from supercloud.control.controllers.environment import EnvironmentController
 from supercloud.control.controllers.plane import Pace, Plane
 from supercloud.control.controllers.platform import PlatformController
 from supercloud.control.controllers.store import StoreController
+from supercloud.control.controllers.tunnels import TunnelController
 from supercloud.control.controllers.ucloud import UCloudController
 from supercloud.control.controllers.volume import VolumeController
 from supercloud.control.documents import Following, VolumeDocument, ucloud_key
@@ -93,6 +94,7 @@ class ControlPlane:
         self._environments = EnvironmentController(self.plane)
         self._volumes = VolumeController(self.plane)
         self._stores = StoreController(self.plane)
+        self._tunnels = TunnelController(self.plane)
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -168,6 +170,8 @@ class ControlPlane:
                 return await self._volumes.reconcile(ucloud, name)
             if kind == "objects":
                 return await self._stores.reconcile(ucloud)
+            if kind == "tunnels":
+                return await self._tunnels.reconcile(ucloud)
             if kind == "seals":
                 return await self._volumes.sealing.poll(ucloud, name)
             return await self._environments.reconcile(ucloud, name)

@@ -20,12 +20,13 @@ from supercloud.wire.objects import (
     ObjectsStatus,
     ServiceStatus,
 )
+from supercloud.wire.tunnel import PeerHost, TunnelApply
 from supercloud.wire.volumes import VolumeOpen, VolumeSpec, VolumeStatus
 
 Accept = Callable[[StreamReader, StreamWriter], Awaitable[None]]
 """Given the raw byte stream to an agent, which is about to send a TLS ClientHello over it."""
 
-FEATURES = ("platforms", "console", "rendezvous", "ports", "kvm", "volumes", "objects")
+FEATURES = ("platforms", "console", "rendezvous", "ports", "kvm", "volumes", "objects", "tunnel")
 """Every provider says of each of these "" (it has it) or the reason why not."""
 
 
@@ -196,6 +197,14 @@ class Provider(Protocol):
     @property
     def volumes(self) -> Volumes | None:
         """None where it has none; ``features`` says why."""
+
+    async def peer(self, host: str) -> PeerHost:
+        """How other hosts of the U-Cloud reach that one."""
+        ...
+
+    async def tunnels(self, host: str, asked: TunnelApply) -> None:
+        """What that host asks of others, and lets them have. NotFound where there are none."""
+        ...
 
     async def features(self) -> dict[str, str]:
         """Feature (of ``FEATURES``) -> "" when it is there, otherwise the reason, for people."""

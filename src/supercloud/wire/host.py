@@ -24,6 +24,7 @@ from supercloud.wire.objects import (
     ServiceList,
 )
 from supercloud.wire.quota import Bytes, Quota
+from supercloud.wire.tunnel import TunnelApply
 from supercloud.wire.volumes import (
     VolumeAttach,
     VolumeList,
@@ -173,6 +174,7 @@ HOST = {
         Method("objects.credentials", ObjectsCredentials, ObjectsSecret, doc="of one who uses it"),
         Method("objects.delete", ObjectsDelete, ObjectsStatus, doc="a bucket, or all of it"),
         Method("objects.stop", Empty, ObjectsStatus, doc="nobody uses it; its data is kept"),
+        Method("tunnel.apply", TunnelApply, Empty, doc="what it asks of other hosts, and gives"),
         Method("service.list", Empty, ServiceList, doc="the user's services on this host"),
     )
 }

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.controllers.platform import tag_of
+from supercloud.control.controllers.tunnels import tunnels_key
 from supercloud.control.desire import provider_key
 from supercloud.control.documents import (
     EnvironmentDocument,
@@ -49,6 +50,7 @@ class UCloudController:
         await self._have_store(document)
         await self._have_platforms(document, platforms)
         await self._have_environments(document, environments)
+        self._plane.look(tunnels_key(name), 0.0)
         await self._retire_platforms(platforms, document.platforms.keys())
         await self._forget_providers(document, platforms)
         await self._sum_up(name)

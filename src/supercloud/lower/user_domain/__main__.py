@@ -15,6 +15,7 @@ from supercloud.lower.user_domain.objects import Objects
 from supercloud.lower.user_domain.platforms import Platforms
 from supercloud.lower.user_domain.service import Service
 from supercloud.lower.user_domain.services import Services
+from supercloud.lower.user_domain.tunnel import Tunnels
 from supercloud.lower.user_domain.volume_service import volume_methods
 from supercloud.lower.user_domain.volumes import Volumes
 
@@ -36,6 +37,9 @@ async def serve(core: Core) -> None:
     services = Services(hub, birth.user)
     volumes = Volumes(hub, services, feed, f"{STATE}/volumes", platforms.machine)
     objects = Objects(hub.join("disk"), services, feed, f"{STATE}/objects")
+    tunnels = Tunnels(hub.join("uplink"), identity, f"{STATE}/tunnel")
+    tunnels.object_client = objects.client_here
+    objects.elsewhere = tunnels.object_client_elsewhere
     platforms.on_end = volumes.platform_ended
     platforms.on_object_client = objects.client
 
@@ -53,7 +57,7 @@ async def serve(core: Core) -> None:
         **object_methods(objects, lambda: identity.ucloud or birth.user),
         **service_methods(services),
     }
-    service = Service(facts, identity, platforms, implemented, feed)
+    service = Service(facts, identity, platforms, tunnels, implemented, feed)
     hub.join("front_door", service.connection)
     log.info("serving %s", birth.user)
     await hub.gone.wait()

@@ -29,6 +29,7 @@ from supercloud.providers.fake.options import Options
 from supercloud.providers.fake.volumes import FakeVolumes
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.messages import EnvironmentSpec, EnvironmentStatus
+from supercloud.wire.tunnel import TunnelApply
 
 FIRST_PORT = 20_000
 LAST_PORT = 60_000
@@ -85,6 +86,7 @@ class FakeCloud:
         self.changed = asyncio.Event()
         self.creations: Counter[str] = Counter()
         self.platforms: dict[str, Platform] = {}
+        self.tunnels: dict[str, TunnelApply] = {}  # what a host was told, by its name
         self._failures = Counter(
             create=self.options.fail_create,
             delete=self.options.fail_delete,
@@ -120,6 +122,13 @@ class FakeCloud:
                     platforms_free=host.platforms_free - 1,
                 )
         return list(free.values())
+
+    def host(self, name: str) -> HostCapacity:
+        """NotFound."""
+        for host in self.hosts():
+            if host.name == name:
+                return host
+        raise NotFound(f"{self.name} has no host {name}")
 
     def create(self, request: PlatformRequest) -> Platform:
         """Make the platform, or find it; all refusals precede all effects."""

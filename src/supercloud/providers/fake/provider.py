@@ -24,6 +24,7 @@ from supercloud.providers.fake.cloud import FakeCloud
 from supercloud.providers.fake.options import options_of
 from supercloud.trust.names import check_label
 from supercloud.wire.objects import ServiceStatus
+from supercloud.wire.tunnel import PeerHost, TunnelApply
 
 log = logging.getLogger("supercloud.providers.fake")
 
@@ -86,6 +87,17 @@ class FakeProvider:
             status = ServiceStatus(kind="objects", state=state, memory_bytes=memory_bytes)
             found.append((host, status))
         return found
+
+    async def peer(self, host: str) -> PeerHost:
+        """Who it is; nobody listens there."""
+        self.cloud.host(host)
+        return PeerHost(name=host, user="pretended", address=self.cloud.directory, port=1)
+
+    async def tunnels(self, host: str, asked: TunnelApply) -> None:
+        """Note it."""
+        await self.cloud.pretend("tunnels")
+        self.cloud.host(host)
+        self.cloud.tunnels[host] = asked
 
     async def rendezvous(self, accept: Accept) -> None:
         """Keep every running platform's agent dialling."""

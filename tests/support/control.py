@@ -31,6 +31,10 @@ QUICK = Pace(
     recreate_longest_s=0.1,
     seal_s=0.05,
     release_s=0.01,
+    lease_s=0.05,
+    lease_valid_s=0.5,
+    rejoin_s=0.1,
+    failover_s=0.2,
 )
 CONVERGES_S = 20.0
 

@@ -170,6 +170,10 @@ class ControlPlane:
                 return await self._volumes.reconcile(ucloud, name)
             if kind == "objects":
                 return await self._stores.reconcile(ucloud)
+            if kind == "lease":
+                return await self._volumes.replication.lease(ucloud, name)
+            if kind == "rejoin":
+                return await self._volumes.replication.rejoin(ucloud, name)
             if kind == "tunnels":
                 return await self._tunnels.reconcile(ucloud)
             if kind == "seals":

@@ -13,6 +13,14 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from supercloud.model.errors import Exists
+from supercloud.wire.mirrors import (
+    Mirror,
+    MirrorStatus,
+    Shared,
+    VolumeFence,
+    VolumeLease,
+    VolumeRejoin,
+)
 from supercloud.wire.objects import (
     ObjectsApply,
     ObjectsCredentials,
@@ -112,8 +120,28 @@ class Volumes(Protocol):
         """Have it, and its next epoch. Denied: it is not the one that ``asked.seal`` is of."""
         ...
 
-    async def serve(self, host: str, name: str, epoch: int) -> VolumeStatus:
-        """Let it be used."""
+    async def serve(
+        self,
+        host: str,
+        name: str,
+        epoch: int,
+        *,
+        mirror: Mirror | None = None,
+        shared: Shared | None = None,
+    ) -> VolumeStatus:
+        """Let it be used; see ``wire.mirrors`` for one that is kept on several hosts."""
+        ...
+
+    async def lease(self, host: str, asked: VolumeLease) -> MirrorStatus:
+        """Let the mirror there answer. NotFound, Denied when that generation is over."""
+        ...
+
+    async def rejoin(self, host: str, asked: VolumeRejoin) -> MirrorStatus:
+        """A replica is there again, for the mirror on ``host``."""
+        ...
+
+    async def fence(self, host: str, asked: VolumeFence) -> None:
+        """A mirror of an older generation there never answers again."""
         ...
 
     async def attach(self, host: str, name: str, platform: str) -> VolumeStatus:

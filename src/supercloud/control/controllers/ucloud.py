@@ -12,6 +12,7 @@ from supercloud.control.documents import (
     Following,
     KeptBucket,
     PlatformDocument,
+    ReplicaDocument,
     StoreDocument,
     StoreWish,
     UCloudDocument,
@@ -69,6 +70,11 @@ class UCloudController:
                     spec=wish.spec,
                     provider=wish.provider,
                     host=wish.host,
+                    replica="r1" if wish.others else "",
+                    others=[
+                        ReplicaDocument(replica=f"r{n}", provider=other.provider, host=other.host)
+                        for n, other in enumerate(wish.others, 2)
+                    ],
                 )
                 await self._plane.state.add(new)
             else:
@@ -117,12 +123,18 @@ class UCloudController:
         return not store.deleting and not store.running
 
     async def _have_volume(self, volume: VolumeDocument, wish: VolumeWish) -> None:
-        same = (volume.spec, volume.provider) == (wish.spec, wish.provider)
-        if volume.deleting or volume.host != wish.host or same:
+        there = {(volume.provider.name, volume.host): volume.provider}
+        there |= {(other.provider.name, other.host): other.provider for other in volume.others}
+        entries = {(other.provider.name, other.host): other.provider for other in wish.others}
+        entries |= {(wish.provider.name, wish.host): wish.provider}
+        same = (volume.spec, there) == (wish.spec, entries)
+        if volume.deleting or there.keys() != entries.keys() or same:
             return  # one that is going goes first, then it is made anew
 
         def changed(fresh: VolumeDocument) -> None:
-            fresh.spec, fresh.provider = wish.spec, wish.provider
+            fresh.spec = wish.spec
+            for replica in fresh.replicas:
+                replica.provider = entries[replica.provider.name, replica.host]
             if not fresh.halted:
                 fresh.error = None
 

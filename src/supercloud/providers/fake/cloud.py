@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 from supercloud.model.errors import Exists, Invalid, NoResources, NotFound, Temporary, Unsupported
 from supercloud.model.states import MACHINE, step
@@ -29,10 +30,13 @@ from supercloud.providers.fake.options import Options
 from supercloud.providers.fake.volumes import FakeVolumes
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.messages import EnvironmentSpec, EnvironmentStatus
-from supercloud.wire.tunnel import TunnelApply
+from supercloud.wire.tunnel import PeerHost, TunnelApply
 
 FIRST_PORT = 20_000
 LAST_PORT = 60_000
+_WORLDS: "WeakValueDictionary[str, FakeCloud]" = WeakValueDictionary()
+"""All clouds of this process, by their directory: so one host reaches another."""
+
 Hook = Callable[[str, str, str], None]
 """Called with ("before" | "after", operation, name) around every effect; what it raises, is raised:
 so a test crashes the control plane between any two effects."""
@@ -94,11 +98,40 @@ class FakeCloud:
         )
         self._load()
         self.volumes, self.objects = FakeVolumes(self), FakeObjects(self)
+        self.down = False
+        _WORLDS[self.directory] = self
+
+    # -- its connection to the world
+
+    def reach(self, peer: PeerHost) -> "FakeCloud | None":
+        """The cloud of another host, while both are there."""
+        cloud = _WORLDS.get(peer.address)
+        return None if self.down or cloud is None or cloud.down else cloud
+
+    def cut_off(self) -> None:
+        """Nobody reaches it, and it reaches nobody; what is there goes on."""
+        self.down = True
+        self._announce()
+
+    def kill(self) -> None:
+        """All of its hosts lose their power."""
+        self.cut_off()
+        for platform in self.platforms.values():
+            platform.state, platform.reason = "failed", "the host was started anew"
+            self.save(platform)
+        self.volumes.killed()
+
+    def come_back(self) -> None:
+        """It can be reached again."""
+        self.down = False
+        self._announce()
 
     # -- what a provider does
 
     async def pretend(self, operation: str) -> None:
-        """Take as long as configured, then fail if that is configured."""
+        """Take as long as configured, then fail if that is configured, or while it is down."""
+        if self.down:
+            raise Temporary(f"{self.name} cannot be reached: pretended", delay_s=0.01)
         if self.options.latency_ms:
             await asyncio.sleep(self.options.latency_ms / 1000)
         if self._failures[operation] > 0:

@@ -121,7 +121,8 @@ class FakeProvider:
             await agent.stop()
 
     async def _follow(self, dialling: dict[str, asyncio.Task[None]], accept: Accept) -> None:
-        wanted = {p.name: p for p in self.cloud.platforms.values() if p.state == "running"}
+        running = [p for p in self.cloud.platforms.values() if p.state == "running"]
+        wanted = {p.name: p for p in running if not self.cloud.down}
         for name in dialling.keys() - wanted.keys():
             await _cancel(dialling.pop(name))
             if agent := self._agents.pop(name, None):

@@ -12,6 +12,7 @@ from supercloud.control.agents import Agents
 from supercloud.control.authorities import Authorities
 from supercloud.control.bootdata import Tokens
 from supercloud.control.controllers.environment import EnvironmentController
+from supercloud.control.controllers.failover import FailoverController
 from supercloud.control.controllers.plane import Pace, Plane
 from supercloud.control.controllers.platform import PlatformController
 from supercloud.control.controllers.store import StoreController
@@ -95,6 +96,7 @@ class ControlPlane:
         self._volumes = VolumeController(self.plane)
         self._stores = StoreController(self.plane)
         self._tunnels = TunnelController(self.plane)
+        self._failover = FailoverController(self.plane, self.service.deciding)
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -174,6 +176,8 @@ class ControlPlane:
                 return await self._volumes.replication.lease(ucloud, name)
             if kind == "rejoin":
                 return await self._volumes.replication.rejoin(ucloud, name)
+            if kind == "failover":
+                return await self._failover.reconcile(ucloud)
             if kind == "tunnels":
                 return await self._tunnels.reconcile(ucloud)
             if kind == "seals":

@@ -59,9 +59,9 @@ class Service:
         """``ca_pem`` gives the user's root certificate."""
         self._plane, self._look, self.ca_pem = plane, plane.look, ca_pem
         self.events = plane.events
-        self._deciding = asyncio.Lock()  # two U-Clouds must not get the same range
-        self.volumes = VolumeService(plane, self._deciding)
-        self.buckets = BucketService(plane, self._deciding)
+        self.deciding = asyncio.Lock()  # two U-Clouds must not get the same range
+        self.volumes = VolumeService(plane, self.deciding)
+        self.buckets = BucketService(plane, self.deciding)
 
     # -- changing
 
@@ -80,7 +80,7 @@ class Service:
         spec = await self._parsed(asked)
         may(spec.name)
         offers, marks = await self._offers(spec), await self._marks(spec)
-        async with self._deciding:
+        async with self.deciding:
             for _ in range(TRIES):
                 before = await self._plane.state.ucloud(spec.name)
                 taken = await self._taken(spec.name)
@@ -101,7 +101,7 @@ class Service:
 
     async def purge(self, name: str) -> api.UCloudView | None:
         """Likewise, and volumes and buckets go with all in them; None when only those were left."""
-        async with self._deciding:  # nobody decides to keep one of them meanwhile
+        async with self.deciding:  # nobody decides to keep one of them meanwhile
             document = await self._plane.state.ucloud(name)
             view = await self._down(document, drop_volumes=True) if document else None
             deleted = await self.volumes.delete_all(name)

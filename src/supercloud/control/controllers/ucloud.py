@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterable, Sequence
 
+from supercloud.control.controllers.failover import failover_key
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.controllers.platform import tag_of
 from supercloud.control.controllers.tunnels import tunnels_key
@@ -52,6 +53,7 @@ class UCloudController:
         await self._have_platforms(document, platforms)
         await self._have_environments(document, environments)
         self._plane.look(tunnels_key(name), 0.0)
+        self._plane.look(failover_key(name), 0.0)
         await self._retire_platforms(platforms, document.platforms.keys())
         await self._forget_providers(document, platforms)
         await self._sum_up(name)

@@ -173,7 +173,7 @@ class ControlPlane:
             if kind == "objects":
                 return await self._stores.reconcile(ucloud)
             if kind == "lease":
-                return await self._volumes.replication.lease(ucloud, name)
+                return await self._volumes.replication.leasing.lease(ucloud, name)
             if kind == "rejoin":
                 return await self._volumes.replication.rejoin(ucloud, name)
             if kind == "failover":

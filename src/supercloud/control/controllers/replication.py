@@ -11,14 +11,13 @@ what the mirror tells; ``rejoin/U/V`` has a replica again whose host was away.
 """
 
 import asyncio
-import base64
-import time
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
 from supercloud.control.controllers import learning, record
-from supercloud.control.controllers.hostcalls import HostCalls, wire_spec
-from supercloud.control.controllers.leases import Leases
+from supercloud.control.controllers.hostcalls import HostCalls
+from supercloud.control.controllers.leasing import Leasing, lease_key
+from supercloud.control.controllers.others import Others, asked_of
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.controllers.record import Place, other_of, place_of
 from supercloud.control.documents import (
@@ -26,36 +25,22 @@ from supercloud.control.documents import (
     VolumeDocument,
     step_begin,
     step_end,
-    volume_key,
 )
 from supercloud.model.errors import BadState, Denied, NotFound, SupercloudError, Temporary
 from supercloud.model.events import Severity
 from supercloud.providers.base import Volumes
 from supercloud.wire.mirrors import (
     Mirror,
-    MirrorStatus,
     Replica,
-    ReplicaStatus,
-    Shared,
     VolumeRejoin,
 )
 from supercloud.wire.tunnel import PeerHost
-from supercloud.wire.volumes import Seal, VolumeOpen, VolumeStatus
+from supercloud.wire.volumes import VolumeStatus
 
 SERVE_TRIES: Final = 40
 SERVE_AGAIN_S: Final = 0.25
 OPEN: Final = "open"
 Result = TypeVar("Result")
-
-
-def lease_key(volume: VolumeDocument) -> str:
-    """The work queue's key for renewing its lease."""
-    return f"lease/{volume.ucloud}/{volume.name}"
-
-
-def rejoin_key(volume: VolumeDocument) -> str:
-    """The work queue's key for having replicas again."""
-    return f"rejoin/{volume.ucloud}/{volume.name}"
 
 
 class Replication:
@@ -64,10 +49,9 @@ class Replication:
     def __init__(self, plane: Plane, calls: HostCalls) -> None:
         """``calls`` is what the reconciler of volumes acts through, too."""
         self._plane, self._calls = plane, calls
-        self.leases = Leases(plane.pace.lease_valid_s)
+        self.others, self.leasing = Others(plane, calls), Leasing(plane, calls)
+        self._leases = self.leasing.leases
         self._locks: dict[tuple[str, str], asyncio.Lock] = {}
-        self._rejoined_s: dict[tuple[str, str], float] = {}
-        self._moving: set[tuple[str, str]] = set()  # nothing is granted to them any more
 
     # -- towards use
 
@@ -81,7 +65,7 @@ class Replication:
                 step_begin(fresh.steps, OPEN)
 
             volume = await self._change(volume, opening)
-            opened = await asyncio.gather(*(self._opened(volume, o) for o in volume.others))
+            opened = await asyncio.gather(*(self.others.open(volume, o) for o in volume.others))
             there = {
                 other.replica
                 for other, is_open in zip(volume.others, opened, strict=True)
@@ -102,7 +86,7 @@ class Replication:
             fresh.opened = True
 
         volume = await self._change(volume, opened)
-        asked = self._asked(volume, volume)
+        asked = asked_of(self._plane, volume, volume)
         try:
             return await self._calls.act(volume, "open", lambda host: host.open(volume.host, asked))
         except (Denied, NotFound) as error:
@@ -124,7 +108,7 @@ class Replication:
 
         volume = await self._change(volume, raised)
         served = [
-            await self._shared(volume, other) if other.replica in there else False
+            await self.others.share(volume, other) if other.replica in there else False
             for other in volume.others
         ]
         replicas = [_replica(volume)]
@@ -148,7 +132,7 @@ class Replication:
         status = await self._calls.call(volume, "serve", serve)
         if status.mirror is None:
             raise BadState(f"volume {name} has no mirror at its host")
-        self.leases.heard(volume, status.mirror)
+        self._leases.heard(volume, status.mirror)
         for _ in range(SERVE_TRIES):
             self._plane.look(lease_key(volume), 0.0)
             try:
@@ -165,107 +149,7 @@ class Replication:
 
         await self._change(volume, served)
 
-    # -- other replicas
-
-    async def _opened(self, volume: VolumeDocument, other: ReplicaDocument) -> bool:
-        """Whether it is open, anew: what was in older connections is never served."""
-        name = other.replica
-        try:
-            await self._closed_other(volume, other)
-            other = await self._renewed(volume, name)
-            if other.refused:
-                return False
-
-            def opening(fresh: VolumeDocument) -> None:
-                other_of(fresh, name).opened = True
-
-            volume = await self._change(volume, opening)
-            asked = self._asked(volume, other_of(volume, name))
-            status = await self._at(
-                volume, other, "open", lambda there: there.open(other.host, asked)
-            )
-        except SupercloudError as error:
-            refused = isinstance(error, Denied | NotFound) and learning.is_of_the_volume(error)
-            await self._note(volume, name, error, refused=refused and bool(other.seal.root))
-            return False
-        return await self._learn(volume, name, status)
-
-    async def _renewed(self, volume: VolumeDocument, name: str) -> ReplicaDocument:
-        """One that was refused, and is not in sync, is made anew: others have it all."""
-        other = other_of(volume, name)
-        if other.refused and not other.in_sync:
-            host = other.host
-            await self._at(volume, other, "delete", lambda there: there.delete(host, volume.name))
-            self._tell(volume, "renewed", f"at {host}, where {other.refused}", "error")
-
-            def renewed(fresh: VolumeDocument) -> None:
-                replica = other_of(fresh, name)
-                replica.seal, replica.wrapped_key = Seal(), ""
-                replica.opened, replica.refused = False, ""
-
-            volume = await self._change(volume, renewed)
-        other = other_of(volume, name)
-        if other.wrapped_key:
-            return other
-        made = self._plane.keys(volume.ucloud).make()
-
-        def keyed(fresh: VolumeDocument) -> None:
-            replica = other_of(fresh, name)
-            replica.wrapped_key = replica.wrapped_key or made
-
-        return other_of(await self._change(volume, keyed), name)
-
-    async def _shared(self, volume: VolumeDocument, other: ReplicaDocument) -> bool:
-        """Whether it is served to the host where the volume is used."""
-        home = await self._plane.pool.get(volume.ucloud, volume.provider).peer(volume.host)
-        shared = Shared(host=home.name, generation=volume.generation)
-        name, epoch = volume.name, other.seal.epoch
-        try:
-            status = await self._at(
-                volume,
-                other,
-                "serve",
-                lambda there: there.serve(other.host, name, epoch, shared=shared),
-            )
-        except SupercloudError as error:
-            await self._note(volume, other.replica, error, refused=False)
-            return False
-        return await self._learn(volume, other.replica, status)
-
-    async def _learn(self, volume: VolumeDocument, name: str, status: VolumeStatus) -> bool:
-        wrong = ""
-
-        def learned(fresh: VolumeDocument) -> None:
-            nonlocal wrong
-            wrong = record.take(other_of(fresh, name), status)
-
-        await self._change(volume, learned)
-        if wrong:
-            self._tell(volume, "evidence", f"replica {name}: {wrong}", "error")
-        return not wrong
-
-    async def learn_listed(
-        self, volume: VolumeDocument, name: str, status: VolumeStatus, valid: Callable[[], bool]
-    ) -> None:
-        """What a host's list says of another replica; see ``hostcalls``."""
-        if valid() and status.seal.root:
-            await self._learn(volume, name, status)
-
-    async def _note(
-        self, volume: VolumeDocument, name: str, error: SupercloudError, *, refused: bool
-    ) -> None:
-        before = other_of(volume, name)
-
-        def noted(fresh: VolumeDocument) -> None:
-            other = other_of(fresh, name)
-            other.reason = str(error)
-            if refused:
-                other.refused = str(error)
-
-        if (before.reason, bool(before.refused)) != (str(error), refused):
-            await self._change(volume, noted)
-            severity: Severity = "error" if refused else "warning"
-            self._tell(volume, "away", f"replica {name} at {before.host}: {error}", severity)
+    # -- again
 
     async def rejoin(self, ucloud: str, name: str) -> float | None:
         """Have the replicas again that are not connected; they get what they lack."""
@@ -274,7 +158,7 @@ class Replication:
             return None
         async with self._lock(volume):
             volume = await self._plane.state.volume(ucloud, name)
-            if volume is None or not _is_used(volume) or not await self._is_home(volume):
+            if volume is None or not _is_used(volume) or not await self.leasing.is_home(volume):
                 return None
             status = self._plane.mirrors.get((ucloud, name))
             away = {o.replica for o in status.replicas if not o.connected} if status else set()
@@ -284,10 +168,10 @@ class Replication:
         return None
 
     async def _rejoined(self, volume: VolumeDocument, other: ReplicaDocument) -> None:
-        if not await self._opened(volume, other):
+        if not await self.others.open(volume, other):
             return
         volume = await self._fresh(volume)
-        if not await self._shared(volume, other_of(volume, other.replica)):
+        if not await self.others.share(volume, other_of(volume, other.replica)):
             return
         peer = await self._plane.pool.get(volume.ucloud, other.provider).peer(other.host)
         asked = VolumeRejoin(
@@ -299,57 +183,9 @@ class Replication:
                 "provider.volume_rejoin", lambda: there.rejoin(volume.host, asked)
             )
         except SupercloudError as error:
-            await self._note(volume, other.replica, error, refused=False)
+            await self.others.note(volume, other.replica, error, refused=False)
         else:
             self._tell(volume, "rejoined", f"replica {other.replica} at {other.host}", "info")
-
-    # -- the lease, and the record
-
-    async def lease(self, ucloud: str, name: str) -> float | None:
-        """Renew it, and write down what the mirror tells; when to do so again."""
-        volume = await self._plane.state.volume(ucloud, name)
-        if volume is None or not volume.mirroring or volume.halted:
-            return None
-        if not await self._is_home(volume):
-            return None  # it is to be used elsewhere: nothing is granted here any more
-        there = await self._calls.volumes(volume)
-        if (ucloud, name) in self._moving:
-            return None
-        asked = self.leases.next(volume)
-        try:
-            async with asyncio.timeout(self._plane.pace.lease_valid_s):
-                status = await there.lease(volume.host, asked)
-        except (Denied, NotFound):  # it is over: the volume's state says so, too
-            self.leases.drop(volume)
-            self._plane.look(volume_key(ucloud, name), self._plane.pace.lease_s)
-            return self._plane.pace.lease_s
-        except (SupercloudError, TimeoutError):
-            return self._plane.pace.lease_s / 2
-        wait_s = await self._heard(volume, status)
-        return wait_s if asked.valid_ms else 0.0
-
-    async def _heard(self, volume: VolumeDocument, status: MirrorStatus) -> float:
-        name = (volume.ucloud, volume.name)
-        news: list[ReplicaStatus] = []
-        if record.has_news(volume, status):
-
-            def written(fresh: VolumeDocument) -> None:
-                news[:] = record.write_down(fresh, status)
-
-            volume = await self._change(volume, written)
-            for one in news:
-                severity: Severity = "warning" if one.standing == "failing" else "info"
-                what = "stale" if one.standing == "failing" else "in_sync"
-                self._tell(volume, what, f"replica {one.replica} {one.reason}".strip(), severity)
-        waiting = record.written(volume, status)
-        self.leases.heard(volume, status, waiting)
-        self._plane.mirrors[name] = status
-        away = any(not one.connected for one in status.replicas)
-        now_s = time.monotonic()
-        if away and now_s - self._rejoined_s.get(name, 0.0) > self._plane.pace.rejoin_s:
-            self._rejoined_s[name] = now_s
-            self._plane.look(rejoin_key(volume), 0.0)
-        return 0.0 if waiting else self._plane.pace.lease_s
 
     # -- away from use
 
@@ -359,9 +195,9 @@ class Replication:
             volume = await self._closed(await self._fresh(volume))
             for other in volume.others:
                 try:
-                    await self._closed_other(volume, other)
+                    await self.others.close(volume, other)
                 except SupercloudError as error:
-                    await self._note(volume, other.replica, error, refused=False)
+                    await self.others.note(volume, other.replica, error, refused=False)
         return None
 
     async def _closed(self, volume: VolumeDocument) -> VolumeDocument:
@@ -387,38 +223,9 @@ class Replication:
                 fresh.mirroring, fresh.clean = False, clean
 
         volume = await self._change(volume, closed)
-        self.leases.drop(volume)
+        self._leases.drop(volume)
         self._plane.mirrors.pop((volume.ucloud, volume.name), None)
         return volume
-
-    async def _closed_other(self, volume: VolumeDocument, other: ReplicaDocument) -> None:
-        if not other.opened:
-            return
-        host, name = other.host, other.replica
-        try:
-            status = await self._at(
-                volume, other, "close", lambda there: there.close(host, volume.name)
-            )
-        except NotFound:
-            status = None
-
-        def closed(fresh: VolumeDocument) -> None:
-            replica = other_of(fresh, name)
-            if status is None:
-                replica.opened = replica.kept = False
-            else:
-                record.ended(replica, status)
-                record.take(replica, status)
-
-        await self._change(volume, closed)
-
-    async def delete(self, volume: VolumeDocument) -> None:
-        """Whatever other hosts have of it."""
-        for other in volume.others:
-            if other.opened or other.seal.root:
-                host = other.host
-                delete = _deleting(host, volume.name)
-                await self._at(volume, other, "delete", delete)
 
     # -- elsewhere
 
@@ -429,7 +236,7 @@ class Replication:
         """
         name = (volume.ucloud, volume.name)
         async with self._lock(volume):
-            self._moving.add(name)
+            self.leasing.moving.add(name)
             volume = await self._fresh(volume)
             if volume.mirroring:
                 left_s = await self._let_go(volume)
@@ -442,8 +249,8 @@ class Replication:
                 record.move(fresh, place)
 
             volume = await self._change(volume, moved)
-            self._moving.discard(name)
-            self.leases.drop(volume)
+            self.leasing.moving.discard(name)
+            self._leases.drop(volume)
             self._plane.mirrors.pop(name, None)
             self._plane.seen.pop(name, None)
             self._tell(volume, "moved", f"from {'/'.join(before)} to {'/'.join(place)}", "warning")
@@ -455,35 +262,10 @@ class Replication:
             async with asyncio.timeout(self._plane.pace.lease_valid_s):
                 await self._closed(volume)
         except (SupercloudError, TimeoutError):
-            return self.leases.left_s(volume)
+            return self._leases.left_s(volume)
         return 0.0
 
-    async def home_of(self, volume: VolumeDocument) -> Place:
-        """Where it is to be used, as decided."""
-        owner = await self._plane.state.ucloud(volume.ucloud)
-        wish = owner.volumes.get(volume.name) if owner is not None else None
-        return place_of(volume) if wish is None else (wish.provider.name, wish.host)
-
-    async def _is_home(self, volume: VolumeDocument) -> bool:
-        return await self.home_of(volume) == place_of(volume)
-
     # -- helpers
-
-    def _asked(self, volume: VolumeDocument, replica: record.Replica) -> VolumeOpen:
-        key = self._plane.keys(volume.ucloud).unwrap(replica.wrapped_key)
-        encoded = base64.b64encode(key).decode()
-        return VolumeOpen(spec=wire_spec(volume), key_base64=encoded, seal=replica.seal)
-
-    async def _at(
-        self,
-        volume: VolumeDocument,
-        other: ReplicaDocument,
-        what: str,
-        call: Callable[[Volumes], Awaitable[Result]],
-    ) -> Result:
-        there = await self._calls.volumes_of(volume.ucloud, other.provider)
-        with self._calls.calling(volume):
-            return await self._plane.seam(f"provider.volume_{what}", lambda: call(there))
 
     async def _change(
         self, volume: VolumeDocument, mutate: Callable[[VolumeDocument], object]
@@ -513,7 +295,3 @@ def _replica(
 
 def _is_used(volume: VolumeDocument) -> bool:
     return volume.mirroring and volume.state in ("served", "attached")
-
-
-def _deleting(host: str, name: str) -> Callable[[Volumes], Awaitable[None]]:
-    return lambda there: there.delete(host, name)

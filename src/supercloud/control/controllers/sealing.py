@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import Iterable
 
 from supercloud.control.controllers.hostcalls import HostCalls, Valid
+from supercloud.control.controllers.others import Others
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.controllers.platform import tag_of
 from supercloud.control.controllers.record import Replica
-from supercloud.control.controllers.replication import Replication
 from supercloud.control.desire import provider_key
 from supercloud.control.documents import ReplicaDocument, VolumeDocument
 from supercloud.control.seals import WINDOW_S
@@ -26,9 +26,9 @@ def seals_keys(volume: VolumeDocument) -> set[str]:
 class Sealing:
     """Asks one provider of a U-Cloud at a time; see ``poll``."""
 
-    def __init__(self, plane: Plane, calls: HostCalls, replication: Replication) -> None:
+    def __init__(self, plane: Plane, calls: HostCalls, others: Others) -> None:
         """``calls`` is what the reconciler of volumes acts through, too."""
-        self._plane, self._calls, self._replication = plane, calls, replication
+        self._plane, self._calls, self._others = plane, calls, others
         self._silent: set[tuple[str, str]] = set()  # who does not answer
         self._unknown: set[tuple[str, str]] = set()  # volumes of no record, told of already
 
@@ -82,7 +82,7 @@ class Sealing:
     ) -> None:
         if isinstance(replica, ReplicaDocument):
             if status is not None:
-                await self._replication.learn_listed(volume, replica.replica, status, valid)
+                await self._others.learn_listed(volume, replica.replica, status, valid)
         elif status is not None:
             await self._calls.learn(volume, status, valid)
         elif volume.seal.root:

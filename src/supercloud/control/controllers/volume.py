@@ -15,9 +15,10 @@ from typing import Any
 
 from supercloud.control.controllers import learning
 from supercloud.control.controllers.hostcalls import HostCalls, wire_spec
+from supercloud.control.controllers.leasing import lease_key
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.controllers.record import place_of
-from supercloud.control.controllers.replication import Replication, lease_key
+from supercloud.control.controllers.replication import Replication
 from supercloud.control.controllers.sealing import USABLE, Sealing, seals_keys
 from supercloud.control.controllers.usage import Usage, usage_of
 from supercloud.control.documents import (
@@ -44,7 +45,7 @@ class VolumeController:
         self._calls = HostCalls(plane)
         self._act = self._calls.act
         self.replication = Replication(plane, self._calls)
-        self.sealing = Sealing(plane, self._calls, self.replication)
+        self.sealing = Sealing(plane, self._calls, self.replication.others)
 
     async def reconcile(self, ucloud: str, name: str) -> float | None:
         """One look; seconds until the next one, or None."""
@@ -58,7 +59,7 @@ class VolumeController:
             return await self._let_go(volume, usage)
         volume = await self._keyed(volume)
         if volume.others:
-            place = await self.replication.home_of(volume)
+            place = await self.replication.leasing.home_of(volume)
             if place != place_of(volume):
                 return await self.replication.move(volume, place)
         if volume.opened:
@@ -198,7 +199,7 @@ class VolumeController:
         volume = await self._change(volume, lambda fresh: learning.move(fresh, "deleting"))
         if volume.opened or volume.seal.root:  # otherwise its host never heard of it
             await self._delete_there(volume)
-        await self.replication.delete(volume)
+        await self.replication.others.delete(volume)
         await self._plane.state.remove(volume)
         self._plane.seen.pop((volume.ucloud, volume.name), None)
         self._plane.tell(volume, "volume.deleted")

@@ -5,6 +5,7 @@
     DIRECTORY/creations.jsonl   one line for every platform that was ever made
     DIRECTORY/NAME.json         a platform (mode 0600: it holds its token)
     DIRECTORY/NAME.key .pem     its agent's key, and its certificate once it enrolled
+    DIRECTORY/down              it cannot be reached, nor reach others, while this is there
     DIRECTORY/volumes           see ``volumes``
     DIRECTORY/objects           see ``objects``
 """
@@ -98,10 +99,14 @@ class FakeCloud:
         )
         self._load()
         self.volumes, self.objects = FakeVolumes(self), FakeObjects(self)
-        self.down = False
         _WORLDS[self.directory] = self
 
     # -- its connection to the world
+
+    @property
+    def down(self) -> bool:
+        """Whether it cannot be reached: for as long as ``DIRECTORY/down`` is there."""
+        return os.path.exists(self.path("down", ""))
 
     def reach(self, peer: PeerHost) -> "FakeCloud | None":
         """The cloud of another host, while both are there."""
@@ -110,7 +115,7 @@ class FakeCloud:
 
     def cut_off(self) -> None:
         """Nobody reaches it, and it reaches nobody; what is there goes on."""
-        self.down = True
+        write_private(self.path("down", ""), b"")
         self._announce()
 
     def kill(self) -> None:
@@ -123,7 +128,7 @@ class FakeCloud:
 
     def come_back(self) -> None:
         """It can be reached again."""
-        self.down = False
+        os.unlink(self.path("down", ""))
         self._announce()
 
     # -- what a provider does

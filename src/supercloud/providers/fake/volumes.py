@@ -149,7 +149,7 @@ class FakeVolumes:
         """Let the mirror there answer."""
         volume = await self._find("lease", host, asked.name)
         mirror = _mirror_of(volume, asked.generation)
-        mirror.look(lambda member: self._stream(volume, member))
+        self._look(volume, mirror)
         mirror.leased(asked)
         self.save(volume)
         return mirror.status()
@@ -196,7 +196,21 @@ class FakeVolumes:
         if other is None or other.streamed:
             return None
         other.streamed = True
+        self._save_at(peer, other)
         return other
+
+    def _save_at(self, peer: PeerHost, other: Volume) -> None:
+        cloud = self._cloud.reach(peer)
+        if cloud is not None:
+            cloud.volumes.save(other)
+
+    def _look(self, volume: Volume, mirror: Mirrored) -> None:
+        """See who is gone, and copy what is lacking."""
+        mirror.look(lambda member: self._stream(volume, member))
+        for peer in [member.peer for member in mirror.members if member.peer is not None]:
+            other = self._replica(volume, peer, mirror.generation)
+            if other is not None:
+                self._save_at(peer, other)
 
     def _stream(self, volume: Volume, member: Member) -> list[str] | None:
         """The words of a replica that is connected, while it is there; its user writes to them."""
@@ -316,7 +330,7 @@ class FakeVolumes:
 
     def _write_all(self, volume: Volume, mirror: Mirrored, word: str) -> None:
         """Answered only when all have it that count; Temporary: not yet."""
-        mirror.look(lambda member: self._stream(volume, member))
+        self._look(volume, mirror)
         if why := mirror.closed_by():
             raise Temporary(f"nothing is answered: {why}")
         for member in mirror.members:
@@ -326,9 +340,7 @@ class FakeVolumes:
                 if other is not None:
                     other.words.append(word)
                     other.sequence += 1
-                    cloud = self._cloud.reach(peer)
-                    if cloud is not None:
-                        cloud.volumes.save(other)
+                    self._save_at(peer, other)
             elif counted:
                 volume.words.append(word)
                 volume.sequence += 1

@@ -2,8 +2,8 @@
 
     python bench/link_blob.py [MIB [ROUNDS]]
 
-All run in this process and its one thread (control plane, relay and agent share a core), in turn.
-The agent's side discards what comes, as the bare socket's reader does.
+Control plane and relay share this process and its one thread with whoever reads by asyncio; the
+agent's own reader is a thread beside it, as in a platform. What comes is discarded.
 """
 
 import asyncio
@@ -14,14 +14,15 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from supercloud.trust import tls
-from supercloud.trust.names import control_of
-from supercloud.wire.peer import Peer
-from support.link import Link, running
+from supercloud.upper.platform.agent.fetch import Fetch, Source
+from supercloud.wire.messages import Blob
+from support.link import Link
 
 PIECE = 1 << 18
 
@@ -55,19 +56,23 @@ async def bare(path: Path) -> float:
         return time.perf_counter() - begin
 
 
-async def get(peer: Peer, link: Link, asked: dict[str, object]) -> float:
-    """Seconds for one blob."""
-    await peer.call("agent.hello", link.hello())
+async def get(source: Source, asked: Blob) -> float:
+    """Seconds for one blob, as the agent fetches it."""
     begin = time.perf_counter()
-    async with peer.open("blob.get", asked) as stream:
-        async for _ in stream.chunks():
-            pass
+    count = 0
+
+    def take(piece: memoryview) -> None:
+        nonlocal count
+        count += len(piece)
+
+    await asyncio.to_thread(Fetch(source, asked).run, take)
+    assert count == asked.size_bytes
     return time.perf_counter() - begin
 
 
 @contextlib.asynccontextmanager
-async def in_tls(link: Link, files: tuple[str, str]) -> AsyncIterator[Peer]:
-    """An agent's peer over TLS in TLS through a relay, as with a real host."""
+async def in_tls(link: Link, files: tuple[str, str]) -> AsyncIterator[Source]:
+    """The way over TLS in TLS through a relay, as with a real host; for one connection."""
     parked: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
     outer = tls.server_context(
         *link.leaf("host", "h1"), link.authority.root_pem, require_client=True
@@ -85,13 +90,8 @@ async def in_tls(link: Link, files: tuple[str, str]) -> AsyncIterator[Peer]:
     front = await asyncio.start_server(
         lambda r, w: asyncio.gather(pump(r, down), pump(up, w)), "127.0.0.1", 0, limit=1 << 20
     )
-    ours = await asyncio.open_connection(
-        *front.sockets[0].getsockname(), ssl=link.context(files), limit=1 << 20,
-        server_hostname=control_of("demo").dns,
-    )  # fmt: skip
     try:
-        async with running(*ours, {}) as peer:
-            yield peer
+        yield replace(link.source(files), port=front.sockets[0].getsockname()[1])
     finally:
         await asyncio.wait_for(serving, 10)
         front.close()
@@ -105,17 +105,18 @@ async def main(mib: int, rounds: int) -> None:
         data = hashlib.shake_256(b"blob").digest(1 << 20)
         path.write_bytes(data * mib)
         digest = "sha256:" + hashlib.sha256(data * mib).hexdigest()
-        asked: dict[str, object] = {"digest": digest, "size_bytes": mib << 20}
+        asked = Blob(digest=digest, size_bytes=mib << 20)
         times: dict[str, list[float]] = {"bare socket": [], "TLS": [], "TLS in TLS, relayed": []}
         async with Link(Path(directory) / "trust").listening() as link:
             link.owner.paths[digest] = path
             files = await link.enroll("p1", link.owner.expect("p1"))
-            for _ in range(rounds):
-                times["bare socket"].append(await bare(path))
-                async with link.dial(link.context(files)) as peer:
-                    times["TLS"].append(await get(peer, link, asked))
-                async with in_tls(link, files) as peer:
-                    times["TLS in TLS, relayed"].append(await get(peer, link, asked))
+            async with link.dial(link.context(files)) as peer:
+                await peer.call("agent.hello", link.hello())
+                for _ in range(rounds):
+                    times["bare socket"].append(await bare(path))
+                    times["TLS"].append(await get(link.source(files), asked))
+                    async with in_tls(link, files) as source:
+                        times["TLS in TLS, relayed"].append(await get(source, asked))
         for name, seconds in times.items():
             rates = sorted(mib / each for each in seconds)
             print(

@@ -8,17 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 
-from supercloud.model.errors import Invalid, NoResources, Permanent, Temporary
+from supercloud.model.errors import Invalid, NoResources, NotFound, Permanent, Temporary
 from supercloud.upper.platform.agent import blobs, paths, processes, syscalls
+from supercloud.upper.platform.agent.fetch import Source
 from supercloud.upper.platform.agent.netlink import Netlink
+from supercloud.upper.platform.link import blobs as sender
 from supercloud.wire.codec import encode
 from supercloud.wire.messages import Blob
-from supercloud.wire.peer import Peer
+from supercloud.wire.peer import Detach
 from support.link import Link
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -36,14 +38,14 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def connected(directory: Path) -> AsyncIterator[tuple[Link, Peer]]:
-    """A hub and an enrolled agent's connection to it."""
+async def connected(directory: Path) -> AsyncIterator[tuple[Link, Callable[[], Source]]]:
+    """A hub to which an enrolled agent has said hello, and where that finds its files."""
     link = Link(directory)
     async with link.listening():
         files = await link.enroll("p1", link.owner.expect("p1"))
         async with link.dial(link.context(files)) as peer:
             await peer.call("agent.hello", link.hello("p1"))
-            yield link, peer
+            yield link, lambda: link.source(files)
 
 
 def offer(link: Link, path: Path, data: bytes) -> Blob:
@@ -54,9 +56,9 @@ def offer(link: Link, path: Path, data: bytes) -> Blob:
 
 
 async def test_a_blob_is_pulled_once_for_all_who_want_it(tmp_path: Path, store: Path) -> None:
-    async with connected(tmp_path) as (link, peer):
+    async with connected(tmp_path) as (link, source):
         blob = offer(link, tmp_path / "file", os.urandom(3_000_000))
-        pulling = blobs.Blobs(lambda: peer)
+        pulling = blobs.Blobs(source)
         found = await asyncio.gather(*(pulling.get(blob) for _ in range(5)))
         assert len(set(found)) == 1
         assert Path(found[0]).read_bytes() == (tmp_path / "file").read_bytes()
@@ -66,27 +68,24 @@ async def test_a_blob_is_pulled_once_for_all_who_want_it(tmp_path: Path, store: 
 
 
 async def test_an_interrupted_pull_goes_on_where_it_was(tmp_path: Path, store: Path) -> None:
-    async with connected(tmp_path) as (link, peer):
+    async with connected(tmp_path) as (link, source):
         data = os.urandom(2_000_000)
         blob = offer(link, tmp_path / "file", data)
         part = store / (blob.digest.removeprefix("sha256:") + ".part")
         part.write_bytes(data[:1_500_000])
-        asked = []
-        original = peer.open
-        peer.open = lambda method, params: asked.append(params) or original(method, params)  # type: ignore[assignment, func-returns-value]
-        path = await blobs.Blobs(lambda: peer).get(blob)
+        link.owner.paths[blob.digest].write_bytes(bytes(1_500_000) + data[1_500_000:])
+        path = await blobs.Blobs(source).get(blob)
         assert Path(path).read_bytes() == data
-        assert asked[0]["offset_bytes"] == 1_500_000
 
 
 async def test_what_has_another_hash_is_never_used_and_pulled_anew(
     tmp_path: Path, store: Path
 ) -> None:
-    async with connected(tmp_path) as (link, peer):
+    async with connected(tmp_path) as (link, source):
         blob = offer(link, tmp_path / "file", b"x" * 100_000)
         part = store / (blob.digest.removeprefix("sha256:") + ".part")
         part.write_bytes(b"y" * 50_000)  # a part that was damaged
-        pulling = blobs.Blobs(lambda: peer)
+        pulling = blobs.Blobs(source)
         with pytest.raises(Invalid, match="another hash"):
             await pulling.get(blob)
         assert not list(store.iterdir())
@@ -96,9 +95,9 @@ async def test_what_has_another_hash_is_never_used_and_pulled_anew(
 async def test_a_lost_connection_is_temporary_and_keeps_the_part(
     tmp_path: Path, store: Path
 ) -> None:
-    async with connected(tmp_path) as (link, peer):
+    async with connected(tmp_path) as (link, source):
         blob = offer(link, tmp_path / "file", os.urandom(30_000_000))
-        pulling = asyncio.ensure_future(blobs.Blobs(lambda: peer).get(blob))
+        pulling = asyncio.ensure_future(blobs.Blobs(source).get(blob))
         part = store / (blob.digest.removeprefix("sha256:") + ".part")
         async with asyncio.timeout(10):
             while not part.exists() or not part.stat().st_size:
@@ -109,20 +108,69 @@ async def test_a_lost_connection_is_temporary_and_keeps_the_part(
         assert part.exists()
 
 
+async def test_a_pull_that_nobody_waits_for_any_more_ends_and_its_thread_with_it(
+    tmp_path: Path, store: Path
+) -> None:
+    async with connected(tmp_path) as (link, source):
+        blob = offer(link, tmp_path / "file", os.urandom(30_000_000))
+        pulling = blobs.Blobs(source)
+        pull = asyncio.ensure_future(pulling._pull(blob, blobs.path_of(blob.digest)))
+        part = store / (blob.digest.removeprefix("sha256:") + ".part")
+        async with asyncio.timeout(10):
+            while not part.exists() or not part.stat().st_size:
+                await asyncio.sleep(0.001)
+        pull.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await pull
+        size = part.stat().st_size
+        assert size < 30_000_000
+        await asyncio.sleep(0.2)
+        assert part.stat().st_size == size
+        assert Path(await pulling.get(blob)).read_bytes() == (tmp_path / "file").read_bytes()
+
+
+async def test_what_the_control_plane_refuses_is_said(tmp_path: Path, store: Path) -> None:
+    async with connected(tmp_path) as (_, source):
+        with pytest.raises(NotFound, match="no blob"):
+            await blobs.Blobs(source).get(Blob(digest="sha256:" + "1" * 64, size_bytes=10))
+
+
+async def test_more_than_was_announced_is_refused(tmp_path: Path, store: Path) -> None:
+    """By a control plane that does not keep to its own answer."""
+    async with connected(tmp_path) as (link, source):
+        blob = offer(link, tmp_path / "file", b"x" * 100)
+
+        async def send(asked: Blob, path: str) -> Detach:
+            async def then(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                writer.write(b"x" * 101)
+                await writer.drain()
+                writer.close()
+
+            return Detach({}, then)
+
+        original, sender.send = sender.send, send
+        try:
+            with pytest.raises(Invalid, match="more than 100 bytes"):
+                await blobs.Blobs(source).get(blob)
+        finally:
+            sender.send = original
+        assert not list(store.iterdir())
+
+
 async def test_a_blob_larger_than_the_disk_is_refused_before_it_is_pulled(
     tmp_path: Path, store: Path
 ) -> None:
-    async with connected(tmp_path) as (_, peer):
+    async with connected(tmp_path) as (_, source):
         blob = Blob(digest="sha256:" + "0" * 64, size_bytes=1 << 49)
         with pytest.raises(NoResources, match="scratch disk"):
-            await blobs.Blobs(lambda: peer).get(blob)
+            await blobs.Blobs(source).get(blob)
 
 
 async def test_unused_blobs_go_after_a_while_and_used_ones_stay(
     tmp_path: Path, store: Path
 ) -> None:
-    async with connected(tmp_path) as (link, peer):
-        pulling = blobs.Blobs(lambda: peer)
+    async with connected(tmp_path) as (link, source):
+        pulling = blobs.Blobs(source)
         used, old, fresh = [offer(link, tmp_path / f"{n}", b"%d" % n) for n in range(3)]
         found = [Path(await pulling.get(blob)) for blob in (used, old, fresh)]
         for path in found[:2]:
@@ -157,7 +205,9 @@ def test_a_container_network_is_made_without_a_program(tmp_path: Path) -> None:
     out = in_private_namespaces(f"""
 import socket, threading, subprocess, os
 from supercloud.upper.platform.agent import namespaces, networks, paths
+from supercloud.upper.platform.agent.fetch import Source
 from supercloud.upper.platform.agent.netlink import Netlink
+from supercloud.upper.platform.link import blobs as sender
 from supercloud.wire.messages import EnvironmentSpec, ImageRef, Nic
 paths.NETWORKS = {str(tmp_path / "networks.json")!r}
 nic = Nic(network="n", address="10.64.0.10/24", gateway="10.64.0.1", mac="02:00:00:00:00:0a")

@@ -1,13 +1,14 @@
 """The hub over real TLS on loopback: enrolment, sessions, what agents tell, blobs."""
 
 import asyncio
+import contextlib
 import hashlib
 import os
 from pathlib import Path
 
 import pytest
 
-from supercloud.model.errors import Denied, Invalid, NotFound, Permanent, Temporary
+from supercloud.model.errors import Busy, Denied, Invalid, NotFound, Permanent, Temporary
 from supercloud.model.events import Event
 from supercloud.trust import keys, tls
 from supercloud.trust.names import Identity, control_of
@@ -185,24 +186,33 @@ def blob(link, tmp_path):
     return digest, data
 
 
+async def fetched(link, agent, asked):
+    """A file over a connection of its own, in the call that the agent's thread makes."""
+    async with link.dial(agent) as peer:
+        _, reader, writer = await peer.call_detach("blob.get", asked)
+        data = await reader.read()
+        writer.close()
+        return data
+
+
 @pytest.mark.parametrize("offset", [0, 1, 262_144, (3 << 20) + 4566, (3 << 20) + 4567])
 async def test_a_blob_comes_whole_from_any_offset(link, agent, blob, offset):
     digest, data = blob
     async with link.dial(agent) as peer:
         await peer.call("agent.hello", link.hello())
         asked = {"digest": digest, "size_bytes": len(data), "offset_bytes": offset}
-        async with peer.open("blob.get", asked) as stream:
-            got = b"".join([piece async for piece in stream.chunks()])
-    assert got == data[offset:]
+        assert await fetched(link, agent, asked) == data[offset:]
 
 
 async def test_blobs_that_cannot_be_had(link, agent, blob):
     digest, data = blob
+    asked = {"digest": digest, "size_bytes": len(data)}
+    with pytest.raises(Denied, match="hello comes first"):
+        await fetched(link, agent, asked)
     async with link.dial(agent) as peer:
-        with pytest.raises(Denied, match="hello comes first"):
-            async with peer.open("blob.get", {"digest": digest, "size_bytes": len(data)}):
-                pass
         await peer.call("agent.hello", link.hello())
+        with pytest.raises(Denied, match="on another connection"):
+            await peer.call("blob.get", asked)
         for digest_, size, offset, why in (
             ("sha256:" + "0" * 64, 1, 0, NotFound),
             ("../../etc/passwd", 1, 0, Invalid),
@@ -212,8 +222,22 @@ async def test_blobs_that_cannot_be_had(link, agent, blob):
         ):
             asked = {"digest": digest_, "size_bytes": size, "offset_bytes": offset}
             with pytest.raises(why):
-                async with peer.open("blob.get", asked):
-                    pass
+                await fetched(link, agent, asked)
+
+
+async def test_a_platform_gets_so_many_files_at_once(link, agent, tmp_path):
+    (tmp_path / "large").write_bytes(bytes(16 << 20))
+    digest = "sha256:" + "1" * 64  # the hub takes its owner's word for it
+    link.owner.paths[digest] = tmp_path / "large"
+    asked = {"digest": digest, "size_bytes": 16 << 20}
+    async with link.dial(agent) as peer, contextlib.AsyncExitStack() as others:
+        await peer.call("agent.hello", link.hello())
+        for _ in range(hubs.MAX_FILES):
+            other = await others.enter_async_context(link.dial(agent))
+            _, _, writer = await other.call_detach("blob.get", asked)
+            others.callback(writer.transport.abort)
+        with pytest.raises(Busy, match="files already"):
+            await fetched(link, agent, asked)
 
 
 async def test_a_blob_that_nobody_takes_on_leaves_nothing_open(link, agent, blob):
@@ -222,8 +246,11 @@ async def test_a_blob_that_nobody_takes_on_leaves_nothing_open(link, agent, blob
     for _ in range(5):
         async with link.dial(agent) as peer:
             await peer.call("agent.hello", link.hello())
-            async with peer.open("blob.get", {"digest": digest, "size_bytes": len(data)}) as stream:
-                assert await stream.read()
+            async with link.dial(agent) as other:
+                asked = {"digest": digest, "size_bytes": len(data)}
+                _, reader, writer = await other.call_detach("blob.get", asked)
+                assert await reader.read(1)
+                writer.transport.abort()
         await link.owner.until("lost")
     async with asyncio.timeout(10):
         while len(os.listdir("/proc/self/fd")) > before + 1:
@@ -264,28 +291,36 @@ async def test_tls_in_tls(link, agent, blob):
     server = await asyncio.start_server(
         lambda r, w: parked.put_nowait((r, w)), "127.0.0.1", 0, ssl=outer
     )
-    async with server:
+    async with server, contextlib.AsyncExitStack() as stack:
         files = link.authority.own_files(str(link.directory))
         context = tls.client_context(link.authority.root_pem, *files, check_hostname=False)
-        reader, writer = await asyncio.open_connection(
-            *server.sockets[0].getsockname(), ssl=context, server_hostname="h1"
-        )
-        serving = asyncio.ensure_future(link.hub.serve_relayed(reader, writer))
-        theirs = await parked.get()
-        front = await asyncio.start_server(
-            lambda r, w: asyncio.gather(pump(r, theirs[1]), pump(theirs[0], w)), "127.0.0.1", 0
-        )
-        async with front:
+
+        async def dial():
+            """An agent's connection through the relay to the hub."""
+            reader, writer = await asyncio.open_connection(
+                *server.sockets[0].getsockname(), ssl=context, server_hostname="h1"
+            )
+            serving = asyncio.ensure_future(link.hub.serve_relayed(reader, writer))
+            theirs = await parked.get()
+            front = await asyncio.start_server(
+                lambda r, w: asyncio.gather(pump(r, theirs[1]), pump(theirs[0], w)), "127.0.0.1", 0
+            )
+            await stack.enter_async_context(front)
             streams = await asyncio.open_connection(
                 *front.sockets[0].getsockname(), ssl=agent, server_hostname=control_of("demo").dns
             )
-            async with running(*streams, {}) as peer:
-                await peer.call("agent.hello", link.hello())
-                asked = {"digest": digest, "size_bytes": len(data)}
-                async with peer.open("blob.get", asked) as stream:
-                    assert b"".join([piece async for piece in stream.chunks()]) == data
-            await asyncio.wait_for(serving, 10)
-            theirs[1].close()
+            return await stack.enter_async_context(running(*streams, {})), serving
+
+        peer, serving = await dial()
+        await peer.call("agent.hello", link.hello())
+        other, sending = await dial()
+        asked = {"digest": digest, "size_bytes": len(data)}
+        _, raw, writer = await other.call_detach("blob.get", asked)
+        assert await raw.read() == data
+        writer.close()
+        await asyncio.wait_for(sending, 10)
+        peer.close()
+        await asyncio.wait_for(serving, 10)
 
 
 async def pump(reader, writer):

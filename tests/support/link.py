@@ -16,6 +16,7 @@ from supercloud.providers.base import PlatformRequest, Provider
 from supercloud.trust import keys, tls
 from supercloud.trust.authority import Authority
 from supercloud.trust.names import Identity, control_of
+from supercloud.upper.platform.agent.fetch import Source
 from supercloud.upper.platform.link.hub import ALPN, LinkHub
 from supercloud.upper.platform.link.owner import check_token, token_hash
 from supercloud.upper.platform.link.session import AgentSession
@@ -132,6 +133,11 @@ class Link:
         )
         async with running(reader, writer, handlers or {}) as peer:
             yield peer
+
+    def source(self, files: tuple[str, str]) -> Source:
+        """As an agent's link has it."""
+        name = control_of(self.ucloud).dns
+        return Source("127.0.0.1", self.port, name, self.context(files))
 
     async def enroll(self, platform: str, token: str) -> tuple[str, str]:
         """Enrol over a connection of its own, as an agent does; paths of certificate and key."""

@@ -288,7 +288,7 @@ AGENT_TO_CONTROL = {
         Method("agent.enroll", Enroll, Certificate, enrolled=False, idempotent=False),
         Method("agent.hello", Hello, Welcome),
         Method("agent.renew", CsrResult, Certificate, doc="anew over the same key, before the end"),
-        Method("blob.get", Blob, Empty, stream=True, doc="bytes from offset to the end"),
+        Method("blob.get", Blob, Empty, doc="the only call of a connection; then raw: the bytes"),
     )
 }  # and the notifications: agent.report (PlatformReport), agent.event (Event)
 

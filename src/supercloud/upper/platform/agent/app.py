@@ -96,7 +96,7 @@ class Agent:
     async def run(self) -> None:
         """Start everything at once; ends only when something that must not end does."""
         link = self._link = Link(self._boot, self._hello, {}, self._connected)
-        blobs = Blobs(link.peer)
+        blobs = Blobs(link.source)
         services = Services(
             blobs, networks.Networks(), self._scratch, self._accelerator, Volumes(Disks())
         )

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import io
 import os
 import re
 import time
@@ -10,9 +11,8 @@ from collections.abc import Callable, Iterable
 
 from supercloud.model.errors import Invalid, NoResources, Temporary
 from supercloud.upper.platform.agent import paths
-from supercloud.wire.codec import encode
+from supercloud.upper.platform.agent.fetch import Fetch, Source
 from supercloud.wire.messages import Blob
-from supercloud.wire.peer import Peer
 
 PARALLEL = 3
 KEEP_UNUSED_S = 60.0
@@ -28,10 +28,10 @@ def path_of(digest: str) -> str:
 
 
 class Blobs:
-    """``peer`` gives the present connection to the control plane, or raises Temporary."""
+    """``source`` says where the control plane is at present, or raises Temporary."""
 
-    def __init__(self, peer: Callable[[], Peer]) -> None:
-        self._peer = peer
+    def __init__(self, source: Callable[[], Source]) -> None:
+        self._source = source
         self._slots = asyncio.Semaphore(PARALLEL)
         self._pulls: dict[str, asyncio.Task[str]] = {}
 
@@ -55,24 +55,36 @@ class Blobs:
             hasher = await _hash_of_part(part, blob.size_bytes)
             offset = os.stat(part).st_size
             _check_space(blob.size_bytes - offset)
-            wanted = Blob(digest=blob.digest, size_bytes=blob.size_bytes, offset_bytes=offset)
-            async with self._peer().open("blob.get", encode(wanted)) as stream:
-                with open(part, "ab") as file:
-                    async for chunk in stream.chunks():
-                        offset += len(chunk)
-                        if offset > blob.size_bytes:
-                            os.unlink(part)
-                            raise Invalid(f"{blob.digest} has more than {blob.size_bytes} bytes")
-                        hasher.update(chunk)
-                        file.write(chunk)
-            if offset < blob.size_bytes:
-                raise Temporary(f"{blob.digest}: {offset} of {blob.size_bytes} bytes came")
+            await self._fetch(blob, part, hasher, offset)
             if f"sha256:{hasher.hexdigest()}" != blob.digest:
                 os.unlink(part)
                 raise Invalid(f"what came as {blob.digest} has another hash")
             os.chmod(part, 0o444)  # opened again by /proc/self/fd in QEMU; the directory is closed
             os.rename(part, path)
             return path
+
+    async def _fetch(self, blob: Blob, part: str, hasher: "hashlib._Hash", offset: int) -> None:
+        """Append what is missing; the thread has ended when this returns or is cancelled."""
+        wanted = Blob(digest=blob.digest, size_bytes=blob.size_bytes, offset_bytes=offset)
+        fetch = Fetch(self._source(), wanted)
+        with open(part, "ab", buffering=0) as file:
+
+            def take(piece: memoryview) -> None:
+                if file.tell() + len(piece) > blob.size_bytes:
+                    os.unlink(part)
+                    raise Invalid(f"{blob.digest} has more than {blob.size_bytes} bytes")
+                hasher.update(piece)
+                _write(file, piece)
+
+            running = asyncio.ensure_future(asyncio.to_thread(fetch.run, take))
+            try:
+                await asyncio.shield(running)
+            except asyncio.CancelledError:
+                fetch.cancel()
+                await asyncio.wait({running})  # it writes to the file
+                raise
+            if file.tell() < blob.size_bytes:
+                raise Temporary(f"{blob.digest}: {file.tell()} of {blob.size_bytes} bytes came")
 
     def collect(self, used: Iterable[str]) -> list[str]:
         """Remove blobs that no EE uses and nobody touched for a while; their file names."""
@@ -89,6 +101,11 @@ class Blobs:
                     os.unlink(path)
                     removed.append(name)
         return removed
+
+
+def _write(file: io.FileIO, piece: memoryview) -> None:
+    while piece:
+        piece = piece[file.write(piece) :]
 
 
 async def _hash_of_part(part: str, size_bytes: int) -> "hashlib._Hash":

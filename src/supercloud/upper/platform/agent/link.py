@@ -13,6 +13,7 @@ from supercloud.trust import keys, libcrypto, tls
 from supercloud.trust.names import PLATFORM, Identity
 from supercloud.upper.platform.agent import paths
 from supercloud.upper.platform.agent.bootdata import BootData
+from supercloud.upper.platform.agent.fetch import Source
 from supercloud.upper.platform.agent.processes import run
 from supercloud.upper.platform.agent.state import write_private
 from supercloud.wire.codec import decode, encode
@@ -40,6 +41,7 @@ class Link:
         self._peer: Peer | None = None
         self._request: asyncio.Task[str] | None = None
         self._turn = 0
+        self._context: ssl.SSLContext | None = None  # of the present connection
         self.requested = asyncio.Event()  # our key is made: the rest may have the processor
         self.welcomed = asyncio.Event()  # we have been connected
 
@@ -48,6 +50,19 @@ class Link:
         if self._peer is None or self._peer.closed.is_set():
             raise Temporary("not connected to the control plane")
         return self._peer
+
+    def source(self) -> Source:
+        """Where files are to be had; Temporary while we are not connected."""
+        self.peer()
+        if self._context is None:
+            raise Temporary("not connected to the control plane")
+        host, port = self._endpoint()
+        return Source(host, port, self._boot.server_name, self._context)
+
+    def _endpoint(self) -> tuple[str, int]:
+        endpoint = self._boot.endpoints[self._turn % len(self._boot.endpoints)]
+        host, _, port = endpoint.rpartition(":")
+        return host.strip("[]"), int(port)
 
     def notify(self, method: str, params: Any) -> None:
         """Tell the control plane, if it is there; it asks for the rest when it comes back."""
@@ -97,15 +112,16 @@ class Link:
             await asyncio.sleep(delay_s * (0.5 + os.urandom(1)[0] / 512))  # jitter
 
     async def _connect(self, context: ssl.SSLContext, handlers: Mapping[str, Handler]) -> Peer:
-        endpoint = self._boot.endpoints[self._turn % len(self._boot.endpoints)]
-        host, _, port = endpoint.rpartition(":")
+        host, port = self._endpoint()
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(
-                host.strip("[]"), int(port), ssl=context, limit=READ_BYTES,
+                host, port, ssl=context, limit=READ_BYTES,
                 # as bytes, which need no IDNA codec with its tables: 50 ms of the start
                 server_hostname=self._boot.server_name.encode(),
             )  # fmt: skip
-        return Peer(reader, writer, handlers, accepted=False, name=f"control plane at {endpoint}")
+        return Peer(
+            reader, writer, handlers, accepted=False, name=f"control plane at {host}:{port}"
+        )
 
     async def _enroll(self) -> None:
         """The one-time token for a certificate over the key that never leaves the platform."""
@@ -127,6 +143,7 @@ class Link:
 
     async def _serve(self) -> None:
         context = tls.client_context(self._boot.ca_pem, paths.CERTIFICATE, paths.KEY, alpn=ALPN)
+        self._context = context
         peer = await self._connect(context, self.handlers)
         peer.context["enrolled"] = True  # TLS has shown that it is our control plane
         running = asyncio.ensure_future(peer.run())

@@ -11,6 +11,7 @@ import ssl
 import time
 from asyncio import StreamReader, StreamWriter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 from supercloud.model.errors import Busy, Denied, SupercloudError, Temporary
@@ -32,12 +33,15 @@ from supercloud.wire.messages import (
     Welcome,
     handlers,
 )
-from supercloud.wire.peer import Call, Peer
+from supercloud.wire.peer import Call, Detach, Peer
 
 ALPN: Final = "supercloud-agent/1"
 HELLO_TIMEOUT_S: Final = 30.0
 MAX_STRANGERS: Final = 32
 """Connections at once that have not said hello."""
+
+MAX_FILES: Final = 8
+"""Files at once on their way to one platform."""
 
 log = logging.getLogger("supercloud.upper.platform.link")
 
@@ -49,7 +53,7 @@ class _Caller:
     identity: Identity | None
     pin: str
     refusal: Denied | None
-    introduced: "asyncio.Future[AgentSession]" = field(default_factory=asyncio.Future)
+    introduced: "asyncio.Future[AgentSession | None]" = field(default_factory=asyncio.Future)
     session: AgentSession | None = None
 
 
@@ -62,6 +66,7 @@ class LinkHub:
         self.sessions: dict[str, AgentSession] = {}
         self._peers: set[Peer] = set()
         self._strangers: set[Peer] = set()
+        self._files: set[StreamWriter] = set()
         self._farewells: set[asyncio.Task[None]] = set()
         self._context: ssl.SSLContext | None = None
         self._context_until_s = 0.0
@@ -139,7 +144,8 @@ class LinkHub:
             peer.close()
             return
         self._strangers.discard(peer)
-        await session.deliver()
+        if session is not None:
+            await session.deliver()
 
     def _leave(self, attending: "asyncio.Task[None]", session: AgentSession | None) -> None:
         """End what belongs to a connection, in a task of its own: ``serve`` may be cancelled."""
@@ -164,6 +170,8 @@ class LinkHub:
         """End all connections; agents dial again."""
         for peer in list(self._peers):
             peer.close()
+        for writer in self._files:
+            writer.transport.abort()
         await asyncio.gather(*(peer.closed.wait() for peer in list(self._peers)))
         await asyncio.gather(*self._farewells, return_exceptions=True)
 
@@ -202,12 +210,29 @@ class LinkHub:
         caller.introduced.set_result(session)
         return Welcome(protocol=min(PROTOCOL, hello.protocol), time_s=time.time())
 
-    async def _blob(self, call: Call, asked: Blob) -> None:
+    async def _blob(self, call: Call, asked: Blob) -> Detach:
+        """On a connection that is there for this file only, of a platform whose agent is here."""
         caller = _of(call)
-        if caller.session is None:
-            raise Denied("hello comes first")
-        path = await self.owner.blob(caller.session, asked.digest)
-        await blobs.send(call, asked, path)
+        session = self.sessions.get(caller.identity.name) if caller.identity else None
+        if session is None or session.pin != caller.pin or caller.introduced.done():
+            raise Denied("hello comes first, on another connection")
+        if session.files >= MAX_FILES:
+            raise Busy(f"{session.platform} is being sent {MAX_FILES} files already")
+        sending = await blobs.send(asked, await self.owner.blob(session, asked.digest))
+        caller.introduced.set_result(None)
+        call.peer.name = f"a file for {session.platform}"
+        return Detach(sending.result, partial(self._send, session, sending))
+
+    async def _send(
+        self, session: AgentSession, sending: Detach, reader: StreamReader, writer: StreamWriter
+    ) -> None:
+        session.files += 1
+        self._files.add(writer)
+        try:
+            await sending.then(reader, writer)
+        finally:
+            self._files.discard(writer)
+            session.files -= 1
 
 
 def _of(call: Call) -> _Caller:

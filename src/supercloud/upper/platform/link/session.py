@@ -40,6 +40,7 @@ class AgentSession:
         self._events: deque[Event] = deque(maxlen=MAX_WAITING_EVENTS)
         self._news = asyncio.Event()
         self._abandoned = False
+        self.files = 0  # on their way to it
         peer.notified = self._notified
 
     # -- calls

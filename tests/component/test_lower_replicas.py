@@ -294,6 +294,23 @@ async def test_a_replica_is_given_to_the_named_host_in_the_named_generation_once
         await a.call("volume.rejoin", **asked)
 
 
+async def test_a_close_asked_again_shows_the_same_seal_and_none_after_a_kill(
+    owner: Owner,
+) -> None:
+    await owner.begin("a", clean=True)
+    await owner.end()
+    b = owner.sites["b"]
+    again = await b.call("volume.close", name="data")
+    assert again["seal"] == b.seal
+    await b.opened()
+    os.kill(b.plane.host.pid_of("protection:demo"), signal.SIGKILL)
+    async with asyncio.timeout(30):
+        while (await b.call("volume.list"))["volumes"][0]["state"] != "failed":
+            await asyncio.sleep(0.1)
+    for _ in range(2):
+        assert not (await b.call("volume.close", name="data"))["seal"]["root"]
+
+
 async def test_nothing_begins_while_who_may_have_more_is_away(owner: Owner) -> None:
     await owner.begin("a", clean=True)
     await owner.end()

@@ -72,6 +72,19 @@ def test_it_is_in_sync_on_both_hosts(kept: Kept) -> None:
     kept.sh("echo before > /srv/pages/first; sync")
 
 
+def test_what_is_synced_is_flushed_and_what_is_not_is_not(kept: Kept) -> None:
+    def figures() -> dict[str, int]:
+        shown = kept.stack.json("volumes", "inspect", "kept/pages")["figures"]
+        return {name: shown[name] for name in ("writes", "flushes")}
+
+    before = figures()
+    kept.sh("dd if=/dev/urandom of=/srv/pages/much bs=1M count=12 2>/dev/null; sync")
+    wait_for(lambda: figures()["flushes"] > before["flushes"], 60, figures)
+    after = figures()
+    writes, flushes = (after[name] - before[name] for name in ("writes", "flushes"))
+    assert flushes < writes / 2  # not one for each: nothing is written through
+
+
 def test_a_host_that_is_killed_under_load_loses_nothing_that_was_answered(kept: Kept) -> None:
     before = kept.web()["provider"]
     answered: list[int] = []

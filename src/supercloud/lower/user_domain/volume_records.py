@@ -1,13 +1,13 @@
 """What this domain remembers of its volumes across a restart: one file each, never a key."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from supercloud.lower.user_domain.files import Files
 from supercloud.model.states import VOLUME, step
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.mirrors import Shared
-from supercloud.wire.volumes import VolumeSpec, VolumeStatus
+from supercloud.wire.volumes import Seal, VolumeSpec, VolumeStatus
 
 _KEPT = ("state", "reason", "platform", "slot", "mode", "used", "mirrored", "streamed")
 
@@ -19,6 +19,7 @@ class Volume:
     ``wanted`` is what it becomes when it is served, in the epoch that was ``promised``, as it was
     opened; a restart in between forgets them, and it is opened again. ``mirrored``: it is the
     source of a mirror. ``shared``: another host's mirror may have its device, once: ``streamed``.
+    ``last`` is the seal with which it was closed in order, until it is opened again.
     """
 
     spec: VolumeSpec
@@ -31,6 +32,7 @@ class Volume:
     mirrored: bool = False
     shared: Shared | None = None
     streamed: bool = False
+    last: Seal = field(default_factory=Seal)
     wanted: VolumeSpec | None = None
     promised: int = 0
 
@@ -41,6 +43,8 @@ class Volume:
             self.platform, self.slot, self.mode = "", 0, ""
         if state == "closed":
             self.mirrored, self.shared, self.streamed = False, None, False
+        elif state == "opened":
+            self.last = Seal()
 
     @property
     def in_use(self) -> bool:
@@ -69,7 +73,7 @@ class VolumeRecords:
         """Add or replace, on disk when it returns."""
         stored = {name: getattr(volume, name) for name in _KEPT}
         shared = encode(volume.shared) if volume.shared else None
-        stored |= {"spec": encode(volume.spec), "shared": shared}
+        stored |= {"spec": encode(volume.spec), "shared": shared, "last": encode(volume.last)}
         self._files.put(volume.spec.name, stored)
         self.by_name[volume.spec.name] = volume
 
@@ -81,9 +85,10 @@ class VolumeRecords:
 
 def _volume(stored: dict[str, Any]) -> Volume:
     spec = decode(VolumeSpec, stored.pop("spec"), "spec", ignore_unknown=True)
-    shared = stored.pop("shared", None)
+    shared, last = stored.pop("shared", None), stored.pop("last", {})
     return Volume(
         spec=spec,
+        last=decode(Seal, last, "last", ignore_unknown=True),
         shared=decode(Shared, shared, "shared", ignore_unknown=True) if shared else None,
         **stored,
     )

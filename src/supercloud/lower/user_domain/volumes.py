@@ -199,13 +199,17 @@ class Volumes:
             return socket.socket(fileno=await self._layers.share(name))
 
     async def close(self, name: str) -> VolumeStatus:
-        """What was written is on the disk, and the seal final. BadState when attached."""
+        """What was written is on the disk, and the seal final. BadState when attached.
+
+        Asked again it answers the same; one that was not closed in order shows no seal.
+        """
         async with self._found(name) as volume:
             if volume.state == "attached":
                 raise BadState(f"volume {name} is attached to {volume.platform}")
             if volume.state not in (*IN_USE, "failed"):
-                return volume.status()
+                return volume.status(seal=volume.last)
             seal, mirror = await self._close(volume)
+            volume.last = seal
             self._go(volume, "closed")
             return volume.status(seal=seal, mirror=mirror)
 

@@ -70,6 +70,7 @@ class Volume:
     reason: str = ""
     shared: Shared | None = None
     streamed: bool = False
+    in_order: bool = False  # it was closed so, and not opened since
     mirror: Mirrored | None = None
 
     @property
@@ -116,6 +117,7 @@ class FakeVolumes:
             return volume.status()
         volume.spec = asked.spec
         volume.epoch = max(volume.epoch, asked.seal.epoch) + 1
+        volume.in_order = False
         return self._to(volume, "opened")
 
     async def serve(
@@ -256,12 +258,12 @@ class FakeVolumes:
         volume = await self._find("close", host, name)
         if volume.state == "attached":
             raise BadState(f"volume {name} is attached to {volume.platform}: detach it first")
-        ended_before = volume.state not in OPEN
+        volume.in_order = volume.in_order or volume.state in OPEN
         status = self._to(volume, "closed")
         mirror = volume.mirror.closed() if volume.mirror is not None else None
         volume.mirror, volume.shared, volume.streamed = None, None, False
         self.save(volume)
-        return replace(status, mirror=mirror, seal=Seal() if ended_before else status.seal)
+        return replace(status, mirror=mirror, seal=status.seal if volume.in_order else Seal())
 
     async def delete(self, host: str, name: str) -> None:
         """Likewise. Gone already is fine."""

@@ -33,6 +33,10 @@ QUICK = Pace(
     release_s=0.01,
     checkpoint_retry_s=0.02,
     collect_s=0.02,
+    lease_s=0.05,
+    lease_valid_s=0.5,
+    rejoin_s=0.1,
+    failover_s=0.2,
 )
 CONVERGES_S = 20.0
 

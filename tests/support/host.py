@@ -41,6 +41,7 @@ from supercloud.wire.objects import (
 )
 from supercloud.wire.peer import Call, Detach, Peer
 from supercloud.wire.quota import Quota
+from supercloud.wire.tunnel import TunnelApply
 from supercloud.wire.volumes import (
     VolumeAttach,
     VolumeList,
@@ -72,6 +73,8 @@ class LoopbackHost:
             "platform.list": self._list, "platform.delete": self._delete,
             "platform.console": self._console, "rendezvous.accept": self._accept,
         }  # fmt: skip
+        self.calls["tunnel.apply"] = self._tunnels
+        self.tunnels: list[TunnelApply] = []
         self.calls |= volume_calls(self.cloud.volumes, "loop-0")
         self.calls |= object_calls(self.cloud.objects, "loop-0")
         self.calls |= checkpoint_calls(self.cloud.checkpoints, "loop-0")
@@ -142,7 +145,8 @@ class LoopbackHost:
                 cpu_permille=int(1000 * host.cpus_total), memory_bytes=host.memory_total_bytes,
                 disk_bytes=host.disk_total_bytes, vms=self.cloud.options.platforms,
             ),
-            used=used, features={"volumes": "", "objects": "", "checkpoints": ""},
+            used=used,
+            features={"volumes": "", "objects": "", "tunnel": "", "checkpoints": ""},
         )  # fmt: skip
 
     async def _request(self, _call: Call, _params: Empty) -> CsrResult:
@@ -188,6 +192,10 @@ class LoopbackHost:
         await stream.write(b"login: ")
         async for data in stream.chunks():
             await stream.write(data)
+
+    async def _tunnels(self, _call: Call, asked: TunnelApply) -> Empty:
+        self.tunnels.append(asked)
+        return Empty()
 
     async def _accept(self, _call: Call, _params: Empty) -> Detach:
         return await self.rendezvous.accept()

@@ -14,6 +14,9 @@ from supercloud.model.sizes import format_size
 
 HEADER = ("NAME", "SIZE", "FORMAT", "STATE", "PROVIDER/HOST", "USED BY", "STORED", "SNAPSHOTS")
 KIND = named.Kind("volumes", "volume")
+REPLICAS = "REPLICAS"
+LOOK_AGAIN_S = 0.1
+DELETED_MAX_S = 120.0
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -40,7 +43,24 @@ def _list(arguments: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=2))
         return
     several = len({row["ucloud"] for row in rows}) > 1
-    print(table(HEADER, (_row(row, several=several) for row in rows)))
+    mirrored = any(row.get("replicas") for row in rows)
+    header = (*HEADER, REPLICAS) if mirrored else HEADER
+    shown = (_row(row, several=several) for row in rows)
+    replicas = (_replicas(row) if mirrored else () for row in rows)
+    print(table(header, (a + b for a, b in zip(shown, replicas, strict=True))))
+
+
+def _replicas(row: dict[str, Any]) -> tuple[str, ...]:
+    """How many are in sync, and how the others stand."""
+    found = row.get("replicas", [])
+    good = [one for one in found if one["state"] in ("in_sync", "joining")]
+    others = [f"{one['host']} {_standing(one)}" for one in found if one not in good]
+    return (", ".join([f"{len(good)}/{len(found)} in sync", *others]) if found else "",)
+
+
+def _standing(replica: dict[str, Any]) -> str:
+    left = replica["lacks_bytes"]
+    return f"{replica['state']} {rounded(left)}" if left > 0 else str(replica["state"])
 
 
 def _row(row: dict[str, Any], *, several: bool) -> tuple[str, ...]:

@@ -13,9 +13,11 @@ from supercloud.control.authorities import Authorities
 from supercloud.control.bootdata import Tokens
 from supercloud.control.controllers.checkpoint import CheckpointController
 from supercloud.control.controllers.environment import EnvironmentController
+from supercloud.control.controllers.failover import FailoverController
 from supercloud.control.controllers.plane import Pace, Plane
 from supercloud.control.controllers.platform import PlatformController
 from supercloud.control.controllers.store import StoreController
+from supercloud.control.controllers.tunnels import TunnelController
 from supercloud.control.controllers.ucloud import UCloudController
 from supercloud.control.controllers.volume import VolumeController
 from supercloud.control.documents import Following, VolumeDocument, ucloud_key
@@ -95,6 +97,8 @@ class ControlPlane:
         self._volumes = VolumeController(self.plane)
         self._stores = StoreController(self.plane)
         self._checkpoints = CheckpointController(self.plane)
+        self._tunnels = TunnelController(self.plane)
+        self._failover = FailoverController(self.plane, self.plane.deciding)
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -174,6 +178,14 @@ class ControlPlane:
                 return await self._checkpoints.reconcile(ucloud, name)
             if kind == "collect":
                 return await self._checkpoints.collect(ucloud)
+            if kind == "lease":
+                return await self._volumes.replication.leasing.lease(ucloud, name)
+            if kind == "rejoin":
+                return await self._volumes.replication.rejoin(ucloud, name)
+            if kind == "failover":
+                return await self._failover.reconcile(ucloud)
+            if kind == "tunnels":
+                return await self._tunnels.reconcile(ucloud)
             if kind == "seals":
                 return await self._volumes.sealing.poll(ucloud, name)
             return await self._environments.reconcile(ucloud, name)

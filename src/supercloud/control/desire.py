@@ -108,7 +108,7 @@ def decide(
             for item in instances_of(spec.environments)
         },
         marks=marks,
-        volumes=homes_of(spec, placed, kept),
+        volumes=homes_of(spec, offers, placed, kept),
         store=store_of(spec, offers, placed, kept_store),
     )
 

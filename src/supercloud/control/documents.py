@@ -75,12 +75,24 @@ class PlatformWish:
 
 
 @dataclass(slots=True, kw_only=True)
+class ReplicaWish:
+    """Another host that a volume is to be kept on."""
+
+    provider: Provider
+    host: str
+
+
+@dataclass(slots=True, kw_only=True)
 class VolumeWish:
-    """A volume that the U-Cloud is to have, and where: decided when it is first used."""
+    """A volume that the U-Cloud is to have, and where: decided when it is first used.
+
+    ``others``: the hosts that it is kept on beside ``host``, where it is used.
+    """
 
     spec: Volume
     provider: Provider
     host: str
+    others: list[ReplicaWish] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -192,6 +204,28 @@ class Task:
 
 
 @dataclass(slots=True, kw_only=True)
+class ReplicaDocument:
+    """A replica of a volume on another host than the one where it is used.
+
+    ``replica`` is its name, which stays with it. ``in_sync``: whatever was answered is there too.
+    ``kept``: since it was last in sync its device was not ended but in order. ``opened``: its host
+    may have it open. ``refused`` says why it is not opened any more.
+    """
+
+    replica: str
+    provider: Provider
+    host: str
+    wrapped_key: str = field(default="", repr=False)
+    seal: Seal = field(default_factory=Seal)
+    sealed_s: float = 0.0
+    opened: bool = False
+    in_sync: bool = True
+    kept: bool = True
+    reason: str = ""
+    refused: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
 class VolumeDocument:
     """A volume. ``state`` is one of ``model.states.KEPT_VOLUME``.
 
@@ -199,6 +233,11 @@ class VolumeDocument:
     under the U-Cloud's wrapping key. ``opened``: its host may have it open. ``halted`` says why it
     is not opened any more until its user acts; ``found`` is the seal that the host showed then.
     ``slot`` is of its attachment to that ``incarnation`` of ``platform``.
+
+    One that is kept on several hosts has the ``others`` beside the replica that is where it is
+    used, whose ``replica`` name, ``in_sync`` and ``kept`` are here. Its record: the ``generation``
+    that was named last, the ``turns`` of it that were written down, by replica; ``mirroring``: a
+    mirror of that generation may live on ``host``; ``clean``: those that are in sync are equal.
     """
 
     ucloud: str
@@ -226,8 +265,21 @@ class VolumeDocument:
     snapshots: list[str] = field(default_factory=list)
     stored_bytes: int = 0
     task: Task | None = None
+    replica: str = ""
+    in_sync: bool = True
+    kept: bool = True
+    others: list[ReplicaDocument] = field(default_factory=list)
+    generation: int = 0
+    mirroring: bool = False
+    clean: bool = True
+    turns: dict[str, int] = field(default_factory=dict)
     created_s: float = field(default_factory=time.time)
     steps: list[Step] = field(default_factory=list)
+
+    @property
+    def replicas(self) -> "list[VolumeDocument | ReplicaDocument]":
+        """All of it, the one where it is used first."""
+        return [self, *self.others]
 
 
 @dataclass(slots=True, kw_only=True)

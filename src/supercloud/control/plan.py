@@ -188,7 +188,9 @@ def _bucket_differences(old: Bucket, new: Bucket) -> list[str]:
 
 def _volume_details(wish: VolumeWish) -> list[str]:
     spec = wish.spec
-    return [size_text(spec.size_bytes), spec.format, f"at {wish.provider.name}/{wish.host}"]
+    others = [f"and at {other.provider.name}/{other.host}" for other in wish.others]
+    home = f"at {wish.provider.name}/{wish.host}"
+    return [size_text(spec.size_bytes), spec.format, home, *others]
 
 
 def _volume_differences(old: VolumeWish, new: VolumeWish) -> list[str]:

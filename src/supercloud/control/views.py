@@ -10,6 +10,7 @@ from supercloud.control.documents import (
     CheckpointsDocument,
     EnvironmentDocument,
     PlatformDocument,
+    ReplicaDocument,
     Step,
     StoreDocument,
     UCloudDocument,
@@ -21,6 +22,7 @@ from supercloud.control.seals import WINDOW_S
 from supercloud.control.specs import host_port
 from supercloud.model.errors import BadState, to_wire
 from supercloud.wire import api
+from supercloud.wire.mirrors import MirrorStatus
 from supercloud.wire.objects import booked_bytes
 from supercloud.wire.volumes import VolumeFigures
 
@@ -142,6 +144,8 @@ def volume_view(
         halted=volume.halted,
         found=volume.found,
         wrapping_key=volume.wrapped_key.partition(":")[0],
+        generation=volume.generation,
+        waits_for=seen.status.mirror.closed_by if seen and seen.status.mirror else "",
         steps=[_step(f"volume/{volume.name}", "volume", step, -1.0) for step in volume.steps],
     )
 
@@ -167,7 +171,33 @@ def _volume_fields(
         "seal_age_s": seal_age_s(volume, seen),
         "evidence": volume.evidence,
         "created_s": volume.created_s,
+        "replicas": replica_rows(volume, seen.status.mirror if seen else None),
     }
+
+
+def replica_rows(volume: VolumeDocument, told: MirrorStatus | None) -> list[api.ReplicaRow]:
+    """Its replicas, by name; ``told`` is what their mirror last said of them."""
+    if not volume.others:
+        return []
+    standing = {one.replica: one for one in told.replicas} if told and volume.mirroring else {}
+    rows = []
+    for replica in volume.replicas:
+        now = standing.get(replica.replica)
+        kept = "in_sync" if replica.in_sync else "stale"
+        refused = replica.refused if isinstance(replica, ReplicaDocument) else ""
+        rows.append(
+            api.ReplicaRow(
+                replica=replica.replica,
+                provider=replica.provider.name,
+                host=replica.host,
+                state="refused" if refused else now.standing if now else kept,
+                source=replica is volume,
+                connected=bool(now and now.connected),
+                lacks_bytes=now.lacks_bytes if now else -1,
+                reason=refused or (now.reason if now and now.reason else replica.reason),
+            )
+        )
+    return sorted(rows, key=lambda row: row.replica)
 
 
 def bucket_rows(
@@ -329,9 +359,14 @@ def mounted(
                 mode=volume.mode,
                 seal_age_s=age_s,
                 undetected_rollback=rollback_text(age_s),
+                replicas=replica_rows(volume, _mirror_in(seen.get(id_of(volume)))),
             )
         )
     return found
+
+
+def _mirror_in(seen: Seen | None) -> MirrorStatus | None:
+    return seen.status.mirror if seen else None
 
 
 def urls(item: EnvironmentDocument, platform: PlatformDocument) -> list[str]:

@@ -9,6 +9,7 @@ from supercloud.control.controllers.learning import waits
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.documents import (
     EnvironmentDocument,
+    ReplicaWish,
     Task,
     UCloudDocument,
     VolumeDocument,
@@ -67,7 +68,10 @@ class VolumeService:
             kept.pop(item.name, None)
             if not item.deleting:
                 spec = item.given or item.spec
-                kept[item.name] = VolumeWish(spec=spec, provider=item.provider, host=item.host)
+                others = [ReplicaWish(provider=o.provider, host=o.host) for o in item.others]
+                kept[item.name] = VolumeWish(
+                    spec=spec, provider=item.provider, host=item.host, others=others
+                )
         return kept
 
     # -- changing
@@ -171,8 +175,9 @@ class VolumeService:
         keys.rotate()
 
         def rewrapped(fresh: VolumeDocument) -> None:
-            if fresh.wrapped_key:
-                fresh.wrapped_key = keys.rewrapped(fresh.wrapped_key)
+            for replica in fresh.replicas:
+                if replica.wrapped_key:
+                    replica.wrapped_key = keys.rewrapped(replica.wrapped_key)
 
         for volume in volumes:
             changed = await self._plane.state.change(volume, rewrapped)
@@ -182,7 +187,7 @@ class VolumeService:
             self._plane.tell(rewrapped_store, "objects.rewrapped", keys.current)
         now = await self._plane.state.volumes(ucloud)
         kept = await self._plane.state.store_document(ucloud)
-        wrapped = [volume.wrapped_key for volume in now]
+        wrapped = [item.wrapped_key for volume in now for item in volume.replicas]
         wrapped += wrapped_in(kept) if kept is not None else []
         keys.settle(text for text in wrapped if text)
         return api.Rotated(ucloud=ucloud, wrapping_key=keys.current, volumes=len(now))

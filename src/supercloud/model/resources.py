@@ -137,8 +137,9 @@ class Volume:
     """A disk of the U-Cloud that outlives what uses it, protected from the provider that holds it.
 
     It is made on the host of the first environment that uses it, and stays there: what uses it
-    later is placed where it is. `down`, and leaving it out of the manifest, keep it with its data;
-    `supercloud volumes delete` does not.
+    later is placed where it is. One that is kept on several hosts goes from one of them to another
+    with what uses it when a host is lost. `down`, and leaving it out of the manifest, keep it with
+    its data; `supercloud volumes delete` does not.
     """
 
     name: str = declared(
@@ -173,6 +174,16 @@ class Volume:
             le=1 << 44,
         ),
         0,
+    )
+    replicas: int = declared(
+        Rule(
+            doc="on how many hosts it is kept, each with all of it and a key of its own; what uses "
+            "it is started on another of them when its host is lost, with all that was answered. "
+            "Cannot be changed later",
+            ge=1,
+            le=3,
+        ),
+        1,
     )
 
 

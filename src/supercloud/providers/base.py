@@ -20,6 +20,14 @@ from supercloud.wire.checkpoints import (
     CheckpointTaken,
     RestoreFrom,
 )
+from supercloud.wire.mirrors import (
+    Mirror,
+    MirrorStatus,
+    Shared,
+    VolumeFence,
+    VolumeLease,
+    VolumeRejoin,
+)
 from supercloud.wire.objects import (
     ObjectsApply,
     ObjectsCredentials,
@@ -27,6 +35,7 @@ from supercloud.wire.objects import (
     ObjectsStatus,
     ServiceStatus,
 )
+from supercloud.wire.tunnel import PeerHost, TunnelApply
 from supercloud.wire.volumes import VolumeOpen, VolumeSpec, VolumeStatus
 
 Accept = Callable[[StreamReader, StreamWriter], Awaitable[None]]
@@ -123,8 +132,28 @@ class Volumes(Protocol):
         """Have it, and its next epoch. Denied: it is not the one that ``asked.seal`` is of."""
         ...
 
-    async def serve(self, host: str, name: str, epoch: int) -> VolumeStatus:
-        """Let it be used."""
+    async def serve(
+        self,
+        host: str,
+        name: str,
+        epoch: int,
+        *,
+        mirror: Mirror | None = None,
+        shared: Shared | None = None,
+    ) -> VolumeStatus:
+        """Let it be used; see ``wire.mirrors`` for one that is kept on several hosts."""
+        ...
+
+    async def lease(self, host: str, asked: VolumeLease) -> MirrorStatus:
+        """Let the mirror there answer. NotFound, Denied when that generation is over."""
+        ...
+
+    async def rejoin(self, host: str, asked: VolumeRejoin) -> MirrorStatus:
+        """A replica is there again, for the mirror on ``host``."""
+        ...
+
+    async def fence(self, host: str, asked: VolumeFence) -> None:
+        """A mirror of an older generation there never answers again."""
         ...
 
     async def attach(self, host: str, name: str, platform: str) -> VolumeStatus:
@@ -230,6 +259,14 @@ class Provider(Protocol):
     @property
     def volumes(self) -> Volumes | None:
         """None where it has none; ``features`` says why."""
+
+    async def peer(self, host: str) -> PeerHost:
+        """How other hosts of the U-Cloud reach that one."""
+        ...
+
+    async def tunnels(self, host: str, asked: TunnelApply) -> None:
+        """What that host asks of others, and lets them have. NotFound where there are none."""
+        ...
 
     async def features(self) -> dict[str, str]:
         """Feature (of ``FEATURES``) -> "" when it is there, otherwise the reason, for people."""

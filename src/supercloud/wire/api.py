@@ -58,12 +58,30 @@ class PlatformRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaRow:
+    """A replica of a volume. ``state``: in_sync, stale, syncing, or as its mirror says it.
+
+    ``lacks_bytes`` are to be copied yet, -1 when that is not known now.
+    """
+
+    replica: str
+    provider: str
+    host: str
+    state: str
+    source: bool = False  # the volume is used there
+    connected: bool = False
+    lacks_bytes: int = -1
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeRow:
     """One volume, a row of ``volumes``: the answer to ``GET /v1/volumes`` is a list of these.
 
     ``state`` is one of ``model.states.KEPT_VOLUME``; ``used_by`` are EEs. ``seal_age_s`` is how
     long ago its host showed its seal, -1 when it is not open; ``stored_bytes`` are on the
-    provider's disk, ``evidence`` blocks that were not what had been written.
+    provider's disk, ``evidence`` blocks that were not what had been written. ``replicas`` is empty
+    for one that is kept on one host.
     """
 
     ucloud: str
@@ -83,6 +101,7 @@ class VolumeRow:
     seal_age_s: float = -1.0
     evidence: int = 0
     created_s: float = 0.0
+    replicas: list[ReplicaRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +116,8 @@ class VolumeView(VolumeRow):
     halted: str = ""
     found: Seal | None = None
     wrapping_key: str = ""  # its name
+    generation: int = 0  # of its mirror
+    waits_for: str = ""  # why its mirror answers nothing now
     steps: list["Step"] = field(default_factory=list)
 
 
@@ -113,6 +134,7 @@ class Mounted:
     mode: str = ""
     seal_age_s: float = -1.0
     undetected_rollback: str = ""
+    replicas: list[ReplicaRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from supercloud.control.pool import ProviderPool
 from supercloud.control.state import State
 from supercloud.model.events import Event, Severity
 from supercloud.trust.wrapping import VolumeKeys
+from supercloud.wire.mirrors import MirrorStatus
 from supercloud.wire.objects import ObjectsStatus
 from supercloud.wire.volumes import VolumeStatus
 
@@ -36,6 +37,10 @@ class Pace:
     sweep_s: float = 60.0
     seal_s: float = 2.0
     release_s: float = 0.25
+    lease_s: float = 1.0
+    lease_valid_s: float = 5.0
+    rejoin_s: float = 5.0
+    failover_s: float = 10.0
     token_lifetime_s: float = 3600.0
     recreate_first_s: float = 1.0
     recreate_longest_s: float = 60.0
@@ -80,6 +85,7 @@ class Plane:
     fractions: dict[str, float] = field(default_factory=dict)  # of image preparations, by EE key
     stores: dict[str, SeenStore] = field(default_factory=dict)  # by U-Cloud
     seen: dict[tuple[str, str], Seen] = field(default_factory=dict)  # by U-Cloud and volume
+    mirrors: dict[tuple[str, str], MirrorStatus] = field(default_factory=dict)  # likewise
 
     async def restoring(self, ucloud: str, name: str) -> Restore | None:
         """The restore of an EE or platform that is decided, and that it has not come up from."""

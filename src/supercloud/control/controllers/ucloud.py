@@ -3,8 +3,10 @@
 import functools
 from collections.abc import Iterable, Sequence
 
+from supercloud.control.controllers.failover import failover_key
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.controllers.platform import tag_of
+from supercloud.control.controllers.tunnels import tunnels_key
 from supercloud.control.desire import provider_key
 from supercloud.control.documents import (
     CheckpointsDocument,
@@ -12,6 +14,7 @@ from supercloud.control.documents import (
     Following,
     KeptBucket,
     PlatformDocument,
+    ReplicaDocument,
     StoreDocument,
     StoreWish,
     UCloudDocument,
@@ -52,6 +55,8 @@ class UCloudController:
         await self._have_platforms(document, platforms)
         await self._have_environments(document, environments)
         await self._have_checkpoints(document)
+        self._plane.look(tunnels_key(name), 0.0)
+        self._plane.look(failover_key(name), 0.0)
         await self._retire_platforms(platforms, document.platforms.keys())
         await self._forget_providers(document, platforms)
         await self._sum_up(name)
@@ -70,6 +75,11 @@ class UCloudController:
                     spec=wish.spec,
                     provider=wish.provider,
                     host=wish.host,
+                    replica="r1" if wish.others else "",
+                    others=[
+                        ReplicaDocument(replica=f"r{n}", provider=other.provider, host=other.host)
+                        for n, other in enumerate(wish.others, 2)
+                    ],
                 )
                 await self._plane.state.add(new)
             else:
@@ -118,12 +128,18 @@ class UCloudController:
         return not store.deleting and not store.running
 
     async def _have_volume(self, volume: VolumeDocument, wish: VolumeWish) -> None:
-        same = (volume.spec, volume.provider) == (wish.spec, wish.provider)
-        if volume.deleting or volume.host != wish.host or same:
+        there = {(volume.provider.name, volume.host): volume.provider}
+        there |= {(other.provider.name, other.host): other.provider for other in volume.others}
+        entries = {(other.provider.name, other.host): other.provider for other in wish.others}
+        entries |= {(wish.provider.name, wish.host): wish.provider}
+        same = (volume.spec, there) == (wish.spec, entries)
+        if volume.deleting or there.keys() != entries.keys() or same:
             return  # one that is going goes first, then it is made anew
 
         def changed(fresh: VolumeDocument) -> None:
-            fresh.spec, fresh.provider = wish.spec, wish.provider
+            fresh.spec = wish.spec
+            for replica in fresh.replicas:
+                replica.provider = entries[replica.provider.name, replica.host]
             if not fresh.halted:
                 fresh.error = None
 

@@ -5,6 +5,7 @@
     DIRECTORY/creations.jsonl   one line for every platform that was ever made
     DIRECTORY/NAME.json         a platform (mode 0600: it holds its token)
     DIRECTORY/NAME.key .pem     its agent's key, and its certificate once it enrolled
+    DIRECTORY/down              it cannot be reached, nor reach others, while this is there
     DIRECTORY/volumes           see ``volumes``
     DIRECTORY/objects           see ``objects``
     DIRECTORY/checkpoints       see ``checkpoints``
@@ -19,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 from supercloud.model.errors import Exists, Invalid, NoResources, NotFound, Temporary, Unsupported
 from supercloud.model.states import MACHINE, step
@@ -31,9 +33,13 @@ from supercloud.providers.fake.options import Options
 from supercloud.providers.fake.volumes import FakeVolumes
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.messages import EnvironmentSpec, EnvironmentStatus
+from supercloud.wire.tunnel import PeerHost, TunnelApply
 
 FIRST_PORT = 20_000
 LAST_PORT = 60_000
+_WORLDS: "WeakValueDictionary[str, FakeCloud]" = WeakValueDictionary()
+"""All clouds of this process, by their directory: so one host reaches another."""
+
 Hook = Callable[[str, str, str], None]
 """Called with ("before" | "after", operation, name) around every effect; what it raises, is raised:
 so a test crashes the control plane between any two effects."""
@@ -88,6 +94,7 @@ class FakeCloud:
         self.changed = asyncio.Event()
         self.creations: Counter[str] = Counter()
         self.platforms: dict[str, Platform] = {}
+        self.tunnels: dict[str, TunnelApply] = {}  # what a host was told, by its name
         self._failures = Counter(
             create=self.options.fail_create,
             delete=self.options.fail_delete,
@@ -96,11 +103,44 @@ class FakeCloud:
         self._load()
         self.volumes, self.objects = FakeVolumes(self), FakeObjects(self)
         self.checkpoints = FakeCheckpoints(self)
+        _WORLDS[self.directory] = self
+
+    # -- its connection to the world
+
+    @property
+    def down(self) -> bool:
+        """Whether it cannot be reached: for as long as ``DIRECTORY/down`` is there."""
+        return os.path.exists(self.path("down", ""))
+
+    def reach(self, peer: PeerHost) -> "FakeCloud | None":
+        """The cloud of another host, while both are there."""
+        cloud = _WORLDS.get(peer.address)
+        return None if self.down or cloud is None or cloud.down else cloud
+
+    def cut_off(self) -> None:
+        """Nobody reaches it, and it reaches nobody; what is there goes on."""
+        write_private(self.path("down", ""), b"")
+        self._announce()
+
+    def kill(self) -> None:
+        """All of its hosts lose their power."""
+        self.cut_off()
+        for platform in self.platforms.values():
+            platform.state, platform.reason = "failed", "the host was started anew"
+            self.save(platform)
+        self.volumes.killed()
+
+    def come_back(self) -> None:
+        """It can be reached again."""
+        os.unlink(self.path("down", ""))
+        self._announce()
 
     # -- what a provider does
 
     async def pretend(self, operation: str) -> None:
-        """Take as long as configured, then fail if that is configured."""
+        """Take as long as configured, then fail if that is configured, or while it is down."""
+        if self.down:
+            raise Temporary(f"{self.name} cannot be reached: pretended", delay_s=0.01)
         if self.options.latency_ms:
             await asyncio.sleep(self.options.latency_ms / 1000)
         if self._failures[operation] > 0:
@@ -124,6 +164,13 @@ class FakeCloud:
                     platforms_free=host.platforms_free - 1,
                 )
         return list(free.values())
+
+    def host(self, name: str) -> HostCapacity:
+        """NotFound."""
+        for host in self.hosts():
+            if host.name == name:
+                return host
+        raise NotFound(f"{self.name} has no host {name}")
 
     def create(self, request: PlatformRequest) -> Platform:
         """Make the platform, or find it; all refusals precede all effects."""

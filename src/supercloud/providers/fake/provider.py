@@ -25,6 +25,7 @@ from supercloud.providers.fake.cloud import FakeCloud
 from supercloud.providers.fake.options import options_of
 from supercloud.trust.names import check_label
 from supercloud.wire.objects import ServiceStatus
+from supercloud.wire.tunnel import PeerHost, TunnelApply
 
 log = logging.getLogger("supercloud.providers.fake")
 
@@ -95,6 +96,17 @@ class FakeProvider:
             found.append((host, status))
         return found
 
+    async def peer(self, host: str) -> PeerHost:
+        """Who it is; nobody listens there."""
+        self.cloud.host(host)
+        return PeerHost(name=host, user="pretended", address=self.cloud.directory, port=1)
+
+    async def tunnels(self, host: str, asked: TunnelApply) -> None:
+        """Note it."""
+        await self.cloud.pretend("tunnels")
+        self.cloud.host(host)
+        self.cloud.tunnels[host] = asked
+
     async def rendezvous(self, accept: Accept) -> None:
         """Keep every running platform's agent dialling."""
         dialling: dict[str, asyncio.Task[None]] = {}
@@ -117,7 +129,8 @@ class FakeProvider:
             await agent.stop()
 
     async def _follow(self, dialling: dict[str, asyncio.Task[None]], accept: Accept) -> None:
-        wanted = {p.name: p for p in self.cloud.platforms.values() if p.state == "running"}
+        running = [p for p in self.cloud.platforms.values() if p.state == "running"]
+        wanted = {p.name: p for p in running if not self.cloud.down}
         for name in dialling.keys() - wanted.keys():
             await _cancel(dialling.pop(name))
             if agent := self._agents.pop(name, None):

@@ -3,10 +3,11 @@
 import asyncio
 import base64
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
-from supercloud.model.errors import NotFound
+from supercloud.model.errors import NotFound, Temporary
 from supercloud.model.resources import Provider as Entry
 from supercloud.providers.base import (
     FEATURES,
@@ -27,6 +28,7 @@ from supercloud.wire.host import HOST, HostInfo, PlatformList, PlatformSpec, Pla
 from supercloud.wire.messages import ByName, Empty
 from supercloud.wire.objects import ServiceList, ServiceStatus
 from supercloud.wire.peer import ConnectionLost, Stream
+from supercloud.wire.tunnel import PeerHost, TunnelApply
 
 CREATE_TIMEOUT_S: Final = 120.0
 RESTORE_TIMEOUT_S: Final = 1800.0
@@ -90,8 +92,7 @@ class LowerLayerProvider:
 
     async def ensure_platform(self, request: PlatformRequest) -> PlatformObservation:
         """Create or find: the user domain is idempotent by name and shape."""
-        if request.host != self._entry.name:
-            raise NotFound(f"{self._entry.name} has no host {request.host}")
+        self._check(request.host)
         spec = PlatformSpec(
             name=request.name, image=request.image, cpus=request.cpus,
             memory_bytes=request.memory_bytes, scratch_bytes=request.scratch_bytes,
@@ -124,6 +125,23 @@ class LowerLayerProvider:
         listed: ServiceList = await self._call("service.list", Empty())
         return [(self._entry.name, status) for status in listed.services]
 
+    async def peer(self, host: str) -> PeerHost:
+        """The host's front door, by its number: who dials has no name service. Temporary."""
+        self._check(host)
+        target = self._dialer.target
+        loop, kind = asyncio.get_running_loop(), socket.SOCK_STREAM
+        try:
+            found = await loop.getaddrinfo(target.address, target.port, type=kind)
+        except OSError as error:
+            raise Temporary(f"{target}: no address for that name: {error}") from error
+        address = str(found[0][4][0])
+        return PeerHost(name=target.name, user=target.user, address=address, port=target.port)
+
+    async def tunnels(self, host: str, asked: TunnelApply) -> None:
+        """What the host asks of others, and lets them have."""
+        self._check(host)
+        await self._call("tunnel.apply", asked)
+
     async def rendezvous(self, accept: Accept) -> None:
         """Keep connections parked for agents, until cancelled."""
         await Rendezvous(self._dialer, accept).run()
@@ -135,6 +153,10 @@ class LowerLayerProvider:
             await connection.close()
 
     # -- how
+
+    def _check(self, host: str) -> None:
+        if host != self._entry.name:
+            raise NotFound(f"{self._entry.name} has no host {host}")
 
     async def _info(self) -> HostInfo:
         info: HostInfo = await self._call("host.info", Empty())

@@ -371,3 +371,31 @@ async def test_who_writes_to_a_volume_is_refused(platform: Platform, way: StoreW
         await take(platform, way, spec)
     await gone(platform, "chain")
     await platform.unplug(1)
+
+
+@pytest.mark.long
+async def test_who_asks_and_goes_away_leaves_it_running(platform: Platform, way: StoreWay) -> None:
+    """The connection is cut while CRIU is at work."""
+    spec = chain(platform, "chain-10")
+    await platform.apply(spec)
+    status = await platform.until("chain", "serving", uid="chain-10")
+    old = platform.link.hub.sessions[platform.name]
+    watching = asyncio.ensure_future(
+        platform.shell("until ps -o args | grep -q '[c]riu swrk'; do :; done")
+    )
+    taking = asyncio.ensure_future(take(platform, way, spec))
+    await watching
+    old.abandon()
+    with pytest.raises(SupercloudError):
+        await taking
+    async with asyncio.timeout(60):
+        while platform.link.hub.sessions.get(platform.name) in (None, old):
+            await asyncio.sleep(0.1)
+    now = await platform.until("chain", "serving", uid="chain-10")
+    assert (now.pid, now.restarts) == (status.pid, 0)
+    one = await state(platform)
+    async with asyncio.timeout(60):
+        while await state(platform) <= one or await left_over(platform):
+            await asyncio.sleep(0.2)
+    await take(platform, way, spec)
+    await gone(platform, "chain")

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supercloud.model.errors import Invalid, Permanent
-from supercloud.upper.platform.agent import criu
 from supercloud.services.checkpoint.pages import Run
+from supercloud.upper.platform.agent import criu
 from supercloud.upper.platform.saver import trees
 from supercloud.upper.platform.saver.tracking import Kept
 
@@ -204,7 +204,13 @@ def test_kept_pages_are_found_by_their_place_in_the_ram() -> None:
     assert kept.read_at(4 * 4096, 4096) == pages[1]
     assert kept.read_at(9 * 4096, 4096) == pages[2]
     assert kept.read_at(21 * 4096, 4096) == pages[4]
-    for offset, size in ((0, 4096), (2 * 4096, 4096), (4 * 4096, 8192), (9 * 4096, 8192), (22 * 4096, 1)):
+    for offset, size in (
+        (0, 4096),
+        (2 * 4096, 4096),
+        (4 * 4096, 8192),
+        (9 * 4096, 8192),
+        (22 * 4096, 1),
+    ):
         with pytest.raises(Invalid):
             kept.read_at(offset, size)
 

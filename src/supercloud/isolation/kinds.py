@@ -27,6 +27,8 @@ SERVICES: Final[Mapping[str, Mapping[str, int]]] = {
     "block": {"memory_bytes": 320 * MIB, "pids": 64},
     # our gate and metadata store, the S3 server
     "objects": {"memory_bytes": 448 * MIB, "pids": 96},
+    # our process with packs of 8 MiB in a few threads; it lives as long as one job of it
+    "checkpoint": {"memory_bytes": 192 * MIB, "pids": 32},
 }
 # What a service needs beyond what every component has. Objects: files, and its own loopback.
 _SERVICE_FIELDS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -49,6 +51,7 @@ PEERS: Final = (
     ("user", "protection", True),  # backing files, data keys, streams of protected devices
     ("user", "block", True),  # those streams, and what a machine takes a volume by
     ("user", "objects", True),  # keys, connections to the S3 port
+    ("user", "checkpoint", True),  # keys, memory and disks to be stored, such connections
     ("uplink-net", "vmm", False),
     ("uplink-net-closed", "vmm", False),
     ("link", "vmm", False),

@@ -136,6 +136,7 @@ class Service:
             features={
                 "volumes": "",
                 "objects": "",
+                "checkpoints": "",
                 "kvm": "" if facts["accelerator"] == "kvm" else kvm,
                 "attestation": "not implemented: the domain's key is trusted at first use",
             },

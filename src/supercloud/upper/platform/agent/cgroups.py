@@ -114,6 +114,16 @@ async def remove(uid: str) -> None:
     raise TimeoutError(f"{path} still has processes")
 
 
+def freeze_all(on: bool) -> None:
+    """Begin to stop all EEs where they are, or let them go on."""
+    _write(f"{paths.CGROUP}/cgroup.freeze", str(int(on)))
+
+
+def all_are_frozen() -> bool:
+    """Whether all have come to a stop: no nested processor is inside its guest then."""
+    return "frozen 1" in _read(f"{paths.CGROUP}/cgroup.events").splitlines()
+
+
 def present() -> list[str]:
     """The uids that have a cgroup."""
     with contextlib.suppress(FileNotFoundError):

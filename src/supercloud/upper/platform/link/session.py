@@ -24,6 +24,7 @@ from supercloud.wire.messages import (
 from supercloud.wire.peer import ConnectionLost, Peer, Stream
 
 MAX_WAITING_EVENTS: Final = 1024
+CHECKPOINT_TIMEOUT_S: Final = 3600.0
 
 log = logging.getLogger("supercloud.upper.platform.link")
 
@@ -60,17 +61,19 @@ class AgentSession:
         """Start an environment anew."""
         await self.peer.call("ee.restart", encode(ByName(name=name)))
 
+    async def checkpoint(
+        self, asked: CheckpointTake, *, timeout_s: float = CHECKPOINT_TIMEOUT_S
+    ) -> CheckpointTaken:
+        """Take a checkpoint of an environment; answered when it is in the store."""
+        answer = await self.peer.call("ee.checkpoint", encode(asked), timeout_s=timeout_s)
+        return decode(CheckpointTaken, answer, "ee.checkpoint", ignore_unknown=True)
+
     async def shutdown(self, *, timeout_s: float = 60.0) -> None:
         """Stop all environments and power off; a connection lost on the way is the success."""
         try:
             await self.peer.call("platform.shutdown", timeout_s=timeout_s)
         except ConnectionLost:
             log.debug("%s: powered off before it answered", self.platform)
-
-    async def checkpoint(self, asked: CheckpointTake, *, timeout_s: float) -> CheckpointTaken:
-        """Take one of an EE; answers when it is stored."""
-        answer = await self.peer.call("ee.checkpoint", encode(asked), timeout_s=timeout_s)
-        return decode(CheckpointTaken, answer, "ee.checkpoint", ignore_unknown=True)
 
     def exec(self, asked: Exec) -> AbstractAsyncContextManager[Stream]:
         """A program's terminal, or its input and output; see ``Exec``."""

@@ -222,6 +222,7 @@ async def test_what_is_no_good_is_refused_and_nothing_starts(
     await gone(platform, "chain")
 
 
+@pytest.mark.long
 async def test_an_agent_that_is_killed_meanwhile_leaves_it_running(
     platform: Platform, way: StoreWay
 ) -> None:
@@ -251,6 +252,7 @@ async def test_an_agent_that_is_killed_meanwhile_leaves_it_running(
     await gone(platform, "chain")
 
 
+@pytest.mark.long
 async def test_refusals_come_before_any_effect(platform: Platform, way: StoreWay) -> None:
     plain = chain(platform, "chain-7", checkpoints=False)
     await platform.apply(plain)
@@ -335,6 +337,7 @@ async def test_a_vm_goes_on_and_comes_back_as_it_was(platform: Platform, way: St
     await gone(platform, "machine", "web")
 
 
+@pytest.mark.long
 async def test_a_vms_disk_is_kept_with_it(platform: Platform, way: StoreWay) -> None:
     """A machine that writes its disk from a boot sector: what it wrote comes back, no more."""
     path = platform.directory / "disk.raw"
@@ -355,6 +358,7 @@ async def test_a_vms_disk_is_kept_with_it(platform: Platform, way: StoreWay) -> 
     await gone(platform, "machine")
 
 
+@pytest.mark.long
 async def test_who_writes_to_a_volume_is_refused(platform: Platform, way: StoreWay) -> None:
     spec = chain(platform, "chain-9", volumes=[VolumeMount(volume="data", path="/data", slot=1)])
     disk = Path(platform.directory) / "volume"
@@ -367,3 +371,31 @@ async def test_who_writes_to_a_volume_is_refused(platform: Platform, way: StoreW
         await take(platform, way, spec)
     await gone(platform, "chain")
     await platform.unplug(1)
+
+
+@pytest.mark.long
+async def test_who_asks_and_goes_away_leaves_it_running(platform: Platform, way: StoreWay) -> None:
+    """The connection is cut while CRIU is at work."""
+    spec = chain(platform, "chain-10")
+    await platform.apply(spec)
+    status = await platform.until("chain", "serving", uid="chain-10")
+    old = platform.link.hub.sessions[platform.name]
+    watching = asyncio.ensure_future(
+        platform.shell("until ps -o args | grep -q '[c]riu swrk'; do :; done")
+    )
+    taking = asyncio.ensure_future(take(platform, way, spec))
+    await watching
+    old.abandon()
+    with pytest.raises(SupercloudError):
+        await taking
+    async with asyncio.timeout(60):
+        while platform.link.hub.sessions.get(platform.name) in (None, old):
+            await asyncio.sleep(0.1)
+    now = await platform.until("chain", "serving", uid="chain-10")
+    assert (now.pid, now.restarts) == (status.pid, 0)
+    one = await state(platform)
+    async with asyncio.timeout(60):
+        while await state(platform) <= one or await left_over(platform):
+            await asyncio.sleep(0.2)
+    await take(platform, way, spec)
+    await gone(platform, "chain")

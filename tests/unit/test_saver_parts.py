@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supercloud.model.errors import Invalid, Permanent
+from supercloud.services.checkpoint.pages import Run
 from supercloud.upper.platform.agent import criu
 from supercloud.upper.platform.saver import trees
+from supercloud.upper.platform.saver.tracking import Kept
 
 OWNER = os.getuid()
 
@@ -190,6 +192,27 @@ def test_an_image_cut_short_is_refused(tmp_path: Path, cut: int) -> None:
     data = image(tmp_path / "top", tmp_path / "spool")[:cut]
     with pytest.raises(Invalid):
         unpacked(data, tmp_path / "back")
+
+
+# -- pages that were kept
+
+
+def test_kept_pages_are_found_by_their_place_in_the_ram() -> None:
+    pages = [bytes([number]) * 4096 for number in range(5)]
+    kept = Kept(bytearray(b"".join(pages)), [Run(3, 2), Run(9, 1), Run(20, 2)], 5 * 4096)
+    assert kept.read_at(3 * 4096, 8192) == pages[0] + pages[1]
+    assert kept.read_at(4 * 4096, 4096) == pages[1]
+    assert kept.read_at(9 * 4096, 4096) == pages[2]
+    assert kept.read_at(21 * 4096, 4096) == pages[4]
+    for offset, size in (
+        (0, 4096),
+        (2 * 4096, 4096),
+        (4 * 4096, 8192),
+        (9 * 4096, 8192),
+        (22 * 4096, 1),
+    ):
+        with pytest.raises(Invalid):
+            kept.read_at(offset, size)
 
 
 # -- CRIU's messages

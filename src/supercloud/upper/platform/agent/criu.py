@@ -59,8 +59,18 @@ class Options:
 
 
 async def dump(options: Options, log_path: str) -> None:
-    """Write the images of a process tree; it goes on as it was. Permanent with CRIU's reason."""
-    await _serve(_DUMP, options.packed(restore=False), [options.images], "", None, log_path)
+    """Write the images of a process tree; it goes on as it was. Permanent with CRIU's reason.
+
+    Whoever does not want it any more waits all the same: killed amidst it, CRIU would leave the
+    processes with code of its own in them.
+    """
+    packed = options.packed(restore=False)
+    work = asyncio.ensure_future(_serve(_DUMP, packed, [options.images], "", None, log_path))
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait({work})
+        raise
 
 
 async def restore(options: Options, group: str, notified: Notified, log_path: str) -> int:

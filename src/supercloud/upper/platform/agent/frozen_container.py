@@ -22,7 +22,12 @@ from typing import TYPE_CHECKING, Any
 from supercloud.model.errors import BadState, Invalid, Permanent, Unsupported
 from supercloud.upper.platform.agent import cgroups, criu, namespaces, oci, paths, volumes
 from supercloud.upper.platform.agent.processes import Watched, run, start_ticks
-from supercloud.upper.platform.agent.saving import ANSWER_TIMEOUT_S, saver, workplace
+from supercloud.upper.platform.agent.saving import (
+    ANSWER_TIMEOUT_S,
+    PAUSE_TIMEOUT_S,
+    saver,
+    workplace,
+)
 from supercloud.upper.platform.agent.state import read_json, remove_tree, write_json
 from supercloud.upper.platform.saver.requests import Captured, Found, Ready, Restore, Take, Write
 from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
@@ -61,13 +66,13 @@ async def take(
             directory=place, layer=f"{container.places.layer}/upper", owner=container.base_id,
             details={"spec": fingerprint(container)},
         )  # fmt: skip
-        async with saver(log_path=f"{place}/log") as helper:
+        async with saver(log_path=f"{container.places.run}/saver.log") as helper:
             await helper.ask("take", request, Ready, ANSWER_TIMEOUT_S)
             check_processes(group, process.pid)
             begun_s = time.monotonic()
             try:
                 details = await _dump(process.pid, group, place)
-                await helper.ask("capture", None, Captured, ANSWER_TIMEOUT_S)
+                await helper.ask("capture", None, Captured, PAUSE_TIMEOUT_S)
             finally:
                 cgroups.thaw(uid)
             pause_ms = (time.monotonic() - begun_s) * 1000

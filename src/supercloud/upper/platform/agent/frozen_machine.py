@@ -19,7 +19,12 @@ from supercloud.model.errors import BadState, Invalid, Permanent, SupercloudErro
 from supercloud.upper.platform.agent.frozen_container import paused
 from supercloud.upper.platform.agent.processes import Watched, run
 from supercloud.upper.platform.agent.qmp import Qmp
-from supercloud.upper.platform.agent.saving import ANSWER_TIMEOUT_S, saver, workplace
+from supercloud.upper.platform.agent.saving import (
+    ANSWER_TIMEOUT_S,
+    PAUSE_TIMEOUT_S,
+    saver,
+    workplace,
+)
 from supercloud.upper.platform.agent.state import read_json, write_json
 from supercloud.upper.platform.saver.requests import (
     DEVICE,
@@ -112,12 +117,15 @@ async def take(
             directory=place, pid=process.pid, base=_base(machine, process),
             details=fingerprint(machine),
         )  # fmt: skip
-        async with saver(log_path=f"{place}/log") as helper, _Pause(qmp, machine, place) as pause:
+        async with (
+            saver(log_path=f"{machine.places.run}/saver.log") as helper,
+            _Pause(qmp, machine, place) as pause,
+        ):
             ready = await helper.ask("take", request, Ready, ANSWER_TIMEOUT_S)
             _keep_base(machine, process, ready.base if not ready.is_new else "")
             try:
                 saving = await pause.begin()
-                capturing = helper.ask("capture", None, Captured, ANSWER_TIMEOUT_S)
+                capturing = helper.ask("capture", None, Captured, PAUSE_TIMEOUT_S)
                 await asyncio.gather(saving, capturing)
             finally:
                 pause_ms = await pause.end()

@@ -17,6 +17,7 @@ from supercloud.wire.codec import decode, encode
 
 MODULE = "supercloud.upper.platform.saver"
 OOM_SCORE = 500  # rather a checkpoint less than an environment
+PAUSE_TIMEOUT_S = 60.0  # longer than that an environment does not stand still for a checkpoint
 ANSWER_TIMEOUT_S = 6 * 3600.0  # a whole disk over a slow link; progress is the store's to time out
 
 T = TypeVar("T")

@@ -10,6 +10,7 @@ Source: Documentation/admin-guide/mm/soft-dirty.rst and pagemap.rst of Linux.
 
 import fcntl
 import itertools
+import mmap
 import os
 import re
 import struct
@@ -46,10 +47,12 @@ class Tracked(Memory):
         self.size_bytes = os.fstat(self.file).st_size
         self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         self._memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        self._ram = mmap.mmap(self.file, self.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
 
     def close(self) -> None:
         """Close what of the process is held open."""
         super().close()
+        self._ram.close()
         os.close(self.file)
 
     def clear(self) -> None:
@@ -62,8 +65,12 @@ class Tracked(Memory):
         size = sum(run.length for run in runs) * PAGE_BYTES
         if len(buffer) < size:
             buffer.extend(bytes(size - len(buffer)))
-        with memoryview(buffer) as view:
-            self._copy(runs, view[:size])
+        at = 0
+        with memoryview(buffer) as view, memoryview(self._ram) as ram:
+            for run in runs:
+                start, length = run.page * PAGE_BYTES, run.length * PAGE_BYTES
+                view[at : at + length] = ram[start : start + length]
+                at += length
         return Kept(buffer, runs, size)
 
     def dirty(self) -> list[Run]:

@@ -242,7 +242,7 @@ def main() -> int:
     sys.argv[1:] = rest
     options = arguments(rounds=8)
     with (
-        vm_slots(1 if own.no_libvirt else 2),
+        vm_slots(),
         tempfile.TemporaryDirectory(prefix="checkpoint-") as name,
         running_host(Path(name), "bench-checkpoint") as host,
         asyncio.Runner() as runner,

@@ -15,8 +15,6 @@ from supercloud.model.sizes import format_size
 HEADER = ("NAME", "SIZE", "FORMAT", "STATE", "PROVIDER/HOST", "USED BY", "STORED", "SNAPSHOTS")
 KIND = named.Kind("volumes", "volume")
 REPLICAS = "REPLICAS"
-LOOK_AGAIN_S = 0.1
-DELETED_MAX_S = 120.0
 
 
 def run(arguments: argparse.Namespace) -> None:

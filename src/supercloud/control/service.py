@@ -71,7 +71,7 @@ class Service:
         may(spec.name)
         offers, marks = await self._offers(spec), await self._marks(spec)
         before = await self._plane.state.ucloud(spec.name)
-        taken, kept = await self._taken(spec.name), await self._kept(spec.name, before)
+        taken, kept = await self._taken(spec.name), await self._kept(spec.name, before, offers)
         decision = _decided(asked, spec, offers, before, taken, marks, kept)
         return plan(decision, before, offers, kept.volumes, kept.store)
 
@@ -84,7 +84,7 @@ class Service:
             for _ in range(TRIES):
                 before = await self._plane.state.ucloud(spec.name)
                 taken = await self._taken(spec.name)
-                kept = await self._kept(spec.name, before)
+                kept = await self._kept(spec.name, before, offers)
                 decision = _decided(asked, spec, offers, before, taken, marks, kept)
                 try:
                     document = await self._store(decision, before, asked)
@@ -123,8 +123,8 @@ class Service:
         self._look(ucloud_key(name), 0.0)
         return await self.ucloud(name)
 
-    async def _kept(self, name: str, before: UCloudDocument | None) -> Kept:
-        volumes = await self.volumes.kept(name, before)
+    async def _kept(self, name: str, before: UCloudDocument | None, offers: list[Offer]) -> Kept:
+        volumes = await self.volumes.kept(name, before, offers)
         return Kept(volumes, await self.buckets.kept(name, before))
 
     async def _parsed(self, asked: Manifest) -> UCloud:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from supercloud.model.errors import Invalid, NoResources
+from supercloud.model.errors import BadState, Invalid, NoResources, Temporary
 from support.control import World, environment, manifest_of
 
 VOLUME = {"name": "data", "size": "64MiB", "replicas": 2}
@@ -67,8 +67,6 @@ def all_in_sync(volume):
 
 async def write(world, word):
     """As its user: what is not answered is tried again."""
-    from supercloud.model.errors import BadState, Temporary
-
     async with asyncio.timeout(15):
         while True:
             try:
@@ -173,6 +171,20 @@ async def test_a_host_that_was_merely_cut_off_answers_nothing_after_its_lease(wo
     old.come_back()
     await until(world, all_in_sync, "the old one is there again")
     assert "new" in old.volumes.volumes["data"].words
+
+
+async def test_up_finds_it_elsewhere_when_its_host_was_lost_meanwhile(world):
+    await up(world)
+    await until(world, all_in_sync, "it is in sync")
+    await write(world, "one")
+    await world.app.service.down("test")
+    await world.gone()
+    volume = await document(world)
+    cloud(world, volume.provider).kill()
+    other = volume.others[0].host
+    await up(world, ready=False)
+    await until(world, lambda v: v.host == other and v.state == "attached", "it is elsewhere")
+    assert words((await clouds(world))[other], other) == ["one"]
 
 
 async def test_it_goes_from_all_hosts_when_it_is_deleted(world):

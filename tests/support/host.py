@@ -30,6 +30,7 @@ from supercloud.wire.checkpoints import (
 )
 from supercloud.wire.host import HOST, HostInfo, PlatformList, PlatformSpec, PlatformStatus
 from supercloud.wire.messages import ByName, Certificate, CsrResult, Empty, handlers
+from supercloud.wire.mirrors import MirrorStatus, VolumeFence, VolumeLease, VolumeRejoin
 from supercloud.wire.objects import (
     ObjectsApply,
     ObjectsCredentials,
@@ -218,7 +219,19 @@ def volume_calls(volumes: FakeVolumes, host: str) -> dict[str, Any]:
         return await volumes.open(host, asked)
 
     async def served(_call: Call, asked: VolumeServe) -> VolumeStatus:
-        return await volumes.serve(host, asked.name, asked.epoch)
+        return await volumes.serve(
+            host, asked.name, asked.epoch, mirror=asked.mirror, shared=asked.shared
+        )
+
+    async def leased(_call: Call, asked: VolumeLease) -> MirrorStatus:
+        return await volumes.lease(host, asked)
+
+    async def rejoined(_call: Call, asked: VolumeRejoin) -> MirrorStatus:
+        return await volumes.rejoin(host, asked)
+
+    async def fenced(_call: Call, asked: VolumeFence) -> Empty:
+        await volumes.fence(host, asked)
+        return Empty()
 
     async def attached(_call: Call, asked: VolumeAttach) -> VolumeStatus:
         return await volumes.attach(host, asked.name, asked.platform)
@@ -250,6 +263,7 @@ def volume_calls(volumes: FakeVolumes, host: str) -> dict[str, Any]:
         "volume.open": opened, "volume.serve": served, "volume.attach": attached,
         "volume.detach": detached, "volume.close": closed, "volume.delete": deleted,
         "volume.change": changed, "volume.list": listed,
+        "volume.lease": leased, "volume.rejoin": rejoined, "volume.fence": fenced,
         **{f"volume.{what}": of_snapshot(what) for what in ("snapshot", "revert", "forget")},
     }  # fmt: skip
 

@@ -5,7 +5,7 @@ choice. What is refused is what a volume that there is already cannot become: sm
 format, on another host; and volumes where no provider has any.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from supercloud.control.documents import ReplicaWish, VolumeWish
@@ -62,6 +62,25 @@ def homes_of(
             home = VolumeWish(spec=volume, provider=entries[provider], host=host, others=others)
             homes[volume.name] = home
     return homes
+
+
+def at_home(wish: VolumeWish, place: HostKey) -> VolumeWish:
+    """The same volume, used at another of its hosts."""
+    before = ReplicaWish(provider=wish.provider, host=wish.host)
+    for other in wish.others:
+        if (other.provider.name, other.host) == place:
+            others = [before if item is other else item for item in wish.others]
+            return replace(wish, provider=other.provider, host=other.host, others=others)
+    return wish
+
+
+def reached_home(wish: VolumeWish, whole: Iterable[HostKey], offers: Sequence[Offer]) -> VolumeWish:
+    """The same volume, used where it is ``whole`` if its own host is not offered now."""
+    offered = {(offer.provider.name, host.name) for offer in offers for host in offer.hosts}
+    if not wish.others or (wish.provider.name, wish.host) in offered:
+        return wish
+    places = sorted(set(whole) & offered)
+    return at_home(wish, places[0]) if places else wish
 
 
 def others_of(volume: Volume, home: HostKey, offers: Sequence[Offer]) -> list[ReplicaWish]:

@@ -80,7 +80,7 @@ class Service:
         may(spec.name)
         offers, marks = await self._offers(spec), await self._marks(spec)
         before = await self._plane.state.ucloud(spec.name)
-        taken, kept = await self._taken(spec.name), await self._kept(spec.name, before)
+        taken, kept = await self._taken(spec.name), await self._kept(spec.name, before, offers)
         decision = _decided(asked, spec, offers, before, taken, marks, kept)
         return _planned(decision, before, offers, kept)
 
@@ -93,7 +93,7 @@ class Service:
             for _ in range(TRIES):
                 before = await self._plane.state.ucloud(spec.name)
                 taken = await self._taken(spec.name)
-                kept = await self._kept(spec.name, before)
+                kept = await self._kept(spec.name, before, offers)
                 decision = _decided(asked, spec, offers, before, taken, marks, kept)
                 try:
                     document = await self._store(decision, before, asked)
@@ -133,10 +133,10 @@ class Service:
         self._look(ucloud_key(name), 0.0)
         return await self.ucloud(name)
 
-    async def _kept(self, name: str, before: UCloudDocument | None) -> Kept:
+    async def _kept(self, name: str, before: UCloudDocument | None, offers: list[Offer]) -> Kept:
         platforms = await self._plane.state.platforms(name)
         return Kept(
-            volumes=await self.volumes.kept(name, before),
+            volumes=await self.volumes.kept(name, before, offers),
             store=await self.buckets.kept(name, before),
             checkpoints=await self.checkpoints.kept(name),
             engines={(p.wish.provider.name, p.wish.host): p.engines for p in platforms},
@@ -146,7 +146,7 @@ class Service:
         """The decision for what there is, with some EEs at other providers."""
         asked = Manifest(manifest=before.manifest, file=before.file, directory=before.directory)
         offers = await self._offers(before.spec)
-        taken, kept = await self._taken(before.name), await self._kept(before.name, before)
+        taken, kept = await self._taken(before.name), await self._kept(before.name, before, offers)
         return _decided(asked, before.spec, offers, before, taken, before.marks, kept, moves)
 
     async def _parsed(self, asked: Manifest) -> UCloud:

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 
 from supercloud.control import seals, views
 from supercloud.control.controllers.access import rewrap, wrapped_in
 from supercloud.control.controllers.learning import waits
 from supercloud.control.controllers.plane import Plane
+from supercloud.control.controllers.record import whole_at
 from supercloud.control.documents import (
     EnvironmentDocument,
     ReplicaWish,
@@ -16,6 +18,8 @@ from supercloud.control.documents import (
     VolumeWish,
     volume_key,
 )
+from supercloud.control.homes import reached_home
+from supercloud.control.offers import Offer
 from supercloud.model.errors import BadState, Busy, Denied, NotFound, Temporary, from_wire
 from supercloud.wire import api
 
@@ -58,8 +62,13 @@ class VolumeService:
         volumes = await self._plane.state.volumes(environment.ucloud)
         return views.mounted(environment, {item.name: item for item in volumes}, self._plane.seen)
 
-    async def kept(self, ucloud: str, before: UCloudDocument | None) -> dict[str, VolumeWish]:
-        """The volumes that there are, with their homes; one that is being deleted is none."""
+    async def kept(
+        self, ucloud: str, before: UCloudDocument | None, offers: Sequence[Offer]
+    ) -> dict[str, VolumeWish]:
+        """The volumes that there are, with their homes; one that is being deleted is none.
+
+        One that is kept on several hosts is at home at another, when its own is not offered.
+        """
         documents = await self._plane.state.volumes(ucloud)
         kept = {}
         if before is not None and not before.deleting:  # decided, and not written down yet
@@ -69,9 +78,8 @@ class VolumeService:
             if not item.deleting:
                 spec = item.given or item.spec
                 others = [ReplicaWish(provider=o.provider, host=o.host) for o in item.others]
-                kept[item.name] = VolumeWish(
-                    spec=spec, provider=item.provider, host=item.host, others=others
-                )
+                wish = VolumeWish(spec=spec, provider=item.provider, host=item.host, others=others)
+                kept[item.name] = reached_home(wish, whole_at(item), offers)
         return kept
 
     # -- changing

@@ -12,17 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from supercloud.control.controllers.plane import Plane
-from supercloud.control.controllers.record import Place, place_of
+from supercloud.control.controllers.record import Place, place_of, whole_at
 from supercloud.control.desire import Decision, decide
 from supercloud.control.documents import (
     PlatformDocument,
-    ReplicaWish,
     StoreWish,
     UCloudDocument,
     VolumeDocument,
-    VolumeWish,
     ucloud_key,
 )
+from supercloud.control.homes import at_home
 from supercloud.control.offers import Offer
 from supercloud.control.store import Conflict
 from supercloud.model.errors import NoResources, NotFound, SupercloudError, UserError
@@ -124,7 +123,7 @@ class FailoverController:
             buckets = [bucket.spec for bucket in store.buckets.values() if not bucket.deleting]
             kept_store = StoreWish(provider=store.provider, host=store.host, buckets=buckets)
         homes = {
-            name: _at(wish, moved[name]) if name in moved else wish
+            name: at_home(wish, moved[name]) if name in moved else wish
             for name, wish in document.volumes.items()
         }
         return decide(
@@ -163,7 +162,7 @@ def _moved(there: _There) -> dict[str, Place]:
     moved: dict[str, Place] = {}
     for item in there.document.spec.environments:
         used = [by_name[use.name] for use in item.volumes if use.name in by_name]
-        places = [_places(volume) & reached for volume in used]
+        places = [whole_at(volume) & reached for volume in used]
         if not used or not any(_home(there.document, volume) in away for volume in used):
             continue
         for place in sorted(set.intersection(*places)):
@@ -175,23 +174,6 @@ def _moved(there: _There) -> dict[str, Place]:
 def _home(document: UCloudDocument, volume: VolumeDocument) -> Place:
     wish = document.volumes.get(volume.name)
     return (wish.provider.name, wish.host) if wish else place_of(volume)
-
-
-def _places(volume: VolumeDocument) -> set[Place]:
-    """Where all that was answered is."""
-    return {place_of(replica) for replica in volume.replicas if replica.in_sync and replica.kept}
-
-
-def _at(wish: VolumeWish, place: Place) -> VolumeWish:
-    """The same volume, used at another of its hosts."""
-    before = ReplicaWish(provider=wish.provider, host=wish.host)
-    for other in wish.others:
-        if (other.provider.name, other.host) == place:
-            others = [before if item is other else item for item in wish.others]
-            return VolumeWish(
-                spec=wish.spec, provider=other.provider, host=other.host, others=others
-            )
-    return wish
 
 
 def _with_lost(there: _There) -> list[Offer]:

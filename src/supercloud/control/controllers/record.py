@@ -21,6 +21,11 @@ def place_of(replica: Replica) -> Place:
     return replica.provider.name, replica.host
 
 
+def whole_at(volume: VolumeDocument) -> set[Place]:
+    """Where all that was answered is, whatever else is lost."""
+    return {place_of(replica) for replica in volume.replicas if replica.in_sync and replica.kept}
+
+
 def other_of(volume: VolumeDocument, name: str) -> ReplicaDocument:
     """The replica of that name, which is not where the volume is used; KeyError."""
     for other in volume.others:

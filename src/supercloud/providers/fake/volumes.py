@@ -240,6 +240,8 @@ class FakeVolumes:
             if volume.platform != platform:
                 raise BadState(f"volume {name} is attached to {volume.platform}")
             return volume.status()
+        if volume.shared is not None:
+            raise BadState(f"volume {name} is used by {volume.shared.host}")
         step(VOLUME, volume.state, "attached")
         volume.slot = self._free_slot(platform)
         volume.platform = platform
@@ -263,7 +265,8 @@ class FakeVolumes:
         mirror = volume.mirror.closed() if volume.mirror is not None else None
         volume.mirror, volume.shared, volume.streamed = None, None, False
         self.save(volume)
-        return replace(status, mirror=mirror, seal=status.seal if volume.in_order else Seal())
+        seal = status.seal if volume.in_order else Seal()
+        return replace(status, mirror=mirror, shared=None, seal=seal)
 
     async def delete(self, host: str, name: str) -> None:
         """Likewise. Gone already is fine."""

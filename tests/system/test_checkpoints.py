@@ -154,7 +154,7 @@ def test_a_nested_machine_goes_back_with_its_memory(kept: Kept) -> None:
 
 def test_the_providers_disk_has_neither_what_was_in_memory_nor_names(kept: Kept) -> None:
     needles = [PATTERN.encode(), b"kept-in-memory", b"supercloud-checkpoints"]
-    files = [file for file in (kept.host.state / "disks").rglob("*") if file.is_file()]
+    files = [file for file in kept.host.state.glob("domains/disk/**/*") if file.is_file()]
     assert files
     for file in files:
         with file.open("rb") as content:

@@ -28,7 +28,8 @@ from supercloud.upper.platform.image.tools import ToolTree, default_cache
 HERE = Path(__file__).parent
 PORT = 8080
 NOBODY = "65534:65534"
-APPEND = "console=ttyS0 quiet panic=-1"
+# Its random numbers start from what it is given once it knows who it is: see vm-init.
+APPEND = "console=ttyS0 quiet panic=-1 random.trust_cpu=off random.trust_bootloader=off"
 WEB_APPLETS = [
     "sh",
     "cat",
@@ -51,6 +52,7 @@ VM_APPLETS = [
     "acpid",
     "cat",
     "cttyhack",
+    "date",
     "echo",
     "free",
     "hostname",
@@ -78,7 +80,7 @@ VM_APPLETS = [
     "uname",
     "wget",
 ]
-VM_MODULES = ("virtio_net", "virtio_blk", "button", "evdev")
+VM_MODULES = ("virtio_net", "virtio_blk", "virtio_rng", "button", "evdev")
 _CREATED = "2025-01-01T00:00:00Z"
 
 
@@ -156,6 +158,7 @@ def vm(busybox: trees.Node, linux: trees.Tree, tools: ToolTree, out: Path) -> No
     (out / "kernel").write_bytes(vmlinux(linux[f"boot/vmlinuz-{version}"].data, tools))
     (out / "initrd").write_bytes(trees.to_cpio(trees.with_parents(tree)))
     image = {"kind": "kernel", "kernel": "kernel", "initrd": "initrd", "append": APPEND}
+    image |= {"identity": True}
     (out / "image.json").write_bytes(text(image))
 
 

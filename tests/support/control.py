@@ -37,6 +37,9 @@ QUICK = Pace(
     lease_valid_s=0.5,
     rejoin_s=0.1,
     failover_s=0.2,
+    template_ask_s=0.01,
+    template_wait_s=0.05,
+    template_look_s=0.5,
 )
 CONVERGES_S = 20.0
 

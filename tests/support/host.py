@@ -19,6 +19,7 @@ from supercloud.providers.fake.checkpoints import FakeCheckpoints
 from supercloud.providers.fake.cloud import FakeCloud
 from supercloud.providers.fake.objects import FakeObjects
 from supercloud.providers.fake.options import Options
+from supercloud.providers.fake.templates import FakeTemplates
 from supercloud.providers.fake.volumes import FakeVolumes
 from supercloud.providers.lower_layer.provider import LowerLayerProvider, from_context
 from supercloud.trust import tls
@@ -28,8 +29,17 @@ from supercloud.wire.checkpoints import (
     CheckpointTake,
     CheckpointTaken,
 )
-from supercloud.wire.host import HOST, HostInfo, PlatformList, PlatformSpec, PlatformStatus
-from supercloud.wire.messages import ByName, Certificate, CsrResult, Empty, handlers
+from supercloud.wire.codec import encode
+from supercloud.wire.host import (
+    HOST,
+    HostInfo,
+    PlatformList,
+    PlatformSpec,
+    PlatformStatus,
+    TemplateSpec,
+    TemplateStatus,
+)
+from supercloud.wire.messages import Blob, ByName, Certificate, CsrResult, Empty, handlers
 from supercloud.wire.mirrors import MirrorStatus, VolumeFence, VolumeLease, VolumeRejoin
 from supercloud.wire.objects import (
     ObjectsApply,
@@ -76,6 +86,7 @@ class LoopbackHost:
         }  # fmt: skip
         self.calls["tunnel.apply"] = self._tunnels
         self.tunnels: list[TunnelApply] = []
+        self.calls |= template_calls(self.cloud.templates, "loop-0")
         self.calls |= volume_calls(self.cloud.volumes, "loop-0")
         self.calls |= object_calls(self.cloud.objects, "loop-0")
         self.calls |= checkpoint_calls(self.cloud.checkpoints, "loop-0")
@@ -147,7 +158,7 @@ class LoopbackHost:
                 disk_bytes=host.disk_total_bytes, vms=self.cloud.options.platforms,
             ),
             used=used,
-            features={"volumes": "", "objects": "", "tunnel": "", "checkpoints": ""},
+            features=dict.fromkeys(("volumes", "objects", "tunnel", "checkpoints", "templates"), ""),
         )  # fmt: skip
 
     async def _request(self, _call: Call, _params: Empty) -> CsrResult:
@@ -210,6 +221,19 @@ class LoopbackHost:
             self.rendezvous.agent(name, ours)
             await dial(agent, theirs)
             await asyncio.sleep(0.02)
+
+
+def template_calls(templates: FakeTemplates, host: str) -> dict[str, Any]:
+    """The pretended templates' methods as those of the wire."""
+
+    async def prepare(_call: Call, asked: TemplateSpec) -> TemplateStatus:
+        return await templates.prepare(host, asked)
+
+    async def offer(call: Call, blob: Blob) -> Empty:
+        await templates.offer(host, blob, call.accept(encode(Empty())).chunks())
+        return Empty()
+
+    return {"template.prepare": prepare, "template.blob": offer}
 
 
 def volume_calls(volumes: FakeVolumes, host: str) -> dict[str, Any]:

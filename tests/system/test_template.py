@@ -5,16 +5,25 @@ import contextlib
 import hashlib
 import mmap
 import os
+import re
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from supercloud.control import bootdata
+from supercloud.control.convert import in_process, pack_in_process
+from supercloud.control.images import Images
+from supercloud.model.resources import Environment
 from supercloud.providers.lower_layer.rendezvous import Rendezvous
+from supercloud.wire.codec import encode
+from supercloud.wire.content import blobs_of, can_be_prepared, without_secrets
+from supercloud.wire.messages import Apply, EnvironmentSpec, Nic, PortMap, Process
+from supercloud.wire.peer import Stream
 from support.inside import inside, with_shell
 from support.link import Link
 from support.lower import ControlPlane, RunningHost, pids_of_session, running_host
@@ -24,7 +33,8 @@ pytestmark = [pytest.mark.vm, pytest.mark.root]
 USER = "quagga-zebra"
 MIB, GIB = 1 << 20, 1 << 30
 SHAPE = {"memory_bytes": 768 * MIB, "scratch_bytes": GIB, "cpus": 1}
-MADE_S = 150.0
+MADE_S = 180.0
+SECRET = "c3-not-in-a-template"
 _KEY = b"-----BEGIN PRIVATE KEY-----\nM"
 SAMPLE = """
 echo =urandom $(head -c 32 /dev/urandom | sha256sum)
@@ -222,6 +232,104 @@ async def test_two_clones_share_nothing_that_must_differ_and_each_has_a_certific
         while at >= 0:
             assert memory[at : at + 90] in public, "a private key that is not of the image"
             at = memory.find(_KEY, at + 1)
+    await cloud.delete("one", "two")
+
+
+class Guest:
+    """A VM's shell on its console."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream, self._said = stream, ""
+
+    async def ask(self, command: str) -> str:
+        """One line that the command prints."""
+        mark = os.urandom(4).hex()
+        await self._stream.write(f"echo ={mark} $({command}) {mark}=\n".encode())
+        wanted = re.compile(rf"^={mark} (.*) {mark}=", re.MULTILINE)
+        async with asyncio.timeout(90):
+            while not (found := wanted.search(self._said.replace("\r", ""))):
+                data = await self._stream.read()
+                assert data is not None
+                self._said += data.decode(errors="replace") if isinstance(data, bytes) else ""
+        return found[1]
+
+
+def examples(images: Path, work: Path) -> list[EnvironmentSpec]:
+    """The two examples as a control plane has them ready, and the blobs of both below ``work``."""
+    made = Images(work, partial(in_process, cache=work / "oci"), pack_in_process)
+    found = []
+    for number, (name, kind, image) in enumerate(
+        (("web", "container", f"oci:{images}/web"), ("machine", "vm", f"{images}/vm")), 2
+    ):
+        wish = Environment(name=name, kind=kind, image=image)
+        ref = asyncio.run(made.prepare(wish, "", lambda _: None))
+        nic = Nic(
+            network="default", address=f"10.64.0.{number}/24", gateway="10.64.0.1",
+            mac=f"02:64:00:00:00:0{number}",
+        )  # fmt: skip
+        found.append(EnvironmentSpec(
+            name=name, uid=f"e-{name}", kind=kind, image=ref, nics=[nic], memory_bytes=96 * MIB,
+            ports=[PortMap(port=8080)], process=Process(env={"SECRET": SECRET}),
+        ))  # fmt: skip
+    return found
+
+
+async def prepare_with(cloud: Cloud, specs: list[EnvironmentSpec], work: Path) -> dict[str, Any]:
+    """A template that has them ready, as the control plane would have it made."""
+    assert all(can_be_prepared(spec) for spec in specs)
+    more = {"environments": encode([without_secrets(spec) for spec in specs])}
+    missing = (await cloud.prepare(**more))["missing"]
+    blobs = blobs_of(specs)
+    assert sorted(missing) == sorted(blobs)
+    async with cloud.plane.connected() as connection:
+        for digest, blob in blobs.items():
+            async with connection.peer.open("template.blob", encode(blob)) as stream:
+                place = work / "blobs" / "sha256" / digest.removeprefix("sha256:")
+                await stream.write(place.read_bytes())
+                stream.end()
+                assert await stream.read() is None
+    return await cloud.template(**more)
+
+
+async def serving(cloud: Cloud, platform: str, names: set[str]) -> None:
+    """Until the platform runs these, and nothing else any more."""
+    async with asyncio.timeout(120):
+        while True:
+            report = await cloud.link.hub.sessions[platform].list()
+            if {each.name: each.state for each in report.environments} == dict.fromkeys(names, "serving"):  # fmt: skip
+                return
+            await asyncio.sleep(0.2)
+
+
+async def test_environments_that_are_ready_in_a_template_go_on_as_others_in_each_clone(
+    host: RunningHost, cloud: Cloud, example_images: Path, tmp_path: Path
+) -> None:
+    specs = await asyncio.to_thread(examples, example_images, tmp_path / "cache")
+    found = await prepare_with(cloud, specs, tmp_path / "cache")
+    assert found["state"] == "ready", found
+    await asyncio.gather(cloud.create("one"), cloud.create("two"))
+    async with rendezvous(cloud):
+        await cloud.connected("one", "two")
+        # no blob can be pulled: whatever runs was ready
+        wanted = {"one": specs, "two": specs[1:]}
+        for platform, there in wanted.items():
+            await cloud.link.hub.sessions[platform].apply(Apply(generation=1, environments=there))
+        for platform, there in wanted.items():
+            await serving(cloud, platform, {spec.name for spec in there})
+        said = []
+        for platform in wanted:
+            async with cloud.link.hub.sessions[platform].console("machine") as stream:
+                guest = Guest(stream)
+                said.append(await guest.ask("cat /proc/sys/kernel/random/uuid"))
+                said.append(await guest.ask("cat /proc/sys/kernel/random/boot_id"))
+                assert abs(int(await guest.ask("date +%s")) - time.time()) < 5
+        assert len(set(said)) == 4, said  # the guests' generators have nothing in common
+        left = await inside(cloud.plane, "two", "echo =left $(ls /run/supercloud/ee)\n")
+        assert sampled(left) == {"left": "e-machine"}
+    ram = template_file(host, SHAPE["memory_bytes"])
+    with ram.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
+        assert memory.find(b"e-machine") > 0
+        assert memory.find(SECRET.encode()) < 0
     await cloud.delete("one", "two")
 
 

@@ -129,7 +129,10 @@ def test_image_json_names_the_files_beside_it_only(tmp_path):
     (tmp_path / "i").write_bytes(b"")
     described = tmp_path / "image.json"
     described.write_text(json.dumps({"kernel": "k", "initrd": "i", "append": "quiet"}))
-    assert kernel_files(tmp_path) == {"kernel": "k", "initrd": "i", "append": "quiet"}
+    named = {"kernel": "k", "initrd": "i", "append": "quiet"}
+    assert kernel_files(tmp_path) == named | {"identity": ""}
+    described.write_text(json.dumps(named | {"identity": True}))
+    assert kernel_files(tmp_path) == named | {"identity": "yes"}
     for bad in (
         {"kernel": "../k"},
         {"kernel": "/etc/passwd"},

@@ -20,6 +20,7 @@ from supercloud.lower.vmm.machine import Descriptors, Machine, command_line
 from supercloud.lower.vmm.template import Inputs, key_of, load, machine_of, save
 from supercloud.model.capability import Limits
 from supercloud.model.errors import Busy, Exists, NoResources, NotFound
+from supercloud.wire.messages import Blob, EnvironmentSpec, ImageRef
 from supercloud.wire.portal import Closed
 from supercloud.wire.quota import Quota
 
@@ -31,6 +32,7 @@ INPUTS = Inputs(
 CHANGES = {
     "image": "sha256:" + "3" * 64, "runtime_sha256": "4" * 64, "kernel": "6.19",
     "accelerator": "kvm", "cpus": 2, "memory_bytes": 512 * MIB, "scratch_bytes": 513 * MIB,
+    "content": "5" * 64,
 }  # fmt: skip
 FACTS = {
     "runtime_sha256": INPUTS.runtime_sha256, "kernel": INPUTS.kernel,
@@ -280,7 +282,7 @@ async def test_a_made_template_is_found_and_only_its_memory_stays_booked(world: 
     assert world.core.held() == found.booked_bytes == INPUTS.memory_bytes + 4096
     assert world.core.domains() == 0
     for name, value in CHANGES.items():
-        assert world.templates.find(dataclasses.replace(INPUTS, **{name: value})) is None
+        assert world.templates.exact(dataclasses.replace(INPUTS, **{name: value})) is None
 
 
 async def test_a_restarted_domain_takes_up_what_is_whole_and_gives_back_the_rest(
@@ -392,6 +394,43 @@ async def test_there_are_as_many_as_allowed_and_the_oldest_idle_one_goes(world: 
     for shape in shapes:
         await world.make(shape)
     assert [world.templates.state(shape)[0] for shape in shapes] == ["absent", "ready", "ready"]
+
+
+async def test_a_platform_starts_from_the_newest_of_its_shape_whatever_is_ready_in_it(
+    world: World,
+) -> None:
+    other = dataclasses.replace(INPUTS, content="6" * 64)
+    key = await world.make()
+    world.used = {key}
+    await world.make(other)
+    found = world.templates.find(INPUTS)
+    assert found is not None
+    assert found.key == key_of(other)
+    assert world.templates.find(dataclasses.replace(INPUTS, cpus=2)) is None
+    world.templates.distrust(key_of(other), "it did not come to life")
+    left = world.templates.find(INPUTS)
+    assert left is not None
+    assert left.key == key
+
+
+async def test_an_idle_one_of_the_same_shape_gives_way_to_what_is_to_be_ready_now(
+    world: World,
+) -> None:
+    await world.make()
+    await world.make(dataclasses.replace(INPUTS, content="6" * 64))
+    assert world.templates.state(INPUTS) == ("absent", "")
+    world.start()
+    assert world.templates.find(INPUTS) is not None  # after a restart too
+
+
+async def test_blobs_that_are_missing_are_named_before_anything_is_made(world: World) -> None:
+    blob = Blob(digest="sha256:" + "7" * 64, size_bytes=10)
+    image = ImageRef(format="erofs", blobs={"root": blob})
+    spec = EnvironmentSpec(name="web", uid="e1", kind="container", image=image)
+    wanted = dataclasses.replace(INPUTS, content="8" * 64)
+    assert world.templates.prepare(wanted, [spec]) == [blob.digest]
+    assert world.templates.state(wanted) == ("absent", "")
+    assert world.core.held() == 0
 
 
 async def test_none_gives_way_to_one_for_which_there_is_no_room_all_the_same(world: World) -> None:

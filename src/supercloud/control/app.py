@@ -17,10 +17,11 @@ from supercloud.control.controllers.failover import FailoverController
 from supercloud.control.controllers.plane import Pace, Plane
 from supercloud.control.controllers.platform import PlatformController
 from supercloud.control.controllers.store import StoreController
+from supercloud.control.controllers.template import TemplateController
 from supercloud.control.controllers.tunnels import TunnelController
 from supercloud.control.controllers.ucloud import UCloudController
 from supercloud.control.controllers.volume import VolumeController
-from supercloud.control.documents import Following, VolumeDocument, ucloud_key
+from supercloud.control.documents import TEMPLATES, Following, VolumeDocument, ucloud_key
 from supercloud.control.effects import Seam, SeamedStore
 from supercloud.control.events import EventLog
 from supercloud.control.images import Convert, Images
@@ -99,6 +100,7 @@ class ControlPlane:
         self._checkpoints = CheckpointController(self.plane)
         self._tunnels = TunnelController(self.plane)
         self._failover = FailoverController(self.plane, self.plane.deciding)
+        self._templates = TemplateController(self.plane)
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -186,6 +188,8 @@ class ControlPlane:
                 return await self._failover.reconcile(ucloud)
             if kind == "tunnels":
                 return await self._tunnels.reconcile(ucloud)
+            if kind == TEMPLATES:
+                return await self._templates.reconcile(ucloud)
             if kind == "seals":
                 return await self._volumes.sealing.poll(ucloud, name)
             return await self._environments.reconcile(ucloud, name)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from supercloud.control.controllers.plane import Plane
-from supercloud.control.documents import PlatformDocument
+from supercloud.control.documents import PlatformDocument, TemplateWish
 from supercloud.control.store import Store
 from supercloud.model.errors import SupercloudError
 from supercloud.model.resources import Provider as Entry
@@ -33,7 +33,22 @@ async def examine(plane: Plane, places: Sequence[Path]) -> list[Check]:
         )
         platforms = await plane.state.platforms(ucloud.name)
         checks += [_platform(plane, item) for item in platforms]
+    for templates in await plane.state.all_templates():
+        checks += [_template(templates.ucloud, wish) for wish in templates.wishes]
     return checks
+
+
+def _template(ucloud: str, wish: TemplateWish) -> Check:
+    """Without one, platforms boot: that is slower, and nothing lacks."""
+    ready = f" with {len(wish.environments)} environments" if wish.environments else ""
+    shape = f"{wish.cpus} cpus, {wish.memory_bytes >> 20} MiB{'' if wish.plain else ready}"
+    reason = f" ({wish.reason})" if wish.reason else ""
+    return Check(
+        name=f"template {ucloud}/{wish.host}",
+        ok=wish.state != "refused",
+        found=f"{wish.state or 'not asked for yet'}: {shape}{reason}",
+        fix="platforms boot instead; see the host's events for what it met",
+    )
 
 
 def _disk(path: Path) -> Check:

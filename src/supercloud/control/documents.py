@@ -3,9 +3,10 @@
 ``ucloud/U`` holds the wish and what was decided once for it (placement, addresses, port slots), in
 one row, so that a decision is taken whole or not at all. ``platform/U/P`` and ``environment/U/E``
 follow from it and hold how far each object is; so does ``volume/U/V``, which outlives its U-Cloud
-for as long as it has data, ``objects/U/objects``, its object store, and ``checkpoints/U/NAME``,
-what is kept of an EE or platform. A document is JSON; ``kind`` and the fields are stable names, and
-a field that was added later has a default.
+for as long as it has data, ``objects/U/objects``, its object store, ``checkpoints/U/NAME``, what is
+kept of an EE or platform, and ``templates/U/templates``, which outlives it for the next one's sake.
+A document is JSON; ``kind`` and the fields are stable names, and a field that was added later has a
+default.
 """
 
 import secrets
@@ -32,6 +33,7 @@ from supercloud.wire.objects import STORE, Position
 from supercloud.wire.volumes import Seal
 
 Document = TypeVar("Document")
+TEMPLATES = "templates"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -366,12 +368,42 @@ class CheckpointsDocument:
         return Head(sequence=self.kept[-1].sequence, root=self.kept[-1].root)
 
 
+@dataclass(slots=True, kw_only=True)
+class TemplateWish:
+    """A template that the U-Cloud's platforms are to start from: their shape, and where.
+
+    ``environments`` are to be ready in it, without their secrets; ``plain``: without them, since
+    the host could not make one with them. ``state`` is what its host said last (``absent``,
+    ``making``, ``ready``, ``refused``), or ``unsupported``.
+    """
+
+    provider: Provider
+    host: str
+    image: str
+    cpus: int
+    memory_bytes: int
+    scratch_bytes: int
+    environments: list[EnvironmentSpec] = field(default_factory=list)
+    plain: bool = False
+    state: str = ""
+    reason: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class TemplatesDocument:
+    """The templates of a U-Cloud, which are there for its next ``up`` too."""
+
+    ucloud: str
+    name: str = TEMPLATES
+    wishes: list[TemplateWish]
+
+
 Following = (
     PlatformDocument | EnvironmentDocument | VolumeDocument | StoreDocument | CheckpointsDocument
 )
 """What is of a U-Cloud, and may fail."""
 
-AnyDocument = UCloudDocument | Following
+AnyDocument = UCloudDocument | Following | TemplatesDocument
 
 KINDS: dict[type, str] = {
     UCloudDocument: "ucloud",
@@ -380,6 +412,7 @@ KINDS: dict[type, str] = {
     VolumeDocument: "volume",
     StoreDocument: "objects",
     CheckpointsDocument: "checkpoints",
+    TemplatesDocument: TEMPLATES,
 }
 _DECODERS: dict[type, msgspec.json.Decoder[Any]] = {cls: msgspec.json.Decoder(cls) for cls in KINDS}
 _ENCODER = msgspec.json.Encoder()
@@ -420,6 +453,11 @@ def store_key(ucloud: str) -> str:
 def checkpoints_key(ucloud: str, name: str) -> str:
     """The key of the checkpoints of an EE or platform."""
     return f"checkpoints/{ucloud}/{name}"
+
+
+def templates_key(ucloud: str) -> str:
+    """The key of a U-Cloud's templates."""
+    return f"{TEMPLATES}/{ucloud}/{TEMPLATES}"
 
 
 def dump(document: object) -> bytes:

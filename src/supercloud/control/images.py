@@ -118,11 +118,10 @@ class Images:
         if self._pack is not None:
             files = {role: directory / names[role] for role in ("kernel", "initrd")}
             blob = self._packed(files, self._pack, progress)
-            return ImageRef(format="kernel", blobs={"root": blob}, append=names["append"])
+            return _kernel_image({"root": blob}, names)
         kernel = self._add(directory / names["kernel"], lambda part: progress(part / 2))
         initrd = self._add(directory / names["initrd"], lambda part: progress(0.5 + part / 2))
-        blobs = {"kernel": kernel, "initrd": initrd}
-        return ImageRef(format="kernel", blobs=blobs, append=names["append"])
+        return _kernel_image({"kernel": kernel, "initrd": initrd}, names)
 
     def _packed(self, files: Mapping[str, Path], pack: Pack, progress: Progress) -> Blob:
         """The blob of the files in one erofs, made unless it was of these very files before."""
@@ -166,6 +165,11 @@ class Images:
         return f"sha256:{hasher.hexdigest()}"
 
 
+def _kernel_image(blobs: dict[str, Blob], names: Mapping[str, str]) -> ImageRef:
+    waits = bool(names["identity"])
+    return ImageRef(format="kernel", blobs=blobs, append=names["append"], identity=waits)
+
+
 def _identity(path: Path) -> str:
     """Of a file's content, as far as its status tells."""
     status = path.stat()
@@ -198,9 +202,10 @@ def mark_of(reference: str) -> str:
 def kernel_files(directory: Path) -> dict[str, str]:
     """``kernel`` and ``initrd`` (file names in ``directory``) and ``append`` of a VM's image.
 
-    From ``image.json`` if it is there, else the files of those names. Raises Invalid, NotFound.
+    From ``image.json`` if it is there, else the files of those names. ``identity`` is not empty
+    for one that waits to be told who it is. Raises Invalid, NotFound.
     """
-    names: dict[str, str] = {"kernel": "kernel", "initrd": "initrd", "append": ""}
+    names: dict[str, str] = {"kernel": "kernel", "initrd": "initrd", "append": "", "identity": ""}
     description = directory / "image.json"
     if description.exists():
         names |= _described(description)
@@ -214,12 +219,13 @@ def _described(path: Path) -> dict[str, str]:
     try:
         untrusted = json.loads(path.read_bytes()[: 64 << 10])
         found = {key: untrusted[key] for key in ("kernel", "initrd", "append") if key in untrusted}
-    except (ValueError, TypeError) as error:
+        found["identity"] = "yes" if untrusted.get("identity") is True else ""
+    except (ValueError, TypeError, AttributeError) as error:
         raise Invalid("is not a description of a VM's image", where=str(path)) from error
     for key, value in found.items():
         if not isinstance(value, str) or len(value) > MAX_APPEND_CHARS:
             raise Invalid(f"{key} is not a text", where=str(path))
-        if key != "append" and ("/" in value or value.startswith(".")):
+        if key in ("kernel", "initrd") and ("/" in value or value.startswith(".")):
             raise Invalid(f"{key} is not the name of a file beside it", where=str(path))
     return found
 

@@ -6,10 +6,12 @@ from typing import Any, TypeVar, cast
 from supercloud.control import documents
 from supercloud.control.documents import (
     KINDS,
+    TEMPLATES,
     CheckpointsDocument,
     EnvironmentDocument,
     PlatformDocument,
     StoreDocument,
+    TemplatesDocument,
     UCloudDocument,
     VolumeDocument,
     checkpoints_key,
@@ -19,6 +21,7 @@ from supercloud.control.documents import (
     load,
     platform_key,
     store_key,
+    templates_key,
     ucloud_key,
     volume_key,
 )
@@ -33,6 +36,7 @@ AnyDocument = TypeVar(
     VolumeDocument,
     StoreDocument,
     CheckpointsDocument,
+    TemplatesDocument,
 )
 
 
@@ -70,6 +74,14 @@ class State:
     async def store_documents(self) -> list[StoreDocument]:
         """Those of all U-Clouds."""
         return await self._list(StoreDocument, "objects/")
+
+    async def templates(self, ucloud: str) -> TemplatesDocument | None:
+        """The templates of a U-Cloud, or None."""
+        return await self._get(TemplatesDocument, templates_key(ucloud))
+
+    async def all_templates(self) -> list[TemplatesDocument]:
+        """Those of all U-Clouds."""
+        return await self._list(TemplatesDocument, f"{TEMPLATES}/")
 
     async def uclouds(self) -> list[UCloudDocument]:
         """All U-Clouds, by name."""

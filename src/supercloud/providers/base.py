@@ -7,7 +7,7 @@ any crash. Failures are ``UserError`` (with its reason), ``Temporary`` (try agai
 """
 
 from asyncio import StreamReader, StreamWriter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,6 +20,8 @@ from supercloud.wire.checkpoints import (
     CheckpointTaken,
     RestoreFrom,
 )
+from supercloud.wire.host import TemplateSpec, TemplateStatus
+from supercloud.wire.messages import Blob
 from supercloud.wire.mirrors import (
     Mirror,
     MirrorStatus,
@@ -43,7 +45,7 @@ Accept = Callable[[StreamReader, StreamWriter], Awaitable[None]]
 
 FEATURES = (
     "platforms", "console", "rendezvous", "ports", "kvm", "volumes", "objects", "tunnel",
-    "checkpoints",
+    "checkpoints", "templates",
 )  # fmt: skip
 """Every provider says of each of these "" (it has it) or the reason why not."""
 
@@ -241,12 +243,31 @@ class Checkpoints(Protocol):
         ...
 
 
+class Templates(Protocol):
+    """What one U-Cloud's platforms at one provider start from, instead of booting."""
+
+    async def prepare(self, host: str, asked: TemplateSpec) -> TemplateStatus:
+        """Begin to make one, or see how far it is. NotFound where there are none; Invalid.
+
+        ``missing`` blobs are to be offered first.
+        """
+        ...
+
+    async def offer(self, host: str, blob: Blob, content: AsyncIterator[bytes]) -> None:
+        """Send a blob of an environment that is to be ready in one. Busy, Invalid."""
+        ...
+
+
 class Provider(Protocol):
     """One U-Cloud's access to one provider."""
 
     @property
     def checkpoints(self) -> Checkpoints | None:
         """None where none are taken or removed; ``features`` says why."""
+
+    @property
+    def templates(self) -> Templates | None:
+        """None where every platform boots; ``features`` says why."""
 
     @property
     def objects(self) -> Objects | None:

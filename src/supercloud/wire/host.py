@@ -14,7 +14,8 @@ from supercloud.wire.checkpoints import (
     RestoreFrom,
 )
 from supercloud.wire.codec import Limit, Name, Sha256
-from supercloud.wire.messages import Base64, ByName, Certificate, CsrResult, Empty, Method
+from supercloud.wire.content import Environments
+from supercloud.wire.messages import Base64, Blob, ByName, Certificate, CsrResult, Empty, Method
 from supercloud.wire.mirrors import MirrorStatus, VolumeFence, VolumeLease, VolumeRejoin
 from supercloud.wire.objects import (
     ObjectsApply,
@@ -103,18 +104,22 @@ class PlatformStatus:
 class TemplateSpec:
     """Platforms of this shape are to start from memory, as soon as that can be had.
 
-    An older host has no such method (NotFound), and its platforms boot.
+    An older host has no such method (NotFound), and its platforms boot. ``environments`` (see
+    ``wire.content``) are to be ready in it; an older host does not look at them.
     """
 
     image: Sha256
     cpus: Annotated[int, Limit(ge=1, le=64)] = 1
     memory_bytes: Annotated[int, Limit(ge=128 << 20, le=1 << 42)] = 1 << 30
     scratch_bytes: Bytes = 4 << 30
+    environments: Environments = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemplateStatus:
     """``state`` is absent (with what it lacked), making, ready or refused (with the reason).
+
+    ``missing`` are digests of blobs that are to be sent before it can be made.
 
     ``ram_sha256`` and ``state_sha256`` are the host core's measurements of a ready one, and
     ``booked_bytes`` what it takes of the quota, unless a platform needs the room.
@@ -125,6 +130,7 @@ class TemplateStatus:
     booked_bytes: Bytes = 0
     ram_sha256: str = ""
     state_sha256: str = ""
+    missing: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +162,7 @@ HOST = {
             TemplateStatus,
             doc="begin to make a template, or see how far it is; ask again",
         ),
+        Method("template.blob", Blob, Empty, stream=True, doc="of an environment; its bytes come"),
         Method("platform.console", ByName, Empty, stream=True, doc="its serial console"),
         Method("rendezvous.accept", Empty, ByName, doc="park; then raw: one agent's connection"),
         Method("events.watch", Empty, Empty, stream=True, doc="events as JSON lines"),

@@ -114,13 +114,15 @@ class ImageRef:
     """What an EE runs from. ``erofs`` for containers; ``disk`` (qcow2|raw) or ``kernel`` for VMs.
 
     ``blobs`` maps role -> blob: erofs: {root}; qcow2, raw: {disk}; kernel: {kernel, initrd}, or
-    {root}, an erofs file with files of these names.
+    {root}, an erofs file with files of these names. ``identity``: the guest waits at the port
+    ``supercloud.identity``, before it has any random numbers of its own, to be told who it is.
     """
 
     format: Literal["erofs", "qcow2", "raw", "kernel"]
     blobs: dict[str, Blob]
     process: Process = field(default_factory=Process)  # the image's own defaults
     append: Text = ""  # kernel command line
+    identity: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

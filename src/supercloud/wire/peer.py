@@ -32,6 +32,7 @@ HEADER = struct.Struct(">IBI")
 MAX_JSON_BYTES = 4 << 20
 MAX_DATA_BYTES = 256 << 10
 WINDOW_BYTES = 2 << 20
+SMALL_BYTES = 8 << 10
 MAX_OPEN_CALLS = 1024
 IDLE_PING_S = 10.0
 DEAD_AFTER_S = 35.0
@@ -412,8 +413,13 @@ class Peer:
     # -- sending
 
     def _send(self, kind: int, call_id: int, payload: bytes | memoryview) -> None:
-        if not self.writer.is_closing():
-            self.writer.write(HEADER.pack(len(payload), kind, call_id))
+        if self.writer.is_closing():
+            return
+        header = HEADER.pack(len(payload), kind, call_id)
+        if len(payload) <= SMALL_BYTES:  # one TLS record, and one segment
+            self.writer.write(b"".join((header, payload)))
+        else:
+            self.writer.write(header)
             self.writer.write(payload)
 
     def _send_json(self, kind: int, call_id: int, message: Any) -> None:

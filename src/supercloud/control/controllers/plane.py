@@ -46,6 +46,9 @@ class Pace:
     recreate_longest_s: float = 60.0
     checkpoint_retry_s: float = 5.0
     collect_s: float = 20.0
+    template_ask_s: float = 2.0
+    template_wait_s: float = 10.0
+    template_look_s: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterable, Sequence
 
+from supercloud.control.controllers import template
 from supercloud.control.controllers.failover import failover_key
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.controllers.platform import tag_of
@@ -281,6 +282,8 @@ class UCloudController:
                 fresh.state = observed(UCLOUD, fresh.state, state)
 
         changed = await self._plane.state.change(document, moved)
+        if changed.state == "ready":
+            await template.note(self._plane, changed)
         if changed.state != document.state:
             severity: Severity = "warning" if changed.state == "degraded" else "info"
             code, generation = f"ucloud.{changed.state}", changed.generation
@@ -316,6 +319,9 @@ class UCloudController:
         if fresh is None or not fresh.deleting:
             return False
         await self._plane.state.remove(fresh)
+        templates = await self._plane.state.templates(document.name)
+        if templates is not None and fresh.drop_volumes:
+            await self._plane.state.remove(templates)
         return True
 
     # -- orphans

@@ -8,6 +8,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
+import dataclasses
 import logging
 import os
 import socket
@@ -36,7 +37,10 @@ from supercloud.model.errors import (
 )
 from supercloud.model.events import Severity
 from supercloud.model.states import MACHINE
+from supercloud.wire.content import digest_of
 from supercloud.wire.host import PlatformSpec, PlatformStatus, TemplateSpec, TemplateStatus
+from supercloud.wire.messages import Blob
+from supercloud.wire.peer import Stream
 from supercloud.wire.places import OBJECTS_LINK_PORT
 from supercloud.wire.quota import Quota
 
@@ -231,16 +235,21 @@ class Platforms:
     def prepare(self, spec: TemplateSpec) -> TemplateStatus:
         """Begin to make a template, or see how far it is. NotFound: no such image here."""
         self._check_image(spec.image)
-        inputs = self._inputs(spec)
-        self._templates.prepare(inputs)
+        content = digest_of(spec.environments)
+        inputs = dataclasses.replace(self._inputs(spec), content=content)
+        missing = self._templates.prepare(inputs, spec.environments)
         state, reason = self._templates.state(inputs)
-        found = self._templates.find(inputs)
+        found = self._templates.exact(inputs)
         if found is None:
-            return TemplateStatus(state=state, reason=reason)
+            return TemplateStatus(state=state, reason=reason, missing=missing)
         return TemplateStatus(
             state=state, booked_bytes=found.booked_bytes,
             ram_sha256=found.ram_sha256, state_sha256=found.state_sha256,
         )  # fmt: skip
+
+    async def take_blob(self, blob: Blob, stream: Stream) -> None:
+        """A blob of an environment that a template is to have ready. Busy, Invalid."""
+        await self._templates.contents.take(blob, stream)
 
     def _inputs(self, spec: PlatformSpec | TemplateSpec) -> Inputs:
         return self._templates.inputs(spec.image, spec.cpus, spec.memory_bytes, spec.scratch_bytes)
@@ -250,7 +259,9 @@ class Platforms:
         await asyncio.sleep(TEMPLATE_DELAY_S)
         record.awaits_template = False
         if self._records.by_name.get(record.spec.name) is record and record.state == "running":
-            self._templates.prepare(self._inputs(record.spec))
+            inputs = self._inputs(record.spec)
+            if self._templates.find(inputs) is None:
+                self._templates.prepare(inputs)
 
     # -- delete
 

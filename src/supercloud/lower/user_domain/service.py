@@ -29,6 +29,7 @@ from supercloud.wire.host import (
 )
 from supercloud.wire.messages import (
     PROTOCOL,
+    Blob,
     ByName,
     Certificate,
     CsrResult,
@@ -79,6 +80,7 @@ class Service:
                 "platform.list": self.platform_list,
                 "platform.delete": self.platform_delete,
                 "template.prepare": self.template_prepare,
+                "template.blob": self.template_blob,
                 "platform.console": self.platform_console,
                 "rendezvous.accept": self.rendezvous_accept,
                 "events.watch": self.events_watch,
@@ -168,6 +170,7 @@ class Service:
                 "objects": "",
                 "checkpoints": "",
                 "tunnel": "",
+                "templates": "",
                 "kvm": "" if facts["accelerator"] == "kvm" else kvm,
                 "attestation": "not implemented: the domain's key is trusted at first use",
             },
@@ -200,6 +203,11 @@ class Service:
     async def template_prepare(self, _call: Call, spec: TemplateSpec) -> TemplateStatus:
         """Have a template for platforms like that."""
         return self._platforms.prepare(spec)
+
+    async def template_blob(self, call: Call, blob: Blob) -> Empty:
+        """A blob that a template is to have ready."""
+        await self._platforms.take_blob(blob, call.accept(encode(Empty())))
+        return Empty()
 
     async def platform_console(self, call: Call, named: ByName) -> Empty:
         """Its serial console, both ways."""

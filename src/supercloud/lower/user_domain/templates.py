@@ -17,20 +17,23 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, BinaryIO, Final
 
 from supercloud.lower import quota as quotas
 from supercloud.lower.client import SCHEDULING
 from supercloud.lower.names import domain_name
 from supercloud.lower.user_domain import parts
+from supercloud.lower.user_domain.contents import Contents
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.hub import Hub
 from supercloud.lower.vmm.template import MAX_STATE_BYTES, Inputs, key_of, machine_of
 from supercloud.model.capability import SELF
 from supercloud.model.errors import NoResources, NotFound, Permanent, SupercloudError, Temporary
 from supercloud.wire.codec import encode
+from supercloud.wire.content import lay_out
+from supercloud.wire.messages import EnvironmentSpec
 
 MAX_TEMPLATES: Final = 2
 MAKING_TIMEOUT_S: Final = 180.0
@@ -84,6 +87,7 @@ class Templates:
         self._hub, self._core, self._user, self._feed = hub, hub.core, user, feed
         self._facts, self._directory = facts, directory
         self.used: Callable[[], set[str]] = set
+        self.contents = Contents()
         self.by_key: dict[str, Template] = {}
         self.refused: dict[str, str] = {}
         self._lacked: dict[str, str] = {}
@@ -102,7 +106,16 @@ class Templates:
         )  # fmt: skip
 
     def find(self, inputs: Inputs) -> Template | None:
-        """The template for platforms of these inputs, unless one that was made of it failed."""
+        """The newest one for platforms of this shape, unless one that was made of it failed."""
+        good = [
+            template
+            for key, template in self.by_key.items()
+            if template.inputs.shape == inputs.shape and key not in self.refused
+        ]
+        return max(good, key=lambda template: template.made_s, default=None)
+
+    def exact(self, inputs: Inputs) -> Template | None:
+        """The one of just these inputs, likewise."""
         key = key_of(inputs)
         return None if key in self.refused else self.by_key.get(key)
 
@@ -129,28 +142,37 @@ class Templates:
 
     # -- making
 
-    def prepare(self, inputs: Inputs) -> None:
-        """Begin to make it, unless it is there, refused, another is being made, or room lacks."""
+    def prepare(self, inputs: Inputs, environments: Sequence[EnvironmentSpec] = ()) -> list[str]:
+        """Begin to make it, unless it is there, refused, another is being made, or room lacks.
+
+        Or blobs are missing, whose digests are given back; Invalid: they are too large.
+        """
         if self.state(inputs)[0] != "absent" or self._making is not None:
-            return
-        key, old = key_of(inputs), self._one_too_many()
+            return []
+        lay_out(environments)
+        key, old = key_of(inputs), self._in_the_way(inputs)
         needed = 2 * inputs.memory_bytes  # its own, and its maker's
         if lacking := self._lacks(needed - sum(template.booked_bytes for template in old)):
             self._lacked[key] = f"no room in the quota: {lacking}"
-            return
+            return []
         self._lacked.pop(key, None)
+        if missing := self.contents.missing(environments):
+            return missing
         for template in old:
             self.drop(template.key)
         maker = quotas.vmm_limits(inputs.memory_bytes, inputs.cpus).memory_bytes
         booked = inputs.memory_bytes + maker
         making = _Making(key, booked, asyncio.get_running_loop().create_future())
         self._making = making
-        making.task = asyncio.ensure_future(self._make(inputs, making))
+        making.task = asyncio.ensure_future(self._make(inputs, making, environments))
+        return []
 
-    async def _make(self, inputs: Inputs, making: _Making) -> None:
+    async def _make(
+        self, inputs: Inputs, making: _Making, environments: Sequence[EnvironmentSpec]
+    ) -> None:
         key, subject = making.key, f"template/{making.key[:_KEY_SHOWN]}"
         try:
-            made = await self._made(inputs, making)
+            made = await self._made(inputs, making, environments)
         except asyncio.CancelledError:
             self._feed.say(subject, "host.template.given_up", "its room is needed")
             raise
@@ -169,11 +191,19 @@ class Templates:
                 self._destroy(ram_of(key), state_of(key))
             self._making = None
 
-    async def _made(self, inputs: Inputs, making: _Making) -> Template:
+    async def _made(
+        self, inputs: Inputs, making: _Making, environments: Sequence[EnvironmentSpec]
+    ) -> Template:
         self._start_maker(inputs, making)
         control = self._hub.join(_control(making.key), self._told)
-        machine = encode(machine_of(inputs))
-        await control.call("machine.start", machine, timeout_s=START_TIMEOUT_S)
+        machine, disk = encode(machine_of(inputs)), list[int]()
+        if environments:
+            disk = [self.contents.disk(environments, inputs.scratch_bytes)]
+        try:
+            await control.call("machine.start", machine, disk, timeout_s=START_TIMEOUT_S)
+        finally:
+            for descriptor in disk:
+                os.close(descriptor)
         try:
             state = await asyncio.wait_for(making.saved, MAKING_TIMEOUT_S)
         except TimeoutError:
@@ -226,10 +256,11 @@ class Templates:
 
     # -- giving back
 
-    def _one_too_many(self) -> list[Template]:
-        """The idle ones that give way to another one, the oldest first."""
-        oldest = sorted(self._idle(), key=lambda t: t.made_s)
-        return oldest[: max(0, len(self.by_key) + 1 - MAX_TEMPLATES)]
+    def _in_the_way(self, inputs: Inputs) -> list[Template]:
+        """The idle ones that give way to another: of the same shape, and the oldest if need be."""
+        oldest = sorted(self._idle(), key=lambda t: (t.inputs.shape != inputs.shape, t.made_s))
+        alike = sum(template.inputs.shape == inputs.shape for template in oldest)
+        return oldest[: max(alike, len(self.by_key) + 1 - MAX_TEMPLATES)]
 
     async def yield_room(self, memory_bytes: int) -> None:
         """Give back what is idle until a platform fits that has so much memory, as far as it is."""
@@ -303,6 +334,7 @@ class Templates:
     def _is_whole(self, template: Template) -> bool:
         i = template.inputs
         now = self.inputs(i.image, i.cpus, i.memory_bytes, i.scratch_bytes)
+        now = replace(now, content=i.content)
         if template.key != key_of(now) or i.image not in self._facts["images"]:
             return False
         names = {entry.name for entry in self._core.entries()}

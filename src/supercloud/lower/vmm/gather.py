@@ -53,7 +53,7 @@ def gather(core: Core, machine: Machine, sent: list[int], opened: ExitStack) -> 
     if machine.start == "template":
         state = os.memfd_create("state", os.MFD_CLOEXEC)
         numbers["state"] = _reopened(state, os.O_WRONLY, opened)
-        numbers["scratch"] = _blank(machine.scratch_bytes, opened)
+        numbers["scratch"] = sent[0] if sent else _blank(machine.scratch_bytes, opened)
         for name in _CABLES:
             cable, numbers[name] = _pair(opened)
             cables.append(cable)

@@ -79,7 +79,7 @@ class Monitor(Component):
     # -- what the user's domain may ask
 
     def start(self, request: Request) -> dict[str, Any]:
-        """``Machine`` and the scratch disk's descriptor (a template has none of its own).
+        """``Machine`` and the scratch disk's descriptor (a template may do with a blank one).
 
         BadState when there was a machine.
         """

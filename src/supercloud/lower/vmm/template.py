@@ -12,13 +12,13 @@ change of any of them is another template.
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from supercloud.lower.vmm.machine import STATE_SET, Descriptors, Machine, command_line
 from supercloud.wire.qmp import Qmp
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 MAX_STATE_BYTES: Final = 32 << 20
 NOBODY_UPLINK, NOBODY_LINK = "02:5c:00:00:00:00", "02:5c:77:00:00:00"
 _STATE_URI: Final = f"file:/dev/fdset/{STATE_SET}"
@@ -33,6 +33,7 @@ class Inputs:
     """All that a template depends on. ``runtime_sha256`` has in it QEMU, firmware and our code.
 
     ``scratch_bytes`` is among them since a guest learns a disk's size when it finds the disk.
+    ``content`` names what is prepared in it; platforms of the same shape can do with any.
     """
 
     image: str
@@ -42,6 +43,12 @@ class Inputs:
     cpus: int
     memory_bytes: int
     scratch_bytes: int
+    content: str = ""
+
+    @property
+    def shape(self) -> "Inputs":
+        """All but what is prepared."""
+        return replace(self, content="")
 
 
 def key_of(inputs: Inputs) -> str:

@@ -30,6 +30,7 @@ from supercloud.providers.fake.checkpoints import FakeCheckpoints
 from supercloud.providers.fake.files import write_private
 from supercloud.providers.fake.objects import FakeObjects
 from supercloud.providers.fake.options import Options
+from supercloud.providers.fake.templates import FakeTemplates
 from supercloud.providers.fake.volumes import FakeVolumes
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.messages import EnvironmentSpec, EnvironmentStatus
@@ -103,6 +104,7 @@ class FakeCloud:
         self._load()
         self.volumes, self.objects = FakeVolumes(self), FakeObjects(self)
         self.checkpoints = FakeCheckpoints(self)
+        self.templates = FakeTemplates(self)
         _WORLDS[self.directory] = self
 
     # -- its connection to the world

@@ -21,6 +21,7 @@ _NUMBERS = {
     "checkpoints": (0, 1),
     "vm_checkpoints": (0, 1),
     "tunnel": (0, 1),
+    "templates": (0, 1),
     "latency_ms": (0, 60_000),
     "boot_ms": (0, 600_000),
     "start_ms": (0, 600_000),
@@ -38,7 +39,8 @@ class Options:
 
     Every provider call takes ``latency_ms``; a platform's agent dials ``boot_ms`` after creation,
     an environment serves ``start_ms`` after it was applied. The first ``fail_*`` calls of that kind
-    are answered with Temporary. ``volumes``, ``objects``, ``checkpoints`` 0: it has none;
+    are answered with Temporary. ``volumes``, ``objects``, ``templates``,
+    ``checkpoints`` 0: it has none;
     ``vm_checkpoints`` 0: its platforms say that they take none of VMs; ``tunnel`` 0: a host does
     not reach the object store of another one. A checkpoint takes ``checkpoint_ms``.
     """
@@ -53,6 +55,7 @@ class Options:
     checkpoints: int = 1
     vm_checkpoints: int = 1
     tunnel: int = 1
+    templates: int = 1
     latency_ms: int = 0
     boot_ms: int = 0
     start_ms: int = 0

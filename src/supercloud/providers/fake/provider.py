@@ -17,6 +17,7 @@ from supercloud.providers.base import (
     Objects,
     PlatformObservation,
     PlatformRequest,
+    Templates,
     Volumes,
 )
 from supercloud.providers.context import Context
@@ -46,6 +47,7 @@ class FakeProvider:
         self.objects: Objects | None = cloud.objects if cloud.options.objects else None
         has = cloud.options.checkpoints
         self.checkpoints: Checkpoints | None = cloud.checkpoints if has else None
+        self.templates: Templates | None = cloud.templates if cloud.options.templates else None
 
     async def features(self) -> dict[str, str]:
         """Everything but speed: there is no machine to have KVM."""
@@ -53,6 +55,7 @@ class FakeProvider:
         has: dict[str, object] = {
             "volumes": self.volumes,
             "objects": self.objects,
+            "templates": self.templates,
             "checkpoints": self.checkpoints,
             "tunnel": self.cloud.options.tunnel,
         }

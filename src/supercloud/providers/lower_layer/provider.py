@@ -22,6 +22,7 @@ from supercloud.providers.lower_layer.checkpoints import HostCheckpoints
 from supercloud.providers.lower_layer.dial import Connection, Dialer, Target, why_lost
 from supercloud.providers.lower_layer.objects import HostObjects
 from supercloud.providers.lower_layer.rendezvous import Rendezvous
+from supercloud.providers.lower_layer.templates import HostTemplates
 from supercloud.providers.lower_layer.volumes import HostVolumes
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.host import HOST, HostInfo, PlatformList, PlatformSpec, PlatformStatus
@@ -60,13 +61,14 @@ class LowerLayerProvider:
         self.volumes = HostVolumes(entry.name, self._call)
         self.objects = HostObjects(entry.name, self._call)
         self.checkpoints = HostCheckpoints(entry.name, self._call)
+        self.templates = HostTemplates(entry.name, self._call, self._opened)
 
     async def features(self) -> dict[str, str]:
         """What the host says of itself."""
         info = await self._info()
         kvm = "" if info.accelerator == "kvm" else f"its accelerator is {info.accelerator}"
         unsaid = "the host does not say that it has any"
-        silent = dict.fromkeys(("volumes", "objects", "tunnel", "checkpoints"), unsaid)
+        silent = dict.fromkeys(("volumes", "objects", "tunnel", "checkpoints", "templates"), unsaid)
         return dict.fromkeys(FEATURES, "") | {"kvm": kvm} | silent | info.features
 
     async def hosts(self) -> list[HostCapacity]:
@@ -171,6 +173,11 @@ class LowerLayerProvider:
         except ConnectionLost as error:
             raise why_lost(connection, str(self._dialer.target)) or error from error
         return decode(method.result, answer or {}, name, ignore_unknown=True)
+
+    async def _opened(
+        self, name: str, params: Any
+    ) -> contextlib.AbstractAsyncContextManager[Stream]:
+        return (await self._connected()).peer.open(name, params)
 
     async def _connected(self) -> Connection:
         async with self._connecting:

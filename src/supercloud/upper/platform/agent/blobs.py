@@ -21,10 +21,15 @@ _HASH_STEP_BYTES = 1 << 20
 
 
 def path_of(digest: str) -> str:
-    """Where a blob is once it is complete; Invalid for what is no digest."""
+    """Where a blob is once it is complete; Invalid for what is no digest.
+
+    In memory, when the template had it; else on scratch.
+    """
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
         raise Invalid(f"{digest!r:.80} is no digest")
-    return f"{paths.BLOBS}/{digest.removeprefix('sha256:')}"
+    name = digest.removeprefix("sha256:")
+    prepared = f"{paths.PREPARED}/{name}"
+    return prepared if os.path.exists(prepared) else f"{paths.BLOBS}/{name}"
 
 
 class Blobs:
@@ -91,8 +96,8 @@ class Blobs:
         keep = {os.path.basename(path_of(digest)) for digest in used}
         pulled = {os.path.basename(path_of(digest)) for digest in self._pulls}
         removed = []
-        for name in os.listdir(paths.BLOBS):
-            path = f"{paths.BLOBS}/{name}"
+        for path in _present():
+            name = os.path.basename(path)
             if name.removesuffix(".part") in keep | pulled:
                 os.utime(path)
                 continue
@@ -101,6 +106,12 @@ class Blobs:
                     os.unlink(path)
                     removed.append(name)
         return removed
+
+
+def _present() -> list[str]:
+    """The files of all blobs."""
+    places = [place for place in (paths.BLOBS, paths.PREPARED) if os.path.isdir(place)]
+    return [f"{place}/{name}" for place in places for name in os.listdir(place)]
 
 
 def _write(file: io.FileIO, piece: memoryview) -> None:

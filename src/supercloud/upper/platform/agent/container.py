@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
 from supercloud.model.errors import Invalid, Permanent
 from supercloud.upper.platform.agent import (
@@ -16,7 +17,9 @@ from supercloud.upper.platform.agent import (
     networks,
     oci,
     paths,
+    prefetch,
     rootfs,
+    syscalls,
     users,
 )
 from supercloud.upper.platform.agent.engine import Places, Services, not_restored
@@ -24,9 +27,10 @@ from supercloud.upper.platform.agent.logs import Fifo, Log
 from supercloud.upper.platform.agent.processes import Watched, handles, run
 from supercloud.upper.platform.agent.state import remove_tree, write_private
 from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
-from supercloud.wire.messages import EnvironmentSpec, VolumeUsage
+from supercloud.wire.messages import Blob, EnvironmentSpec, VolumeUsage
 
 START_TIMEOUT_S = 60.0
+READ_AHEAD_BYTES = 16 << 20  # of an image, in a template
 CRUN = oci.CRUN
 
 
@@ -51,9 +55,7 @@ class Container:
 
     async def prepare(self) -> None:
         """Image here and mounted, root, namespaces with their network, configuration."""
-        image, place = self.spec.image.blobs.get("root"), self.places.run
-        if self.spec.image.format != "erofs" or image is None:
-            raise Invalid(f"a container cannot run from a {self.spec.image.format} image")
+        image, place = self._image(), self.places.run
         await self._services.scratch.ready()
         await self._services.blobs.get(image)
         self.places.make(self.base_id)
@@ -69,6 +71,44 @@ class Container:
         """Give its network namespace what it has to have."""
         place = f"{self.places.run}/ns"
         self._services.networks.attach(self.spec.uid, self.spec.nics, place)
+
+    def _image(self) -> Blob:
+        image = self.spec.image.blobs.get("root")
+        if self.spec.image.format != "erofs" or image is None:
+            raise Invalid(f"a container cannot run from a {self.spec.image.format} image")
+        return image
+
+    async def start_ahead(self, _timeout_s: float) -> None:
+        """In a template: all that is not on scratch."""
+        place = self.places.run
+        await self._services.blobs.get(self._image())
+        self.places.make_run(self.base_id)
+        namespaces.create(self.base_id, f"{place}/ns")
+        prefetch.read_tree(rootfs.mount_image(self._image().digest), READ_AHEAD_BYTES)
+        self.attach_network()
+        await self._rehearse()
+
+    async def _rehearse(self) -> None:
+        """Run a program that is not there, in a root in memory, of which nothing is left.
+
+        crun keeps the filter of system calls that it has made, which is much of its work, and the
+        kernel has then done once what it will have to do for the container.
+        """
+        place = self.places.run
+        layer = f"{place}/rehearsal"
+        os.makedirs(layer, exist_ok=True)
+        syscalls.mount("tmpfs", layer, "tmpfs", syscalls.MS_NOSUID, "mode=0700,size=1m")
+        try:
+            rootfs.mount_root(self._image().digest, place, layer, self.base_id)
+            nobody = users.User(uid=0, gid=0, groups=[], home="/")
+            self._write_files(oci.process(["/nothing"], [], "", nobody))
+            with contextlib.suppress(Permanent):
+                await run(*self._crun(), timeout_s=START_TIMEOUT_S)
+            await self.ended()
+        finally:
+            rootfs.unmount_root(place)
+            syscalls.unmount(layer)
+            os.rmdir(layer)
 
     async def attach(self, waiting: Callable[[str], None]) -> None:
         """Its volumes mounted, new ones made; they are bound by the configuration."""
@@ -102,7 +142,7 @@ class Container:
         spec = self.spec
         return users.resolve(spec.process.user or spec.image.process.user, self.root)
 
-    def _write_files(self) -> None:
+    def _write_files(self, first: dict[str, Any]) -> None:
         place, spec = self.places.run, self.spec
         resolvers = "".join(f"nameserver {nic.gateway}\n" for nic in spec.nics[:1])
         own = "".join(f"{nic.address.partition('/')[0]} {spec.name}\n" for nic in spec.nics[:1])
@@ -115,7 +155,6 @@ class Container:
             write_private(f"{place}/{name}", text, 0o644)
         if spec.objects:
             write_private(f"{place}/{oci.CA_FILE}", spec.objects.ca_pem, 0o644)
-        first = oci.first_process(spec, self._user())
         text = oci.config(spec, first, root=self.root, place=place, cgroup=f"/ee/{spec.uid}")
         write_private(f"{place}/config.json", text)
 
@@ -130,18 +169,14 @@ class Container:
         """``crun run --detach``: the container's first process becomes a child of process 1."""
         if self._fifo is None:
             raise Permanent("start before prepare")
-        self._write_files()
+        self._write_files(oci.first_process(self.spec, self._user()))
         place, launched_s = self.places.run, time.monotonic()
         output = self._fifo.writer()
         try:
             if frozen_container.is_due(self):
                 with not_restored():
                     return await self._restore(output)
-            await run(
-                *CRUN, "--log", f"{place}/crun.log", "--log-format", "json", "run", "--detach",
-                "--bundle", place, "--pid-file", f"{place}/pid", self.spec.uid,
-                timeout_s=START_TIMEOUT_S, stdout=output, stderr=output,
-            )  # fmt: skip
+            await run(*self._crun(), timeout_s=START_TIMEOUT_S, stdout=output, stderr=output)
         except Permanent as error:
             raise Permanent(self._complaint() or str(error)) from error
         finally:
@@ -153,6 +188,13 @@ class Container:
         process = await frozen_container.restore(self, output)
         frozen_container.done(self)
         return process
+
+    def _crun(self) -> list[str]:
+        place = self.places.run
+        return [
+            *CRUN, "--log", f"{place}/crun.log", "--log-format", "json", "run", "--detach",
+            "--bundle", place, "--pid-file", f"{place}/pid", self.spec.uid,
+        ]  # fmt: skip
 
     def _complaint(self) -> str:
         """What crun said last in its own log."""

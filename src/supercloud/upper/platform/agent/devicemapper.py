@@ -13,7 +13,7 @@ _CONTROL = "/dev/mapper/control"
 _HEAD = struct.Struct("=3I2IIiIIIQ128s129s7s")
 _TARGET = struct.Struct("=QQiI16s")
 _BUFFER_BYTES = 4096
-_CREATE, _SUSPEND, _TABLE_LOAD = 3, 6, 9
+_CREATE, _REMOVE, _SUSPEND, _TABLE_LOAD = 3, 4, 6, 9
 _SECURE_DATA = 1 << 15  # the kernel wipes its copy of the buffer
 _BLKGETSIZE64 = 0x8008_1272
 
@@ -55,6 +55,15 @@ def crypt(name: str, device: str) -> str:
     finally:
         os.close(control)
     return f"/dev/dm-{os.minor(number)}"
+
+
+def remove(name: str) -> None:
+    """Take a mapping that nobody uses away, its key with it."""
+    control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        _ioctl(control, _REMOVE, name)
+    finally:
+        os.close(control)
 
 
 def find(name: str) -> str:

@@ -63,6 +63,9 @@ class Engine(Protocol):
     async def prepare(self) -> None:
         """Bring here what it runs from; nothing runs yet."""
 
+    async def start_ahead(self, timeout_s: float) -> Watched | None:
+        """As far as it goes in a template; its process, if it has one that waits."""
+
     async def attach(self, waiting: Callable[[str], None]) -> None:
         """Have its volumes; ``waiting`` is told for what. ``volumes.Absent`` when it was long."""
 
@@ -125,10 +128,21 @@ class Places:
 
     def make(self, group: int = 0) -> None:
         """The directories. ``group`` may pass through the one in memory: a container's root."""
-        for path in (self.run, self.layer):
-            os.makedirs(path, mode=0o700, exist_ok=True)
+        os.makedirs(self.layer, mode=0o700, exist_ok=True)
+        self.make_run(group)
+
+    def make_run(self, group: int = 0) -> None:
+        """The one in memory."""
+        os.makedirs(self.run, mode=0o700, exist_ok=True)
         os.chown(self.run, 0, group)
         os.chmod(self.run, 0o710)
+
+
+def make_places() -> None:
+    """The directories that EEs' places in memory are in."""
+    for path in (paths.ENVIRONMENTS, paths.IMAGES, paths.CRUN):
+        os.makedirs(path, exist_ok=True)
+        os.chmod(path, 0o711)
 
 
 def digests(spec: EnvironmentSpec) -> list[str]:

@@ -7,10 +7,12 @@ metadata range or another network. The uids that VM engines run as may open no s
 A port that is not published says so at once, instead of letting its caller wait.
 """
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from supercloud.upper.platform.agent import nftables
 from supercloud.upper.platform.agent.networks import Network
 from supercloud.upper.platform.agent.processes import run
 from supercloud.wire.places import OBJECTS_LINK_PORT, OBJECTS_PORT
@@ -137,5 +139,8 @@ class Firewall:
     async def apply(self, text: str) -> None:
         """Replace the table atomically; Permanent when nft refuses."""
         if text != self._applied:
-            await run("nft", "-f", "-", given=text.encode())
+            if nftables.is_there():
+                await asyncio.to_thread(nftables.apply, text)
+            else:
+                await run("nft", "-f", "-", given=text.encode())
             self._applied = text

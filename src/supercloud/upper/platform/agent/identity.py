@@ -25,21 +25,23 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, Final
 
-from supercloud.model.errors import Invalid, SupercloudError
+from supercloud.model.errors import Invalid, NotFound, SupercloudError
 from supercloud.trust import libcrypto, tls
 from supercloud.upper.platform.agent import (
     bootdata,
     iso9660,
     netlink,
     networks,
+    nftables,
     paths,
     prefetch,
+    prepared,
     scratch,
     uplink,
 )
 from supercloud.upper.platform.agent.accelerator import Accelerator
 from supercloud.upper.platform.agent.bootdata import disk
-from supercloud.upper.platform.agent.processes import load_modules
+from supercloud.upper.platform.agent.processes import load_modules, run
 from supercloud.upper.platform.agent.state import write_private
 from supercloud.wire.codec import Limit, decode, learn
 from supercloud.wire.messages import AGENT_TO_CONTROL, CONTROL_TO_AGENT
@@ -136,7 +138,11 @@ async def prepare() -> None:
     networks.prepare_kernel()
     uplink.bring_up(address="")
     accelerator = Accelerator()
-    for step in (_load_modules, accelerator.probe, _read_programs):
+
+    async def environments() -> None:
+        await prepared.prepare(accelerator)
+
+    for step in (_load_modules, accelerator.probe, _read_programs, environments):
         try:
             await step()
         except (SupercloudError, OSError) as error:
@@ -162,6 +168,10 @@ def rehearse() -> None:
     if libcrypto.is_there():
         libcrypto.rehearse()
     tls.bare_context()
+    with contextlib.suppress(OSError, NotFound):
+        scratch.rehearse()
+    if nftables.is_there():
+        nftables.apply("list tables")
 
 
 async def _load_modules() -> None:
@@ -169,12 +179,16 @@ async def _load_modules() -> None:
 
 
 async def _read_programs() -> None:
-    """Into the page cache, which the clones share."""
-    for path in (*prefetch.ENROLMENT, *prefetch.CONTAINERS, *prefetch.machine_files()):
+    """Into the page cache, which the clones share; of QEMU and its libraries what its start needs.
+
+    All of them would be a third of the template.
+    """
+    for path in (*prefetch.ENROLMENT, *prefetch.CONTAINERS):
         if os.path.exists(path):
             with open(path, "rb") as file:
                 while file.read(1 << 20):
                     pass
+    await run(os.path.basename(prefetch.MACHINES[0]), "--version")
 
 
 def reseed(seed: bytes) -> None:

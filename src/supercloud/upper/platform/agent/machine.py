@@ -21,11 +21,13 @@ from supercloud.upper.platform.agent.console import Console
 from supercloud.upper.platform.agent.container import remove_places
 from supercloud.upper.platform.agent.engine import NotRestored, Places, Services, not_restored
 from supercloud.upper.platform.agent.firewall import VM_UIDS
+from supercloud.upper.platform.agent.guestport import DEVICES, GuestPort
 from supercloud.upper.platform.agent.logs import Log
 from supercloud.upper.platform.agent.namespaces import IDS_PER_ENVIRONMENT
 from supercloud.upper.platform.agent.processes import Watched, run
-from supercloud.upper.platform.agent.qmp import Qmp
+from supercloud.upper.platform.agent.qmp import Qmp, shout
 from supercloud.upper.platform.agent.rootfs import mount_image
+from supercloud.upper.platform.agent.state import write_private
 from supercloud.upper.platform.agent.volumes import Claim
 from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
 from supercloud.wire.messages import EnvironmentSpec, VolumeUsage
@@ -73,6 +75,7 @@ class Machine:
         self.places = Places(spec.uid)
         self.log: Log | None = None
         self.console: Console | None = None
+        self._port = GuestPort(f"{self.places.run}/identity")
         self._qmp: Qmp | None = None
         self._shut_down = False
         self._jobs: dict[str, asyncio.Future[dict[str, Any]]] = {}
@@ -173,13 +176,48 @@ class Machine:
 
     async def resume(self) -> None:
         """Open log, console and, if QEMU runs, its control socket."""
+        if os.path.exists(self._waiting):
+            await self._wake()
         if self.log is None:
             self.log = Log(self.places.log)
         if self.console is None:
             self.console = Console(f"{self.places.run}/serial", self.log)
         with contextlib.suppress(SupercloudError):
-            await self._connect()
-            await frozen_machine.recover(self.qmp)
+            if self._qmp is None:
+                await self._connect()
+                await frozen_machine.recover(self.qmp)
+            if self.spec.image.identity and not self._port.is_open:
+                self._port.tell()  # it may not have heard the agent before us
+
+    # -- out of a template
+
+    @property
+    def _waiting(self) -> str:
+        """There while it is stopped and waits for an identity."""
+        return f"{self.places.run}/waiting"
+
+    async def start_ahead(self, timeout_s: float) -> Watched:
+        """Start it, and stop it where it waits for an identity; Temporary when it does not."""
+        if "disk" in self.spec.image.blobs or not self.spec.image.identity:
+            raise Invalid("it has a disk, or cannot be told who it is")
+        self.places.make_run()
+        await self._services.accelerator.probe()
+        process = await self._spawn()
+        await self._port.until_waiting(timeout_s)
+        if self._qmp:
+            await self._qmp.call("stop")
+            self._qmp.close()
+            self._qmp = None
+        write_private(self._waiting, "")
+        return process
+
+    async def _wake(self) -> None:
+        """It goes on as itself, at once; then there is time for its log, which is on scratch."""
+        self._port.tell()
+        await shout(f"{self.places.run}/qmp", "cont")
+        os.unlink(self._waiting)
+        await self._services.scratch.ready()
+        self.places.make()
 
     async def _connect(self) -> None:
         if self._qmp:
@@ -195,6 +233,12 @@ class Machine:
 
     async def start(self) -> Watched:
         """Spawn QEMU; running when its control socket answers."""
+        process = await self._spawn()
+        if self.spec.image.identity:
+            self._port.tell()
+        return process
+
+    async def _spawn(self) -> Watched:
         await self._clear()
         launched_s, spec = time.monotonic(), self.spec
         self._shut_down = False
@@ -277,10 +321,12 @@ class Machine:
             return descriptor
 
         arguments = [*_base(spec, self._services.accelerator.name)]
-        for name in ("qmp", "serial"):
+        sockets = ("qmp", "serial", *(["identity"] if spec.image.identity else []))
+        for name in sockets:
             number = give(_listen(f"{self.places.run}/{name}"))
             arguments += ["-chardev", f"socket,id={name},fd={number},server=on,wait=off"]
         arguments += ["-mon", "chardev=qmp,mode=control", "-serial", "chardev:serial"]
+        arguments += DEVICES if spec.image.identity else ()
         arguments += self._boot(give)
         for index, claim in enumerate(self._services.volumes.of(spec.uid)):
             arguments += _volume(claim, give, FIRST_VOLUME_FDSET + index)
@@ -338,9 +384,12 @@ class Machine:
         await self._services.volumes.release(self.spec.uid, self.places.run)
 
     async def _clear(self) -> None:
+        self._port.close()
         if self._qmp:
             self._qmp.close()
             self._qmp = None
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._waiting)
         await cgroups.remove(self.spec.uid)
 
     async def destroy(self) -> None:
@@ -405,5 +454,7 @@ def _base(spec: EnvironmentSpec, accelerator: str) -> list[str]:
         "-display", "none", "-L", "/usr/share/qemu", "-L", "/usr/share/seabios",
         "-machine", "pc,usb=off,hpet=off,vmport=off", *engine,
         "-smp", str(max(1, math.ceil(spec.cpus))), "-m", f"{_memory_mib(spec)}M",
-        "-device", "virtio-rng-pci", "-sandbox", _SANDBOX,
+        # out of the kernel's generator: QEMU's own would be the same in all clones of a template
+        "-object", "rng-random,id=random,filename=/dev/urandom",
+        "-device", "virtio-rng-pci,rng=random", "-sandbox", _SANDBOX,
     ]  # fmt: skip

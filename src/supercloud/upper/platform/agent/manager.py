@@ -9,7 +9,7 @@ from typing import Any
 from supercloud.model.errors import Invalid, NotFound, SupercloudError
 from supercloud.upper.platform.agent import cgroups, paths, rootfs, saving, volumes
 from supercloud.upper.platform.agent.container import Container
-from supercloud.upper.platform.agent.engine import Places, Services, digests
+from supercloud.upper.platform.agent.engine import Places, Services, digests, make_places
 from supercloud.upper.platform.agent.firewall import Firewall, Publication, StoreWay, ruleset
 from supercloud.upper.platform.agent.machine import Machine
 from supercloud.upper.platform.agent.names import Names
@@ -55,9 +55,12 @@ class Manager:
     def apply(self, desired: Apply) -> PlatformReport:
         """Make the set so; returns at once. Invalid, and no effect, for a set that cannot be."""
         _check(desired)
-        changed = self._desired is None or encode(desired) != encode(self._desired)
+        first = self._desired is None
+        changed = first or encode(desired) != encode(self._desired)
         self._desired = desired
         if changed:
+            if first:
+                self._find_unwanted({spec.uid for spec in desired.environments})
             write_json(paths.DESIRED, encode(desired))
             self._services.networks.ensure(self._all_specs(desired.environments))
             self._services.networks.settled.clear()
@@ -90,9 +93,7 @@ class Manager:
 
     def start(self) -> None:
         """Take up what an earlier agent left, and begin."""
-        for path in (paths.ENVIRONMENTS, paths.IMAGES, paths.CRUN):
-            os.makedirs(path, exist_ok=True)
-            os.chmod(path, 0o711)
+        make_places()
         cgroups.prepare()
         self._services.volumes.start()
         saving.sweep()
@@ -104,14 +105,8 @@ class Manager:
             self._take_up(decode(Apply, saved, "desired set", ignore_unknown=True))
 
     def _take_up(self, desired: Apply) -> None:
-        """The old desired set, and EEs that were being removed when the agent ended."""
+        """The old desired set, and what else is left."""
         log.info("taking up generation %d", desired.generation)
-        wanted = {spec.uid for spec in desired.environments}
-        for uid in sorted(os.listdir(paths.ENVIRONMENTS)):
-            saved = read_json(Places(uid).state, None)
-            if saved is not None and uid not in wanted:
-                spec = decode(EnvironmentSpec, saved["spec"], uid, ignore_unknown=True)
-                self._workers[uid] = self._worker(spec, saved["base_id"])
         self.apply(desired)
         for uid in cgroups.present():
             if uid not in self._workers:
@@ -120,6 +115,14 @@ class Manager:
         known = [(uid, len(worker.spec.nics)) for uid, worker in self._workers.items()]
         for device in sweep_devices(known):
             log.warning("removed a leftover device: %s", device)
+
+    def _find_unwanted(self, wanted: set[str]) -> None:
+        """EEs that were being removed when the agent ended, or were prepared in the template."""
+        for uid in sorted(os.listdir(paths.ENVIRONMENTS)):
+            saved = read_json(Places(uid).state, None)
+            if saved is not None and uid not in wanted:
+                spec = decode(EnvironmentSpec, saved["spec"], uid, ignore_unknown=True)
+                self._workers[uid] = self._worker(spec, saved["base_id"])
 
     # -- converging
 

@@ -19,8 +19,10 @@ from supercloud.upper.platform.agent.netlink import Netlink
 from supercloud.upper.platform.agent.state import read_json, write_json
 from supercloud.wire.messages import EnvironmentSpec, Nic
 
-MODULES = ("bridge", "veth", "tun", "nf_tables", "nft_ct", "nft_chain_nat", "nft_nat", "nft_masq")
+MODULES = ("bridge", "veth", "tun", "nf_tables", "nft_ct", "nft_chain_nat", "nft_nat", "nft_masq",
+           "nft_reject_inet")  # fmt: skip
 MAX_NETWORKS = 64
+_HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 _MAC = re.compile(r"0[26ae](:[0-9a-f]{2}){5}")
 _TUNSETIFF = 0x400454CA
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 2, 0x1000, 0x4000
@@ -195,7 +197,12 @@ def _quick_neighbours(device: str) -> None:
 
 
 def prepare_kernel() -> None:
-    """Forwarding on; no IPv6 (EEs have none, it would only chatter)."""
+    """Forwarding on; no IPv6 (EEs have none, it would only chatter). Huge pages where asked for.
+
+    Elsewhere the kernel would fill, and so take from a clone's template, 2 MiB for a byte.
+    """
+    with contextlib.suppress(OSError), open(_HUGE_PAGES, "w") as file:
+        file.write("madvise")
     for name, value in (
         ("net/ipv4/ip_forward", "1"),
         ("net/ipv6/conf/all/disable_ipv6", "1"),

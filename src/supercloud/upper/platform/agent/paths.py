@@ -17,6 +17,7 @@ KEY: Final = f"{RUN}/identity/key.pem"
 CERTIFICATE: Final = f"{RUN}/identity/cert.pem"
 BOOT: Final = f"{RUN}/boot"
 IDENTIFIED: Final = f"{RUN}/identified"
+PREPARED: Final = f"{RUN}/prepared"
 
 BLOBS: Final = f"{DATA}/blobs"
 LAYERS: Final = f"{DATA}/ee"

@@ -42,3 +42,15 @@ def machine_files() -> tuple[str, ...]:
     """QEMU and the libraries: nearly all of them are there for its sake."""
     libraries = [entry.path for entry in os.scandir(_LIBRARIES) if ".so" in entry.name]
     return (*sorted(libraries), *MACHINES)
+
+
+def read_tree(place: str, limit_bytes: int) -> None:
+    """Read the files below ``place`` into the page cache, until so many bytes have been read."""
+    for directory, _, names in os.walk(place):
+        for name in sorted(names):
+            path = f"{directory}/{name}"
+            if os.path.islink(path) or not os.path.isfile(path):
+                continue
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                while limit_bytes > 0 and (data := file.read(1 << 18)):
+                    limit_bytes -= len(data)

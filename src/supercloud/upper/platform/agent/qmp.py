@@ -96,3 +96,26 @@ class Qmp:
             with contextlib.suppress(OSError):
                 self._writer.close()
             self._writer = None
+
+
+async def shout(path: str, command: str) -> None:
+    """One command, sent before anything else has its turn; Temporary when QEMU does not do it."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.connect(path)
+        both = ({"execute": "qmp_capabilities"}, {"execute": command})
+        sock.send(b"".join(json.dumps(each).encode() + b"\n" for each in both))
+        reader, writer = await asyncio.open_unix_connection(sock=sock, limit=MAX_LINE_BYTES)
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                returned = 0
+                while returned < len(both):
+                    message = json.loads(await reader.readline() or b'{"error": {}}')
+                    if "error" in message:
+                        raise Temporary(f"QEMU did not {command}: {message['error']}")
+                    returned += "return" in message
+        finally:
+            writer.close()
+    except (OSError, TimeoutError, ValueError) as error:
+        sock.close()
+        raise Temporary(f"QEMU does not answer: {error}") from error

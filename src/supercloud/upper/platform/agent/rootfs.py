@@ -32,12 +32,14 @@ def mount_image(digest: str) -> str:
 def _mount_erofs(blob: str, place: str) -> None:
     """File-backed where the kernel can (6.12), else by a loop device that goes with the mount."""
     try:
-        syscalls.mount(blob, place, "erofs", _READ_ONLY)
-    except OSError as error:
-        if error.errno == errno.ENOTBLK:
+        try:
+            syscalls.mount(blob, place, "erofs", _READ_ONLY)
+        except OSError as error:
+            if error.errno not in (errno.ENOTBLK, errno.EINVAL):  # the latter: a file in memory
+                raise
             _mount_by_loop(blob, place)
-        else:
-            raise Permanent(f"the image is no erofs file system: {error}") from error
+    except OSError as error:
+        raise Permanent(f"the image is no erofs file system: {error}") from error
 
 
 def _mount_by_loop(blob: str, place: str) -> None:

@@ -157,7 +157,8 @@ class Worker:
         saved = read_json(Places(self.spec.uid).state, {})
         if not saved.get("pid") and saved.get("state") != "exited" and not saved.get("held"):
             return
-        self.restarts, self.started_s = saved["restarts"], saved["started_s"]
+        self.restarts = saved["restarts"]
+        self.started_s = saved["started_s"] or time.time()  # it waited in the template
         self.exit_status = saved["exit_status"]
         if saved.get("held"):
             self.state, self.reason = "failed", saved["reason"]

@@ -35,6 +35,8 @@ QUICK = Pace(
     lease_valid_s=0.5,
     rejoin_s=0.1,
     failover_s=0.2,
+    checkpoint_retry_s=0.02,
+    collect_s=0.02,
 )
 CONVERGES_S = 20.0
 

@@ -11,6 +11,7 @@ from supercloud.control import convert
 from supercloud.control.agents import Agents
 from supercloud.control.authorities import Authorities
 from supercloud.control.bootdata import Tokens
+from supercloud.control.controllers.checkpoint import CheckpointController
 from supercloud.control.controllers.environment import EnvironmentController
 from supercloud.control.controllers.failover import FailoverController
 from supercloud.control.controllers.plane import Pace, Plane
@@ -96,7 +97,8 @@ class ControlPlane:
         self._volumes = VolumeController(self.plane)
         self._stores = StoreController(self.plane)
         self._tunnels = TunnelController(self.plane)
-        self._failover = FailoverController(self.plane, self.service.deciding)
+        self._failover = FailoverController(self.plane)
+        self._checkpoints = CheckpointController(self.plane)
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -180,6 +182,10 @@ class ControlPlane:
                 return await self._failover.reconcile(ucloud)
             if kind == "tunnels":
                 return await self._tunnels.reconcile(ucloud)
+            if kind == "checkpoints":
+                return await self._checkpoints.reconcile(ucloud, name)
+            if kind == "collect":
+                return await self._checkpoints.collect(ucloud)
             if kind == "seals":
                 return await self._volumes.sealing.poll(ucloud, name)
             return await self._environments.reconcile(ucloud, name)
@@ -210,6 +216,8 @@ class ControlPlane:
                 await state.change(item, failed)
             elif kind == "objects" and (store := await state.store_document(ucloud)):
                 await state.change(store, failed)
+            elif kind == "checkpoints" and (kept := await state.checkpoints_of(ucloud, name)):
+                await state.change(kept, failed)
             elif kind == "volume" and (volume := await state.volume(ucloud, name)):
                 await state.change(volume, failed)
 

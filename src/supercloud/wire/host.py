@@ -94,9 +94,9 @@ class PlatformStatus:
     reason: str = ""
     tag: str = ""
     spec_sha256: str = (
-        ""  # of the PlatformSpec without config_base64: same name, other spec = Exists
+        ""  # of the PlatformSpec without config_base64, restore: same name, other spec = Exists
     )
-    started_from: str = ""  # boot | memory; empty from a host that does not say
+    started_from: str = ""  # boot | memory | checkpoint; empty from a host that does not say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,11 +48,11 @@ class _There:
 
 
 class FailoverController:
-    """One U-Cloud at a time; see ``reconcile``. ``deciding``: nobody else decides meanwhile."""
+    """One U-Cloud at a time; see ``reconcile``."""
 
-    def __init__(self, plane: Plane, deciding: asyncio.Lock) -> None:
+    def __init__(self, plane: Plane) -> None:
         """Acts through ``plane``."""
-        self._plane, self._deciding = plane, deciding
+        self._plane, self._deciding = plane, plane.deciding
         self._told: dict[str, str] = {}
 
     async def reconcile(self, ucloud: str) -> float | None:

@@ -167,6 +167,7 @@ class Service:
                 "volumes": "",
                 "objects": "",
                 "tunnel": "",
+                "checkpoints": "",
                 "kvm": "" if facts["accelerator"] == "kvm" else kvm,
                 "attestation": "not implemented: the domain's key is trusted at first use",
             },

@@ -126,8 +126,16 @@ class FailoverController:
             name: at_home(wish, moved[name]) if name in moved else wish
             for name, wish in document.volumes.items()
         }
+        engines = {(p.wish.provider.name, p.wish.host): p.engines for p in there.platforms}
         return decide(
-            document.spec, _with_lost(there), document, taken, document.marks, homes, kept_store
+            document.spec,
+            _with_lost(there),
+            document,
+            taken,
+            document.marks,
+            homes,
+            kept_store,
+            engines=engines,
         )
 
     async def _store(self, document: UCloudDocument, decision: Decision) -> None:

@@ -102,6 +102,7 @@ class FakeCloud:
         )
         self._load()
         self.volumes, self.objects = FakeVolumes(self), FakeObjects(self)
+        self.checkpoints = FakeCheckpoints(self)
         _WORLDS[self.directory] = self
 
     # -- its connection to the world
@@ -133,7 +134,6 @@ class FakeCloud:
         """It can be reached again."""
         os.unlink(self.path("down", ""))
         self._announce()
-        self.checkpoints = FakeCheckpoints(self)
 
     # -- what a provider does
 

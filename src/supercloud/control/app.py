@@ -99,7 +99,7 @@ class ControlPlane:
         self._stores = StoreController(self.plane)
         self._checkpoints = CheckpointController(self.plane)
         self._tunnels = TunnelController(self.plane)
-        self._failover = FailoverController(self.plane, self.plane.deciding)
+        self._failover = FailoverController(self.plane)
         self._templates = TemplateController(self.plane)
         self._watching: asyncio.Task[None] | None = None
 

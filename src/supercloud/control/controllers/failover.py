@@ -48,11 +48,11 @@ class _There:
 
 
 class FailoverController:
-    """One U-Cloud at a time; see ``reconcile``. ``deciding``: nobody else decides meanwhile."""
+    """One U-Cloud at a time; see ``reconcile``."""
 
-    def __init__(self, plane: Plane, deciding: asyncio.Lock) -> None:
+    def __init__(self, plane: Plane) -> None:
         """Acts through ``plane``."""
-        self._plane, self._deciding = plane, deciding
+        self._plane, self._deciding = plane, plane.deciding
         self._told: dict[str, str] = {}
 
     async def reconcile(self, ucloud: str) -> float | None:
@@ -126,8 +126,16 @@ class FailoverController:
             name: at_home(wish, moved[name]) if name in moved else wish
             for name, wish in document.volumes.items()
         }
+        engines = {(p.wish.provider.name, p.wish.host): p.engines for p in there.platforms}
         return decide(
-            document.spec, _with_lost(there), document, taken, document.marks, homes, kept_store
+            document.spec,
+            _with_lost(there),
+            document,
+            taken,
+            document.marks,
+            homes,
+            kept_store,
+            engines=engines,
         )
 
     async def _store(self, document: UCloudDocument, decision: Decision) -> None:

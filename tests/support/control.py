@@ -31,6 +31,8 @@ QUICK = Pace(
     recreate_longest_s=0.1,
     seal_s=0.05,
     release_s=0.01,
+    checkpoint_retry_s=0.02,
+    collect_s=0.02,
 )
 CONVERGES_S = 20.0
 

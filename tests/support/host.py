@@ -15,12 +15,19 @@ from supercloud.model.resources import Provider as Entry
 from supercloud.providers.base import MemoryPins, PlatformRequest
 from supercloud.providers.context import Context
 from supercloud.providers.fake.agent import FakeAgent, dial
+from supercloud.providers.fake.checkpoints import FakeCheckpoints
 from supercloud.providers.fake.cloud import FakeCloud
 from supercloud.providers.fake.objects import FakeObjects
 from supercloud.providers.fake.options import Options
 from supercloud.providers.fake.volumes import FakeVolumes
 from supercloud.providers.lower_layer.provider import LowerLayerProvider, from_context
 from supercloud.trust import tls
+from supercloud.wire.checkpoints import (
+    CheckpointCollect,
+    CheckpointCollected,
+    CheckpointTake,
+    CheckpointTaken,
+)
 from supercloud.wire.host import HOST, HostInfo, PlatformList, PlatformSpec, PlatformStatus
 from supercloud.wire.messages import ByName, Certificate, CsrResult, Empty, handlers
 from supercloud.wire.objects import (
@@ -67,6 +74,7 @@ class LoopbackHost:
         }  # fmt: skip
         self.calls |= volume_calls(self.cloud.volumes, "loop-0")
         self.calls |= object_calls(self.cloud.objects, "loop-0")
+        self.calls |= checkpoint_calls(self.cloud.checkpoints, "loop-0")
         self.forget("identity")
 
     def forget(self, where: str) -> None:
@@ -134,7 +142,7 @@ class LoopbackHost:
                 cpu_permille=int(1000 * host.cpus_total), memory_bytes=host.memory_total_bytes,
                 disk_bytes=host.disk_total_bytes, vms=self.cloud.options.platforms,
             ),
-            used=used, features={"volumes": "", "objects": ""},
+            used=used, features={"volumes": "", "objects": "", "checkpoints": ""},
         )  # fmt: skip
 
     async def _request(self, _call: Call, _params: Empty) -> CsrResult:
@@ -148,7 +156,7 @@ class LoopbackHost:
         request = PlatformRequest(
             name=spec.name, host="loop-0", image=spec.image, cpus=spec.cpus,
             memory_bytes=spec.memory_bytes, scratch_bytes=spec.scratch_bytes, ports=spec.ports,
-            tag=spec.tag, config_iso=base64.b64decode(spec.config_base64),
+            tag=spec.tag, restore=spec.restore, config_iso=base64.b64decode(spec.config_base64),
         )  # fmt: skip
         self.cloud.create(request)
         if spec.name not in self._agents:
@@ -263,6 +271,18 @@ def object_calls(objects: FakeObjects, host: str) -> dict[str, Any]:
         "objects.apply": apply, "objects.state": state, "objects.credentials": credentials,
         "objects.delete": deleted, "objects.stop": stopped, "service.list": services,
     }  # fmt: skip
+
+
+def checkpoint_calls(checkpoints: FakeCheckpoints, host: str) -> dict[str, Any]:
+    """The host wire's methods of checkpoints, over pretended ones."""
+
+    async def taken(_call: Call, asked: CheckpointTake) -> CheckpointTaken:
+        return await checkpoints.take(host, asked)
+
+    async def collected(_call: Call, asked: CheckpointCollect) -> CheckpointCollected:
+        return await checkpoints.collect(host, asked)
+
+    return {"platform.checkpoint": taken, "checkpoint.collect": collected}
 
 
 def entry_of(host: LoopbackHost, **changes: Any) -> Entry:

@@ -11,6 +11,7 @@ from supercloud.control import convert
 from supercloud.control.agents import Agents
 from supercloud.control.authorities import Authorities
 from supercloud.control.bootdata import Tokens
+from supercloud.control.controllers.checkpoint import CheckpointController
 from supercloud.control.controllers.environment import EnvironmentController
 from supercloud.control.controllers.plane import Pace, Plane
 from supercloud.control.controllers.platform import PlatformController
@@ -93,6 +94,7 @@ class ControlPlane:
         self._environments = EnvironmentController(self.plane)
         self._volumes = VolumeController(self.plane)
         self._stores = StoreController(self.plane)
+        self._checkpoints = CheckpointController(self.plane)
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -168,6 +170,10 @@ class ControlPlane:
                 return await self._volumes.reconcile(ucloud, name)
             if kind == "objects":
                 return await self._stores.reconcile(ucloud)
+            if kind == "checkpoints":
+                return await self._checkpoints.reconcile(ucloud, name)
+            if kind == "collect":
+                return await self._checkpoints.collect(ucloud)
             if kind == "seals":
                 return await self._volumes.sealing.poll(ucloud, name)
             return await self._environments.reconcile(ucloud, name)
@@ -198,6 +204,8 @@ class ControlPlane:
                 await state.change(item, failed)
             elif kind == "objects" and (store := await state.store_document(ucloud)):
                 await state.change(store, failed)
+            elif kind == "checkpoints" and (kept := await state.checkpoints_of(ucloud, name)):
+                await state.change(kept, failed)
             elif kind == "volume" and (volume := await state.volume(ucloud, name)):
                 await state.change(volume, failed)
 

@@ -13,6 +13,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from supercloud.model.errors import Exists
+from supercloud.wire.checkpoints import (
+    CheckpointCollect,
+    CheckpointCollected,
+    CheckpointTake,
+    CheckpointTaken,
+    RestoreFrom,
+)
 from supercloud.wire.objects import (
     ObjectsApply,
     ObjectsCredentials,
@@ -25,7 +32,10 @@ from supercloud.wire.volumes import VolumeOpen, VolumeSpec, VolumeStatus
 Accept = Callable[[StreamReader, StreamWriter], Awaitable[None]]
 """Given the raw byte stream to an agent, which is about to send a TLS ClientHello over it."""
 
-FEATURES = ("platforms", "console", "rendezvous", "ports", "kvm", "volumes", "objects")
+FEATURES = (
+    "platforms", "console", "rendezvous", "ports", "kvm", "volumes", "objects", "tunnel",
+    "checkpoints",
+)  # fmt: skip
 """Every provider says of each of these "" (it has it) or the reason why not."""
 
 
@@ -55,8 +65,9 @@ class HostCapacity:
 class PlatformRequest:
     """A platform to have. ``config_iso`` is the config disk; ``tag`` says whose it is.
 
-    The same name with another shape (anything but ``config_iso``) is ``Exists``: delete it first.
-    The first ``config_iso`` stays in effect for as long as the platform lives.
+    The same name with another shape (anything but ``config_iso`` and ``restore``) is ``Exists``:
+    delete it first. The first of these two stay in effect for as long as the platform lives: with
+    ``restore`` it goes on as that checkpoint has it, instead of booting.
     """
 
     name: str
@@ -68,6 +79,7 @@ class PlatformRequest:
     ports: int
     config_iso: bytes = field(repr=False)
     tag: str = ""
+    restore: RestoreFrom | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,8 +194,30 @@ class Objects(Protocol):
         ...
 
 
+class Checkpoints(Protocol):
+    """Checkpoints of one U-Cloud's platforms at one provider, and the removal of any.
+
+    See ``wire.checkpoints``. Both may be repeated.
+    """
+
+    async def take(self, host: str, asked: CheckpointTake) -> CheckpointTaken:
+        """One of a platform; returns when it is stored. NotFound, BadState unless it runs.
+
+        Its nested machines are stopped by its agent for the moment; without that there is none.
+        """
+        ...
+
+    async def collect(self, host: str, asked: CheckpointCollect) -> CheckpointCollected:
+        """Remove what is not to be kept, on the host that has the object store."""
+        ...
+
+
 class Provider(Protocol):
     """One U-Cloud's access to one provider."""
+
+    @property
+    def checkpoints(self) -> Checkpoints | None:
+        """None where none are taken or removed; ``features`` says why."""
 
     @property
     def objects(self) -> Objects | None:

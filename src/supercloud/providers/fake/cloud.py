@@ -7,6 +7,7 @@
     DIRECTORY/NAME.key .pem     its agent's key, and its certificate once it enrolled
     DIRECTORY/volumes           see ``volumes``
     DIRECTORY/objects           see ``objects``
+    DIRECTORY/checkpoints       see ``checkpoints``
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from supercloud.model.errors import Exists, Invalid, NoResources, NotFound, Temp
 from supercloud.model.states import MACHINE, step
 from supercloud.providers.base import HostCapacity, PlatformObservation, PlatformRequest
 from supercloud.providers.fake import bootdata
+from supercloud.providers.fake.checkpoints import FakeCheckpoints
 from supercloud.providers.fake.files import write_private
 from supercloud.providers.fake.objects import FakeObjects
 from supercloud.providers.fake.options import Options
@@ -59,6 +61,7 @@ class Platform:
     generation: int = 0
     specs: list[EnvironmentSpec] = field(default_factory=list)
     statuses: list[EnvironmentStatus] = field(default_factory=list)
+    words: dict[str, list[str]] = field(default_factory=dict)  # what its EEs remember, by uid
 
     def observation(self) -> PlatformObservation:
         """As the provider shows it."""
@@ -92,6 +95,7 @@ class FakeCloud:
         )
         self._load()
         self.volumes, self.objects = FakeVolumes(self), FakeObjects(self)
+        self.checkpoints = FakeCheckpoints(self)
 
     # -- what a provider does
 
@@ -130,6 +134,8 @@ class FakeCloud:
             return there
         self._check(request)
         platform = self._new(request, shape)
+        if request.restore is not None:
+            self._restore(platform, self.checkpoints.read(request.host, request.restore))
         self.hook("before", "create", request.name)
         self._count(request.name)
         self.platforms[request.name] = platform
@@ -202,6 +208,32 @@ class FakeCloud:
             platform.state, platform.reason = "failed", str(error)
         return platform
 
+    def _restore(self, platform: Platform, content: dict[str, Any]) -> None:
+        """It goes on as it was, with its key and certificate."""
+        was = decode(Platform, content["platform"], "checkpoint")
+        platform.boot, platform.boot_id, platform.generation = was.boot, was.boot_id, was.generation
+        platform.specs, platform.statuses, platform.words = was.specs, was.statuses, was.words
+        for suffix, text in content["files"].items():
+            write_private(self.path(platform.name, suffix), text.encode())
+
+    def remember(self, name: str, word: str) -> None:
+        """What an EE keeps in mind while it runs; NotFound."""
+        for platform in self.platforms.values():
+            for status in platform.statuses:
+                if status.name == name and status.uid in platform.words:
+                    platform.words[status.uid].append(word)
+                    self.save(platform)
+                    return
+        raise NotFound(f"no environment {name} runs at {self.name}")
+
+    def remembered(self, name: str) -> list[str]:
+        """What an EE has in mind; nothing when it runs nowhere."""
+        for platform in self.platforms.values():
+            for status in platform.statuses:
+                if status.name == name:
+                    return list(platform.words.get(status.uid, []))
+        return []
+
     def _ports(self, host: str, count: int) -> int:
         taken = sorted((p.first_port, p.ports) for p in self.platforms.values() if p.host == host)
         first = FIRST_PORT
@@ -245,6 +277,6 @@ class FakeCloud:
 
 
 def shape_of(request: PlatformRequest) -> str:
-    """What makes two requests of one name the same: everything but the config disk."""
-    shape = {k: v for k, v in encode(request).items() if k != "config_iso"}
+    """What makes two requests of one name the same: all but config disk and checkpoint."""
+    shape = {k: v for k, v in encode(request).items() if k not in ("config_iso", "restore")}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()

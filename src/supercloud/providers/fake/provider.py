@@ -11,6 +11,7 @@ from supercloud.model.errors import SupercloudError
 from supercloud.providers.base import (
     FEATURES,
     Accept,
+    Checkpoints,
     Console,
     HostCapacity,
     Objects,
@@ -42,11 +43,18 @@ class FakeProvider:
         self._agents: dict[str, FakeAgent] = {}
         self.volumes: Volumes | None = cloud.volumes if cloud.options.volumes else None
         self.objects: Objects | None = cloud.objects if cloud.options.objects else None
+        has = cloud.options.checkpoints
+        self.checkpoints: Checkpoints | None = cloud.checkpoints if has else None
 
     async def features(self) -> dict[str, str]:
         """Everything but speed: there is no machine to have KVM."""
         pretended = dict.fromkeys(FEATURES, "")
-        has = {"volumes": self.volumes, "objects": self.objects}
+        has: dict[str, object] = {
+            "volumes": self.volumes,
+            "objects": self.objects,
+            "checkpoints": self.checkpoints,
+            "tunnel": self.cloud.options.tunnel,
+        }
         lacks = {name: "" if there else "its options say so" for name, there in has.items()}
         return pretended | {"kvm": "nothing really runs here"} | lacks
 

@@ -17,6 +17,7 @@ from supercloud.providers.base import (
     PlatformRequest,
 )
 from supercloud.providers.context import Context
+from supercloud.providers.lower_layer.checkpoints import HostCheckpoints
 from supercloud.providers.lower_layer.dial import Connection, Dialer, Target, why_lost
 from supercloud.providers.lower_layer.objects import HostObjects
 from supercloud.providers.lower_layer.rendezvous import Rendezvous
@@ -28,6 +29,7 @@ from supercloud.wire.objects import ServiceList, ServiceStatus
 from supercloud.wire.peer import ConnectionLost, Stream
 
 CREATE_TIMEOUT_S: Final = 120.0
+RESTORE_TIMEOUT_S: Final = 1800.0
 CALL_TIMEOUT_S: Final = 60.0
 _ANYWHERE: Final = ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
 
@@ -55,14 +57,15 @@ class LowerLayerProvider:
         self._connecting = asyncio.Lock()
         self.volumes = HostVolumes(entry.name, self._call)
         self.objects = HostObjects(entry.name, self._call)
+        self.checkpoints = HostCheckpoints(entry.name, self._call)
 
     async def features(self) -> dict[str, str]:
         """What the host says of itself."""
         info = await self._info()
         kvm = "" if info.accelerator == "kvm" else f"its accelerator is {info.accelerator}"
         unsaid = "the host does not say that it has any"
-        silent = {"kvm": kvm, "volumes": unsaid, "objects": unsaid}
-        return dict.fromkeys(FEATURES, "") | silent | info.features
+        silent = dict.fromkeys(("volumes", "objects", "tunnel", "checkpoints"), unsaid)
+        return dict.fromkeys(FEATURES, "") | {"kvm": kvm} | silent | info.features
 
     async def hosts(self) -> list[HostCapacity]:
         """The one host, as far as the quota goes. Its name is the entry's."""
@@ -92,10 +95,11 @@ class LowerLayerProvider:
         spec = PlatformSpec(
             name=request.name, image=request.image, cpus=request.cpus,
             memory_bytes=request.memory_bytes, scratch_bytes=request.scratch_bytes,
-            ports=request.ports, tag=request.tag,
+            ports=request.ports, tag=request.tag, restore=request.restore,
             config_base64=base64.b64encode(request.config_iso).decode(),
         )  # fmt: skip
-        status: PlatformStatus = await self._call("platform.create", spec, CREATE_TIMEOUT_S)
+        timeout_s = CREATE_TIMEOUT_S if request.restore is None else RESTORE_TIMEOUT_S
+        status: PlatformStatus = await self._call("platform.create", spec, timeout_s)
         return self._observation(status)
 
     async def platforms(self) -> list[PlatformObservation]:

@@ -20,5 +20,6 @@ IDENTIFIED: Final = f"{RUN}/identified"
 
 BLOBS: Final = f"{DATA}/blobs"
 LAYERS: Final = f"{DATA}/ee"
+CHECKPOINTS: Final = f"{DATA}/checkpoints"
 
 CGROUP: Final = "/sys/fs/cgroup/ee"

@@ -111,7 +111,7 @@ class Quiet:
         if self._forgotten is not None:
             self._forgotten.cancel()
         with contextlib.suppress(OSError):
-            cgroups.freeze(False)
+            cgroups.freeze_all(False)
 
     async def _pause(self, asked: Asked) -> None:
         """Acknowledge, and be sure that it ends."""
@@ -119,9 +119,9 @@ class Quiet:
             await self._settled()
             with contextlib.suppress(TimeoutError):  # so that little is left to write in the pause
                 await asyncio.wait_for(asyncio.to_thread(os.sync), SYNC_S)
-            cgroups.freeze(True)
+            cgroups.freeze_all(True)
             async with asyncio.timeout(FREEZE_S):
-                while not cgroups.is_frozen():  # noqa: ASYNC110 -- the kernel does not call
+                while not cgroups.all_are_frozen():  # noqa: ASYNC110 -- the kernel does not call
                     await asyncio.sleep(_LOOK_S)
         except (SupercloudError, OSError, TimeoutError) as error:
             log.warning("no pause: %s", error)

@@ -25,8 +25,8 @@ class Platform:
         self.frozen, self.obeys = False, True
         ours, self.host = socket.socketpair()
         self.host.setblocking(False)
-        monkeypatch.setattr(cgroups, "freeze", self._freeze)
-        monkeypatch.setattr(cgroups, "is_frozen", lambda: self.frozen)
+        monkeypatch.setattr(cgroups, "freeze_all", self._freeze)
+        monkeypatch.setattr(cgroups, "all_are_frozen", lambda: self.frozen)
         monkeypatch.setattr(os, "sync", lambda: self.done.append("sync"))
         monkeypatch.setattr(identity, "reseed", lambda seed: self.done.append(f"seed {len(seed)}"))
         monkeypatch.setattr(identity, "set_macs", lambda macs: self.done.append(f"macs {macs}"))

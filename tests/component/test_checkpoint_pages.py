@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from supercloud.model.errors import BadState, Invalid
+from supercloud.model.errors import BadState, Invalid, NoResources
 from supercloud.services.checkpoint import pages
 from supercloud.services.checkpoint.pages import PAGE_BYTES, Captured, Memory, Run
 
@@ -115,6 +115,26 @@ def test_dirty_pages_are_exactly_those_written_with_what_was_written(process, im
         expected = bytearray(os.pread(image, PAGE_BYTES, page * PAGE_BYTES))
         expected[7:15] = b"%08d" % page
         assert captured.read_at(page * PAGE_BYTES, PAGE_BYTES) == expected
+
+
+@pytest.mark.parametrize("more", [(), range(2000, 2300), range(0, IMAGE_PAGES, 2)])
+def test_room_that_was_made_before_is_used_or_made_larger(process, image, more):
+    process.tell("write", [3, 5, 1000])
+    memory, into = Memory(process.pid, image), os.memfd_create("captured")
+    room = memory.make_room(into)
+    process.tell("write", more)
+    written = {3, 5, 1000, *more}
+    assert memory.capture(into, room=room) == len(written) * PAGE_BYTES
+    captured = Captured(into)
+    assert captured.runs == runs_of(written)
+    for page in (5, max(written)):
+        data = captured.read_at(page * PAGE_BYTES, PAGE_BYTES)
+        assert data[7:15] == b"%08d" % page
+    least = os.fstat(into).st_size
+    assert least < (len(written) + 64) * PAGE_BYTES, "what it has too much is given back"
+    with pytest.raises(NoResources):
+        memory.capture(os.memfd_create("small"), PAGE_BYTES)
+    memory.close()
 
 
 def test_the_process_may_go_on_and_the_copy_stays(process, image):

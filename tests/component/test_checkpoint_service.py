@@ -1,8 +1,12 @@
 """The checkpointing service as its user's domain meets it: calls, descriptors, what is told."""
 
+import contextlib
+import fcntl
 import json
 import mmap
 import os
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -10,8 +14,12 @@ import threading
 import pytest
 
 from supercloud.model.errors import BadState, Invalid
+from supercloud.services.checkpoint import dialled, s3
 from supercloud.services.checkpoint.pages import Memory
 from supercloud.services.checkpoint.service import CheckpointService
+from supercloud.trust import keys
+from supercloud.trust.authority import Authority
+from supercloud.trust.names import Identity
 from supercloud.wire.portal import Request
 from supercloud.wire.reactor import Reactor
 
@@ -218,3 +226,150 @@ def test_the_monitors_half_is_small():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def fixed_file(size_bytes):
+    """As the core makes a machine's memory."""
+    file = os.memfd_create("ram", os.MFD_ALLOW_SEALING)
+    os.ftruncate(file, size_bytes)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    return file
+
+
+def taken_file(caller, image, head=None, **details):
+    parts = [{"name": "memory", "kind": "file"}]
+    asked = {"ee": "p1", "engine": "qemu", "parts": parts, "details": details, "head": head}
+    return caller.job("checkpoint.take", asked, [memory_file(image)])
+
+
+def test_a_memory_object_of_fixed_size_is_filled_and_only_an_empty_one_of_that_size(caller):
+    image = os.urandom(1 << 20) + bytes(3 << 20) + os.urandom(1 << 20)
+    head = taken_file(caller, image)["head"]
+    asked = {"ee": "p1", "head": head, "parts": ["memory"]}
+    for size, content in ((len(image) + 4096, b""), (len(image), b"not empty")):
+        file = fixed_file(size)
+        os.pwrite(file, content, 0)
+        assert caller.job("checkpoint.restore", asked, [file])["code"] == "invalid"
+    file = fixed_file(len(image))
+    kept = os.dup(file)
+    assert caller.job("checkpoint.restore", asked, [file]) == {"parts": {"memory": len(image)}}
+    assert os.pread(kept, len(image), 0) == image
+    assert os.fstat(kept).st_blocks * 512 < 3 << 20, "what is zeros takes no memory"
+    os.close(kept)
+
+
+def test_a_checkpoint_of_another_machine_is_not_read(caller):
+    head = taken_file(caller, b"x" * 4096, cpus="1", machine="q35")["head"]
+    asked = {"ee": "p1", "head": head, "parts": ["memory"]}
+    alike = {"cpus": "1", "machine": "q35", "newer": "what old ones do not say"}
+    assert "parts" in caller.job(
+        "checkpoint.restore", {**asked, "expected": alike}, [memory_file()]
+    )
+    other = caller.job(
+        "checkpoint.restore", {**asked, "expected": {**alike, "cpus": "2"}}, [memory_file()]
+    )
+    assert other["code"] == "unsupported"
+    assert "cpus 1" in other["message"]
+
+
+def test_a_sparse_file_is_read_where_it_has_anything(caller):
+    file = os.memfd_create("disk")
+    os.ftruncate(file, 64 << 30)
+    os.pwrite(file, b"early", 5)
+    os.pwrite(file, b"late", (64 << 30) - 4)
+    parts = [{"name": "disk:scratch", "kind": "file"}]
+    asked = {"ee": "p1", "engine": "qemu", "parts": parts}
+    taken = caller.job("checkpoint.take", asked, [file])  # within the minute that a job has here
+    assert taken["parts"]["disk:scratch"]["size_bytes"] == 64 << 30
+    back = os.memfd_create("back")
+    kept = os.dup(back)
+    asked = {"ee": "p1", "head": taken["head"], "parts": ["disk:scratch"]}
+    caller.job("checkpoint.restore", asked, [back])
+    assert os.pread(kept, 5, 5) == b"early"
+    assert os.pread(kept, 10, (64 << 30) - 4) == b"late"
+    os.close(kept)
+
+
+def test_what_is_to_stay_may_be_said_by_sequence(caller):
+    heads = [taken_file(caller, os.urandom(4096))["head"]]
+    for _ in range(3):
+        heads.append(taken_file(caller, os.urandom(4096), heads[-1])["head"])
+    keep = {"p1": {"head": heads[3], "sequences": [heads[1]["sequence"]]}}
+    report = caller.job("checkpoint.collect", {"keep": keep})
+    assert len(report["dropped"]) == 2
+    rows = caller.job("checkpoint.list", {"ee": "p1", "head": heads[3]})["checkpoints"]
+    asked = {"ee": "p1", "head": heads[3], "parts": ["memory"]}
+    for number, there in enumerate((False, True, False, True)):
+        sequence = {"sequence": heads[number]["sequence"]}
+        answer = caller.job("checkpoint.restore", asked | sequence, [memory_file()])
+        assert ("parts" in answer) == there, rows
+
+
+class Server:
+    """Hands the service connections on which a server of ``name`` answers nothing but 404."""
+
+    def __init__(self, directory, name):
+        self.authority = Authority.ensure(str(directory), "mine")
+        identity = Identity("mine", "service", name)
+        key = directory / "server.key"
+        keys.make_key(str(key))
+        made = self.authority.issue(
+            keys.make_request(str(key), identity.uri, identity.dns), identity
+        )
+        chain = directory / "server.pem"
+        chain.write_text(made.cert_pem + made.chain_pem)
+        self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.context.load_cert_chain(chain, key)
+        self.name, self.requests = identity.dns, []
+
+    def serve(self, end):
+        with contextlib.suppress(OSError), self.context.wrap_socket(end, server_side=True) as tls:
+            data = b""
+            while b"\r\n\r\n" not in data:
+                data += tls.recv(4096)
+            self.requests.append(data.partition(b"\r\n")[0])
+            tls.sendall(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
+
+
+def dialling(server, name, tmp_path, gives=True):
+    """A service configured for a server of that name; what a job says."""
+    caller = Caller.__new__(Caller)
+    caller.told, caller._reactor = [], Reactor()
+    plain = caller._tell
+
+    def tell(method, parameters):
+        if method != "connection.wanted":
+            plain(method, parameters)
+            return
+        for _ in range(parameters["count"] if gives else 0):
+            ours, theirs = socket.socketpair()
+            threading.Thread(target=server.serve, args=(theirs,), daemon=True).start()
+            caller.call("connection", {}, [ours.detach()])
+
+    caller.service = CheckpointService(caller._reactor, tell)
+    configured = {
+        "ucloud": "mine", "secret": "ab" * 32, "server_name": name, "bucket": "b",
+        "ca_pem": server.authority.root_pem, "access_key": "a", "secret_key": "s",
+    }  # fmt: skip
+    caller.call("configure", {}, [memory_file(json.dumps(configured).encode())])
+    head = {"sequence": 1, "root": "0" * 64}
+    try:
+        return caller.job("checkpoint.list", {"ee": "p1", "head": head})
+    finally:
+        caller.close()
+
+
+def test_its_connections_are_asked_for_and_speak_tls_with_the_named_server_only(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(s3, "_FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(dialled, "PATIENCE_S", 0.1)
+    server = Server(tmp_path, "objects")
+    said = dialling(server, server.name, tmp_path)
+    assert (said["code"], len(server.requests)) == ("not_found", 1)
+    assert server.requests[0].startswith(b"GET /b?")
+    said = dialling(server, server.name.replace("objects", "other"), tmp_path)
+    assert "certificate" in said["message"]
+    said = dialling(server, server.name, tmp_path, gives=False)
+    assert (said["code"], len(server.requests)) == ("temporary", 1)
+    assert "nobody gave a connection" in said["message"]

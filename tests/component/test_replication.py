@@ -331,7 +331,7 @@ def test_descriptors_and_parameters_that_will_not_do_are_refused(
     for given, more in (
         ([], {}), ([host.map], {}), ([host.map, streams[0]], {}), ([file, *streams], {}),
         ([small, *streams], {}), ([host.map, streams[0], file], {}),
-        ([host.map, *streams], {"size_bytes": owner.size_bytes * 2}),
+        ([host.map, *streams], {"size_bytes": owner.size_bytes << 12}),
         ([host.map, *streams], {"generation": 0}),
         ([host.map, *streams], {"replicas": [both[0], both[0]]}),
         ([host.map, *streams], {"replicas": [{**row, "in_sync": False} for row in both]}),

@@ -15,6 +15,7 @@ from supercloud.wire.messages import (
     ImageRef,
     Logs,
 )
+from supercloud.wire.tunnel import TunnelApply
 from support.link import at_rendezvous
 from support.providers import KINDS, PRETENDED, REAL
 
@@ -29,6 +30,20 @@ async def test_each_feature_is_there_or_has_a_reason(provider):
     features = await provider.features()
     assert features.keys() >= set(FEATURES)
     assert all(isinstance(reason, str) for reason in features.values())
+
+
+async def test_a_host_can_be_told_of_others_and_others_of_it(provider):
+    (host, *_) = await provider.hosts()
+    peer = await provider.peer(host.name)
+    assert peer.name
+    assert not peer.address.startswith("localhost")
+    for asked in (TunnelApply(objects_to=[peer.name]), TunnelApply(objects_from=peer)):
+        await provider.tunnels(host.name, asked)
+        await provider.tunnels(host.name, asked)
+    with pytest.raises(NotFound):
+        await provider.peer("nowhere")
+    with pytest.raises(NotFound):
+        await provider.tunnels("nowhere", TunnelApply())
 
 
 async def test_hosts_have_no_more_free_than_they_have(provider):

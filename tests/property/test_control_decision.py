@@ -16,7 +16,7 @@ from supercloud.model.resources import (
     Environment,
     Network,
     Placement,
-    PlatformSize,
+    Platform,
     Port,
     Provider,
     UCloud,
@@ -82,7 +82,7 @@ wishes = st.builds(
             [Network(name="default", range="10.64.0.0/14"), Network(name="other")],
         ]
     ),
-    platform=st.sampled_from([PlatformSize(), PlatformSize(memory_bytes=2 * GIB, ports=8)]),
+    platform=st.sampled_from([Platform(), Platform(memory_bytes=2 * GIB, ports=8)]),
 )
 
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from supercloud.control.manifest import dump, parse
 from supercloud.model.errors import UserError
 from supercloud.model.resources import (
+    Checkpointing,
     Environment,
     Network,
     Placement,
-    PlatformSize,
+    Platform,
     Port,
     Provider,
     UCloud,
@@ -101,6 +102,9 @@ PORTS = st.lists(
     max_size=3,
     unique_by=lambda port: (port.port, port.protocol),
 )  # fmt: skip
+CHECKPOINTS = st.builds(
+    Checkpointing, every_s=st.just(0) | st.integers(10, 30 * 86400), keep=st.integers(1, 100)
+)
 ENVIRONMENTS = st.builds(
     Environment,
     name=NAMES,
@@ -113,6 +117,7 @@ ENVIRONMENTS = st.builds(
     ports=PORTS,
     replicas=st.integers(0, 1),
     restart=st.sampled_from(["always", "on-failure", "never"]),
+    checkpoint=st.none() | CHECKPOINTS,
     placement=st.builds(Placement, spread=st.sampled_from(["none", "host", "provider", "region"])),
 )
 UCLOUDS = st.builds(
@@ -121,7 +126,11 @@ UCLOUDS = st.builds(
     providers=listed(PROVIDERS).filter(bool),
     environments=listed(ENVIRONMENTS),
     networks=st.builds(Network, name=NAMES, range=st.sampled_from(["", "10.70.0.0/16"])).map(lambda n: [n]),
-    platform=st.builds(PlatformSize, scratch_bytes=st.integers(64 << 20, 1 << 40)),
+    platform=st.builds(
+        Platform,
+        scratch_bytes=st.integers(64 << 20, 1 << 40),
+        checkpoint=st.none() | CHECKPOINTS,
+    ),
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from support.lower import ControlPlane, running
 pytestmark = pytest.mark.root
 
 MIB, GIB = 1 << 20, 1 << 30
+AS_GIVEN = ("--dial", "elsewhere")
 QUOTA = {"cpu_permille": 1000, "memory_bytes": GIB, "disk_bytes": GIB, "vms": 2}
 VMM = "Limits(memory_bytes={memory}, pids=160)"
 
@@ -69,6 +70,11 @@ ATTACKS: list[tuple[str, str]] = [
         "core.create_channel(0, core.lookup('uplink-net:evil:a').selector, 'a', 'guest', 1)",
         "denied",
     ),
+    ("uplink.call('uplink.dial', {'address': '127.0.0.1', 'port': 22})", "denied"),
+    ("uplink.call('uplink.dial', {'address': '::ffff:127.0.0.1', 'port': 22})", "denied"),
+    ("uplink.call('uplink.dial', {'address': '169.254.169.254', 'port': 80})", "denied"),
+    ("uplink.call('uplink.dial', {'address': 'localhost', 'port': 80})", "invalid"),
+    ("uplink.call('uplink.dial', {'address': '198.51.100.1', 'port': 0})", "invalid"),
     # as much as the quota has with what is meant for services, and then no more
     (vmm("one", 384 * MIB + GIB), ""),
     (vmm("two", 384 * MIB + 2 * GIB), "no_resources"),
@@ -83,7 +89,7 @@ ATTACKS: list[tuple[str, str]] = [
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     directory = tmp_path_factory.mktemp("evil-user")
-    with running(BrokenIntoHost(directory, "t-user", "user", EVIL_USER)) as host:
+    with running(BrokenIntoHost(directory, "t-user", "user", EVIL_USER), *AS_GIVEN) as host:
         plane = ControlPlane(directory, host, "evil")
         attacks = json.dumps([as_code(attack) for attack, _ in ATTACKS])
         victim = ControlPlane(directory, host, "victim")

@@ -15,6 +15,7 @@ from supercloud.model.resources import Provider as Entry
 from supercloud.providers.base import MemoryPins, PlatformRequest
 from supercloud.providers.context import Context
 from supercloud.providers.fake.agent import FakeAgent, dial
+from supercloud.providers.fake.checkpoints import FakeCheckpoints
 from supercloud.providers.fake.cloud import FakeCloud
 from supercloud.providers.fake.objects import FakeObjects
 from supercloud.providers.fake.options import Options
@@ -22,6 +23,12 @@ from supercloud.providers.fake.templates import FakeTemplates
 from supercloud.providers.fake.volumes import FakeVolumes
 from supercloud.providers.lower_layer.provider import LowerLayerProvider, from_context
 from supercloud.trust import tls
+from supercloud.wire.checkpoints import (
+    CheckpointCollect,
+    CheckpointCollected,
+    CheckpointTake,
+    CheckpointTaken,
+)
 from supercloud.wire.codec import encode
 from supercloud.wire.host import (
     HOST,
@@ -33,6 +40,7 @@ from supercloud.wire.host import (
     TemplateStatus,
 )
 from supercloud.wire.messages import Blob, ByName, Certificate, CsrResult, Empty, handlers
+from supercloud.wire.mirrors import MirrorStatus, VolumeFence, VolumeLease, VolumeRejoin
 from supercloud.wire.objects import (
     ObjectsApply,
     ObjectsCredentials,
@@ -44,6 +52,7 @@ from supercloud.wire.objects import (
 )
 from supercloud.wire.peer import Call, Detach, Peer
 from supercloud.wire.quota import Quota
+from supercloud.wire.tunnel import TunnelApply
 from supercloud.wire.volumes import (
     VolumeAttach,
     VolumeList,
@@ -75,9 +84,12 @@ class LoopbackHost:
             "platform.list": self._list, "platform.delete": self._delete,
             "platform.console": self._console, "rendezvous.accept": self._accept,
         }  # fmt: skip
+        self.calls["tunnel.apply"] = self._tunnels
+        self.tunnels: list[TunnelApply] = []
         self.calls |= template_calls(self.cloud.templates, "loop-0")
         self.calls |= volume_calls(self.cloud.volumes, "loop-0")
         self.calls |= object_calls(self.cloud.objects, "loop-0")
+        self.calls |= checkpoint_calls(self.cloud.checkpoints, "loop-0")
         self.forget("identity")
 
     def forget(self, where: str) -> None:
@@ -145,7 +157,8 @@ class LoopbackHost:
                 cpu_permille=int(1000 * host.cpus_total), memory_bytes=host.memory_total_bytes,
                 disk_bytes=host.disk_total_bytes, vms=self.cloud.options.platforms,
             ),
-            used=used, features={"volumes": "", "objects": "", "templates": ""},
+            used=used,
+            features=dict.fromkeys(("volumes", "objects", "tunnel", "checkpoints", "templates"), ""),
         )  # fmt: skip
 
     async def _request(self, _call: Call, _params: Empty) -> CsrResult:
@@ -159,7 +172,7 @@ class LoopbackHost:
         request = PlatformRequest(
             name=spec.name, host="loop-0", image=spec.image, cpus=spec.cpus,
             memory_bytes=spec.memory_bytes, scratch_bytes=spec.scratch_bytes, ports=spec.ports,
-            tag=spec.tag, config_iso=base64.b64decode(spec.config_base64),
+            tag=spec.tag, restore=spec.restore, config_iso=base64.b64decode(spec.config_base64),
         )  # fmt: skip
         self.cloud.create(request)
         if spec.name not in self._agents:
@@ -191,6 +204,10 @@ class LoopbackHost:
         await stream.write(b"login: ")
         async for data in stream.chunks():
             await stream.write(data)
+
+    async def _tunnels(self, _call: Call, asked: TunnelApply) -> Empty:
+        self.tunnels.append(asked)
+        return Empty()
 
     async def _accept(self, _call: Call, _params: Empty) -> Detach:
         return await self.rendezvous.accept()
@@ -226,7 +243,19 @@ def volume_calls(volumes: FakeVolumes, host: str) -> dict[str, Any]:
         return await volumes.open(host, asked)
 
     async def served(_call: Call, asked: VolumeServe) -> VolumeStatus:
-        return await volumes.serve(host, asked.name, asked.epoch)
+        return await volumes.serve(
+            host, asked.name, asked.epoch, mirror=asked.mirror, shared=asked.shared
+        )
+
+    async def leased(_call: Call, asked: VolumeLease) -> MirrorStatus:
+        return await volumes.lease(host, asked)
+
+    async def rejoined(_call: Call, asked: VolumeRejoin) -> MirrorStatus:
+        return await volumes.rejoin(host, asked)
+
+    async def fenced(_call: Call, asked: VolumeFence) -> Empty:
+        await volumes.fence(host, asked)
+        return Empty()
 
     async def attached(_call: Call, asked: VolumeAttach) -> VolumeStatus:
         return await volumes.attach(host, asked.name, asked.platform)
@@ -258,6 +287,7 @@ def volume_calls(volumes: FakeVolumes, host: str) -> dict[str, Any]:
         "volume.open": opened, "volume.serve": served, "volume.attach": attached,
         "volume.detach": detached, "volume.close": closed, "volume.delete": deleted,
         "volume.change": changed, "volume.list": listed,
+        "volume.lease": leased, "volume.rejoin": rejoined, "volume.fence": fenced,
         **{f"volume.{what}": of_snapshot(what) for what in ("snapshot", "revert", "forget")},
     }  # fmt: skip
 
@@ -287,6 +317,18 @@ def object_calls(objects: FakeObjects, host: str) -> dict[str, Any]:
         "objects.apply": apply, "objects.state": state, "objects.credentials": credentials,
         "objects.delete": deleted, "objects.stop": stopped, "service.list": services,
     }  # fmt: skip
+
+
+def checkpoint_calls(checkpoints: FakeCheckpoints, host: str) -> dict[str, Any]:
+    """The host wire's methods of checkpoints, over pretended ones."""
+
+    async def taken(_call: Call, asked: CheckpointTake) -> CheckpointTaken:
+        return await checkpoints.take(host, asked)
+
+    async def collected(_call: Call, asked: CheckpointCollect) -> CheckpointCollected:
+        return await checkpoints.collect(host, asked)
+
+    return {"platform.checkpoint": taken, "checkpoint.collect": collected}
 
 
 def entry_of(host: LoopbackHost, **changes: Any) -> Entry:

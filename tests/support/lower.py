@@ -59,7 +59,7 @@ class RunningHost:
                     sys.executable, "-I", "-S", "-B", self.program,
                     "--instance", self.instance, "--state", str(self.state),
                     "--listen", f"127.0.0.1:{self.port}", "--images", str(images()),
-                    "--ready-fd", str(writing), "--templates", "asked", *more,
+                    "--ready-fd", str(writing), "--templates", "asked", "--dial", "any", *more,
                 ],
                 pass_fds=[writing], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip

@@ -362,7 +362,7 @@ def machine(platform: Platform, *, packed: bool = True, **changes: object) -> En
 
 
 @contextlib.asynccontextmanager
-async def booted(directory: Path) -> AsyncIterator[Platform]:
+async def booted(directory: Path, *, memory_mib: int = 1024) -> AsyncIterator[Platform]:
     """A platform of an image with the code as it is now, its agent connected; takes the VM lock."""
     images, machine_directory = directory / "images", directory / "machine"
     machine_directory.mkdir()
@@ -370,7 +370,7 @@ async def booted(directory: Path) -> AsyncIterator[Platform]:
     link = Link(directory)
     with vm_slots():
         async with link.listening():
-            platform = Platform(machine_directory, link, images=images)
+            platform = Platform(machine_directory, link, images=images, memory_mib=memory_mib)
             platform.examples = examples(directory / "examples")
             async with platform.running():
                 await platform.session()

@@ -55,7 +55,7 @@ def _command(directory: Path, ports: list[int]) -> list[str]:
 
 
 @contextlib.contextmanager
-def s3_server(directory: Path) -> Iterator[Bucket]:
+def s3_server(directory: Path, name: str = "checkpoints") -> Iterator[Bucket]:
     """The server, running, and its bucket."""
     (directory / "data").mkdir()
     identity = {
@@ -72,7 +72,7 @@ def s3_server(directory: Path) -> Iterator[Bucket]:
         )
     bucket = Bucket(
         endpoint=f"http://127.0.0.1:{ports[2 * _SERVICES.index('s3')]}",
-        name="checkpoints",
+        name=name,
         access_key=ACCESS_KEY,
         secret_key=SECRET_KEY,
     )

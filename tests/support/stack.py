@@ -72,7 +72,7 @@ class Host:
                     "--instance", self.instance, "--state", str(self.state),
                     "--images", str(self.images), "--listen", f"127.0.0.1:{self.port}",
                     "--ports", f"{self.ports.start}-{self.ports.stop - 1}",
-                    "--region", self.region, "--ready-fd", str(writing), "--templates", "asked",
+                    "--region", self.region, "--ready-fd", str(writing), "--templates", "asked", "--dial", "any",
                 ],
                 pass_fds=[writing], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip

@@ -47,7 +47,7 @@ def spec(**changes: object) -> EnvironmentSpec:
 
 def network(number: int = 0) -> Network:
     gateway = ipaddress.IPv4Interface(f"10.64.{number}.1/24")
-    return Network(f"net{number}", f"ee{number}", gateway)
+    return Network(f"net{number}", f"ee{number}", (gateway,))
 
 
 # -- boot data
@@ -104,7 +104,7 @@ def test_ruleset_publishes_ports_and_separates_networks() -> None:
     assert 'iifname "ee0" oifname "ee1"' not in text
     assert text.count("policy drop") == 2
     assert "ip saddr { 10.64.0.0/24, 10.64.1.0/24 }" in text
-    assert 'iifname "ee0" ip daddr 10.64.0.1 ' in text
+    assert 'iifname "ee0" ip daddr { 10.64.0.1 } ' in text
 
 
 def test_ruleset_lets_those_who_use_buckets_to_their_store_only() -> None:
@@ -139,6 +139,18 @@ def test_overlapping_networks_and_two_gateways_are_refused() -> None:
         networks.gateways([spec(nics=[nic()]), spec(nics=[nic(gateway="10.64.0.2")])])
 
 
+def test_an_ee_from_another_platform_keeps_its_gateway() -> None:
+    """It was restored here: the bridge has both addresses, and answers DHCP and DNS at both."""
+    moved = spec(uid="moved", nics=[nic("10.64.7.9/24", gateway="10.64.7.1")])
+    found = networks.gateways([spec(nics=[nic()]), moved])["default"]
+    assert [str(gateway) for gateway in found] == ["10.64.0.1/24", "10.64.7.1/24"]
+    both = Network("default", "ee0", found)
+    text = firewall.ruleset("eth0", [both], [])
+    assert 'iifname "ee0" ip daddr { 10.64.0.1, 10.64.7.1 } ' in text
+    assert "ip saddr { 10.64.0.0/24, 10.64.7.0/24 }" in text
+    assert "option:router,10.64.7.1\n" in names.configuration([both])
+
+
 def test_device_names_fit_and_differ() -> None:
     made = {networks.device_name("ve", uid, n) for uid in ("a" * 63, "a" * 62) for n in range(3)}
     assert len(made) == 6
@@ -162,8 +174,8 @@ def test_leases_are_for_vms() -> None:
 
 def test_dnsmasq_offers_each_network_its_own_gateway() -> None:
     text = names.configuration([network(0), network(1)])
-    assert "dhcp-range=set:ee1,10.64.1.0,static,255.255.255.0,infinite\n" in text
-    assert "dhcp-option=tag:ee1,option:router,10.64.1.1\n" in text
+    assert "dhcp-range=set:ee1-0,10.64.1.0,static,255.255.255.0,infinite\n" in text
+    assert "dhcp-option=tag:ee1-0,option:router,10.64.1.1\n" in text
     assert "\ninterface=" not in names.configuration([])
 
 

@@ -103,6 +103,19 @@ def test_disk_of_a_slot_is_found_and_its_name_used_again_is_another_disk(system:
     assert disks.at_slot(3) == Disk("vdd", 8)
 
 
+@pytest.mark.parametrize("before", ["write through", "write back"])
+def test_a_disk_is_told_that_flushes_are_sent(system: System, before: str) -> None:
+    system.plug(2, "vdd", 7)
+    switch = system.root / "block/vdd/cache_type"
+    switch.write_text(f"{before}\n")
+    disks = Disks(str(system.root))
+    disks.send_flushes(Disk("vdd", 7))
+    assert switch.read_text().endswith("write back" if before == "write through" else "back\n")
+    switch.unlink()
+    disks.send_flushes(Disk("vdd", 7))
+    assert not switch.exists()
+
+
 # -- content
 
 

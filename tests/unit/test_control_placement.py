@@ -1,11 +1,14 @@
 """Placement: wishes and capacity are conditions; what stands stays; refusals explain themselves."""
 
+from dataclasses import replace
+
 import pytest
 
 from supercloud.model.errors import NoResources
 from supercloud.model.resources import (
     GIB,
     MIB,
+    Checkpointing,
     Environment,
     Placement,
     PlatformSize,
@@ -35,8 +38,6 @@ def ee(name, memory=64 * MIB, kind="container", replicas=1, ports=0, cpus=1.0, *
 
 
 def stored(name, *volumes, **more):
-    from dataclasses import replace
-
     return replace(ee(name, **more), volumes=[VolumeUse(name=v, path=f"/{v}") for v in volumes])
 
 
@@ -243,3 +244,47 @@ def test_a_provider_without_volumes_takes_only_what_has_none():
     assert where(place([stored("a", "data"), ee("b")], hosts))["a"] == "h2"
     with pytest.raises(NoResources, match="no volumes: its disks are of paper"):
         place([stored("a", "data")], hosts[:1])
+
+
+def checkpointed(name, **more):
+    return replace(ee(name, **more), checkpoint=Checkpointing())
+
+
+def test_what_is_checkpointed_goes_where_the_store_is_unless_a_tunnel_leads_there():
+    apart = [host("h1"), host("h2")]
+    placed = place([checkpointed("a")], apart, store=("p", "h2"))
+    assert placed == {"a": ("p", "h2")}
+    only = {"a": "q"}
+    hosts = [host("h1"), replace(host("h2"), provider="q")]
+    with pytest.raises(NoResources, match="its checkpoints are kept at p/h1: nothing joins it"):
+        place([checkpointed("a")], hosts, store=("p", "h1"), only=only)
+    joined = [replace(item, tunnel="") for item in hosts]
+    assert place([checkpointed("a")], joined, store=("p", "h1"), only=only) == {"a": ("q", "h2")}
+    half = [joined[0], hosts[1]]
+    with pytest.raises(NoResources):
+        place([checkpointed("a")], half, store=("p", "h1"), only=only)
+
+
+def test_a_kind_that_cannot_be_checkpointed_there_goes_elsewhere_or_is_refused():
+    unable = replace(host("h1"), checkpoints={"vm": "no CRIU for that"})
+    assert place([checkpointed("a")], [unable]) == {"a": ("p", "h1")}
+    machine = checkpointed("db", kind="vm")
+    with pytest.raises(NoResources, match="no checkpoints can be taken there: no CRIU for that"):
+        place([machine], [unable])
+    assert place([machine], [unable, host("h2")]) == {"db": ("p", "h2")}
+    assert place([ee("db", kind="vm")], [unable]) == {"db": ("p", "h1")}
+
+
+def test_whole_platforms_that_are_checkpointed_are_where_the_store_is():
+    hosts = [host("h1"), host("h2")]
+    assert place([ee("a")], hosts, store=("p", "h2"), platforms=True) == {"a": ("p", "h2")}
+    spread = ee("a", replicas=2, spread="host")
+    with pytest.raises(NoResources, match="its checkpoints are kept at"):
+        place([spread], hosts, store=("p", "h2"), platforms=True)
+
+
+def test_what_must_go_to_a_provider_leaves_the_place_where_it_stands():
+    hosts = [host("h1"), replace(host("h2"), provider="q")]
+    standing = {"a": ("p", "h1"), "b": ("p", "h1")}
+    wish = [ee("a"), ee("b")]
+    assert place(wish, hosts, standing, only={"a": "q"}) == {"a": ("q", "h2"), "b": ("p", "h1")}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from supercloud.lower.user_domain.feed import Feed
+from supercloud.lower.user_domain.mirrors import Mirrors
 from supercloud.lower.user_domain.volumes import Volumes
 from supercloud.model.errors import BadState, Exists, NotFound, Permanent
 from supercloud.wire.portal import Closed, Reply
@@ -75,6 +76,10 @@ class Slots(Far):
         return {"disks": [{"volume": v, "slot": n} for v, n in self.disks.items()]}
 
 
+def absent(name: str) -> Any:
+    raise NotFound(name)
+
+
 class World:
     def __init__(self, directory: Path) -> None:
         descriptor = Reply({"made": True, "size_bytes": 0})
@@ -87,15 +92,18 @@ class World:
         self.machine = Slots()
         channels = {"protection": self.protection, "block": self.block}
         services: Any = SimpleNamespace(
-            start=channels.__getitem__, is_running=lambda _kind: True, told={}
+            start=channels.__getitem__, is_running=channels.__contains__, told={}
         )
 
         async def machine(_platform: str) -> Any:
             return self.machine
 
-        hub: Any = SimpleNamespace(core=None, join=lambda *_: self.disk)
+        core = SimpleNamespace(lookup=absent, destroy=absent)
+        hub: Any = SimpleNamespace(core=core, join=lambda *_: self.disk)
         feed = Feed("u", "host/t")
-        self.volumes = Volumes(hub, services, feed, str(directory), machine)
+        tunnels: Any = SimpleNamespace()
+        mirrors = Mirrors(hub.core, services, tunnels, feed)
+        self.volumes = Volumes(hub, services, mirrors, feed, str(directory), machine)
 
     async def serve(self, name: str = "data", seal: Seal | None = None) -> None:
         spec = VolumeSpec(name=name, size_bytes=SPEC.size_bytes)

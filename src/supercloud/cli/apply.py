@@ -8,11 +8,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from supercloud.cli import client
+from supercloud.cli import checkpoints, client
 from supercloud.cli.failure import Unavailable, printable
-from supercloud.cli.listing import PS, row
+from supercloud.cli.listing import ps_table
 from supercloud.cli.progress import progress
-from supercloud.cli.table import table
 from supercloud.model.errors import Invalid, NotFound, SupercloudError, Temporary, from_wire
 
 MANIFEST_MAX_BYTES = 1 << 20
@@ -55,14 +54,15 @@ def down(arguments: argparse.Namespace) -> None:
     """Take a U-Cloud down, and wait until nothing of it is left but, if wished, its data."""
     name = _ucloud(arguments.ucloud)
     began_s = time.monotonic()
-    how = "purge" if arguments.volumes else "down"
-    client.call("POST", client.path("uclouds", name, how), {})
+    _begin_down(name, arguments)
     if not arguments.no_wait:
         with progress(as_json=arguments.json) as show:
             for view in _views(name, arguments.timeout):
                 if view is None or view["state"] == "gone":
                     break
                 show(view)
+        if arguments.checkpoints:
+            checkpoints.await_forgotten(name)
     if arguments.json:
         print(json.dumps({"ucloud": name, "state": "deleting" if arguments.no_wait else "gone"}))
     elif arguments.no_wait:
@@ -72,8 +72,21 @@ def down(arguments: argparse.Namespace) -> None:
         _print_kept(name)
 
 
+def _begin_down(name: str, arguments: argparse.Namespace) -> None:
+    """What is kept of one that is down already can go, too."""
+    how = "purge" if arguments.volumes else "down"
+    try:
+        client.call("POST", client.path("uclouds", name, how), {})
+    except NotFound:
+        if not arguments.checkpoints or not checkpoints.forget(name):
+            raise
+    else:
+        if arguments.checkpoints:
+            checkpoints.forget(name)
+
+
 def _print_kept(ucloud: str) -> None:
-    for what in ("volumes", "buckets"):
+    for what in ("volumes", "buckets", "checkpoints"):
         rows = [row for row in client.get(client.path(what)) if row["ucloud"] == ucloud]
         if kept := [row["name"] for row in rows if row["state"] != "deleting"]:
             text = f"kept, with their data: {', '.join(kept)} (supercloud {what})"
@@ -180,7 +193,7 @@ def _print_plan(answer: dict[str, Any]) -> None:
 def _print_ready(view: dict[str, Any], took_s: float) -> None:
     rows = view["environments"]
     print(f"\n{view['name']} is up ({took_s:.1f} s)\n")
-    print(table(PS, (row(item, time.time(), several=False) for item in rows)))
+    print(ps_table(rows, several=False))
     tries = _tries(view["name"], rows)
     if tries:
         print("\nTry next:")

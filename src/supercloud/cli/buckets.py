@@ -6,16 +6,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from supercloud.cli import client
+from supercloud.cli import client, named
 from supercloud.cli.failure import printable
 from supercloud.cli.table import age, rounded, table, tree
-from supercloud.model.errors import Invalid, NotFound, Temporary
+from supercloud.model.errors import Invalid
 from supercloud.model.sizes import format_size
 
 HEADER = ("NAME", "QUOTA", "USED", "OBJECTS", "STATE", "PROVIDER/HOST", "USED BY", "OPTIONS")
 SERVICES = ("SERVICE", "PROVIDER/HOST", "STATE", "MEMORY", "LIMIT", "RUNS FOR")
-LOOK_AGAIN_S = 0.1
-DELETED_MAX_S = 120.0
+KIND = named.Kind("buckets", "bucket")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -82,38 +81,15 @@ def _delete(arguments: argparse.Namespace) -> None:
     """Wait until it is gone."""
     path = _path(arguments)
     client.call("POST", f"{path}/delete", {})
-    end_s = time.monotonic() + DELETED_MAX_S
-    while _there(path):
-        if time.monotonic() > end_s:
-            raise Temporary(f"{arguments.bucket} is not gone yet; it is still being deleted")
-        time.sleep(LOOK_AGAIN_S)
+    named.await_gone(path, arguments.bucket)
     if arguments.json:
         print(json.dumps({"bucket": arguments.bucket, "state": "gone"}))
     else:
         print(printable(f"{arguments.bucket} is gone, with all that was in it"))
 
 
-def _there(path: str) -> bool:
-    try:
-        client.get(path)
-    except NotFound:
-        return False
-    return True
-
-
 def _path(arguments: argparse.Namespace) -> str:
-    """Of the bucket that is named; without ``UCLOUD/`` the only one of that name is found."""
-    ucloud, slash, name = arguments.bucket.rpartition("/")
-    if slash:
-        return client.path("uclouds", ucloud, "buckets", name)
-    rows = client.get(client.path("buckets", ucloud=arguments.ucloud))
-    found = sorted(row["ucloud"] for row in rows if row["name"] == name)
-    if len(found) == 1:
-        return client.path("uclouds", found[0], "buckets", name)
-    if found:
-        names = ", ".join(f"{ucloud}/{name}" for ucloud in found)
-        raise NotFound(f"several U-Clouds have a bucket {name!r:.80}", hint=f"one of {names}")
-    raise NotFound(f"no bucket {name!r:.80}", hint="supercloud buckets lists them")
+    return named.path(KIND, arguments.bucket, arguments.ucloud)
 
 
 _ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {

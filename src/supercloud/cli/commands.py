@@ -78,13 +78,21 @@ VOLUME_ACTIONS = (
     "list", "inspect", "snapshot", "revert", "forget-snapshot", "delete", "accept", "rotate-key",
 )  # fmt: skip
 
+
+def _platform_option(action: str, text: str) -> Argument:
+    """``--platform``, once or several times."""
+    default: Any = [] if action == "append" else ""
+    options = {"metavar": "[UCLOUD/]NAME", "completes": "checkpoints"}
+    return Argument("--platform", action=action, default=default, help=text, **options)
+
+
 BUCKET_ACTIONS = ("list", "inspect", "delete")
 
 COMMANDS = {
     "plan": Command("Show what `up` would change; change nothing.", "apply:plan", MANIFEST),
     "up": Command("Make a manifest so, and wait until it serves.", "apply:up", MANIFEST, *WAIT),
     "down": Command(
-        "Take a U-Cloud down; only its volumes and buckets are left at its providers.",
+        "Take a U-Cloud down; only volumes, buckets and checkpoints are left at its providers.",
         "apply:down",
         Argument(
             "ucloud",
@@ -95,8 +103,9 @@ COMMANDS = {
         Argument(
             "--volumes",
             action="store_true",
-            help="its volumes and buckets go too, with all that is in them",
+            help="its volumes, buckets and checkpoints go too, with all that is in them",
         ),
+        Argument("--checkpoints", action="store_true", help="its checkpoints go too"),
         *WAIT,
     ),
     "volumes": Command(
@@ -145,6 +154,64 @@ COMMANDS = {
             metavar="[UCLOUD/]NAME",
             help="a bucket",
             completes="buckets",
+        ),
+        UCLOUD_OPTION,
+    ),
+    "checkpoint": Command(
+        "Take a checkpoint of environments or platforms: of all that is in their memory and disks.",
+        "checkpoints:take",
+        Argument(
+            "names",
+            nargs="*",
+            metavar="[UCLOUD/]NAME",
+            help="an environment",
+            completes="checkpoints",
+        ),
+        _platform_option("append", "a platform, with all that runs in it"),
+        *WAIT,
+    ),
+    "restore": Command(
+        "Make an environment or a platform anew from one of its checkpoints.",
+        "checkpoints:restore",
+        Argument(
+            "name",
+            nargs="?",
+            default="",
+            metavar="[UCLOUD/]NAME",
+            help="an environment",
+            completes="checkpoints",
+        ),
+        Argument(
+            "--checkpoint",
+            type=_count,
+            default=0,
+            metavar="N",
+            help="the number of one, as supercloud checkpoints NAME lists it; else the newest",
+        ),
+        Argument(
+            "--to", default="", metavar="PROVIDER", help="at that provider, under its address"
+        ),
+        _platform_option("store", "a platform instead, with all that runs in it"),
+        *WAIT,
+    ),
+    "checkpoints": Command(
+        "List of what there are checkpoints, or those of one; `delete NAME` deletes them.",
+        "checkpoints:run",
+        Argument(
+            "first",
+            nargs="?",
+            default="",
+            metavar="[UCLOUD/]NAME|delete",
+            help="an environment or a platform",
+            completes="checkpoints",
+        ),
+        Argument(
+            "second",
+            nargs="?",
+            default="",
+            metavar="[UCLOUD/]NAME",
+            help="whose checkpoints to delete",
+            completes="checkpoints",
         ),
         UCLOUD_OPTION,
     ),

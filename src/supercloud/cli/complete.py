@@ -85,7 +85,10 @@ def _positional(
         else:
             index += 1
     positional = [item for item in command.arguments if item.names[0][0] != "-"]
-    return positional[index] if index < len(positional) else None
+    if index < len(positional):
+        return positional[index]
+    last = positional[-1] if positional else None
+    return last if last is not None and last.options.get("nargs") == "*" else None
 
 
 def _offered(argument: Argument) -> list[str]:
@@ -104,7 +107,7 @@ def _of_api(what: str) -> list[str]:
     if what in ("environments", "all"):
         for row in _get("environments"):
             names += [row["name"], f"{row['ucloud']}/{row['name']}"]
-    if what in ("volumes", "buckets"):
+    if what in ("volumes", "buckets", "checkpoints"):
         for row in _get(what):
             names += [row["name"], f"{row['ucloud']}/{row['name']}"]
     return sorted(set(names))

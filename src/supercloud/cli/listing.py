@@ -12,6 +12,7 @@ from supercloud.cli.table import age, table, tree
 from supercloud.model.errors import NotFound
 
 PS = ("NAME", "KIND", "STATE", "PROVIDER/HOST", "ADDRESS", "URL", "RESTARTS", "AGE")
+CHECKPOINT = "CHECKPOINT"
 
 LS = ("NAME", "STATE", "PLATFORMS", "ENVIRONMENTS", "SERVING")
 
@@ -22,12 +23,25 @@ def ps(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(rows, indent=2))
         return
-    several = len({item["ucloud"] for item in rows}) > 1
+    print(ps_table(rows, several=len({item["ucloud"] for item in rows}) > 1))
+
+
+def ps_table(rows: list[dict[str, Any]], *, several: bool) -> str:
+    """The rows of ``ps``; with the age of last checkpoints, if there are any."""
     now_s = time.time()
-    print(table(PS, (row(item, now_s, several=several) for item in rows)))
+    cells = [_row(item, now_s, several=several) for item in rows]
+    if not any(item.get("checkpoint_s") for item in rows):
+        return table(PS, cells)
+    ages = [_checkpoint(item, now_s) for item in rows]
+    return table((*PS, CHECKPOINT), [(*row, age) for row, age in zip(cells, ages, strict=True)])
 
 
-def row(item: dict[str, Any], now_s: float, *, several: bool) -> tuple[str, ...]:
+def _checkpoint(item: dict[str, Any], now_s: float) -> str:
+    taken_s = item.get("checkpoint_s", 0)
+    return f"{item['checkpoint']}, {age(taken_s, now_s)} ago" if taken_s else ""
+
+
+def _row(item: dict[str, Any], now_s: float, *, several: bool) -> tuple[str, ...]:
     """An ``EnvironmentRow`` under the columns ``PS``; ``several``: with its U-Cloud's name."""
     place = "/".join(part for part in (item.get("provider"), item.get("host")) if part)
     return (

@@ -3,19 +3,18 @@
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
-from supercloud.cli import client
+from supercloud.cli import client, named
 from supercloud.cli.failure import printable
 from supercloud.cli.table import rounded, table, tree
-from supercloud.model.errors import Invalid, NotFound, Temporary
+from supercloud.model.errors import Invalid
 from supercloud.model.sizes import format_size
 
 HEADER = ("NAME", "SIZE", "FORMAT", "STATE", "PROVIDER/HOST", "USED BY", "STORED", "SNAPSHOTS")
-LOOK_AGAIN_S = 0.1
-DELETED_MAX_S = 120.0
+KIND = named.Kind("volumes", "volume")
+REPLICAS = "REPLICAS"
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -42,7 +41,24 @@ def _list(arguments: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=2))
         return
     several = len({row["ucloud"] for row in rows}) > 1
-    print(table(HEADER, (_row(row, several=several) for row in rows)))
+    mirrored = any(row.get("replicas") for row in rows)
+    header = (*HEADER, REPLICAS) if mirrored else HEADER
+    shown = (_row(row, several=several) for row in rows)
+    replicas = (_replicas(row) if mirrored else () for row in rows)
+    print(table(header, (a + b for a, b in zip(shown, replicas, strict=True))))
+
+
+def _replicas(row: dict[str, Any]) -> tuple[str, ...]:
+    """How many are in sync, and how the others stand."""
+    found = row.get("replicas", [])
+    good = [one for one in found if one["state"] in ("in_sync", "joining")]
+    others = [f"{one['host']} {_standing(one)}" for one in found if one not in good]
+    return (", ".join([f"{len(good)}/{len(found)} in sync", *others]) if found else "",)
+
+
+def _standing(replica: dict[str, Any]) -> str:
+    left = replica["lacks_bytes"]
+    return f"{replica['state']} {rounded(left)}" if left > 0 else str(replica["state"])
 
 
 def _row(row: dict[str, Any], *, several: bool) -> tuple[str, ...]:
@@ -86,23 +102,11 @@ def _delete(arguments: argparse.Namespace) -> None:
     """Wait until it is gone."""
     path = _path(arguments)
     client.call("POST", f"{path}/delete", {})
-    end_s = time.monotonic() + DELETED_MAX_S
-    while _reason(path) is not None:
-        if time.monotonic() > end_s:
-            raise Temporary(f"{arguments.volume} is not gone yet; it is still being deleted")
-        time.sleep(LOOK_AGAIN_S)
+    named.await_gone(path, arguments.volume)
     if arguments.json:
         print(json.dumps({"volume": arguments.volume, "state": "gone"}))
     else:
         print(printable(f"{arguments.volume} is gone, with all that was in it"))
-
-
-def _reason(path: str) -> str | None:
-    """Why it is not gone; None when it is."""
-    try:
-        return str(client.get(path)["reason"])
-    except NotFound:
-        return None
 
 
 def _accept(arguments: argparse.Namespace) -> None:
@@ -124,18 +128,7 @@ def _rotate_key(arguments: argparse.Namespace) -> None:
 
 
 def _path(arguments: argparse.Namespace) -> str:
-    """Of the volume that is named; without ``UCLOUD/`` the only one of that name is found."""
-    ucloud, slash, name = arguments.volume.rpartition("/")
-    if slash:
-        return client.path("uclouds", ucloud, "volumes", name)
-    rows = client.get(client.path("volumes", ucloud=arguments.ucloud))
-    found = sorted(row["ucloud"] for row in rows if row["name"] == name)
-    if len(found) == 1:
-        return client.path("uclouds", found[0], "volumes", name)
-    if found:
-        names = ", ".join(f"{ucloud}/{name}" for ucloud in found)
-        raise NotFound(f"several U-Clouds have a volume {name!r:.80}", hint=f"one of {names}")
-    raise NotFound(f"no volume {name!r:.80}", hint="supercloud volumes lists them")
+    return named.path(KIND, arguments.volume, arguments.ucloud)
 
 
 _WITH_SNAPSHOT = ("snapshot", "revert", "forget-snapshot")

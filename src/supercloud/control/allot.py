@@ -9,6 +9,7 @@ import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
 
 from supercloud.control.documents import Assignment, PlatformWish
+from supercloud.control.kept import Place
 from supercloud.model.errors import NoResources
 from supercloud.model.resources import Environment, Network
 
@@ -90,11 +91,34 @@ class Addresses:
             for port, slot in item.slots.items()
         }
 
-    def assign(self, name: str, environment: Environment, platform: PlatformWish) -> Assignment:
-        """What the EE ``name`` gets on ``platform``; what it has there, it keeps."""
+    def assign(
+        self,
+        name: str,
+        environment: Environment,
+        platform: PlatformWish,
+        place: Place | None = None,
+    ) -> Assignment:
+        """What the EE ``name`` gets on ``platform``; what it has there, it keeps.
+
+        ``place`` is another one in the network, on whatever platform, that it comes back to.
+        """
         subnet = self._subnet(environment.network, platform)
         had = self._kept.get(name)
         stays = had is not None and had.platform == platform.name
+        slots = self._ports(environment, platform, had.slots if had and stays else {})
+        back: Place | None = place or (had if had and stays and had.moved else None)
+        if back is not None and back.network == environment.network:
+            self._addresses.add((back.network, back.address))
+            return Assignment(
+                platform=platform.name,
+                network=back.network,
+                address=back.address,
+                prefix_length=back.prefix_length,
+                gateway=back.gateway,
+                mac=back.mac,
+                slots=slots,
+                moved=not _within(back, environment, subnet),
+            )
         address = had.address if had and stays and _within(had, environment, subnet) else ""
         address = address or self._free_address(environment.network, subnet)
         return Assignment(
@@ -104,7 +128,7 @@ class Addresses:
             prefix_length=PLATFORM_PREFIX,
             gateway=str(subnet[1]),
             mac=mac_of(address),
-            slots=self._ports(environment, platform, had.slots if had and stays else {}),
+            slots=slots,
         )
 
     def _subnet(self, network: str, platform: PlatformWish) -> ipaddress.IPv4Network:
@@ -142,7 +166,7 @@ class Addresses:
         )
 
 
-def _within(had: Assignment, environment: Environment, subnet: ipaddress.IPv4Network) -> bool:
+def _within(had: Place, environment: Environment, subnet: ipaddress.IPv4Network) -> bool:
     return had.network == environment.network and ipaddress.IPv4Address(had.address) in subnet
 
 

@@ -11,11 +11,14 @@ from supercloud.control import convert
 from supercloud.control.agents import Agents
 from supercloud.control.authorities import Authorities
 from supercloud.control.bootdata import Tokens
+from supercloud.control.controllers.checkpoint import CheckpointController
 from supercloud.control.controllers.environment import EnvironmentController
+from supercloud.control.controllers.failover import FailoverController
 from supercloud.control.controllers.plane import Pace, Plane
 from supercloud.control.controllers.platform import PlatformController
 from supercloud.control.controllers.store import StoreController
 from supercloud.control.controllers.template import TemplateController
+from supercloud.control.controllers.tunnels import TunnelController
 from supercloud.control.controllers.ucloud import UCloudController
 from supercloud.control.controllers.volume import VolumeController
 from supercloud.control.documents import TEMPLATES, Following, VolumeDocument, ucloud_key
@@ -94,6 +97,9 @@ class ControlPlane:
         self._environments = EnvironmentController(self.plane)
         self._volumes = VolumeController(self.plane)
         self._stores = StoreController(self.plane)
+        self._checkpoints = CheckpointController(self.plane)
+        self._tunnels = TunnelController(self.plane)
+        self._failover = FailoverController(self.plane)
         self._templates = TemplateController(self.plane)
         self._watching: asyncio.Task[None] | None = None
 
@@ -170,6 +176,18 @@ class ControlPlane:
                 return await self._volumes.reconcile(ucloud, name)
             if kind == "objects":
                 return await self._stores.reconcile(ucloud)
+            if kind == "checkpoints":
+                return await self._checkpoints.reconcile(ucloud, name)
+            if kind == "collect":
+                return await self._checkpoints.collect(ucloud)
+            if kind == "lease":
+                return await self._volumes.replication.leasing.lease(ucloud, name)
+            if kind == "rejoin":
+                return await self._volumes.replication.rejoin(ucloud, name)
+            if kind == "failover":
+                return await self._failover.reconcile(ucloud)
+            if kind == "tunnels":
+                return await self._tunnels.reconcile(ucloud)
             if kind == TEMPLATES:
                 return await self._templates.reconcile(ucloud)
             if kind == "seals":
@@ -202,6 +220,8 @@ class ControlPlane:
                 await state.change(item, failed)
             elif kind == "objects" and (store := await state.store_document(ucloud)):
                 await state.change(store, failed)
+            elif kind == "checkpoints" and (kept := await state.checkpoints_of(ucloud, name)):
+                await state.change(kept, failed)
             elif kind == "volume" and (volume := await state.volume(ucloud, name)):
                 await state.change(volume, failed)
 

@@ -9,6 +9,7 @@ from supercloud.control.documents import StoreDocument, StoreWish, UCloudDocumen
 from supercloud.model.errors import BadState, NotFound, SupercloudError
 from supercloud.model.resources import Provider
 from supercloud.wire import api
+from supercloud.wire.checkpoints import BUCKET
 from supercloud.wire.objects import ServiceStatus
 
 TIMEOUT_S = 10.0
@@ -51,6 +52,11 @@ class BucketService:
         """With all that is in it. BadState while the manifest has it."""
         async with self._deciding:
             store = await self._store(ucloud, name)
+            if name == BUCKET:
+                hint = "supercloud checkpoints delete NAME"
+                raise BadState(
+                    f"{name} has the checkpoints, and goes with the last of them", hint=hint
+                )
             owner = await self._plane.state.ucloud(ucloud)
             named = owner is not None and any(b.name == name for b in owner.spec.buckets)
             if owner is not None and not owner.deleting and named:

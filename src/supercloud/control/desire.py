@@ -18,8 +18,9 @@ from supercloud.control.documents import (
     VolumeWish,
 )
 from supercloud.control.homes import check_volumes, homes_of
+from supercloud.control.kept import Place
 from supercloud.control.offers import Offer
-from supercloud.control.stores import check_store, store_of
+from supercloud.control.stores import check_names, check_store, store_of
 from supercloud.model.errors import NoResources
 from supercloud.model.resources import PlatformSize, Provider, UCloud
 from supercloud.providers.base import HostCapacity
@@ -39,6 +40,18 @@ class Decision:
     store: StoreWish | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Move:
+    """An EE goes to ``provider``, and comes back to its ``place`` in the network."""
+
+    provider: str
+    place: Place | None
+
+
+def _back(move: Move | None) -> Place | None:
+    return move.place if move is not None else None
+
+
 def provider_key(provider: Provider) -> str:
     """A name for this entry that changes when it means another provider."""
     return f"{provider.name}-{_digest(provider)[:8]}"
@@ -50,6 +63,9 @@ def platform_name(provider: Provider, host: str, size: PlatformSize) -> str:
     return f"{readable[:50].strip('-')}-{_digest([provider, host, size])[:8]}"
 
 
+_KEY = "checkpoint:"
+
+
 def decide(
     spec: UCloud,
     offers: Sequence[Offer],
@@ -58,34 +74,41 @@ def decide(
     marks: dict[str, str],
     kept: Mapping[str, VolumeWish] | None = None,
     kept_store: StoreWish | None = None,
+    kept_checkpoints: Mapping[str, str] | None = None,
+    engines: Mapping[HostKey, Mapping[str, str]] | None = None,
+    moves: Mapping[str, Move] | None = None,
 ) -> Decision:
     """The decision for ``spec``; ``taken`` are network ranges of other U-Clouds.
 
     ``marks`` are those of the images as they are now, ``kept`` the volumes that there are, and
-    ``kept_store`` the object store.
+    ``kept_store`` the object store. ``kept_checkpoints`` says of what there are checkpoints: of an
+    ``environment`` or a ``platform``. ``engines`` is what platforms said that they have.
 
     Raises NoResources, saying of each host why not; Invalid and Unsupported for volumes.
     """
-    kept = kept or {}
+    kept, moves = kept or {}, moves or {}
     check_volumes(spec, offers, kept)
     check_store(spec, offers, kept_store)
     platforms = before.platforms if before else {}
     assignments = before.assignments if before else {}
     networks = allot.ranges(spec.networks, before.networks if before else {}, taken)
-    hosts = _hosts(spec, offers, platforms)
-    placed = _place(spec, offers, hosts, assignments, platforms, kept, kept_store)
+    hosts = _hosts(spec, offers, platforms, engines or {})
+    placed = _place(spec, offers, hosts, assignments, platforms, kept, kept_store, moves)
     wishes = _wishes(spec, offers, set(placed.values()), platforms, networks)
+    check_names(spec, [wish.name for wish in wishes.values()], kept_checkpoints or {})
     addresses = allot.Addresses(networks, assignments)
     return Decision(
         spec=spec,
         networks=networks,
         platforms={wish.name: wish for wish in wishes.values()},
         assignments={
-            item.name: addresses.assign(item.name, item.environment, wishes[placed[item.name]])
+            item.name: addresses.assign(
+                item.name, item.environment, wishes[placed[item.name]], _back(moves.get(item.name))
+            )
             for item in instances_of(spec.environments)
         },
         marks=marks,
-        volumes=homes_of(spec, placed, kept),
+        volumes=homes_of(spec, offers, placed, kept),
         store=store_of(spec, offers, placed, kept_store),
     )
 
@@ -98,16 +121,19 @@ def _place(
     platforms: Mapping[str, PlatformWish],
     kept: Mapping[str, VolumeWish],
     store: StoreWish | None,
+    moves: Mapping[str, Move],
 ) -> dict[str, HostKey]:
     standing = {
         name: (platforms[item.platform].provider.name, platforms[item.platform].host)
         for name, item in assignments.items()
-        if item.platform in platforms
+        if item.platform in platforms and name not in moves
     }
+    only = {name: move.provider for name, move in moves.items()}
+    whole = spec.platform.checkpoint is not None
     volumes = {name: (wish.provider.name, wish.host) for name, wish in kept.items()}
     try:
         home = (store.provider.name, store.host) if store else None
-        return place(spec.environments, hosts, standing, volumes, home)
+        return place(spec.environments, hosts, standing, volumes, home, only=only, platforms=whole)
     except NoResources as error:
         silent = "; ".join(f"{o.provider.name}: {o.unreachable}" for o in offers if o.unreachable)
         if silent and not hosts:
@@ -123,26 +149,40 @@ def _place(
 
 
 def _hosts(
-    spec: UCloud, offers: Sequence[Offer], platforms: Mapping[str, PlatformWish]
+    spec: UCloud,
+    offers: Sequence[Offer],
+    platforms: Mapping[str, PlatformWish],
+    engines: Mapping[HostKey, Mapping[str, str]],
 ) -> list[Host]:
     found = []
     for offer in offers:
         for host in offer.hosts:
-            name = platform_name(offer.provider, host.name, spec.platform)
+            name = platform_name(offer.provider, host.name, spec.platform.size)
             found.append(
                 Host(
                     provider=offer.provider.name,
                     name=host.name,
                     region=host.region or offer.provider.region,
                     jurisdiction=host.jurisdiction or offer.provider.jurisdiction,
-                    size=spec.platform,
+                    size=spec.platform.size,
                     standing=name in platforms,
                     volumes=offer.features.get("volumes", ""),
                     objects=offer.features.get("objects", ""),
-                    refusal=_refusal(spec.platform, host, _freed(offer, host, platforms)),
+                    tunnel=offer.features.get("tunnel", "nothing joins it to other hosts"),
+                    checkpoints=_checkpoints(
+                        offer, engines.get((offer.provider.name, host.name), {})
+                    ),
+                    refusal=_refusal(spec.platform.size, host, _freed(offer, host, platforms)),
                 )
             )
     return found
+
+
+def _checkpoints(offer: Offer, engines: Mapping[str, str]) -> dict[str, str]:
+    """Why no checkpoints can be taken there, of each kind: what the host and a platform say."""
+    unable = offer.features.get("checkpoints", "")
+    said = {key.partition(":")[2]: why for key, why in engines.items() if key.startswith(_KEY)}
+    return {kind: unable or said.get(kind, "") for kind in ("container", "vm", "platform")}
 
 
 def _freed(
@@ -195,7 +235,7 @@ def _wishes(
             key = (offer.provider.name, host.name)
             if key not in used:
                 continue
-            name = platform_name(offer.provider, host.name, spec.platform)
+            name = platform_name(offer.provider, host.name, spec.platform.size)
             number = allot.index(name, before, numbers, limit)
             numbers.add(number)
             new = _wish(spec, offer, host, name, number)
@@ -213,7 +253,7 @@ def _wish(spec: UCloud, offer: Offer, host: HostCapacity, name: str, number: int
         region=host.region or offer.provider.region,
         jurisdiction=host.jurisdiction or offer.provider.jurisdiction,
         index=number,
-        size=spec.platform,
+        size=spec.platform.size,
         image=host.images[0] if host.images else "",
     )
 

@@ -3,9 +3,10 @@
 ``ucloud/U`` holds the wish and what was decided once for it (placement, addresses, port slots), in
 one row, so that a decision is taken whole or not at all. ``platform/U/P`` and ``environment/U/E``
 follow from it and hold how far each object is; so does ``volume/U/V``, which outlives its U-Cloud
-for as long as it has data, ``objects/U/objects``, its object store, and
-``templates/U/templates``, which outlives it for the next one's sake. A document is JSON;
-``kind`` and the fields are stable names, and a field that was added later has a default.
+for as long as it has data, ``objects/U/objects``, its object store, ``checkpoints/U/NAME``, what is
+kept of an EE or platform, and ``templates/U/templates``, which outlives it for the next one's sake.
+A document is JSON; ``kind`` and the fields are stable names, and a field that was added later has a
+default.
 """
 
 import secrets
@@ -15,15 +16,18 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from supercloud.control.kept import CheckpointsOf, KeptCheckpoint, Place, Restore, TakeTask
 from supercloud.model.errors import Permanent
 from supercloud.model.resources import (
     Bucket,
+    Checkpointing,
     Environment,
     PlatformSize,
     Provider,
     UCloud,
     Volume,
 )
+from supercloud.wire.checkpoints import Head
 from supercloud.wire.messages import EnvironmentSpec, ImageRef
 from supercloud.wire.objects import STORE, Position
 from supercloud.wire.volumes import Seal
@@ -46,19 +50,16 @@ class Step:
 
 
 @dataclass(slots=True, kw_only=True)
-class Assignment:
-    """What was allotted to one EE; ``address`` and ``gateway`` are IPv4.
+class Assignment(Place):
+    """What was allotted to one EE.
 
     ``slots`` maps ``PORT/PROTOCOL`` to a place in the platform's range of published ports.
+    ``moved``: the address came with it from another platform, and stays.
     """
 
     platform: str
-    network: str
-    address: str
-    prefix_length: int
-    gateway: str
-    mac: str
     slots: dict[str, int] = field(default_factory=dict)
+    moved: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,12 +77,24 @@ class PlatformWish:
 
 
 @dataclass(slots=True, kw_only=True)
+class ReplicaWish:
+    """Another host that a volume is to be kept on."""
+
+    provider: Provider
+    host: str
+
+
+@dataclass(slots=True, kw_only=True)
 class VolumeWish:
-    """A volume that the U-Cloud is to have, and where: decided when it is first used."""
+    """A volume that the U-Cloud is to have, and where: decided when it is first used.
+
+    ``others``: the hosts that it is kept on beside ``host``, where it is used.
+    """
 
     spec: Volume
     provider: Provider
     host: str
+    others: list[ReplicaWish] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -112,6 +125,7 @@ class UCloudDocument:
     assignments: dict[str, Assignment] = field(default_factory=dict)  # by EE
     volumes: dict[str, VolumeWish] = field(default_factory=dict)
     store: StoreWish | None = None
+    restores: dict[str, Restore] = field(default_factory=dict)  # by EE or platform
     drop_volumes: bool = False  # going down, it takes its volumes and buckets with it
     marks: dict[str, str] = field(default_factory=dict)  # of images, by reference: their content
     providers: dict[str, Provider] = field(default_factory=dict)  # that may have platforms, by key
@@ -140,7 +154,11 @@ class PlatformDocument:
     first_port: int = 0
     ports: int = 0
     accelerator: str = ""
+    image: str = ""  # that it runs
     engines: dict[str, str] = field(default_factory=dict)
+    restore: Restore | None = None
+    restoring: int = 0  # the restore that this incarnation is made by
+    restored: int = 0  # the last one that it came up from
     steps: list[Step] = field(default_factory=list)
 
 
@@ -160,7 +178,9 @@ class EnvironmentDocument:
     deleting: bool = False
     ready: EnvironmentSpec | None = None  # what its platform is told; host ports are added there
     ready_on: str = ""  # the platform that is told
-    current: bool = False  # whether ``ready`` is of ``spec`` and ``assignment``
+    current: bool = False  # whether ``ready`` is of ``spec``, ``assignment`` and ``restore``
+    restore: Restore | None = None
+    restored: int = 0  # the last one that was seen running
     image: ImageRef | None = None
     image_of: str = ""  # reference and mark of what ``image`` was made from
     engine: str = ""
@@ -186,6 +206,28 @@ class Task:
 
 
 @dataclass(slots=True, kw_only=True)
+class ReplicaDocument:
+    """A replica of a volume on another host than the one where it is used.
+
+    ``replica`` is its name, which stays with it. ``in_sync``: whatever was answered is there too.
+    ``kept``: since it was last in sync its device was not ended but in order. ``opened``: its host
+    may have it open. ``refused`` says why it is not opened any more.
+    """
+
+    replica: str
+    provider: Provider
+    host: str
+    wrapped_key: str = field(default="", repr=False)
+    seal: Seal = field(default_factory=Seal)
+    sealed_s: float = 0.0
+    opened: bool = False
+    in_sync: bool = True
+    kept: bool = True
+    reason: str = ""
+    refused: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
 class VolumeDocument:
     """A volume. ``state`` is one of ``model.states.KEPT_VOLUME``.
 
@@ -193,6 +235,11 @@ class VolumeDocument:
     under the U-Cloud's wrapping key. ``opened``: its host may have it open. ``halted`` says why it
     is not opened any more until its user acts; ``found`` is the seal that the host showed then.
     ``slot`` is of its attachment to that ``incarnation`` of ``platform``.
+
+    One that is kept on several hosts has the ``others`` beside the replica that is where it is
+    used, whose ``replica`` name, ``in_sync`` and ``kept`` are here. Its record: the ``generation``
+    that was named last, the ``turns`` of it that were written down, by replica; ``mirroring``: a
+    mirror of that generation may live on ``host``; ``clean``: those that are in sync are equal.
     """
 
     ucloud: str
@@ -220,8 +267,21 @@ class VolumeDocument:
     snapshots: list[str] = field(default_factory=list)
     stored_bytes: int = 0
     task: Task | None = None
+    replica: str = ""
+    in_sync: bool = True
+    kept: bool = True
+    others: list[ReplicaDocument] = field(default_factory=list)
+    generation: int = 0
+    mirroring: bool = False
+    clean: bool = True
+    turns: dict[str, int] = field(default_factory=dict)
     created_s: float = field(default_factory=time.time)
     steps: list[Step] = field(default_factory=list)
+
+    @property
+    def replicas(self) -> "list[VolumeDocument | ReplicaDocument]":
+        """All of it, the one where it is used first."""
+        return [self, *self.others]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -247,8 +307,9 @@ class StoreDocument:
     """The object store of a U-Cloud. ``state`` is one of ``model.states.KEPT_STORE``.
 
     ``position`` is how far its journal has come, as its host said; it never goes back.
-    ``wrapped_key`` is its data key under the U-Cloud's wrapping key. ``made``: its host may have
-    it; ``running``: it may run there. ``given`` names what the host was last told and has made so.
+    ``wrapped_key`` is its data key under the U-Cloud's wrapping key, ``wrapped_secret`` likewise
+    what its checkpoints are sealed under. ``made``: its host may have it; ``running``: it may run
+    there. ``given`` names what the host was last told and has made so.
     """
 
     ucloud: str
@@ -262,15 +323,49 @@ class StoreDocument:
     error: dict[str, Any] | None = None  # it will not get better without a change
     deleting: bool = False
     wrapped_key: str = field(default="", repr=False)
+    wrapped_secret: str = field(default="", repr=False)
     csr_pem: str = ""
     cert_pem: str = ""
     position: Position = field(default_factory=Position)
     made: bool = False
     running: bool = False
     given: str = ""
-    access: dict[str, Access] = field(default_factory=dict)  # by EE
+    access: dict[str, Access] = field(default_factory=dict)  # by EE, and by who takes checkpoints
     created_s: float = field(default_factory=time.time)
     steps: list[Step] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class CheckpointsDocument:
+    """The checkpoints of an EE or a platform. ``state`` is one of ``model.states.CHECKPOINTS``.
+
+    ``kept`` has the oldest first; the last one vouches for all, and is never given up before them.
+    ``stale`` are being removed from the store. ``policy`` None: it is no more, or is to have none.
+    """
+
+    ucloud: str
+    name: str
+    of: CheckpointsOf
+    policy: Checkpointing | None
+    state: str = "waiting"
+    since_s: float = field(default_factory=time.time)
+    reason: str = ""
+    error: dict[str, Any] | None = None
+    deleting: bool = False
+    kept: list[KeptCheckpoint] = field(default_factory=list)
+    stale: list[int] = field(default_factory=list)
+    task: TakeTask | None = None
+    failures: int = 0  # since the last one that was taken
+    tried_s: float = 0.0  # when the last failure was
+    created_s: float = field(default_factory=time.time)
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def head(self) -> Head | None:
+        """What the next one is taken after."""
+        if not self.kept:
+            return None
+        return Head(sequence=self.kept[-1].sequence, root=self.kept[-1].root)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -303,7 +398,9 @@ class TemplatesDocument:
     wishes: list[TemplateWish]
 
 
-Following = PlatformDocument | EnvironmentDocument | VolumeDocument | StoreDocument
+Following = (
+    PlatformDocument | EnvironmentDocument | VolumeDocument | StoreDocument | CheckpointsDocument
+)
 """What is of a U-Cloud, and may fail."""
 
 AnyDocument = UCloudDocument | Following | TemplatesDocument
@@ -314,6 +411,7 @@ KINDS: dict[type, str] = {
     EnvironmentDocument: "environment",
     VolumeDocument: "volume",
     StoreDocument: "objects",
+    CheckpointsDocument: "checkpoints",
     TemplatesDocument: TEMPLATES,
 }
 _DECODERS: dict[type, msgspec.json.Decoder[Any]] = {cls: msgspec.json.Decoder(cls) for cls in KINDS}
@@ -350,6 +448,11 @@ def volume_key(ucloud: str, name: str) -> str:
 def store_key(ucloud: str) -> str:
     """The key of a U-Cloud's object store."""
     return f"objects/{ucloud}/{STORE}"
+
+
+def checkpoints_key(ucloud: str, name: str) -> str:
+    """The key of the checkpoints of an EE or platform."""
+    return f"checkpoints/{ucloud}/{name}"
 
 
 def templates_key(ucloud: str) -> str:

@@ -9,7 +9,7 @@ from supercloud.model.errors import Invalid, UserError
 from supercloud.model.resources import UCloud
 from supercloud.model.sizes import format_size
 
-PLACES = ("platform", "environments", "providers", "networks", "volumes", "buckets")
+PLACES = ("platform", "environments", "providers", "networks", "volumes", "buckets", "checkpoint")
 
 
 def check_sizes(spec: UCloud, offers: Sequence[Offer]) -> None:

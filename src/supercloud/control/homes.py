@@ -1,16 +1,19 @@
 """Where volumes live: on the host of what first uses them, from then on. Pure.
 
-What is refused here is what a volume that there is already cannot become: smaller, of another
+One that is kept on several hosts has the others chosen here, far from each other where there is a
+choice. What is refused is what a volume that there is already cannot become: smaller, of another
 format, on another host; and volumes where no provider has any.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
-from supercloud.control.documents import VolumeWish
+from supercloud.control.documents import ReplicaWish, VolumeWish
 from supercloud.control.offers import Offer
 from supercloud.model.errors import Invalid, NoResources, Unsupported
 from supercloud.model.resources import Environment, UCloud, Volume
 from supercloud.model.sizes import format_size
+from supercloud.providers.base import HostCapacity
 from supercloud.upper.federation.placement import HostKey
 
 ELSEWHERE = "a volume stays where it is; supercloud volumes lists them, and deletes what you name"
@@ -28,11 +31,15 @@ def check_volumes(spec: UCloud, offers: Sequence[Offer], kept: Mapping[str, Volu
 
 
 def homes_of(
-    spec: UCloud, placed: Mapping[str, HostKey], kept: Mapping[str, VolumeWish]
+    spec: UCloud,
+    offers: Sequence[Offer],
+    placed: Mapping[str, HostKey],
+    kept: Mapping[str, VolumeWish],
 ) -> dict[str, VolumeWish]:
     """The volumes that are used or there already, each with its home.
 
     ``placed`` is where the EEs are; a volume that nobody uses is made when somebody does.
+    NoResources when there are too few hosts to keep it on.
     """
     entries = {entry.name: entry for entry in spec.providers}
     users = {
@@ -43,12 +50,91 @@ def homes_of(
         there = kept.get(volume.name)
         if there is not None:
             entry = entries.get(there.provider.name, there.provider)
-            homes[volume.name] = VolumeWish(spec=volume, provider=entry, host=there.host)
+            others = [
+                replace(other, provider=entries.get(other.provider.name, other.provider))
+                for other in there.others
+            ]
+            home = VolumeWish(spec=volume, provider=entry, host=there.host, others=others)
+            homes[volume.name] = home
         elif volume.name in users:
             provider, host = placed[users[volume.name]]
-            home = VolumeWish(spec=volume, provider=entries[provider], host=host)
+            others = others_of(volume, (provider, host), offers)
+            home = VolumeWish(spec=volume, provider=entries[provider], host=host, others=others)
             homes[volume.name] = home
     return homes
+
+
+def at_home(wish: VolumeWish, place: HostKey) -> VolumeWish:
+    """The same volume, used at another of its hosts."""
+    before = ReplicaWish(provider=wish.provider, host=wish.host)
+    for other in wish.others:
+        if (other.provider.name, other.host) == place:
+            others = [before if item is other else item for item in wish.others]
+            return replace(wish, provider=other.provider, host=other.host, others=others)
+    return wish
+
+
+def reached_home(wish: VolumeWish, whole: Iterable[HostKey], offers: Sequence[Offer]) -> VolumeWish:
+    """The same volume, used where it is ``whole`` if its own host is not offered now."""
+    offered = {(offer.provider.name, host.name) for offer in offers for host in offer.hosts}
+    if not wish.others or (wish.provider.name, wish.host) in offered:
+        return wish
+    places = sorted(set(whole) & offered)
+    return at_home(wish, places[0]) if places else wish
+
+
+def others_of(volume: Volume, home: HostKey, offers: Sequence[Offer]) -> list[ReplicaWish]:
+    """The other hosts that it is kept on: at other providers, in other regions, with much room."""
+    chosen: list[ReplicaWish] = []
+    if volume.replicas == 1:
+        return chosen
+    reasons: list[str] = []
+    rooms = {}
+    for offer in offers:
+        lacks = offer.unreachable or _lacks(offer)
+        for host in offer.hosts:
+            key = (offer.provider.name, host.name)
+            if lacks or host.disk_free_bytes < volume.size_bytes:
+                free = f"{format_size(host.disk_free_bytes)} of disk are free"
+                reasons.append(f"{'/'.join(key)}: {lacks or free}")
+            else:
+                rooms[key] = (offer, host)
+        if offer.unreachable:
+            reasons.append(f"{offer.provider.name}: {offer.unreachable}")
+    used, regions = {home[0]}, {_region(*rooms[home])} if home in rooms else set()
+    left = {key: room for key, room in rooms.items() if key != home}
+    while left and len(chosen) + 1 < volume.replicas:
+        key = min(left, key=lambda key: _nearness(key, left[key], used, regions))
+        offer, host = left.pop(key)
+        used.add(key[0])
+        regions.add(_region(offer, host))
+        chosen.append(ReplicaWish(provider=offer.provider, host=host.name))
+    if len(chosen) + 1 < volume.replicas or home not in rooms:
+        raise NoResources(
+            f"found {volume.replicas}, and there are {len(rooms)} hosts to keep it on"
+            + ("".join(f"; {reason}" for reason in reasons)),
+            where=f"volumes.{volume.name}.replicas",
+            hint="add a provider, or keep it on fewer hosts",
+        )
+    return chosen
+
+
+def _nearness(
+    key: HostKey, room: tuple[Offer, HostCapacity], used: set[str], regions: set[str]
+) -> tuple[bool, bool, int, HostKey]:
+    offer, host = room
+    return (key[0] in used, _region(offer, host) in regions, -host.disk_free_bytes, key)
+
+
+def _region(offer: Offer, host: HostCapacity) -> str:
+    return host.region or offer.provider.region
+
+
+def _lacks(offer: Offer) -> str:
+    for feature in ("volumes", "tunnel"):
+        if reason := offer.features.get(feature, ""):
+            return f"it has no {feature}: {reason}"
+    return ""
 
 
 def _changes(new: Volume, old: Volume) -> None:
@@ -59,6 +145,19 @@ def _changes(new: Volume, old: Volume) -> None:
             f"{format_size(old.size_bytes)}, which the volume has: none is made smaller",
             where=f"{where}.size",
             hint="copy what is in it to a new, smaller one",
+        )
+    if new.replicas != old.replicas:
+        raise Invalid(
+            f"found {new.replicas}, allowed is {old.replicas}, which the volume has",
+            where=f"{where}.replicas",
+            hint="copy what is in it to a new one",
+        )
+    if new.replicas > 1 and new.size_bytes != old.size_bytes:
+        raise Invalid(
+            f"found {format_size(new.size_bytes)}, allowed is {format_size(old.size_bytes)}: a "
+            "volume that is kept on several hosts does not grow yet",
+            where=f"{where}.size",
+            hint="copy what is in it to a new, larger one",
         )
     if new.format != old.format:
         raise Invalid(

@@ -7,8 +7,11 @@ from typing import Any
 from supercloud.control.desire import Decision
 from supercloud.control.documents import StoreWish, UCloudDocument, VolumeWish
 from supercloud.control.offers import Offer
-from supercloud.model.resources import Bucket, Environment, replica_names
+from supercloud.control.stores import checkpointed
+from supercloud.model.durations import format_duration
+from supercloud.model.resources import Bucket, Checkpointing, Environment, UCloud, replica_names
 from supercloud.wire.api import Change, Plan
+from supercloud.wire.checkpoints import BUCKET
 
 _OF_THE_GROUP = ("name", "replicas", "placement")  # what does not make an EE anew
 
@@ -19,11 +22,12 @@ def plan(
     offers: Sequence[Offer],
     kept: Mapping[str, VolumeWish] | None = None,
     kept_store: StoreWish | None = None,
+    kept_checkpoints: Mapping[str, str] | None = None,
 ) -> Plan:
     """The changes from ``before`` (None: nothing is there) to ``decision``.
 
     ``kept`` are the volumes and ``kept_store`` the object store that there are, whether ``before``
-    has them or not.
+    has them or not; ``kept_checkpoints`` says of what there are checkpoints.
     """
     old = before if before is not None and not before.deleting else None
     changes = [
@@ -32,6 +36,7 @@ def plan(
         *_volumes(decision.volumes, old.volumes if old else {}, kept or {}),
         *_buckets(decision, old, kept_store),
         *_environments(decision, old),
+        *_checkpoints(decision, old, kept_checkpoints or {}),
     ]
     return Plan(ucloud=decision.spec.name, changes=changes, warnings=_warnings(decision, offers))
 
@@ -63,6 +68,7 @@ def _environments(decision: Decision, old: UCloudDocument | None) -> list[Change
         subject, place = f"environment/{name}", decision.assignments[name].platform
         if name not in old_specs:
             details = [spec.kind, f"image {spec.image}", f"on {place}"]
+            details += [_policy(spec.checkpoint)] if spec.checkpoint else []
             changes.append(Change(action="create", subject=subject, details=details))
             continue
         details = _differences(old_specs[name], spec)
@@ -75,6 +81,44 @@ def _environments(decision: Decision, old: UCloudDocument | None) -> list[Change
             changes.append(Change(action="change", subject=subject, details=details))
     gone = [name for name in old_specs if name not in new_specs]
     return changes + [Change(action="delete", subject=f"environment/{name}") for name in gone]
+
+
+def _checkpoints(
+    decision: Decision, old: UCloudDocument | None, kept: Mapping[str, str]
+) -> list[Change]:
+    """Of platforms, which stay what they are; and those that outlive what they are of."""
+    new, was = decision.spec.platform.checkpoint, old.spec.platform.checkpoint if old else None
+    changes = []
+    if new != was:
+        details = [_difference("checkpoint", was, new)]
+        changes = [
+            Change(
+                action="change" if old else "create", subject=f"checkpoints/{name}", details=details
+            )
+            for name in decision.platforms
+        ]
+    wanted = {
+        name for name, spec in _by_replica(decision.spec.environments).items() if spec.checkpoint
+    }
+    wanted |= decision.platforms.keys() if new is not None else set()
+    had = (
+        {name for name, spec in _by_replica(old.spec.environments).items() if spec.checkpoint}
+        if old
+        else set()
+    )
+    details = ["are kept until supercloud checkpoints delete"]
+    return changes + [
+        Change(action="change", subject=f"checkpoints/{name}", details=details)
+        for name in kept
+        if name in had and name not in wanted
+    ]
+
+
+def _policy(policy: Checkpointing | None) -> str:
+    if policy is None:
+        return "no checkpoints"
+    every = f"every {format_duration(policy.every_s)}" if policy.every_s else "when asked for"
+    return f"checkpoints {every}, {policy.keep} kept"
 
 
 def _volumes(
@@ -104,8 +148,8 @@ def _buckets(
     decision: Decision, old: UCloudDocument | None, kept: StoreWish | None
 ) -> list[Change]:
     store = decision.store
-    named = {bucket.name: bucket for bucket in decision.spec.buckets} if store else {}
-    before = {bucket.name: bucket for bucket in old.spec.buckets} if old and old.store else {}
+    named = _named(decision.spec, store)
+    before = _named(old.spec, old.store) if old else {}
     there = {bucket.name: bucket for bucket in kept.buckets} if kept else {}
     changes = []
     for name, bucket in named.items():
@@ -122,10 +166,16 @@ def _buckets(
         else:
             changes.append(Change(action="create", subject=subject, details=details))
     details = ["is kept with its objects until supercloud buckets delete"]
-    gone = [name for name in before if name not in named]
+    gone = [name for name in before if name not in named and name != BUCKET]
     return changes + [
         Change(action="change", subject=f"bucket/{name}", details=details) for name in gone
     ]
+
+
+def _named(spec: UCloud, store: StoreWish | None) -> dict[str, Bucket]:
+    """The buckets of the manifest, and that of checkpoints."""
+    names = {bucket.name for bucket in spec.buckets} | {BUCKET}
+    return {item.name: item for item in store.buckets if item.name in names} if store else {}
 
 
 def _bucket_differences(old: Bucket, new: Bucket) -> list[str]:
@@ -138,7 +188,9 @@ def _bucket_differences(old: Bucket, new: Bucket) -> list[str]:
 
 def _volume_details(wish: VolumeWish) -> list[str]:
     spec = wish.spec
-    return [size_text(spec.size_bytes), spec.format, f"at {wish.provider.name}/{wish.host}"]
+    others = [f"and at {other.provider.name}/{other.host}" for other in wish.others]
+    home = f"at {wish.provider.name}/{wish.host}"
+    return [size_text(spec.size_bytes), spec.format, home, *others]
 
 
 def _volume_differences(old: VolumeWish, new: VolumeWish) -> list[str]:
@@ -165,6 +217,8 @@ def _differences(old: Environment, new: Environment) -> list[str]:
 def _difference(name: str, before: Any, after: Any) -> str:
     if name == "env":  # may hold secrets
         return f"env of {', '.join(sorted(before.keys() | after.keys()))}"
+    if name == "checkpoint":
+        return f"{_policy(before)} -> {_policy(after)}"
     if name == "buckets":
         before, after = ([f"{use.name}:{use.access}" for use in uses] for uses in (before, after))
     if name in ("ports", "volumes"):
@@ -203,7 +257,12 @@ def _warnings(decision: Decision, offers: Sequence[Offer]) -> list[str]:
         if name not in used:
             continue
         for feature, reason in sorted(offer.features.items()):
-            asked = {"volumes": decision.spec.volumes, "objects": decision.spec.buckets}
+            asked = {
+                "volumes": decision.spec.volumes,
+                "objects": decision.spec.buckets,
+                "tunnel": False,  # what needs one is refused
+                "checkpoints": checkpointed(decision.spec),
+            }
             if reason and asked.get(feature, True):
                 warnings.append(f"provider {name} has no {feature}: {reason}")
         warnings += _disagreements(offer)

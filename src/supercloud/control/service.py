@@ -7,19 +7,24 @@ from pathlib import Path
 
 from supercloud.control import views
 from supercloud.control.buckets import BucketService
+from supercloud.control.checkpoints import CheckpointService
 from supercloud.control.controllers.plane import Plane
-from supercloud.control.desire import Decision, decide, provider_key
+from supercloud.control.controllers.ucloud import replicas
+from supercloud.control.desire import Decision, Move, decide, provider_key
 from supercloud.control.documents import StoreWish, UCloudDocument, VolumeWish, ucloud_key
 from supercloud.control.fits import at_its_place, check_sizes
 from supercloud.control.images import mark_of
+from supercloud.control.kept import Restore
 from supercloud.control.manifest import parse
 from supercloud.control.offers import Offer
 from supercloud.control.plan import plan
+from supercloud.control.restores import RestoreService, nature
 from supercloud.control.store import Conflict
 from supercloud.control.volumes import VolumeService
 from supercloud.model.errors import Busy, Invalid, NotFound, Temporary
 from supercloud.model.resources import Provider, UCloud
 from supercloud.model.states import UCLOUD, observed
+from supercloud.upper.federation.placement import HostKey
 from supercloud.upper.platform.link.session import AgentSession
 from supercloud.wire import api
 
@@ -43,6 +48,8 @@ class Kept:
 
     volumes: dict[str, VolumeWish]
     store: StoreWish | None
+    checkpoints: dict[str, str]  # of an ``environment`` or a ``platform``
+    engines: dict[HostKey, dict[str, str]]  # of the platforms, by host
 
 
 May = Callable[[str], None]
@@ -59,9 +66,11 @@ class Service:
         """``ca_pem`` gives the user's root certificate."""
         self._plane, self._look, self.ca_pem = plane, plane.look, ca_pem
         self.events = plane.events
-        self._deciding = asyncio.Lock()  # two U-Clouds must not get the same range
+        self._deciding = plane.deciding  # two U-Clouds must not get the same range
         self.volumes = VolumeService(plane, self._deciding)
         self.buckets = BucketService(plane, self._deciding)
+        self.checkpoints = CheckpointService(plane, self._deciding)
+        self.restores = RestoreService(plane, self.checkpoints, self._moved)
 
     # -- changing
 
@@ -71,9 +80,9 @@ class Service:
         may(spec.name)
         offers, marks = await self._offers(spec), await self._marks(spec)
         before = await self._plane.state.ucloud(spec.name)
-        taken, kept = await self._taken(spec.name), await self._kept(spec.name, before)
+        taken, kept = await self._taken(spec.name), await self._kept(spec.name, before, offers)
         decision = _decided(asked, spec, offers, before, taken, marks, kept)
-        return plan(decision, before, offers, kept.volumes, kept.store)
+        return _planned(decision, before, offers, kept)
 
     async def up(self, asked: Manifest, may: May = anything) -> api.Applied:
         """Store the wish and the decision for it; the reconcilers do the rest."""
@@ -84,14 +93,14 @@ class Service:
             for _ in range(TRIES):
                 before = await self._plane.state.ucloud(spec.name)
                 taken = await self._taken(spec.name)
-                kept = await self._kept(spec.name, before)
+                kept = await self._kept(spec.name, before, offers)
                 decision = _decided(asked, spec, offers, before, taken, marks, kept)
                 try:
                     document = await self._store(decision, before, asked)
                 except (Conflict, NotFound):  # it was changed, or went away, meanwhile
                     continue
                 self._look(ucloud_key(spec.name), 0.0)
-                done = plan(decision, before, offers, kept.volumes, kept.store)
+                done = _planned(decision, before, offers, kept)
                 return api.Applied(ucloud=spec.name, generation=document.generation, plan=done)
         raise Busy(f"U-Cloud {spec.name} is being changed by others; try again")
 
@@ -106,6 +115,7 @@ class Service:
             view = await self._down(document, drop_volumes=True) if document else None
             deleted = await self.volumes.delete_all(name)
             deleted += await self.buckets.delete_all(name)
+            deleted += await self.checkpoints.delete_all(name)
             deleted += await self._forget_templates(name) if document is None else 0
         if view is None and not deleted:
             raise NotFound(f"there is no U-Cloud {name}, and nothing kept of one", hint=_SHOWN)
@@ -132,9 +142,21 @@ class Service:
         self._look(ucloud_key(name), 0.0)
         return await self.ucloud(name)
 
-    async def _kept(self, name: str, before: UCloudDocument | None) -> Kept:
-        volumes = await self.volumes.kept(name, before)
-        return Kept(volumes, await self.buckets.kept(name, before))
+    async def _kept(self, name: str, before: UCloudDocument | None, offers: list[Offer]) -> Kept:
+        platforms = await self._plane.state.platforms(name)
+        return Kept(
+            volumes=await self.volumes.kept(name, before, offers),
+            store=await self.buckets.kept(name, before),
+            checkpoints=await self.checkpoints.kept(name),
+            engines={(p.wish.provider.name, p.wish.host): p.engines for p in platforms},
+        )
+
+    async def _moved(self, before: UCloudDocument, moves: dict[str, Move]) -> Decision:
+        """The decision for what there is, with some EEs at other providers."""
+        asked = Manifest(manifest=before.manifest, file=before.file, directory=before.directory)
+        offers = await self._offers(before.spec)
+        taken, kept = await self._taken(before.name), await self._kept(before.name, before, offers)
+        return _decided(asked, before.spec, offers, before, taken, before.marks, kept, moves)
 
     async def _parsed(self, asked: Manifest) -> UCloud:
         directory = Path(asked.directory)
@@ -214,7 +236,8 @@ class Service:
             raise NotFound(f"U-Cloud {ucloud} has no environment {name}")
         platform = await self._plane.state.platform(ucloud, document.assignment.platform)
         known = {platform.name: platform} if platform else {}
-        row = views.environment_row(document, known)
+        checkpoints = await self._plane.state.checkpoints_of(ucloud, name)
+        row = views.environment_row(document, known, checkpoints)
         shown = {name: getattr(row, name) for name in row.__slots__}
         status = self._plane.agents.status(
             ucloud, document.ready_on, document.ready.uid if document.ready else ""
@@ -230,6 +253,7 @@ class Service:
             "cpu_used_s": status.cpu_s if status else 0.0,
             "volumes": await self.volumes.mounted(document),
             "buckets": {use.name: use.access for use in document.spec.buckets},
+            "checkpoints": await self.checkpoints.view(ucloud, name) if checkpoints else None,
         }
 
     async def session(self, ucloud: str, name: str) -> AgentSession:
@@ -255,8 +279,9 @@ class Service:
         fractions, seen = self._plane.fractions, self._plane.seen
         store = await self._plane.state.store_document(document.name)
         told = self._plane.stores.get(document.name)
+        kept = await self._plane.state.checkpoints(document.name)
         return views.ucloud_view(
-            document, platforms, environments, fractions, volumes, seen, store, told
+            document, platforms, environments, fractions, volumes, seen, store, told, kept
         )
 
 
@@ -268,14 +293,33 @@ def _decided(
     taken: list[str],
     marks: dict[str, str],
     kept: Kept,
+    moves: dict[str, Move] | None = None,
 ) -> Decision:
     """The decision; what refuses it is told with its place in the manifest."""
     with at_its_place(asked.manifest, asked.file):
         check_sizes(spec, offers)
-        return decide(spec, offers, before, taken, marks, kept.volumes, kept.store)
+        return decide(
+            spec,
+            offers,
+            before,
+            taken,
+            marks,
+            kept.volumes,
+            kept.store,
+            kept.checkpoints,
+            kept.engines,
+            moves,
+        )
+
+
+def _planned(
+    decision: Decision, before: UCloudDocument | None, offers: list[Offer], kept: Kept
+) -> api.Plan:
+    return plan(decision, before, offers, kept.volumes, kept.store, kept.checkpoints)
 
 
 def _decide(document: UCloudDocument, decision: Decision, asked: Manifest) -> None:
+    document.restores = {} if document.deleting else _restores(document, decision)
     document.deleting = document.drop_volumes = False
     document.manifest, document.file, document.directory = (
         asked.manifest,
@@ -287,6 +331,17 @@ def _decide(document: UCloudDocument, decision: Decision, asked: Manifest) -> No
     document.marks, document.volumes = decision.marks, decision.volumes
     document.store = decision.store
     document.providers |= {provider_key(item): item for item in decision.spec.providers}
+
+
+def _restores(document: UCloudDocument, decision: Decision) -> dict[str, Restore]:
+    """Those of what stays as it is: another image, say, has not been restored."""
+    old, new = replicas(document.spec.environments), replicas(decision.spec.environments)
+    same = set(decision.platforms)
+    for name in old.keys() & new.keys():
+        marks = [marks.get(new[name].image, "") for marks in (document.marks, decision.marks)]
+        if nature(old[name]) == nature(new[name]) and marks[0] == marks[1]:
+            same.add(name)
+    return {name: restore for name, restore in document.restores.items() if name in same}
 
 
 def _same(document: UCloudDocument, decision: Decision) -> bool:

@@ -5,7 +5,7 @@ import msgspec
 from supercloud.control.service import Service
 from supercloud.control.store import Store
 
-_PREFIXES = ("ucloud/", "platform/", "environment/")
+_PREFIXES = ("ucloud/", "platform/", "environment/", "checkpoints/")
 
 
 class Snapshot:

@@ -7,6 +7,8 @@ from dataclasses import replace
 import msgspec
 
 from supercloud.control.documents import EnvironmentDocument, PlatformDocument, VolumeDocument
+from supercloud.model.resources import Environment
+from supercloud.wire.checkpoints import RestoreFrom
 from supercloud.wire.messages import (
     Apply,
     EnvironmentSpec,
@@ -24,8 +26,8 @@ def environment_spec(
 ) -> EnvironmentSpec:
     """The EE as its platform is to run it, without host ports and slots of volumes.
 
-    The uid is a hash of everything that makes it what it is: another wish is another EE.
-    ``objects`` is without keys; it is for those that use buckets.
+    The uid is a hash of everything that makes it what it is: another wish is another EE, and so is
+    one that is restored. ``objects`` is without keys; it is for those that use buckets.
     """
     wish, place = document.spec, document.assignment
     spec = EnvironmentSpec(
@@ -51,8 +53,10 @@ def environment_spec(
             for use in wish.volumes
         ],
         objects=objects if wish.buckets else None,
+        checkpoints=wish.checkpoint is not None,
     )
-    return replace(spec, uid="e" + _digest([document.ucloud, spec])[:20])
+    restored = [document.restore.number] if document.restore else []
+    return replace(spec, uid="e" + _digest([document.ucloud, spec, *restored])[:20])
 
 
 def apply_for(
@@ -61,23 +65,54 @@ def apply_for(
     generation: int,
     volumes: Sequence[VolumeDocument] = (),
     access: Mapping[str, ObjectAccess] | None = None,
+    restores: Mapping[str, RestoreFrom | None] | None = None,
 ) -> Apply:
     """All that ``platform`` is to run, of all the EEs and with the volumes of its U-Cloud.
 
-    ``access`` is what those EEs that use buckets are told of the object store.
+    ``access`` is what those EEs that use buckets are told of the object store, ``restores`` what
+    those begin from that are to be restored: who is not in it is left out.
     """
-    slots = slots_of(platform, volumes)
+    slots, restores = slots_of(platform, volumes), restores or {}
     here = [item for item in environments if runs_on(item, platform.name)]
+    here = [item for item in here if not restoring(item) or item.name in restores]
+    here = [item for item in here if not checkpoint_refusal(item.spec, platform.engines)]
     return Apply(
         generation=generation,
-        environments=[_published(item, platform, slots, access or {}) for item in here],
+        environments=[_published(item, platform, slots, access or {}, restores) for item in here],
         names=names_for(platform.name, environments),
     )
+
+
+def restoring(document: EnvironmentDocument) -> bool:
+    """Whether it has yet to start from a checkpoint."""
+    return document.restore is not None and document.restore.number > document.restored
+
+
+def checkpoint_refusal(spec: Environment, engines: Mapping[str, str]) -> str:
+    """Why a platform with ``engines`` cannot take checkpoints of it; "" if it need not, or can.
+
+    Nothing is known of a platform that has not said yet what it has.
+    """
+    if spec.checkpoint is None or not engines:
+        return ""
+    return engines.get(f"checkpoint:{spec.kind}", "its platform does not say that it can")
 
 
 def runs_on(document: EnvironmentDocument, platform: str) -> bool:
     """Whether ``platform`` is to run this EE now."""
     return document.ready is not None and document.ready_on == platform and not document.deleting
+
+
+def shape_of(spec: EnvironmentSpec) -> str:
+    """What a checkpoint of it is of: only the same can go on from one."""
+    machine = [spec.cpus, spec.memory_bytes] if spec.kind == "vm" else []
+    volumes = [replace(mount, slot=0) for mount in spec.volumes]
+    return _digest([spec.kind, spec.image, spec.process, volumes, machine])
+
+
+def platform_shape(platform: PlatformDocument) -> str:
+    """Likewise, of a platform."""
+    return _digest([platform.wish.size, platform.image or platform.wish.image])
 
 
 def fingerprint(apply: Apply) -> str:
@@ -96,6 +131,7 @@ def _published(
     platform: PlatformDocument,
     slots: Mapping[str, int],
     access: Mapping[str, ObjectAccess],
+    restores: Mapping[str, RestoreFrom | None],
 ) -> EnvironmentSpec:
     spec = document.ready
     if spec is None:
@@ -106,7 +142,8 @@ def _published(
     ]
     mounts = [replace(mount, slot=slots.get(mount.volume, 0)) for mount in spec.volumes]
     objects = access.get(spec.name, spec.objects) if spec.objects else None
-    return replace(spec, ports=ports, volumes=mounts, objects=objects)
+    begin = restores.get(spec.name) if document.current and restoring(document) else None
+    return replace(spec, ports=ports, volumes=mounts, objects=objects, restore=begin)
 
 
 def host_port(

@@ -7,12 +7,14 @@ from supercloud.control import documents
 from supercloud.control.documents import (
     KINDS,
     TEMPLATES,
+    CheckpointsDocument,
     EnvironmentDocument,
     PlatformDocument,
     StoreDocument,
     TemplatesDocument,
     UCloudDocument,
     VolumeDocument,
+    checkpoints_key,
     dump,
     environment_key,
     key_of,
@@ -33,6 +35,7 @@ AnyDocument = TypeVar(
     EnvironmentDocument,
     VolumeDocument,
     StoreDocument,
+    CheckpointsDocument,
     TemplatesDocument,
 )
 
@@ -96,6 +99,15 @@ class State:
     async def volumes(self, ucloud: str = "") -> list[VolumeDocument]:
         """The volumes of a U-Cloud, or of all, by U-Cloud and name."""
         return await self._list(VolumeDocument, volume_key(ucloud, "") if ucloud else "volume/")
+
+    async def checkpoints(self, ucloud: str = "") -> list[CheckpointsDocument]:
+        """The checkpoints of a U-Cloud's EEs and platforms, or of all, by U-Cloud and name."""
+        prefix = checkpoints_key(ucloud, "") if ucloud else "checkpoints/"
+        return await self._list(CheckpointsDocument, prefix)
+
+    async def checkpoints_of(self, ucloud: str, name: str) -> CheckpointsDocument | None:
+        """Those of one EE or platform, or None."""
+        return await self._get(CheckpointsDocument, checkpoints_key(ucloud, name))
 
     async def add(self, document: documents.AnyDocument) -> None:
         """Write a document that must not be there yet. Raises Conflict."""

@@ -7,18 +7,22 @@ from typing import Any, Literal
 from supercloud.control.controllers.plane import Seen, SeenStore
 from supercloud.control.controllers.usage import users_of
 from supercloud.control.documents import (
+    CheckpointsDocument,
     EnvironmentDocument,
     PlatformDocument,
+    ReplicaDocument,
     Step,
     StoreDocument,
     UCloudDocument,
     VolumeDocument,
     environment_key,
 )
+from supercloud.control.kept import KeptCheckpoint
 from supercloud.control.seals import WINDOW_S
 from supercloud.control.specs import host_port
 from supercloud.model.errors import BadState, to_wire
 from supercloud.wire import api
+from supercloud.wire.mirrors import MirrorStatus
 from supercloud.wire.objects import booked_bytes
 from supercloud.wire.volumes import VolumeFigures
 
@@ -28,6 +32,7 @@ MESSAGES = {
     ("volume", "open"): "open it",
     ("volume", "attach"): "attach it to its platform",
     ("objects", "start"): "start the object store",
+    ("checkpoint", "take"): "take a checkpoint",
     ("environment", "image"): "prepare the image",
     ("environment", "start"): "start it",
 }
@@ -43,17 +48,21 @@ def ucloud_view(
     seen: Mapping[tuple[str, str], Seen] | None = None,
     store: StoreDocument | None = None,
     told: SeenStore | None = None,
+    checkpoints: Sequence[CheckpointsDocument] = (),
 ) -> api.UCloudView:
     """A U-Cloud with all that is in it."""
     by_name = {platform.name: platform for platform in platforms}
     wanted = [volume for volume in volumes if volume.name in ucloud.volumes]
     kept = store if ucloud.store else None
+    states = {item.name: item for item in checkpoints if item.of == "environment"}
     return api.UCloudView(
         name=ucloud.name,
         state=ucloud.state,
         generation=ucloud.generation,
         platforms=[platform_row(item) for item in platforms],
-        environments=[environment_row(item, by_name) for item in environments],
+        environments=[
+            environment_row(item, by_name, states.get(item.name)) for item in environments
+        ],
         steps=_steps(platforms, environments, fractions, wanted, kept),
         error=_error(platforms, environments, wanted, kept),
         volumes=[volume_row(item, environments, (seen or {}).get(id_of(item))) for item in volumes],
@@ -78,9 +87,12 @@ def platform_row(platform: PlatformDocument) -> api.PlatformRow:
 
 
 def environment_row(
-    item: EnvironmentDocument, platforms: Mapping[str, PlatformDocument]
+    item: EnvironmentDocument,
+    platforms: Mapping[str, PlatformDocument],
+    kept: CheckpointsDocument | None = None,
 ) -> api.EnvironmentRow:
-    """A row of ``ps``."""
+    """A row of ``ps``; ``kept`` are its checkpoints."""
+    last = kept.kept[-1] if kept is not None and kept.kept else None
     platform = platforms.get(item.assignment.platform)
     wish = platform.wish if platform else None
     return api.EnvironmentRow(
@@ -100,6 +112,8 @@ def environment_row(
         started_s=item.started_s,
         engine=item.engine,
         image=item.spec.image,
+        checkpoint=last.sequence if last else 0,
+        checkpoint_s=last.taken_ms / 1000 if last else 0.0,
     )
 
 
@@ -130,6 +144,8 @@ def volume_view(
         halted=volume.halted,
         found=volume.found,
         wrapping_key=volume.wrapped_key.partition(":")[0],
+        generation=volume.generation,
+        waits_for=seen.status.mirror.closed_by if seen and seen.status.mirror else "",
         steps=[_step(f"volume/{volume.name}", "volume", step, -1.0) for step in volume.steps],
     )
 
@@ -155,7 +171,33 @@ def _volume_fields(
         "seal_age_s": seal_age_s(volume, seen),
         "evidence": volume.evidence,
         "created_s": volume.created_s,
+        "replicas": replica_rows(volume, seen.status.mirror if seen else None),
     }
+
+
+def replica_rows(volume: VolumeDocument, told: MirrorStatus | None) -> list[api.ReplicaRow]:
+    """Its replicas, by name; ``told`` is what their mirror last said of them."""
+    if not volume.others:
+        return []
+    standing = {one.replica: one for one in told.replicas} if told and volume.mirroring else {}
+    rows = []
+    for replica in volume.replicas:
+        now = standing.get(replica.replica)
+        kept = "in_sync" if replica.in_sync else "stale"
+        refused = replica.refused if isinstance(replica, ReplicaDocument) else ""
+        rows.append(
+            api.ReplicaRow(
+                replica=replica.replica,
+                provider=replica.provider.name,
+                host=replica.host,
+                state="refused" if refused else now.standing if now else kept,
+                source=replica is volume,
+                connected=bool(now and now.connected),
+                lacks_bytes=now.lacks_bytes if now else -1,
+                reason=refused or (now.reason if now and now.reason else replica.reason),
+            )
+        )
+    return sorted(rows, key=lambda row: row.replica)
 
 
 def bucket_rows(
@@ -225,6 +267,62 @@ def _bucket_fields(
     }
 
 
+def checkpoints_row(
+    document: CheckpointsDocument, due_s: float | None, restoring: int
+) -> api.CheckpointsRow:
+    """A row of ``checkpoints``; ``due_s`` is when the next one is due."""
+    return api.CheckpointsRow(
+        ucloud=document.ucloud,
+        name=document.name,
+        of=document.of,
+        state=document.state,
+        reason=document.reason,
+        every_s=document.policy.every_s if document.policy else 0,
+        keep=document.policy.keep if document.policy else 0,
+        kept=len(document.kept),
+        last=document.kept[-1].sequence if document.kept else 0,
+        last_s=document.kept[-1].taken_ms / 1000 if document.kept else 0.0,
+        next_s=due_s or 0.0,
+        new_bytes=sum(item.new_bytes for item in document.kept),
+        failures=document.failures,
+        restoring=restoring,
+    )
+
+
+def checkpoints_view(
+    document: CheckpointsDocument, row: api.CheckpointsRow, shape: str
+) -> api.CheckpointsView:
+    """The checkpoints of an EE or platform, which now is of ``shape`` ("": that is not known)."""
+    task, subject = document.task, f"{document.of}/{document.name}"
+    return api.CheckpointsView(
+        **{name: getattr(row, name) for name in row.__slots__},
+        checkpoints=[_checkpoint_row(item, shape) for item in reversed(document.kept)],
+        task=api.CheckpointTask(id=task.id, done=task.done, number=task.sequence, error=task.error)
+        if task
+        else None,
+        steps=[_step(subject, "checkpoint", step, -1.0) for step in document.steps],
+    )
+
+
+def _checkpoint_row(kept: KeptCheckpoint, shape: str) -> api.CheckpointRow:
+    other = bool(shape) and kept.shape != shape
+    return api.CheckpointRow(
+        number=kept.sequence,
+        taken_s=kept.taken_ms / 1000,
+        engine=kept.engine,
+        provider=kept.provider,
+        host=kept.host,
+        pause_ms=kept.pause_ms,
+        base=kept.base,
+        memory_bytes=kept.memory_bytes,
+        dirty_bytes=kept.dirty_bytes,
+        disk_bytes=kept.disk_bytes,
+        new_bytes=kept.new_bytes,
+        details=kept.details,
+        restorable="what it is of was changed since" if other else "",
+    )
+
+
 def seal_age_s(volume: VolumeDocument, seen: Seen | None) -> float:
     """How long ago its host showed its seal; -1 while it is not open."""
     if not volume.opened or not volume.seal.root:
@@ -261,9 +359,14 @@ def mounted(
                 mode=volume.mode,
                 seal_age_s=age_s,
                 undetected_rollback=rollback_text(age_s),
+                replicas=replica_rows(volume, _mirror_in(seen.get(id_of(volume)))),
             )
         )
     return found
+
+
+def _mirror_in(seen: Seen | None) -> MirrorStatus | None:
+    return seen.status.mirror if seen else None
 
 
 def urls(item: EnvironmentDocument, platform: PlatformDocument) -> list[str]:

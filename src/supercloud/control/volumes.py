@@ -2,19 +2,24 @@
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 
 from supercloud.control import seals, views
 from supercloud.control.controllers.access import rewrap, wrapped_in
 from supercloud.control.controllers.learning import waits
 from supercloud.control.controllers.plane import Plane
+from supercloud.control.controllers.record import whole_at
 from supercloud.control.documents import (
     EnvironmentDocument,
+    ReplicaWish,
     Task,
     UCloudDocument,
     VolumeDocument,
     VolumeWish,
     volume_key,
 )
+from supercloud.control.homes import reached_home
+from supercloud.control.offers import Offer
 from supercloud.model.errors import BadState, Busy, Denied, NotFound, Temporary, from_wire
 from supercloud.wire import api
 
@@ -57,8 +62,13 @@ class VolumeService:
         volumes = await self._plane.state.volumes(environment.ucloud)
         return views.mounted(environment, {item.name: item for item in volumes}, self._plane.seen)
 
-    async def kept(self, ucloud: str, before: UCloudDocument | None) -> dict[str, VolumeWish]:
-        """The volumes that there are, with their homes; one that is being deleted is none."""
+    async def kept(
+        self, ucloud: str, before: UCloudDocument | None, offers: Sequence[Offer]
+    ) -> dict[str, VolumeWish]:
+        """The volumes that there are, with their homes; one that is being deleted is none.
+
+        One that is kept on several hosts is at home at another, when its own is not offered.
+        """
         documents = await self._plane.state.volumes(ucloud)
         kept = {}
         if before is not None and not before.deleting:  # decided, and not written down yet
@@ -67,7 +77,9 @@ class VolumeService:
             kept.pop(item.name, None)
             if not item.deleting:
                 spec = item.given or item.spec
-                kept[item.name] = VolumeWish(spec=spec, provider=item.provider, host=item.host)
+                others = [ReplicaWish(provider=o.provider, host=o.host) for o in item.others]
+                wish = VolumeWish(spec=spec, provider=item.provider, host=item.host, others=others)
+                kept[item.name] = reached_home(wish, whole_at(item), offers)
         return kept
 
     # -- changing
@@ -171,8 +183,9 @@ class VolumeService:
         keys.rotate()
 
         def rewrapped(fresh: VolumeDocument) -> None:
-            if fresh.wrapped_key:
-                fresh.wrapped_key = keys.rewrapped(fresh.wrapped_key)
+            for replica in fresh.replicas:
+                if replica.wrapped_key:
+                    replica.wrapped_key = keys.rewrapped(replica.wrapped_key)
 
         for volume in volumes:
             changed = await self._plane.state.change(volume, rewrapped)
@@ -182,7 +195,7 @@ class VolumeService:
             self._plane.tell(rewrapped_store, "objects.rewrapped", keys.current)
         now = await self._plane.state.volumes(ucloud)
         kept = await self._plane.state.store_document(ucloud)
-        wrapped = [volume.wrapped_key for volume in now]
+        wrapped = [item.wrapped_key for volume in now for item in volume.replicas]
         wrapped += wrapped_in(kept) if kept is not None else []
         keys.settle(text for text in wrapped if text)
         return api.Rotated(ucloud=ucloud, wrapping_key=keys.current, volumes=len(now))

@@ -25,8 +25,12 @@ SERVICES: Final[Mapping[str, Mapping[str, int]]] = {
     "protection": {"memory_bytes": 192 * MIB, "pids": 96},
     # our process, a daemon of 12 MB and three threads for each of some eight volumes, their caches
     "block": {"memory_bytes": 320 * MIB, "pids": 64},
+    # our process, a connection's requests under way, maps of what replicas lack
+    "replication": {"memory_bytes": 128 * MIB, "pids": 8},
     # our gate and metadata store, the S3 server
     "objects": {"memory_bytes": 448 * MIB, "pids": 96},
+    # our process with packs of 8 MiB in a few threads; it lives as long as one job of it
+    "checkpoint": {"memory_bytes": 192 * MIB, "pids": 32},
 }
 # What a service needs beyond what every component has. Objects: files, and its own loopback.
 _SERVICE_FIELDS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -48,7 +52,9 @@ PEERS: Final = (
     ("user", "link", True),  # connections of the agent
     ("user", "protection", True),  # backing files, data keys, streams of protected devices
     ("user", "block", True),  # those streams, and what a machine takes a volume by
+    ("user", "replication", True),  # streams of replicas, and what the block service has of them
     ("user", "objects", True),  # keys, connections to the S3 port
+    ("user", "checkpoint", True),  # keys, memory and disks to be stored, such connections
     ("uplink-net", "vmm", False),
     ("uplink-net-closed", "vmm", False),
     ("link", "vmm", False),

@@ -20,6 +20,7 @@ from supercloud.wire import portal
 CHANNEL: Final = "control"
 # name -> the module that has ``make``
 SERVICES: Final[Mapping[str, str]] = {
+    "checkpoint": "supercloud.services.checkpoint.service",
     "block": "supercloud.services.block.service",
     "objects": "supercloud.services.objects.service",
     "protection": "supercloud.services.protection.service",

@@ -71,7 +71,7 @@ class Provider:
         Rule(
             doc="of the fake provider: `hosts`, `cpus`, `memory_gib`, `regions`; delays "
             "(`boot_ms`, `start_ms`, `latency_ms`), failures (`fail_create`, `fail_delete`), "
-            "`volumes` and `objects` (0: it has none)",
+            "`volumes`, `objects`, `checkpoints` and `tunnel` (0: it has none)",
             key_pattern=r"[a-z][a-z0-9_]{0,62}",
             max_length=256,
             max_items=64,
@@ -137,8 +137,9 @@ class Volume:
     """A disk of the U-Cloud that outlives what uses it, protected from the provider that holds it.
 
     It is made on the host of the first environment that uses it, and stays there: what uses it
-    later is placed where it is. `down`, and leaving it out of the manifest, keep it with its data;
-    `supercloud volumes delete` does not.
+    later is placed where it is. One that is kept on several hosts goes from one of them to another
+    with what uses it when a host is lost. `down`, and leaving it out of the manifest, keep it with
+    its data; `supercloud volumes delete` does not.
     """
 
     name: str = declared(
@@ -173,6 +174,16 @@ class Volume:
             le=1 << 44,
         ),
         0,
+    )
+    replicas: int = declared(
+        Rule(
+            doc="on how many hosts it is kept, each with all of it and a key of its own; what uses "
+            "it is started on another of them when its host is lost, with all that was answered. "
+            "Cannot be changed later",
+            ge=1,
+            le=3,
+        ),
+        1,
     )
 
 
@@ -242,6 +253,46 @@ class BucketUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpointing:
+    """Checkpoints of an environment, or of platforms: whole states, to be restored from.
+
+    They are taken from the outside, while what is in them stands still for a moment, and go into
+    the U-Cloud's object store under keys of the user alone. `supercloud checkpoint` takes one at
+    once, `supercloud restore` goes back to one. They outlive what they are of.
+    """
+
+    every_s: int = declared(
+        Rule(
+            doc="how often one is taken; if not given only when `supercloud checkpoint` asks",
+            key="every",
+            duration=True,
+            ge=10,
+            le=30 * 86400,
+            example="10m",
+        ),
+        0,
+    )
+    keep: int = declared(Rule(doc="how many are kept, the newest ones", ge=1, le=100), 5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointStore:
+    """Where checkpoints are kept: a bucket of their own in the U-Cloud's object store."""
+
+    capacity_bytes: int = declared(
+        Rule(
+            doc="what it has room for; if not given three times the memory of all that is to be "
+            "checkpointed, and 1GiB at least",
+            key="capacity",
+            size=True,
+            ge=64 * MIB,
+            le=1 << 43,
+        ),
+        0,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
     """An execution environment: a container or a virtual machine."""
 
@@ -297,6 +348,13 @@ class Environment:
     buckets: list[BucketUse] = declared(
         Rule(doc="the buckets that it uses; containers only", max_items=64), factory=list
     )
+    checkpoint: Checkpointing | None = declared(
+        Rule(
+            doc="checkpoints can be taken of it, and it can be restored from them; not with "
+            "volumes that it may write to"
+        ),
+        None,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,6 +382,29 @@ class PlatformSize:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Platform(PlatformSize):
+    """How large each L1 platform is: the virtual machine that environments run in."""
+
+    checkpoint: Checkpointing | None = declared(
+        Rule(
+            doc="checkpoints are taken of whole platforms, with all that runs in them; not where "
+            "volumes are used"
+        ),
+        None,
+    )
+
+    @property
+    def size(self) -> PlatformSize:
+        """Without what does not make it another machine."""
+        return PlatformSize(
+            cpus=self.cpus,
+            memory_bytes=self.memory_bytes,
+            scratch_bytes=self.scratch_bytes,
+            ports=self.ports,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UCloud:
     """One user's cloud."""
 
@@ -337,7 +418,10 @@ class UCloud:
     )
     volumes: list[Volume] = declared(Rule(doc="its volumes", max_items=256), factory=list)
     buckets: list[Bucket] = declared(Rule(doc="its buckets", max_items=256), factory=list)
-    platform: PlatformSize = declared(Rule(doc="the size of its platforms"), factory=PlatformSize)
+    platform: Platform = declared(Rule(doc="its platforms: their size"), factory=Platform)
+    checkpoint: CheckpointStore = declared(
+        Rule(doc="the store of all checkpoints"), factory=CheckpointStore
+    )
 
 
 def replica_names(environment: Environment) -> list[str]:

@@ -15,13 +15,15 @@ class Rule:
     """What is allowed in a field, and what it is for.
 
     ``key`` is its name in the manifest where that differs from the attribute's. ``size``: a number
-    of bytes, or a text such as ``128MiB``. Limits of a list or mapping: ``max_items`` on itself,
-    ``pattern`` and ``max_length`` on each text in it, ``key_pattern`` on a mapping's keys.
+    of bytes, or a text such as ``128MiB``. ``duration``: seconds, as a text such as ``10m``. Limits
+    of a list or mapping: ``max_items`` on itself, ``pattern`` and ``max_length`` on each text in
+    it, ``key_pattern`` on a mapping's keys.
     """
 
     doc: str
     key: str = ""
     size: bool = False
+    duration: bool = False
     ge: float | None = None
     le: float | None = None
     max_length: int = 4096

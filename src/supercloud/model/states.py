@@ -108,6 +108,18 @@ KEPT_STORE = _table(
     gone="",
 )
 
+# The checkpoints of an EE or a platform, as the control plane sees them: waiting for the time or to
+# be asked; one being taken; the last one failed, and it is tried again; what is there is kept, and
+# no more are taken.
+CHECKPOINTS = _table(
+    waiting="taking failed kept deleting",
+    taking="waiting failed kept deleting",
+    failed="taking waiting kept deleting",
+    kept="waiting deleting",
+    deleting="gone",
+    gone="",
+)
+
 # A U-Cloud.
 UCLOUD = _table(
     applying="ready degraded deleting",

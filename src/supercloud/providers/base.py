@@ -13,8 +13,23 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from supercloud.model.errors import Exists
+from supercloud.wire.checkpoints import (
+    CheckpointCollect,
+    CheckpointCollected,
+    CheckpointTake,
+    CheckpointTaken,
+    RestoreFrom,
+)
 from supercloud.wire.host import TemplateSpec, TemplateStatus
 from supercloud.wire.messages import Blob
+from supercloud.wire.mirrors import (
+    Mirror,
+    MirrorStatus,
+    Shared,
+    VolumeFence,
+    VolumeLease,
+    VolumeRejoin,
+)
 from supercloud.wire.objects import (
     ObjectsApply,
     ObjectsCredentials,
@@ -22,13 +37,15 @@ from supercloud.wire.objects import (
     ObjectsStatus,
     ServiceStatus,
 )
+from supercloud.wire.tunnel import PeerHost, TunnelApply
 from supercloud.wire.volumes import VolumeOpen, VolumeSpec, VolumeStatus
 
 Accept = Callable[[StreamReader, StreamWriter], Awaitable[None]]
 """Given the raw byte stream to an agent, which is about to send a TLS ClientHello over it."""
 
 FEATURES = (
-    "platforms", "console", "rendezvous", "ports", "kvm", "volumes", "objects", "templates",
+    "platforms", "console", "rendezvous", "ports", "kvm", "volumes", "objects", "tunnel",
+    "checkpoints", "templates",
 )  # fmt: skip
 """Every provider says of each of these "" (it has it) or the reason why not."""
 
@@ -59,8 +76,9 @@ class HostCapacity:
 class PlatformRequest:
     """A platform to have. ``config_iso`` is the config disk; ``tag`` says whose it is.
 
-    The same name with another shape (anything but ``config_iso``) is ``Exists``: delete it first.
-    The first ``config_iso`` stays in effect for as long as the platform lives.
+    The same name with another shape (anything but ``config_iso`` and ``restore``) is ``Exists``:
+    delete it first. The first of these two stay in effect for as long as the platform lives: with
+    ``restore`` it goes on as that checkpoint has it, instead of booting.
     """
 
     name: str
@@ -72,6 +90,7 @@ class PlatformRequest:
     ports: int
     config_iso: bytes = field(repr=False)
     tag: str = ""
+    restore: RestoreFrom | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +134,28 @@ class Volumes(Protocol):
         """Have it, and its next epoch. Denied: it is not the one that ``asked.seal`` is of."""
         ...
 
-    async def serve(self, host: str, name: str, epoch: int) -> VolumeStatus:
-        """Let it be used."""
+    async def serve(
+        self,
+        host: str,
+        name: str,
+        epoch: int,
+        *,
+        mirror: Mirror | None = None,
+        shared: Shared | None = None,
+    ) -> VolumeStatus:
+        """Let it be used; see ``wire.mirrors`` for one that is kept on several hosts."""
+        ...
+
+    async def lease(self, host: str, asked: VolumeLease) -> MirrorStatus:
+        """Let the mirror there answer. NotFound, Denied when that generation is over."""
+        ...
+
+    async def rejoin(self, host: str, asked: VolumeRejoin) -> MirrorStatus:
+        """A replica is there again, for the mirror on ``host``."""
+        ...
+
+    async def fence(self, host: str, asked: VolumeFence) -> None:
+        """A mirror of an older generation there never answers again."""
         ...
 
     async def attach(self, host: str, name: str, platform: str) -> VolumeStatus:
@@ -186,6 +225,24 @@ class Objects(Protocol):
         ...
 
 
+class Checkpoints(Protocol):
+    """Checkpoints of one U-Cloud's platforms at one provider, and the removal of any.
+
+    See ``wire.checkpoints``. Both may be repeated.
+    """
+
+    async def take(self, host: str, asked: CheckpointTake) -> CheckpointTaken:
+        """One of a platform; returns when it is stored. NotFound, BadState unless it runs.
+
+        Its nested machines are stopped by its agent for the moment; without that there is none.
+        """
+        ...
+
+    async def collect(self, host: str, asked: CheckpointCollect) -> CheckpointCollected:
+        """Remove what is not to be kept, on the host that has the object store."""
+        ...
+
+
 class Templates(Protocol):
     """What one U-Cloud's platforms at one provider start from, instead of booting."""
 
@@ -205,6 +262,10 @@ class Provider(Protocol):
     """One U-Cloud's access to one provider."""
 
     @property
+    def checkpoints(self) -> Checkpoints | None:
+        """None where none are taken or removed; ``features`` says why."""
+
+    @property
     def templates(self) -> Templates | None:
         """None where every platform boots; ``features`` says why."""
 
@@ -219,6 +280,14 @@ class Provider(Protocol):
     @property
     def volumes(self) -> Volumes | None:
         """None where it has none; ``features`` says why."""
+
+    async def peer(self, host: str) -> PeerHost:
+        """How other hosts of the U-Cloud reach that one."""
+        ...
+
+    async def tunnels(self, host: str, asked: TunnelApply) -> None:
+        """What that host asks of others, and lets them have. NotFound where there are none."""
+        ...
 
     async def features(self) -> dict[str, str]:
         """Feature (of ``FEATURES``) -> "" when it is there, otherwise the reason, for people."""

@@ -19,6 +19,7 @@ class EnvironmentRow:
 
     ``name`` is the EE's (``web-2``), ``environment`` the manifest's (``web``). ``state`` is one of
     ``model.states.ENVIRONMENT``; ``urls`` are its published ports', in the manifest's order.
+    ``checkpoint`` is the number of its last one, taken at ``checkpoint_s``; 0: there is none.
     """
 
     ucloud: str
@@ -37,6 +38,8 @@ class EnvironmentRow:
     started_s: float = 0.0
     engine: str = ""
     image: str = ""
+    checkpoint: int = 0
+    checkpoint_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +58,30 @@ class PlatformRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaRow:
+    """A replica of a volume. ``state``: in_sync, stale, syncing, or as its mirror says it.
+
+    ``lacks_bytes`` are to be copied yet, -1 when that is not known now.
+    """
+
+    replica: str
+    provider: str
+    host: str
+    state: str
+    source: bool = False  # the volume is used there
+    connected: bool = False
+    lacks_bytes: int = -1
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeRow:
     """One volume, a row of ``volumes``: the answer to ``GET /v1/volumes`` is a list of these.
 
     ``state`` is one of ``model.states.KEPT_VOLUME``; ``used_by`` are EEs. ``seal_age_s`` is how
     long ago its host showed its seal, -1 when it is not open; ``stored_bytes`` are on the
-    provider's disk, ``evidence`` blocks that were not what had been written.
+    provider's disk, ``evidence`` blocks that were not what had been written. ``replicas`` is empty
+    for one that is kept on one host.
     """
 
     ucloud: str
@@ -80,6 +101,7 @@ class VolumeRow:
     seal_age_s: float = -1.0
     evidence: int = 0
     created_s: float = 0.0
+    replicas: list[ReplicaRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +116,8 @@ class VolumeView(VolumeRow):
     halted: str = ""
     found: Seal | None = None
     wrapping_key: str = ""  # its name
+    generation: int = 0  # of its mirror
+    waits_for: str = ""  # why its mirror answers nothing now
     steps: list["Step"] = field(default_factory=list)
 
 
@@ -110,6 +134,7 @@ class Mounted:
     mode: str = ""
     seal_age_s: float = -1.0
     undetected_rollback: str = ""
+    replicas: list[ReplicaRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +177,84 @@ class BucketView(BucketRow):
     position_age_s: float = -1.0
     undetected_rollback: str = ""
     wrapping_key: str = ""  # its name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRow:
+    """One checkpoint; ``number`` is what ``restore`` is told. The figures are of its taking.
+
+    ``dirty_bytes`` of memory were written since the base, or all of it (``base``); ``new_bytes`` is
+    what the store grew by. ``restorable`` is "" or why it is not now.
+    """
+
+    number: int
+    taken_s: float
+    engine: str
+    provider: str
+    host: str
+    pause_ms: float
+    base: bool
+    memory_bytes: int
+    dirty_bytes: int
+    disk_bytes: int
+    new_bytes: int
+    details: dict[str, str] = field(default_factory=dict)
+    restorable: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointsRow:
+    """The checkpoints of an EE or a platform: ``GET /v1/checkpoints`` is a list of these.
+
+    ``state`` is one of ``model.states.CHECKPOINTS``. ``every_s`` 0: they are taken when asked for;
+    ``next_s`` is when the next one is due. ``keep`` 0: no more are taken. ``restoring`` is the
+    number of the one that it is being restored from.
+    """
+
+    ucloud: str
+    name: str
+    of: Literal["environment", "platform"]
+    state: str
+    reason: str = ""
+    every_s: int = 0
+    keep: int = 0
+    kept: int = 0
+    last: int = 0
+    last_s: float = 0.0
+    next_s: float = 0.0
+    new_bytes: int = 0
+    failures: int = 0
+    restoring: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointsView(CheckpointsRow):
+    """Likewise, in all detail: the newest comes first. ``task`` is what was asked for last."""
+
+    checkpoints: list[CheckpointRow] = field(default_factory=list)
+    task: "CheckpointTask | None" = None
+    steps: list["Step"] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointTask:
+    """``POST .../take`` answers with this at once; ``done`` with a ``number`` or an ``error``."""
+
+    id: str
+    done: bool = False
+    number: int = 0
+    error: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restoring:
+    """``POST .../restore``: that was decided, and is worked on."""
+
+    ucloud: str
+    name: str
+    number: int
+    platform: str
+    generation: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

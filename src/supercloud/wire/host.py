@@ -16,6 +16,7 @@ from supercloud.wire.checkpoints import (
 from supercloud.wire.codec import Limit, Name, Sha256
 from supercloud.wire.content import Environments
 from supercloud.wire.messages import Base64, Blob, ByName, Certificate, CsrResult, Empty, Method
+from supercloud.wire.mirrors import MirrorStatus, VolumeFence, VolumeLease, VolumeRejoin
 from supercloud.wire.objects import (
     ObjectsApply,
     ObjectsCredentials,
@@ -25,6 +26,7 @@ from supercloud.wire.objects import (
     ServiceList,
 )
 from supercloud.wire.quota import Bytes, Quota
+from supercloud.wire.tunnel import TunnelApply
 from supercloud.wire.volumes import (
     VolumeAttach,
     VolumeList,
@@ -93,9 +95,9 @@ class PlatformStatus:
     reason: str = ""
     tag: str = ""
     spec_sha256: str = (
-        ""  # of the PlatformSpec without config_base64: same name, other spec = Exists
+        ""  # of the PlatformSpec without config_base64, restore: same name, other spec = Exists
     )
-    started_from: str = ""  # boot | memory; empty from a host that does not say
+    started_from: str = ""  # boot | memory | checkpoint; empty from a host that does not say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +172,9 @@ HOST = {
         Method("volume.detach", ByName, VolumeStatus, doc="from its platform"),
         Method("volume.close", ByName, VolumeStatus, doc="what was written is on the disk"),
         Method("volume.delete", ByName, Empty, doc="with all that is in it"),
+        Method("volume.lease", VolumeLease, MirrorStatus, doc="let a mirror answer; its state"),
+        Method("volume.rejoin", VolumeRejoin, MirrorStatus, doc="a replica is there again"),
+        Method("volume.fence", VolumeFence, Empty, doc="older generations never answer again"),
         Method("volume.list", Empty, VolumeList),
         Method("volume.change", VolumeSpec, VolumeStatus, doc="grow it, or throttle it otherwise"),
         Method("volume.snapshot", VolumeSnapshot, VolumeStatus),
@@ -180,6 +185,7 @@ HOST = {
         Method("objects.credentials", ObjectsCredentials, ObjectsSecret, doc="of one who uses it"),
         Method("objects.delete", ObjectsDelete, ObjectsStatus, doc="a bucket, or all of it"),
         Method("objects.stop", Empty, ObjectsStatus, doc="nobody uses it; its data is kept"),
+        Method("tunnel.apply", TunnelApply, Empty, doc="what it asks of other hosts, and gives"),
         Method("service.list", Empty, ServiceList, doc="the user's services on this host"),
     )
 }

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from supercloud.wire.codec import Limit, Name
+from supercloud.wire.mirrors import Mirror, MirrorStatus, Shared
 from supercloud.wire.quota import Bytes
 
 SIZE_UNIT_BYTES = 4096
@@ -62,10 +63,16 @@ class VolumeOpen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeServe:
-    """Let an opened volume be used: ``epoch``, which ``volume.open`` said, is kept by now."""
+    """Let an opened volume be used: ``epoch``, which ``volume.open`` said, is kept by now.
+
+    With a ``mirror`` it is one of several replicas, and the others are used through this host;
+    ``shared``, it is used through another one. See ``wire.mirrors``.
+    """
 
     name: Name
     epoch: Annotated[int, Limit(ge=1, le=1 << 62)]
+    mirror: Mirror | None = None
+    shared: Shared | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +126,8 @@ class VolumeStatus:
     evidence: int = 0
     reason: str = ""
     tag: str = ""
+    mirror: MirrorStatus | None = None  # of the source
+    shared: Shared | None = None  # of another replica
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,6 +59,14 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToRestore:
+    """``checkpoint`` 0 is the newest; ``to`` another provider for an EE, "" where it is."""
+
+    checkpoint: Annotated[int, Limit(ge=0, le=(1 << 48) - 1)] = 0
+    to: Annotated[str, Limit(max_length=63)] = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inspected(api.EnvironmentRow):
     """An EE in all detail: its row, and its wish."""
 
@@ -72,6 +80,7 @@ class Inspected(api.EnvironmentRow):
     cpu_used_s: float = 0.0
     volumes: list[api.Mounted] = field(default_factory=list)
     buckets: dict[str, str] = field(default_factory=dict)  # read or write
+    checkpoints: api.CheckpointsView | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +104,7 @@ class Routes:
         environment = "/v1/uclouds/{ucloud}/environments/{environment}"
         volume = "/v1/uclouds/{ucloud}/volumes/{volume}"
         bucket = "/v1/uclouds/{ucloud}/buckets/{bucket}"
+        kept = "/v1/uclouds/{ucloud}/checkpoints/{name}"
         self.all = (
             Route(method="POST", path="/v1/plan", params=Manifest, result=api.Plan,
                   handle=self._plan, doc="what `up` would change"),
@@ -143,6 +153,21 @@ class Routes:
                   handle=self._bucket, doc="one bucket in all detail"),
             Route(method="POST", path=bucket + "/delete", handle=self._delete_bucket,
                   doc="with all that is in it"),
+            Route(method="GET", path="/v1/checkpoints", params=OfUCloud,
+                  result=list[api.CheckpointsRow], handle=self._checkpoints,
+                  doc="of what there are checkpoints, also of U-Clouds that are not up"),
+            Route(method="GET", path=kept, result=api.CheckpointsView,
+                  handle=self._kept, doc="all checkpoints of an EE or a platform"),
+            Route(method="POST", path=kept + "/take", result=api.CheckpointTask,
+                  handle=self._take, doc="take one; answers at once"),
+            Route(method="POST", path=kept + "/restore", params=ToRestore,
+                  result=api.Restoring, handle=self._restore,
+                  doc="make it anew from one; answers when that is decided"),
+            Route(method="POST", path=kept + "/delete", handle=self._delete_checkpoints,
+                  doc="all of them; while none are to be taken"),
+            Route(method="POST", path="/v1/uclouds/{ucloud}/forget-checkpoints",
+                  handle=self._forget_checkpoints,
+                  doc="all checkpoints of a U-Cloud that is going or gone"),
             Route(method="GET", path="/v1/services", params=OfUCloud,
                   result=list[api.ServiceRow], handle=self._services,
                   doc="the services of U-Clouds on their hosts, as they say now"),
@@ -233,6 +258,29 @@ class Routes:
         await self.service.buckets.delete(asked.at["ucloud"], asked.at["bucket"])
         return {"bucket": asked.at["bucket"], "state": "deleting"}
 
+    async def _checkpoints(self, asked: Asked[OfUCloud]) -> list[api.CheckpointsRow]:
+        ucloud = asked.params.ucloud
+        if ucloud:
+            asked.caller.may(ucloud)
+        return await self.service.checkpoints.rows(ucloud or asked.caller.scope)
+
+    async def _kept(self, asked: Asked[Nothing]) -> api.CheckpointsView:
+        return await self.service.checkpoints.view(*_kept_of(asked))
+
+    async def _take(self, asked: Asked[Nothing]) -> api.CheckpointTask:
+        return await self.service.checkpoints.take(*_kept_of(asked))
+
+    async def _restore(self, asked: Asked[ToRestore]) -> api.Restoring:
+        wanted = asked.params
+        return await self.service.restores.restore(*_kept_of(asked), wanted.checkpoint, wanted.to)
+
+    async def _delete_checkpoints(self, asked: Asked[Nothing]) -> dict[str, str]:
+        await self.service.checkpoints.delete(*_kept_of(asked))
+        return {"name": asked.at["name"], "state": "deleting"}
+
+    async def _forget_checkpoints(self, asked: Asked[Nothing]) -> dict[str, int]:
+        return {"deleting": await self.service.checkpoints.delete_all(asked.at["ucloud"])}
+
     async def _services(self, asked: Asked[OfUCloud]) -> list[api.ServiceRow]:
         ucloud = asked.params.ucloud
         if ucloud:
@@ -273,6 +321,10 @@ class Routes:
 
 def _volume_of(asked: Asked[Any]) -> tuple[str, str]:
     return asked.at["ucloud"], asked.at["volume"]
+
+
+def _kept_of(asked: Asked[Any]) -> tuple[str, str]:
+    return asked.at["ucloud"], asked.at["name"]
 
 
 def encode(result: object) -> bytes:

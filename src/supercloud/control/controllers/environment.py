@@ -5,25 +5,25 @@ from collections.abc import Callable
 
 from supercloud.control import specs
 from supercloud.control.controllers import access
+from supercloud.control.controllers.access import UP
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.documents import (
     EnvironmentDocument,
     PlatformDocument,
+    checkpoints_key,
     environment_key,
     platform_key,
     step_begin,
     step_end,
     ucloud_key,
 )
-from supercloud.model.errors import Temporary
+from supercloud.model.errors import Temporary, Unsupported
 from supercloud.model.events import Severity
 from supercloud.model.states import ENVIRONMENT, observed
 from supercloud.wire.messages import EnvironmentStatus, ImageRef, ObjectAccess
 
 IMAGE, START = "image", "start"
-STORE_WAIT_S = 1.0  # it is looked at sooner when it can go on
 AGENT_STATES = frozenset({"starting", "running", "serving", "unready", "exited", "failed"})
-UP = frozenset({"running", "serving", "unready"})
 
 
 class EnvironmentController:
@@ -48,8 +48,10 @@ class EnvironmentController:
     # -- what is to run
 
     async def _make_ready(self, document: EnvironmentDocument) -> EnvironmentDocument:
+        await self._checkpointable(document)
         image = await self._image(document)
         objects = await self._objects(document)
+        await self._checkpoint(document)
         spec = specs.environment_spec(document, image, objects)
         platform = document.assignment.platform
         if document.current and document.ready == spec and document.ready_on == platform:
@@ -77,10 +79,30 @@ class EnvironmentController:
         if not document.spec.buckets:
             return None
         store = await self._plane.state.store_document(document.ucloud)
-        if not access.has_access(document, store):
+        if not access.has_access(document.name, access.buckets_of(document), store):
             state = f"is {store.state} {store.reason}".rstrip() if store else "is not there"
-            raise Temporary(f"waits for its object store, which {state}", delay_s=STORE_WAIT_S)
+            raise Temporary(
+                f"waits for its object store, which {state}", delay_s=access.STORE_WAIT_S
+            )
         return access.plain(self._plane, document.ucloud)
+
+    async def _checkpoint(self, document: EnvironmentDocument) -> None:
+        """Temporary until it can be said what it is to be restored from."""
+        if document.restore is not None and specs.restoring(document):
+            place = document.assignment.platform
+            restore, plane, ucloud = document.restore, self._plane, document.ucloud
+            await access.restore_from(plane, ucloud, document.name, place, restore)
+
+    async def _checkpointable(self, document: EnvironmentDocument) -> None:
+        """Unsupported when its platform says that it can take no checkpoints of such an EE."""
+        place = document.assignment.platform
+        platform = await self._plane.state.platform(document.ucloud, place)
+        engines = platform.engines if platform is not None else {}
+        if why := specs.checkpoint_refusal(document.spec, engines):
+            raise Unsupported(
+                f"no checkpoints can be taken of {document.name} on {place}: {why}",
+                hint="take `checkpoint` out of the environment, or place it elsewhere",
+            )
 
     async def _image(self, document: EnvironmentDocument) -> ImageRef:
         image = document.image
@@ -122,10 +144,15 @@ class EnvironmentController:
             if fresh.ready == document.ready:
                 _note(fresh, state, status)
 
+        restored = document.restored
         before, document = document.state, await self._change(document, seen)
+        if document.restored != restored and document.restore is not None:
+            sequence = document.restore.sequence
+            self._plane.tell(document, "environment.restored", f"from checkpoint {sequence}")
         if document.state != before:
             severity: Severity = "warning" if state in ("failed", "lost", "unready") else "info"
             self._plane.tell(document, f"environment.{state}", document.reason, severity)
+            self._plane.look(checkpoints_key(document.ucloud, document.name), 0.0)
             self._plane.look(ucloud_key(document.ucloud), self._plane.pace.settle_s)
 
     # -- away
@@ -160,7 +187,7 @@ class EnvironmentController:
 
 
 def _wish(document: EnvironmentDocument) -> object:
-    return document.spec, document.assignment, document.mark
+    return document.spec, document.assignment, document.mark, document.restore
 
 
 def _source(document: EnvironmentDocument) -> str:
@@ -195,6 +222,9 @@ def _note(document: EnvironmentDocument, state: str, status: EnvironmentStatus |
     _move(document, state)
     document.reason = status.reason if status else ""
     document.engine = status.engine if status else document.engine
+    begun = state in UP or state == "exited"
+    if status is not None and document.current and document.restore is not None and begun:
+        document.restored = document.restore.number
     if status is not None:
         document.restarts, document.exit_status = status.restarts, status.exit_status
         document.started_s = status.started_s or document.started_s

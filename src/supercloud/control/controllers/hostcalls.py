@@ -11,10 +11,12 @@ from dataclasses import replace
 
 from supercloud.control.controllers import learning
 from supercloud.control.controllers.plane import Plane, Seen
+from supercloud.control.controllers.platform import tag_of
 from supercloud.control.documents import VolumeDocument, platform_key, volume_key
 from supercloud.model.errors import Unsupported, UserError
+from supercloud.model.resources import Provider
 from supercloud.providers.base import Volumes
-from supercloud.wire.volumes import VolumeStatus
+from supercloud.wire.volumes import VolumeSpec, VolumeStatus
 
 Call = Callable[[Volumes], Awaitable[VolumeStatus]]
 Valid = Callable[[], bool]
@@ -42,15 +44,19 @@ class HostCalls:
 
     async def volumes(self, volume: VolumeDocument) -> Volumes:
         """Those of the volume's provider. Unsupported, with its reason."""
-        provider = self._plane.pool.get(volume.ucloud, volume.provider)
+        return await self.volumes_of(volume.ucloud, volume.provider)
+
+    async def volumes_of(self, ucloud: str, entry: Provider) -> Volumes:
+        """Likewise, of any provider."""
+        provider = self._plane.pool.get(ucloud, entry)
         if provider.volumes is None:
             reason = (await provider.features()).get("volumes", "")
-            raise Unsupported(f"provider {volume.provider.name} has no volumes: {reason}")
+            raise Unsupported(f"provider {entry.name} has no volumes: {reason}")
         return provider.volumes
 
     async def act(self, volume: VolumeDocument, what: str, call: Call) -> VolumeDocument:
         """Call, and keep what the host answers."""
-        with self._calling(volume):
+        with self.calling(volume):
             return await self.learn(volume, await self.call(volume, what, call))
 
     async def call(self, volume: VolumeDocument, what: str, call: Call) -> VolumeStatus:
@@ -59,7 +65,7 @@ class HostCalls:
         return await self._plane.seam(f"provider.volume_{what}", lambda: call(there))
 
     @contextlib.contextmanager
-    def _calling(self, volume: VolumeDocument) -> Iterator[None]:
+    def calling(self, volume: VolumeDocument) -> Iterator[None]:
         """While a call is under way, and until what it told is kept."""
         name = (volume.ucloud, volume.name)
         self._calls[name] += 1
@@ -108,3 +114,16 @@ class HostCalls:
         volume = await self._plane.state.change(volume, halted)
         if new:
             self._plane.tell(volume, "volume.refused", error.message, severity="error")
+
+
+def wire_spec(volume: VolumeDocument) -> VolumeSpec:
+    """The volume as its host is told of it."""
+    spec = volume.spec
+    return VolumeSpec(
+        name=volume.name,
+        size_bytes=spec.size_bytes,
+        format=spec.format,
+        iops=spec.iops,
+        bytes_per_s=spec.bytes_per_s,
+        tag=tag_of(volume.ucloud),
+    )

@@ -1,5 +1,6 @@
 """What all reconcilers share: state, effects, providers, agents, images, events, and the pace."""
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,10 +13,12 @@ from supercloud.control.documents import KINDS, AnyDocument, UCloudDocument
 from supercloud.control.effects import Seam
 from supercloud.control.events import EventLog
 from supercloud.control.images import Images
+from supercloud.control.kept import Restore
 from supercloud.control.pool import ProviderPool
 from supercloud.control.state import State
 from supercloud.model.events import Event, Severity
 from supercloud.trust.wrapping import VolumeKeys
+from supercloud.wire.mirrors import MirrorStatus
 from supercloud.wire.objects import ObjectsStatus
 from supercloud.wire.volumes import VolumeStatus
 
@@ -34,9 +37,15 @@ class Pace:
     sweep_s: float = 60.0
     seal_s: float = 2.0
     release_s: float = 0.25
+    lease_s: float = 1.0
+    lease_valid_s: float = 5.0
+    rejoin_s: float = 5.0
+    failover_s: float = 10.0
     token_lifetime_s: float = 3600.0
     recreate_first_s: float = 1.0
     recreate_longest_s: float = 60.0
+    checkpoint_retry_s: float = 5.0
+    collect_s: float = 20.0
     template_ask_s: float = 2.0
     template_wait_s: float = 10.0
     template_look_s: float = 600.0
@@ -74,9 +83,26 @@ class Plane:
     endpoints: Callable[[str], list[str]]  # of an agent, by the kind of its provider
     keys: Callable[[str], VolumeKeys]  # of a U-Cloud's volumes
     pace: Pace = field(default_factory=Pace)
+    deciding: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while what there is to decide about must not change."""
     fractions: dict[str, float] = field(default_factory=dict)  # of image preparations, by EE key
     stores: dict[str, SeenStore] = field(default_factory=dict)  # by U-Cloud
     seen: dict[tuple[str, str], Seen] = field(default_factory=dict)  # by U-Cloud and volume
+    mirrors: dict[tuple[str, str], MirrorStatus] = field(default_factory=dict)  # likewise
+
+    async def restoring(self, ucloud: str, name: str) -> Restore | None:
+        """The restore of an EE or platform that is decided, and that it has not come up from."""
+        owner = await self.state.ucloud(ucloud)
+        restore = owner.restores.get(name) if owner is not None else None
+        if owner is None or restore is None:
+            return None
+        if name in owner.platforms:
+            platform = await self.state.platform(ucloud, name)
+            restored = platform.restored if platform is not None else 0
+        else:
+            item = await self.state.environment(ucloud, name)
+            restored = item.restored if item is not None else 0
+        return restore if restore.number > restored else None
 
     def tell(
         self,

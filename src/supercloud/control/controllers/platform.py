@@ -6,17 +6,19 @@ from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 from supercloud.control import bootdata, specs
-from supercloud.control.controllers.access import access_of
+from supercloud.control.controllers.access import STORE_WAIT_S, apply_of, restore_from
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.documents import (
     PlatformDocument,
     UCloudDocument,
+    checkpoints_key,
     environment_key,
     step_begin,
     step_end,
     ucloud_key,
 )
-from supercloud.model.errors import Exists, NoResources, SupercloudError, Temporary
+from supercloud.control.kept import KeptCheckpoint, Restore
+from supercloud.model.errors import Exists, NoResources, NotFound, SupercloudError, Temporary
 from supercloud.model.states import PLATFORM, step
 from supercloud.providers.base import PlatformObservation, PlatformRequest, Provider
 from supercloud.upper.platform.link.owner import token_hash
@@ -51,6 +53,10 @@ class PlatformController:
         owner = await self._plane.state.ucloud(ucloud)
         if owner is None:
             return None
+        if platform.restore and platform.restore.number > max(
+            platform.restored, platform.restoring
+        ):
+            return await self._restore(platform, platform.restore)
         hub = self._plane.agents.hub(ucloud)
         self._plane.pool.listen(ucloud, platform.wish.provider, hub.serve_relayed)
         if platform.state in ("pending", "creating", "failed"):
@@ -64,13 +70,14 @@ class PlatformController:
     # -- towards a machine
 
     async def _create(self, platform: PlatformDocument, owner: UCloudDocument) -> float | None:
-        token = self._plane.tokens.token(platform, owner.uid)
+        token, kept = self._plane.tokens.token(platform, owner.uid), await self._kept(platform)
 
         def creating(document: PlatformDocument) -> None:
             _move(document, "creating")
             step_begin(document.steps, CREATE)
             if document.token_sha256 != token_hash(token):
-                document.token_sha256, document.enrolled_pin = token_hash(token), ""
+                document.token_sha256 = token_hash(token)
+                document.enrolled_pin = kept.pin if kept else ""  # it has its key with it
                 lifetime_s = self._plane.pace.token_lifetime_s
                 document.token_expires_s = time.time() + lifetime_s
 
@@ -84,6 +91,7 @@ class PlatformController:
             _move(document, "booting")
             document.address, document.first_port = seen.address, seen.first_port
             document.ports, document.accelerator = seen.ports, seen.accelerator
+            document.image = seen.image
             document.error = None
             step_end(document.steps, CREATE)
             step_begin(document.steps, BOOT)
@@ -97,17 +105,32 @@ class PlatformController:
         endpoints = self._plane.endpoints(wish.provider.kind)
         user = bootdata.user_data(ucloud, platform.name, token, ca_pem, endpoints)
         iso = await asyncio.to_thread(bootdata.config_iso, ucloud, platform.name, user)
+        kept, restore = await self._kept(platform), None
+        if kept is not None and platform.restore is not None:
+            name = platform.name
+            restore = await restore_from(self._plane, ucloud, name, name, platform.restore)
         return PlatformRequest(
             name=platform.name,
             host=wish.host,
-            image=await self._image(platform),
+            image=kept.image if kept else await self._image(platform),
             cpus=wish.size.cpus,
             memory_bytes=wish.size.memory_bytes,
             scratch_bytes=wish.size.scratch_bytes,
             ports=wish.size.ports,
             config_iso=iso,
             tag=tag_of(ucloud),
+            restore=restore,
         )
+
+    async def _kept(self, platform: PlatformDocument) -> KeptCheckpoint | None:
+        """The checkpoint that this incarnation is made from; NotFound when it is gone."""
+        if platform.restore is None or platform.restoring <= platform.restored:
+            return None
+        there = await self._plane.state.checkpoints_of(platform.ucloud, platform.name)
+        for kept in there.kept if there is not None else ():
+            if kept.sequence == platform.restore.sequence:
+                return kept
+        raise NotFound(f"platform {platform.name} has no checkpoint {platform.restore.sequence}")
 
     async def _image(self, platform: PlatformDocument) -> str:
         """The L1 image of the wish, or the host's own when it does not hold that one any more."""
@@ -162,6 +185,29 @@ class PlatformController:
         since = self._missed.setdefault((platform.ucloud, platform.name), now)
         return since + self._plane.pace.lost_grace_s - now
 
+    async def _restore(self, platform: PlatformDocument, restore: Restore) -> float:
+        """Delete the machine, and make the next incarnation from a checkpoint."""
+
+        def going(document: PlatformDocument) -> None:
+            if document.state != "pending":
+                _move(document, "failed")
+            document.reason = f"goes back to checkpoint {restore.sequence}"
+            document.error = None
+
+        platform = await self._change(platform, going)
+        self._plane.tell(platform, "platform.restoring", platform.reason)
+        await self._remove_machine(platform)
+        await self._plane.agents.forget(platform.ucloud, platform.name)
+
+        def next_one(document: PlatformDocument) -> None:
+            document.incarnation += 1
+            document.token_sha256 = document.enrolled_pin = ""
+            document.restoring = restore.number
+
+        platform = await self._change(platform, next_one)
+        await self._look_at_environments(platform)
+        return 0.0
+
     async def _anew(self, platform: PlatformDocument, reason: str) -> float:
         """Delete the machine, and make the platform's next incarnation."""
 
@@ -196,10 +242,12 @@ class PlatformController:
                 _move(document, "ready")
                 document.reason, document.failures, document.error = "", 0, None
                 document.engines = dict(session.hello.engines)
+                document.restored = document.restoring
                 step_end(document.steps, BOOT)
 
             platform = await self._change(platform, ready)
             self._plane.tell(platform, "platform.ready")
+            self._plane.look(checkpoints_key(platform.ucloud, platform.name), 0.0)
         return await self._apply(platform, session)
 
     async def _apply(self, platform: PlatformDocument, session: AgentSession) -> float | None:
@@ -210,12 +258,16 @@ class PlatformController:
             return wait_s
         environments = await self._plane.state.environments(platform.ucloud)
         _, revision = await self._plane.state.store.list("lease/none/")
-        volumes = await self._plane.state.volumes(platform.ucloud)
-        access = await access_of(self._plane, platform.ucloud)
-        apply = specs.apply_for(platform, environments, revision, volumes, access)
+        apply = await apply_of(self._plane, platform, environments, revision)
         agents, wanted = self._plane.agents, specs.fingerprint(apply)
+        told = {item.name for item in apply.environments}
+        waiting = any(
+            specs.runs_on(item, platform.name) and specs.restoring(item) and item.name not in told
+            for item in environments
+        )
+        again_s = STORE_WAIT_S if waiting else None
         if agents.applied.get(session) == wanted:
-            return None
+            return again_s
         self._told[session] = now
         report = await self._plane.seam("link.apply", lambda: session.apply(apply))
         agents.applied[session] = wanted
@@ -223,7 +275,7 @@ class PlatformController:
         for item in environments:
             if platform.name in (item.ready_on, item.assignment.platform):
                 self._plane.look(environment_key(platform.ucloud, item.name), 0.0)
-        return None
+        return again_s
 
     # -- away
 

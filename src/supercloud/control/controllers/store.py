@@ -2,9 +2,11 @@
 
 ::
 
-    apply (its certificate is signed) -> ready -> buckets as wished -> credentials of each EE
+    apply (its certificate is signed) -> ready -> buckets as wished -> credentials of each user
         -> stop, or delete
 
+Who uses it: EEs with buckets; and, while there is a bucket of checkpoints, who takes and who
+removes those. It serves, too, while its U-Cloud is down and something in it is to be removed.
 The host is asked every ``seal_s`` how far the store's journal is; that never goes back, and an
 older one is refused when the store is started.
 """
@@ -14,13 +16,17 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 
+from supercloud.control import specs
 from supercloud.control.controllers import access
 from supercloud.control.controllers.plane import Plane, SeenStore
 from supercloud.control.controllers.platform import tag_of
 from supercloud.control.documents import (
     Access,
+    CheckpointsDocument,
     EnvironmentDocument,
     StoreDocument,
+    StoreWish,
+    checkpoints_key,
     dump,
     environment_key,
     platform_key,
@@ -34,6 +40,8 @@ from supercloud.model.events import Severity
 from supercloud.model.states import KEPT_STORE, observed
 from supercloud.providers.base import Objects
 from supercloud.trust.authority import due_pem
+from supercloud.wire.checkpoints import BUCKET
+from supercloud.wire.objects import Access as Right
 from supercloud.wire.objects import (
     BucketSpec,
     ObjectsApply,
@@ -68,14 +76,18 @@ class StoreController:
         if store is None:
             return None
         environments = await self._plane.state.environments(ucloud)
-        users = [item for item in environments if item.spec.buckets]
-        if store.deleting:
-            return await self._delete(store, users)
+        clients = [item for item in environments if item.spec.buckets]
         owner = await self._plane.state.ucloud(ucloud)
-        wanted = owner is not None and not owner.deleting and owner.store is not None
+        wish = owner.store if owner is not None and not owner.deleting else None
+        kept = await self._plane.state.checkpoints(ucloud)
+        store = await self._unneeded(store, wish, kept)
+        if store.deleting:
+            return await self._delete(store, clients)
         going = any(bucket.deleting for bucket in store.buckets.values())
-        if not wanted and not going:
-            return await self._stop(store, users)
+        if wish is None and not going and not any(item.deleting for item in kept):
+            return await self._stop(store, clients)
+        platforms = await self._plane.state.platforms(ucloud)
+        users = access.users_of(store, environments, platforms)
         store = await self._applied(await self._keyed(store), users)
         if store.state != "ready":
             return POLL_S if store.state in ("pending", "starting") else self._plane.pace.seal_s
@@ -83,22 +95,39 @@ class StoreController:
         await self._credentials(store, users)
         return self._plane.pace.seal_s
 
+    async def _unneeded(
+        self, store: StoreDocument, wish: StoreWish | None, kept: Sequence[CheckpointsDocument]
+    ) -> StoreDocument:
+        """Without the bucket of checkpoints, when there are none and there are to be none."""
+        bucket = store.buckets.get(BUCKET)
+        wanted = wish is not None and any(spec.name == BUCKET for spec in wish.buckets)
+        if bucket is None or wanted or not all(item.deleting for item in kept):
+            return store
+
+        def going(fresh: StoreDocument) -> None:
+            if BUCKET in fresh.buckets:
+                fresh.buckets[BUCKET].deleting = True
+            if wish is None and all(bucket.deleting for bucket in fresh.buckets.values()):
+                fresh.deleting = True
+
+        return await self._change(store, going)
+
     # -- towards use
 
     async def _keyed(self, store: StoreDocument) -> StoreDocument:
         """With a data key, all secrets under the present wrapping key."""
         keys = self._plane.keys(store.ucloud)
         made = "" if store.wrapped_key else keys.make()
+        secret = "" if store.wrapped_secret or BUCKET not in store.buckets else keys.make()
 
         def keyed(fresh: StoreDocument) -> None:
             fresh.wrapped_key = fresh.wrapped_key or made
+            fresh.wrapped_secret = fresh.wrapped_secret or secret
             access.rewrap(fresh, keys)  # who rotated may have died half-way
 
         return await self._change(store, keyed)
 
-    async def _applied(
-        self, store: StoreDocument, users: Sequence[EnvironmentDocument]
-    ) -> StoreDocument:
+    async def _applied(self, store: StoreDocument, users: access.Users) -> StoreDocument:
         host = await self._objects(store)
         wish = self._wish(store, users)
         given = hashlib.sha256(dump((wish.capacity_bytes, wish.buckets, wish.users))).hexdigest()
@@ -157,7 +186,7 @@ class StoreController:
         )
         return store, asked
 
-    def _wish(self, store: StoreDocument, users: Sequence[EnvironmentDocument]) -> ObjectsApply:
+    def _wish(self, store: StoreDocument, users: access.Users) -> ObjectsApply:
         key = self._plane.keys(store.ucloud).unwrap(store.wrapped_key)
         there = [bucket.spec for bucket in store.buckets.values()]
         staying = [bucket.spec for bucket in store.buckets.values() if not bucket.deleting]
@@ -173,7 +202,7 @@ class StoreController:
                 )
                 for spec in staying
             ],
-            users=sorted(item.name for item in users),
+            users=sorted(users),
             least=store.position,
             tag=tag_of(store.ucloud),
         )
@@ -195,6 +224,8 @@ class StoreController:
 
         store = await self._change(store, taken)
         self._plane.stores[store.ucloud] = SeenStore(status)
+        if store.state == "ready" and before.state != "ready":
+            await self._look_at_users(store)
         if store.state != before.state:
             severity: Severity = "warning" if store.state == "failed" else "info"
             self._plane.tell(store, f"objects.{store.state}", store.reason, severity)
@@ -216,21 +247,22 @@ class StoreController:
                 del fresh.buckets[name]
 
         self._plane.tell(store, "objects.bucket_deleted", name)
-        return await self._change(store, gone)
+        store = await self._change(store, gone)
+        if name == BUCKET:
+            await self._look_at_users(store)
+        return store
 
-    async def _credentials(
-        self, store: StoreDocument, users: Sequence[EnvironmentDocument]
-    ) -> None:
-        for item in users:
-            there = access.buckets_of(item).keys() <= store.buckets.keys()
-            if there and not item.deleting and not access.has_access(item, store):
-                await self._grant(store, item)
-        await self._forget(store, {item.name for item in users})
+    async def _credentials(self, store: StoreDocument, users: access.Users) -> None:
+        for name, buckets in users.items():
+            there = buckets.keys() <= store.buckets.keys()
+            if there and not access.has_access(name, buckets, store):
+                await self._grant(store, name, buckets)
+        await self._forget(store, set(users))
 
-    async def _grant(self, store: StoreDocument, item: EnvironmentDocument) -> None:
-        """Let an EE use its buckets, and have it and its platform looked at."""
-        host, wanted = await self._objects(store), access.buckets_of(item)
-        asked = ObjectsCredentials(name=item.name, buckets=wanted)
+    async def _grant(self, store: StoreDocument, name: str, wanted: dict[str, Right]) -> None:
+        """Let somebody use buckets, and have all looked at that may have waited for it."""
+        host = await self._objects(store)
+        asked = ObjectsCredentials(name=name, buckets=wanted)
         secret = await self._plane.seam(
             "provider.objects_credentials", lambda: host.credentials(store.host, asked)
         )
@@ -242,12 +274,19 @@ class StoreController:
         )
 
         def granted(fresh: StoreDocument) -> None:
-            fresh.access[item.name] = known
+            fresh.access[name] = known
 
         await self._change(store, granted)
-        self._plane.look(environment_key(store.ucloud, item.name), 0.0)
-        if item.ready_on:
-            self._plane.look(platform_key(store.ucloud, item.ready_on), 0.0)
+        await self._look_at_users(store)
+
+    async def _look_at_users(self, store: StoreDocument) -> None:
+        for item in await self._plane.state.environments(store.ucloud):
+            if item.spec.buckets or specs.restoring(item):
+                self._plane.look(environment_key(store.ucloud, item.name), 0.0)
+        for platform in await self._plane.state.platforms(store.ucloud):
+            self._plane.look(platform_key(store.ucloud, platform.name), 0.0)
+        for kept in await self._plane.state.checkpoints(store.ucloud):
+            self._plane.look(checkpoints_key(store.ucloud, kept.name), 0.0)
 
     async def _forget(self, store: StoreDocument, names: set[str]) -> None:
         """Of those who are no more, whom the host has revoked."""
@@ -287,6 +326,7 @@ class StoreController:
             await self._plane.seam("provider.objects_delete", lambda: host.delete(store.host))
         await self._plane.state.remove(store)
         self._plane.stores.pop(store.ucloud, None)
+        await self._look_at_users(store)
         self._plane.tell(store, "objects.deleted")
         self._plane.look(ucloud_key(store.ucloud), 0.0)
         return None

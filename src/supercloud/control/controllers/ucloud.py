@@ -4,14 +4,18 @@ import functools
 from collections.abc import Iterable, Sequence
 
 from supercloud.control.controllers import template
+from supercloud.control.controllers.failover import failover_key
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.controllers.platform import tag_of
+from supercloud.control.controllers.tunnels import tunnels_key
 from supercloud.control.desire import provider_key
 from supercloud.control.documents import (
+    CheckpointsDocument,
     EnvironmentDocument,
     Following,
     KeptBucket,
     PlatformDocument,
+    ReplicaDocument,
     StoreDocument,
     StoreWish,
     UCloudDocument,
@@ -23,8 +27,9 @@ from supercloud.control.documents import (
     store_key,
     volume_key,
 )
+from supercloud.control.kept import CheckpointsOf, Restore
 from supercloud.model.events import Severity
-from supercloud.model.resources import Environment, Provider, replica_names
+from supercloud.model.resources import Checkpointing, Environment, Provider, replica_names
 from supercloud.model.states import UCLOUD, observed
 from supercloud.providers.base import PlatformObservation
 
@@ -50,6 +55,9 @@ class UCloudController:
         await self._have_store(document)
         await self._have_platforms(document, platforms)
         await self._have_environments(document, environments)
+        await self._have_checkpoints(document)
+        self._plane.look(tunnels_key(name), 0.0)
+        self._plane.look(failover_key(name), 0.0)
         await self._retire_platforms(platforms, document.platforms.keys())
         await self._forget_providers(document, platforms)
         await self._sum_up(name)
@@ -68,6 +76,11 @@ class UCloudController:
                     spec=wish.spec,
                     provider=wish.provider,
                     host=wish.host,
+                    replica="r1" if wish.others else "",
+                    others=[
+                        ReplicaDocument(replica=f"r{n}", provider=other.provider, host=other.host)
+                        for n, other in enumerate(wish.others, 2)
+                    ],
                 )
                 await self._plane.state.add(new)
             else:
@@ -116,12 +129,18 @@ class UCloudController:
         return not store.deleting and not store.running
 
     async def _have_volume(self, volume: VolumeDocument, wish: VolumeWish) -> None:
-        same = (volume.spec, volume.provider) == (wish.spec, wish.provider)
-        if volume.deleting or volume.host != wish.host or same:
+        there = {(volume.provider.name, volume.host): volume.provider}
+        there |= {(other.provider.name, other.host): other.provider for other in volume.others}
+        entries = {(other.provider.name, other.host): other.provider for other in wish.others}
+        entries |= {(wish.provider.name, wish.host): wish.provider}
+        same = (volume.spec, there) == (wish.spec, entries)
+        if volume.deleting or there.keys() != entries.keys() or same:
             return  # one that is going goes first, then it is made anew
 
         def changed(fresh: VolumeDocument) -> None:
-            fresh.spec, fresh.provider = wish.spec, wish.provider
+            fresh.spec = wish.spec
+            for replica in fresh.replicas:
+                replica.provider = entries[replica.provider.name, replica.host]
             if not fresh.halted:
                 fresh.error = None
 
@@ -143,11 +162,17 @@ class UCloudController:
     async def _have_platforms(
         self, document: UCloudDocument, platforms: Sequence[PlatformDocument]
     ) -> None:
-        there = {platform.name for platform in platforms}
+        there = {platform.name: platform for platform in platforms}
         for wish in document.platforms.values():
+            restore = document.restores.get(wish.name)
             if wish.name not in there:
                 new = PlatformDocument(ucloud=document.name, name=wish.name, wish=wish)
+                new.restore = restore
                 await self._plane.state.add(new)
+            elif restore not in (None, there[wish.name].restore):
+                await self._plane.state.change(
+                    there[wish.name], functools.partial(_restored, restore=restore)
+                )
 
     async def _have_environments(
         self, document: UCloudDocument, environments: Sequence[EnvironmentDocument]
@@ -162,6 +187,7 @@ class UCloudController:
                     spec=spec,
                     assignment=document.assignments[name],
                     mark=document.marks.get(spec.image, ""),
+                    restore=document.restores.get(name),
                 )
                 step_begin(new.steps, "image")
                 await self._plane.state.add(new)
@@ -175,15 +201,40 @@ class UCloudController:
         self, document: UCloudDocument, item: EnvironmentDocument, spec: Environment
     ) -> None:
         assignment, mark = document.assignments[item.name], document.marks.get(spec.image, "")
-        same = (item.spec, item.assignment, item.mark) == (spec, assignment, mark)
+        restore = document.restores.get(item.name)
+        was = (item.spec, item.assignment, item.mark, item.restore)
+        same = was == (spec, assignment, mark, restore)
         if item.deleting or same:
             return  # one that is going goes first, then it is made anew
 
         def changed(fresh: EnvironmentDocument) -> None:
             fresh.spec, fresh.assignment, fresh.mark = spec, assignment, mark
+            fresh.restore = restore
             fresh.error, fresh.current = None, False
 
         await self._plane.state.change(item, changed)
+
+    async def _have_checkpoints(self, document: UCloudDocument) -> None:
+        """A document for each that is to have some; what is no more has its own kept."""
+        there = {item.name: item for item in await self._plane.state.checkpoints(document.name)}
+        wanted = {} if document.deleting else policies(document)
+        for name, (of, policy) in wanted.items():
+            if name not in there:
+                new = CheckpointsDocument(ucloud=document.name, name=name, of=of, policy=policy)
+                await self._plane.state.add(new)
+        for name, item in there.items():
+            wish = wanted[name][1] if name in wanted else None
+            if item.policy != wish:
+                await self._plane.state.change(item, functools.partial(_under, policy=wish))
+
+    async def _release_checkpoints(self, document: UCloudDocument) -> bool:
+        """Whether those that go with the U-Cloud are gone."""
+        await self._have_checkpoints(document)
+        kept = await self._plane.state.checkpoints(document.name)
+        for item in kept:
+            if document.drop_volumes and not item.deleting:
+                await self._plane.state.change(item, _mark)
+        return not document.drop_volumes or not kept
 
     async def _retire_platforms(
         self, platforms: Sequence[PlatformDocument], wanted: Iterable[str]
@@ -252,6 +303,7 @@ class UCloudController:
             await self._retire_environment(item)
         await self._retire_platforms(platforms, ())
         released = await self._release_volumes(document)
+        released = await self._release_checkpoints(document) and released
         if not await self._release_store(document) or not released or platforms or environments:
             return
         await self._sweep(document.name, document.providers.values())
@@ -305,6 +357,26 @@ def _ours(seen: PlatformObservation, ucloud: str) -> bool:
 
 def _mark(document: Following) -> None:
     document.deleting = True
+
+
+def _under(document: CheckpointsDocument, policy: Checkpointing | None) -> None:
+    document.policy = policy
+
+
+def _restored(document: PlatformDocument, restore: Restore | None) -> None:
+    document.restore, document.error = restore, None
+
+
+def policies(document: UCloudDocument) -> dict[str, tuple[CheckpointsOf, Checkpointing]]:
+    """What checkpoints are to be taken of, by name: an EE or a platform, and how."""
+    found: dict[str, tuple[CheckpointsOf, Checkpointing]] = {}
+    for name, item in replicas(document.spec.environments).items():
+        if item.checkpoint is not None:
+            found[name] = ("environment", item.checkpoint)
+    policy = document.spec.platform.checkpoint
+    if policy is not None:
+        found |= dict.fromkeys(document.platforms, ("platform", policy))
+    return found
 
 
 def _deleting(document: UCloudDocument) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from supercloud.control import specs
-from supercloud.control.controllers.access import access_of
+from supercloud.control.controllers.access import apply_of
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.documents import EnvironmentDocument, PlatformDocument, VolumeDocument
 
@@ -75,9 +75,7 @@ async def _free(
     report = plane.agents.reports.get((volume.ucloud, platform.name))
     if session is None or report is None:
         return False
-    volumes = await plane.state.volumes(volume.ucloud)
-    access = await access_of(plane, volume.ucloud)
-    wanted = specs.fingerprint(specs.apply_for(platform, environments, 0, volumes, access))
+    wanted = specs.fingerprint(await apply_of(plane, platform, environments))
     if plane.agents.applied.get(session) != wanted:
         return False  # it was told something else, and may yet begin with that
     return {status.uid for status in report.environments} <= {spec.uid for spec in ready}

@@ -14,10 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 from supercloud.control.controllers import learning
-from supercloud.control.controllers.hostcalls import HostCalls
+from supercloud.control.controllers.hostcalls import HostCalls, wire_spec
+from supercloud.control.controllers.leasing import lease_key
 from supercloud.control.controllers.plane import Plane
-from supercloud.control.controllers.platform import tag_of
-from supercloud.control.controllers.sealing import USABLE, Sealing, seals_key
+from supercloud.control.controllers.record import place_of
+from supercloud.control.controllers.replication import Replication
+from supercloud.control.controllers.sealing import USABLE, Sealing, seals_keys
 from supercloud.control.controllers.usage import Usage, usage_of
 from supercloud.control.documents import (
     PlatformDocument,
@@ -29,7 +31,7 @@ from supercloud.control.documents import (
 )
 from supercloud.model.errors import BadState, Denied, NotFound, UserError, to_wire
 from supercloud.model.events import Severity
-from supercloud.wire.volumes import VolumeOpen, VolumeSpec
+from supercloud.wire.volumes import VolumeOpen
 
 OPEN, ATTACH = "open", "attach"
 
@@ -42,7 +44,8 @@ class VolumeController:
         self._plane = plane
         self._calls = HostCalls(plane)
         self._act = self._calls.act
-        self.sealing = Sealing(plane, self._calls)
+        self.replication = Replication(plane, self._calls)
+        self.sealing = Sealing(plane, self._calls, self.replication.others)
 
     async def reconcile(self, ucloud: str, name: str) -> float | None:
         """One look; seconds until the next one, or None."""
@@ -55,8 +58,15 @@ class VolumeController:
         if volume.halted:
             return await self._let_go(volume, usage)
         volume = await self._keyed(volume)
+        if volume.others:
+            place = await self.replication.leasing.home_of(volume)
+            if place != place_of(volume):
+                return await self.replication.move(volume, place)
         if volume.opened:
-            self._plane.look(seals_key(volume), self._plane.pace.seal_s)
+            for key in seals_keys(volume):
+                self._plane.look(key, self._plane.pace.seal_s)
+        if volume.mirroring:
+            self._plane.look(lease_key(volume), self._plane.pace.lease_s)
         wanted = usage.wanted or learning.waits(volume.task)
         if volume.state in USABLE:
             return await self._use(volume, usage, wanted=wanted)
@@ -80,6 +90,9 @@ class VolumeController:
         return await self._change(volume, keyed)
 
     async def _open(self, volume: VolumeDocument) -> float:
+        if volume.others:
+            return await self.replication.open(volume)
+
         def opening(fresh: VolumeDocument) -> None:
             learning.move(fresh, "opening")
             fresh.opened = True
@@ -152,7 +165,10 @@ class VolumeController:
 
     async def _close(self, volume: VolumeDocument) -> float:
         volume = await self._change(volume, lambda fresh: learning.move(fresh, "closing"))
-        await self._act(volume, "close", lambda host: host.close(volume.host, volume.name))
+        if volume.others:
+            await self.replication.close(volume)
+        else:
+            await self._act(volume, "close", lambda host: host.close(volume.host, volume.name))
         self._plane.look(ucloud_key(volume.ucloud), self._plane.pace.settle_s)
         return 0.0
 
@@ -183,6 +199,7 @@ class VolumeController:
         volume = await self._change(volume, lambda fresh: learning.move(fresh, "deleting"))
         if volume.opened or volume.seal.root:  # otherwise its host never heard of it
             await self._delete_there(volume)
+        await self.replication.others.delete(volume)
         await self._plane.state.remove(volume)
         self._plane.seen.pop((volume.ucloud, volume.name), None)
         self._plane.tell(volume, "volume.deleted")
@@ -231,16 +248,3 @@ class VolumeController:
         self, volume: VolumeDocument, mutate: Callable[[VolumeDocument], object]
     ) -> VolumeDocument:
         return await self._plane.state.change(volume, mutate)
-
-
-def wire_spec(volume: VolumeDocument) -> VolumeSpec:
-    """The volume as its host is told of it."""
-    spec = volume.spec
-    return VolumeSpec(
-        name=volume.name,
-        size_bytes=spec.size_bytes,
-        format=spec.format,
-        iops=spec.iops,
-        bytes_per_s=spec.bytes_per_s,
-        tag=tag_of(volume.ucloud),
-    )

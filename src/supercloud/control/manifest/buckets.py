@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from supercloud.control.manifest.problems import Problems
 from supercloud.model.resources import Bucket, Environment
 from supercloud.model.sizes import format_size
+from supercloud.wire.checkpoints import BUCKET as CHECKPOINTS
 
 STORE_MAX_BYTES = 1 << 44
 """All buckets of a U-Cloud are in one store; it has room for so much."""
 
-RESERVED = "supercloud-ready"
-"""The store's own."""
+RESERVED = ("supercloud-ready", CHECKPOINTS)
+"""The store's own, and that of checkpoints."""
 
 
 def check(
@@ -22,8 +23,9 @@ def check(
     total_bytes = 0
     for index, bucket in buckets:
         total_bytes += bucket.quota_bytes
-        if bucket.name == RESERVED:
-            problems.at_path(f"buckets[{index}].name", f"found {RESERVED!r}, the store's own")
+        if bucket.name in RESERVED:
+            message = f"found {bucket.name!r}, which is one of the store's own"
+            problems.at_path(f"buckets[{index}].name", message)
         if total_bytes > STORE_MAX_BYTES:
             message = f"with it all are {format_size(total_bytes)}, allowed are at most "
             message += f"{format_size(STORE_MAX_BYTES)} for the buckets of a U-Cloud"

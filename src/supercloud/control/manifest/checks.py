@@ -4,7 +4,7 @@ import ipaddress
 from collections.abc import Callable
 from typing import Any
 
-from supercloud.control.manifest import buckets, volumes
+from supercloud.control.manifest import buckets, checkpoints, volumes
 from supercloud.control.manifest.decode import BAD
 from supercloud.control.manifest.problems import Problems, did_you_mean, listed
 from supercloud.model.resources import (
@@ -48,6 +48,8 @@ def check(values: dict[str, Any], problems: Problems) -> None:
         if platform is not BAD:
             _fits(path, environment, platform, problems)
     volumes.check(environments, problems)
+    whole = platform is not BAD and platform.checkpoint is not None
+    checkpoints.check(environments, problems, platforms=whole)
     buckets.check(_good(values, "buckets"), environments, problems)
     for index, volume in _good(values, "volumes"):
         volumes.check_volume(f"volumes[{index}]", volume, problems)

@@ -4,10 +4,13 @@ import functools
 import re
 import typing
 from dataclasses import MISSING, Field, fields, is_dataclass
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from supercloud.control.manifest.problems import Problems, did_you_mean, listed
 from supercloud.control.manifest.tree import Node, shown
+from supercloud.model import durations
+from supercloud.model.durations import format_duration, parse_duration
 from supercloud.model.resources import API_VERSION, KIND, RESERVED, Environment, Port, UCloud
 from supercloud.model.rules import Rule, manifest_key, rule_of
 from supercloud.model.sizes import WANTED, format_size, parse_size
@@ -22,8 +25,12 @@ _BOOLEANS["FALSE"] = False
 
 @functools.cache
 def hints_of(cls: type) -> dict[str, Any]:
-    """The types of a declaration's fields."""
-    return typing.get_type_hints(cls)
+    """The types of a declaration's fields; of what may be left out, that which it is if not."""
+    return {name: _present(hint) for name, hint in typing.get_type_hints(cls).items()}
+
+
+def _present(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is UnionType else hint
 
 
 def decode_top(root: Node, problems: Problems) -> dict[str, Any]:
@@ -174,6 +181,8 @@ def _scalar(hint: Any, rule: Rule, node: Node) -> Any:
         return _choice(get_args(hint), node)
     if rule.size:
         return _size(rule, node)
+    if rule.duration:
+        return _duration(rule, node)
     if hint is bool:
         if not node.plain or node.text not in _BOOLEANS:
             raise ValueError("true or false")
@@ -203,6 +212,19 @@ def _size(rule: Rule, node: Node) -> int:
     lowest, highest = int(rule.ge or 0), int(rule.le or 0)
     if not lowest <= value <= highest:
         raise ValueError(f"{format_size(lowest)} to {format_size(highest)}")
+    return value
+
+
+def _duration(rule: Rule, node: Node) -> int:
+    lowest, highest = int(rule.ge or 0), int(rule.le or 0)
+    wanted = f"{durations.WANTED}, {format_duration(lowest)} to {format_duration(highest)}"
+    try:
+        value = parse_duration(node.text or "")
+    except ValueError:
+        bare = node.text if (node.text or "").isdecimal() and len(node.text or "") < 10 else ""
+        raise ValueError(wanted, f"did you mean '{bare}s'?" if bare else "") from None
+    if not lowest <= value <= highest:
+        raise ValueError(wanted)
     return value
 
 

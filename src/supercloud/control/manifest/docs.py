@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 from supercloud.control.manifest.decode import HEADER, hints_of
 from supercloud.control.manifest.schema import default_of, is_required, schema
 from supercloud.control.manifest.tree import MAX_BYTES, MAX_DEPTH, MAX_NODES
+from supercloud.model import durations
+from supercloud.model.durations import format_duration
 from supercloud.model.resources import RESERVED, UCloud
 from supercloud.model.rules import Rule, manifest_key, rule_of
 from supercloud.model.sizes import UNITS, format_size
@@ -29,6 +31,8 @@ A manifest describes one U-Cloud, in YAML: `supercloud plan FILE` shows what it 
 - It begins with {" and ".join(f"`{key}: {value}`" for key, value in HEADER.items())}.
 - Sizes are numbers of bytes, or texts with a unit: {", ".join(f"`{unit}`" for unit in UNITS)}
   (`128MiB`, `1.5GiB`).
+- Durations are texts with a unit: {", ".join(f"`{unit}`" for unit in durations.UNITS)} (`90s`,
+  `10m`).
 - What a plain word means is decided by the field that it stands in: `jurisdiction: NO` is Norway,
   and a number in `env` is a text.
 - Limits: {format_size(MAX_BYTES)}, {MAX_DEPTH} levels, {MAX_NODES} values with aliases counted in
@@ -98,6 +102,8 @@ def _allowed(hint: Any, rule: Rule) -> str:
 def _scalar(hint: Any, rule: Rule) -> str:
     if rule.size:
         return f"{format_size(int(rule.ge or 0))} to {format_size(int(rule.le or 0))}"
+    if rule.duration:
+        return f"{format_duration(int(rule.ge or 0))} to {format_duration(int(rule.le or 0))}"
     if hint is bool:
         return "`true`, `false`"
     if hint in (int, float):

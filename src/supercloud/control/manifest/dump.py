@@ -5,8 +5,9 @@ from typing import Any
 
 import yaml
 
+from supercloud.model.durations import format_duration
 from supercloud.model.resources import API_VERSION, KIND, UCloud
-from supercloud.model.rules import manifest_key, rule_of
+from supercloud.model.rules import Rule, manifest_key, rule_of
 from supercloud.model.sizes import format_size
 
 
@@ -26,9 +27,14 @@ def _plain(value: Any) -> Any:
     for field in fields(value):
         item = getattr(value, field.name)
         if item != _default(field):
-            size = rule_of(field).size
-            result[manifest_key(field)] = format_size(item) if size else _plain(item)
+            result[manifest_key(field)] = _written(rule_of(field), item)
     return result
+
+
+def _written(rule: Rule, item: Any) -> Any:
+    if rule.size:
+        return format_size(item)
+    return format_duration(item) if rule.duration else _plain(item)
 
 
 def _default(field: Any) -> Any:

@@ -8,6 +8,7 @@ from supercloud.model.resources import API_VERSION, Port, UCloud
 from supercloud.model.rules import Rule, manifest_key, rule_of
 from supercloud.model.sizes import format_size
 
+DURATION_PATTERN = r"^[0-9]{1,9}[smhd]$"
 SIZE_PATTERN = r"^[0-9]{1,18}(\.[0-9]{1,6})?(KiB|MiB|GiB|TiB)$|^[0-9]{1,18}$"
 
 
@@ -48,9 +49,10 @@ def is_required(field: "Field[Any]") -> bool:
 
 def default_of(field: "Field[Any]") -> Any:
     """What a manifest gets that leaves it out, as it would write it; None: nothing to show."""
-    if field.default in (MISSING, ""):
-        return None
-    return format_size(field.default) if rule_of(field).size else field.default
+    rule = rule_of(field)
+    if field.default in (MISSING, "") or (not field.default and (rule.ge or 0) > 0):
+        return None  # what is not allowed to be given stands for that it is not given
+    return format_size(field.default) if rule.size else field.default
 
 
 def _schema(hint: Any, rule: Rule) -> dict[str, Any]:
@@ -86,6 +88,8 @@ def _scalar(hint: Any, rule: Rule) -> dict[str, Any]:
     if rule.size:
         text = {"type": "string", "pattern": SIZE_PATTERN}
         return {"oneOf": [{"type": "integer", **bounds}, text]}
+    if rule.duration:
+        return {"type": "string", "pattern": DURATION_PATTERN}
     if hint is bool:
         return {"type": "boolean"}
     if hint in (int, float):

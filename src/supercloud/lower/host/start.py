@@ -35,6 +35,7 @@ class Options:
     jurisdiction: str
     publish: str
     templates: str
+    dial: str
     ports: tuple[int, int] | None
     ready: int
 
@@ -90,6 +91,7 @@ def _options(arguments: list[str]) -> Options:
     parser.add_argument("--jurisdiction", default="local")
     parser.add_argument("--publish", default="127.0.0.1")
     parser.add_argument("--templates", choices=("auto", "asked"), default="auto")
+    parser.add_argument("--dial", choices=("elsewhere", "any", "none"), default="elsewhere")
     parser.add_argument("--ports", default="")
     parser.add_argument("--ready-fd", type=int, default=1)
     given = parser.parse_args(arguments)
@@ -105,6 +107,7 @@ def _options(arguments: list[str]) -> Options:
         given.jurisdiction,
         _ip(given.publish, "publish"),
         given.templates,
+        given.dial,
         _range(given.ports) if given.ports else None,
         given.ready_fd,
     )
@@ -190,7 +193,12 @@ def _site(
         "templates": options.templates,
         "cpus": len(os.sched_getaffinity(0)),
     }
-    uplink = {"address": options.publish, "first_port": first, "last_port": last}
+    uplink = {
+        "address": options.publish,
+        "first_port": first,
+        "last_port": last,
+        "dial": options.dial,
+    }
     return Site(
         json.dumps(facts), json.dumps(uplink), options.publish, _dns_server(), accelerator.name
     )

@@ -1,7 +1,8 @@
 """Driver for disk backing: sparse files in its private directory, for scratch disks and volumes.
 
 One for ``objects`` is never written to: it books what a user's object store may take in the private
-directory of its own domain.
+directory of its own domain. One for ``checkpoint`` takes what a machine writes to its scratch disk
+while that is being read.
 
 A file is booked with its full size on its user's scheduling context before it exists, so that a
 user can never hold more than the quota. The descriptor is handed out for reading and writing; its
@@ -24,7 +25,7 @@ from supercloud.wire.portal import Reply, Request
 
 STATE = "/run/state"
 USER_PREFIX = "user:"
-USES = ("scratch", "volume", "objects")
+USES = ("scratch", "volume", "objects", "checkpoint")
 WATCH_S = 5.0
 MAX_DISK_BYTES = 1 << 45
 MAX_DISKS_OF_ONE_USER = 1024

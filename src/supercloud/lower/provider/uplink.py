@@ -1,8 +1,9 @@
 """Driver for uplinks: one passt in a domain of its own per platform, and its range of host ports.
 
 The driver makes passt's domain in the host's network and gives the user's domain the right to join
-it to that user's machine by a channel; frames never pass through the driver. ``SUPERCLOUD_UPLINK``
-holds ``{"address", "first_port", "last_port"}`` of this instance.
+it to that user's machine by a channel; frames never pass through the driver. It also dials for
+users' domains (``dial``). ``SUPERCLOUD_UPLINK`` holds ``{"address", "first_port", "last_port",
+"dial"}`` of this instance.
 """
 
 import json
@@ -13,12 +14,13 @@ from typing import Any
 from supercloud.lower.client import Core
 from supercloud.lower.component import Component
 from supercloud.lower.names import domain_name
+from supercloud.lower.provider import dial
 from supercloud.lower.provider.ports import PortRanges, Range, is_free
 from supercloud.lower.quota import from_limits
 from supercloud.model.capability import Rights
 from supercloud.model.errors import NoResources, NotFound
 from supercloud.wire.frames import DomainState
-from supercloud.wire.portal import Request
+from supercloud.wire.portal import Reply, Request
 
 USER_PREFIX = "user:"
 DOMAIN_PREFIX = "uplink-net"
@@ -34,6 +36,8 @@ class UplinkDriver(Component):
         super().__init__(core)
         settings = json.loads(os.environ["SUPERCLOUD_UPLINK"])
         self._address = settings["address"]
+        self._policy = str(settings["dial"])
+        self._allowance = dial.Allowance()
         self._ranges = PortRanges(
             f"{state}/ranges.json",
             settings["first_port"],
@@ -47,6 +51,7 @@ class UplinkDriver(Component):
                 "uplink.start": self.start,
                 "uplink.delete": self.delete,
                 "uplink.list": self.names,
+                "uplink.dial": self.dial,
             },
         )
         self.serve("admin", {"driver.status": self.status})
@@ -89,11 +94,19 @@ class UplinkDriver(Component):
         prefix = _user(request) + "/"
         return [h.removeprefix(prefix) for h in self._ranges.held if h.startswith(prefix)]
 
+    def dial(self, request: Request) -> Reply:
+        """``{address, port}``: a socket that connects there; Denied, Busy, Temporary."""
+        address = dial.check(request.text("address", most=64), self._policy)
+        port = request.number("port", 1, 65535)
+        self._allowance.take(_user(request))
+        return Reply({}, [dial.begin(address, port).detach()])
+
     def status(self, _request: Request) -> dict[str, Any]:
         """For the admin console: who holds which ports."""
         return {
             "driver": "uplink",
             "address": self._address,
+            "dial": self._policy,
             "ranges": [
                 {"holder": holder, "first_port": first, "ports": count}
                 for holder, (first, count) in sorted(self._ranges.held.items())

@@ -19,7 +19,7 @@ from supercloud.lower.names import domain_name
 from supercloud.lower.user_domain import parts
 from supercloud.lower.user_domain.channel import Channel, Told
 from supercloud.lower.user_domain.hub import Hub
-from supercloud.lower.user_domain.templates import Template, lend
+from supercloud.lower.user_domain.origins import Origin, restored_ram, restored_state
 from supercloud.model.capability import SELF
 from supercloud.model.errors import NotFound, SupercloudError
 from supercloud.wire.host import PlatformSpec
@@ -77,15 +77,13 @@ class Assembly:
 
     # -- making
 
-    async def make(
-        self, spec: PlatformSpec, config: bytes, template: Template | None = None
-    ) -> Uplink:
-        """Make and start it, out of a template if there is one.
+    async def make(self, spec: PlatformSpec, config: bytes, origin: Origin | None = None) -> Uplink:
+        """Make and start it, out of a template or a checkpoint if there is one.
 
         On any error everything is taken apart again.
         """
         try:
-            return await self._make(spec, config, template)
+            return await self._make(spec, config, origin)
         except BaseException:
             try:
                 await self.dismantle(spec.name)
@@ -93,18 +91,18 @@ class Assembly:
                 log.warning("%s is not wholly taken apart: %s", spec.name, error)
             raise
 
-    async def _make(self, spec: PlatformSpec, config: bytes, template: Template | None) -> Uplink:
+    async def _make(self, spec: PlatformSpec, config: bytes, origin: Origin | None) -> Uplink:
         """The monitor starts while the drivers work, passt and the link while QEMU does."""
         core, name = self._core, spec.name
-        vmm = self._make_machine(spec, config, template)
+        vmm = self._make_machine(spec, config, origin)
         core.create_channel(SELF, vmm.selector, domain_name("control", name), "control")
         core.start(vmm.selector)
         control = self.control(name)
-        scratch = await self._make_disk(spec)
+        scratch = await self.make_disk(spec)
         try:
             uplink = await self._make_uplink(spec)
             link = self._join(name, vmm, uplink.domain)
-            machine = self._machine(spec) | {"start": "clone" if template else "boot"}
+            machine = self._machine(spec) | {"start": origin.start if origin else "boot"}
             starting = asyncio.ensure_future(
                 control.call("machine.start", machine, [scratch], timeout_s=START_TIMEOUT_S)
             )
@@ -119,7 +117,8 @@ class Assembly:
             os.close(scratch)
         return uplink
 
-    async def _make_disk(self, spec: PlatformSpec) -> int:
+    async def make_disk(self, spec: PlatformSpec) -> int:
+        """Its scratch disk, made or found: a descriptor, the caller's."""
         size = parts.whole_pages(spec.scratch_bytes)
         made = await self._disk.call("disk.create", {"name": spec.name, "size_bytes": size})
         return made.descriptors[0]
@@ -129,7 +128,7 @@ class Assembly:
         made = await self._uplink.result("uplink.create", asked)
         return Uplink(str(made["domain"]), str(made["address"]), int(made["first_port"]))
 
-    def _make_machine(self, spec: PlatformSpec, config: bytes, template: Template | None) -> Domain:
+    def _make_machine(self, spec: PlatformSpec, config: bytes, origin: Origin | None) -> Domain:
         """The domain, its memory, and what it starts from; not started.
 
         A clone's memory is booked as well: in time it may write to all of it.
@@ -138,8 +137,8 @@ class Assembly:
         vmm = core.create_domain("vmm", name, quotas.vmm_limits(spec.memory_bytes, spec.cpus))
         parts.give_config(core, domain_name("config", spec.name), config, vmm)
         parts.give_image(core, vmm, "root")
-        if template is not None:
-            lend(core, template, vmm.selector)
+        if origin is not None:
+            origin.lend(core, vmm.selector)
             return vmm
         ram = core.create_memory(
             spec.memory_bytes, domain_name("ram", spec.name), scheduling=vmm.scheduling
@@ -168,6 +167,27 @@ class Assembly:
             "link_mac": mac("02:5c:77", self._user, spec.name),
         }
 
+    # -- for a checkpoint
+
+    async def make_overlay(self, spec: PlatformSpec, size_bytes: int) -> int:
+        """A disk for what is written while the scratch disk is read: a descriptor, the caller's.
+
+        NoResources where the quota has no room for it.
+        """
+        asked = {"use": "checkpoint", "name": spec.name, "size_bytes": size_bytes}
+        await self.drop_overlay(spec.name)  # of one that was cut off
+        return (await self._disk.call("disk.create", asked)).descriptors[0]
+
+    async def drop_overlay(self, platform: str) -> None:
+        """Give it back."""
+        await self._disk.result("disk.delete", {"use": "checkpoint", "name": platform})
+
+    def give_room(self, spec: PlatformSpec, memory_bytes: int) -> None:
+        """Let its machine's domain have so much memory beyond its own. NoResources, Busy."""
+        limits = quotas.vmm_limits(spec.memory_bytes, spec.cpus)
+        more = limits._replace(memory_bytes=limits.memory_bytes + memory_bytes)
+        self._core.set_limits(self._core.lookup(f"sched:{self.vmm(spec.name)}").selector, more)
+
     # -- taking apart
 
     async def stop(self, platform: str, grace_s: float) -> None:
@@ -181,8 +201,12 @@ class Assembly:
                 self._core.destroy(self._core.lookup(name).selector)
         for kind in ("control", "agents"):
             self._hub.leave(domain_name(kind, platform))
+        for memory in (restored_ram(platform), restored_state(platform)):
+            with contextlib.suppress(NotFound):
+                self._core.destroy(self._core.lookup(memory).selector)
         await self._uplink.result("uplink.delete", {"platform": platform})
         await self._disk.result("disk.delete", {"name": platform})
+        await self._disk.result("disk.delete", {"use": "checkpoint", "name": platform})
 
     async def leftovers(self, known: set[str]) -> set[str]:
         """Platforms that the drivers have something of and that are not ``known``."""

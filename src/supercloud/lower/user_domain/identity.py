@@ -13,7 +13,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import Final
 
-from supercloud.model.errors import Denied, Invalid, Permanent
+from supercloud.model.errors import BadState, Denied, Invalid, Permanent
 from supercloud.trust import keys, tls
 from supercloud.trust.names import CONTROL, HOST, Identity, parse_uri
 from supercloud.wire.messages import Certificate
@@ -68,6 +68,18 @@ class IdentityStore:
             self.ucloud = identity.ucloud
             log.info("this domain belongs to the U-Cloud %s", self.ucloud)
         return identity
+
+    def admit_host(self, shown: Identity | None) -> Identity:
+        """The peer when it is a host of this domain's U-Cloud, which one must be known; Denied."""
+        if not self.ucloud:
+            raise Denied("this domain belongs to no U-Cloud yet")
+        return tls.demand(shown, ucloud=self.ucloud, role=HOST)
+
+    def client_context(self) -> ssl.SSLContext:
+        """Client side, towards other hosts: the caller checks who they are. BadState: unsigned."""
+        if not os.path.exists(self._signed):
+            raise BadState("no certificate of the U-Cloud was installed yet")
+        return tls.client_context(self._birth.ca_pem, self._signed, self._key, check_hostname=False)
 
     def request(self) -> str:
         """A certificate request over the key. The signer puts its own names in."""

@@ -10,6 +10,7 @@ import os
 from typing import Any, Final
 
 from supercloud.lower.user_domain.channel import Channel
+from supercloud.lower.user_domain.mirrors import Mirrors
 from supercloud.lower.user_domain.services import Services
 from supercloud.model.errors import (
     BadState,
@@ -22,6 +23,7 @@ from supercloud.model.errors import (
 from supercloud.services.block import capacity
 from supercloud.services.protection.format import BLOCK, backing_blocks
 from supercloud.wire.codec import decode, encode
+from supercloud.wire.mirrors import Mirror, MirrorStatus
 from supercloud.wire.volumes import Seal, VolumeFigures, VolumeSpec
 
 PROTECTION: Final = "protection"
@@ -47,30 +49,39 @@ def _backing_bytes(size: int) -> int:
 
 
 class Layers:
-    """The provider's disk driver and the user's two services, put on each other."""
+    """The provider's disk driver and the user's services, put on each other."""
 
-    def __init__(self, disk: Channel, services: Services) -> None:
-        self._disk, self._services = disk, services
+    def __init__(self, disk: Channel, services: Services, mirrors: Mirrors) -> None:
+        self._disk, self._services, self._mirrors = disk, services, mirrors
 
     def join(self) -> None:
         """Take up the channels of services that run."""
         for kind in (PROTECTION, BLOCKS):
             self._services.start(kind)
+        self._mirrors.join()
 
-    async def facts(self, name: str, state: str) -> dict[str, Any]:
-        """Seal, stored bytes, figures, evidence, snapshots: fields of a ``VolumeStatus``."""
+    async def facts(self, name: str, *, used: bool) -> dict[str, Any]:
+        """Seal, stored bytes, figures, evidence, snapshots: fields of a ``VolumeStatus``.
+
+        ``used``: the block service has it.
+        """
         told = await self._ask(PROTECTION, "device.state", {"device": name})
         facts: dict[str, Any] = {"seal": _seal(told), **_figures(told)}
-        if state != "opened":
+        if used:
             listed = await self._ask(BLOCKS, "volume.snapshots", {"volume": name})
             facts["snapshots"] = [str(one["snapshot"]) for one in listed["snapshots"]]
         return facts
 
-    async def lost(self, name: str, state: str) -> str:
-        """What is not there any more of a volume in that state; empty when it is whole."""
+    async def lost(self, name: str, *, used: bool, mirrored: bool) -> str:
+        """What is not there any more of an open volume; empty when it is whole."""
         if name not in await self._ask(PROTECTION, "device.list", {}):
             return "its device is not open any more"
-        if state != "opened":
+        if mirrored:
+            try:
+                await self._mirrors.status(name)
+            except NotFound:
+                return "its mirror is not open any more"
+        if used:
             listed = await self._ask(BLOCKS, "volume.list", {})
             if name not in listed["volumes"]:
                 return "its storage daemon ended"
@@ -109,18 +120,34 @@ class Layers:
             message = f"the backing of volume {spec.name} is gone from this host"
             raise NotFound(message) from error
 
-    async def serve(self, spec: VolumeSpec, epoch: int, *, new: bool) -> None:
-        """Let the block service have it."""
-        name = spec.name
+    async def begin(self, name: str, epoch: int) -> None:
+        """Begin the epoch: the device can be used."""
         await self._ask(PROTECTION, "device.open", {"device": name, "epoch": epoch})
-        await self._open_volume("volume.create" if new else "volume.open", spec)
+
+    async def mirror(self, spec: VolumeSpec, asked: Mirror) -> MirrorStatus:
+        """Have a mirror over the device and those of other hosts."""
+        return await self._mirrors.open(spec.name, device_bytes(spec), asked)
+
+    async def serve(self, spec: VolumeSpec, mirror: Mirror | None, *, new: bool) -> None:
+        """Let the block service have the device, or the mirror over it. Temporary: no lease."""
+        if mirror is not None:
+            await self._mirrors.check_open(spec.name, mirror.generation)
+        how = "volume.create" if new else "volume.open"
+        await self._open_volume(how, spec, mirrored=mirror is not None)
         await self._throttle(spec)
 
-    async def close(self, name: str) -> Seal:
-        """Close both layers; the device's final seal."""
-        with contextlib.suppress(NotFound):  # it was not served yet
-            await self._ask(BLOCKS, "volume.close", {"volume": name})
-        return _seal(await self._ask(PROTECTION, "device.close", {"device": name}))
+    async def share(self, name: str) -> int:
+        """A stream of the device for another host: the caller's to close."""
+        (descriptor,) = await self._call(PROTECTION, "device.connect", {"device": name})
+        return descriptor
+
+    async def close(self, name: str, *, mirrored: bool) -> tuple[Seal, MirrorStatus | None]:
+        """Close all layers; the device's final seal, and how the mirror was."""
+        if self._services.is_running(BLOCKS):
+            with contextlib.suppress(NotFound):  # it was not served yet, or is another host's
+                await self._ask(BLOCKS, "volume.close", {"volume": name})
+        mirror = await self._mirrors.close(name) if mirrored else None
+        return _seal(await self._ask(PROTECTION, "device.close", {"device": name})), mirror
 
     async def put_away(self, name: str) -> Seal:
         """Close what is left of an opening that has failed, as far as it can be; its last seal."""
@@ -128,6 +155,8 @@ class Layers:
             for method in ("volume.detach", "volume.close"):
                 with contextlib.suppress(SupercloudError):
                     await self._ask(BLOCKS, method, {"volume": name})
+        with contextlib.suppress(SupercloudError):
+            await self._mirrors.drop(name)
         if self._services.is_running(PROTECTION):
             with contextlib.suppress(SupercloudError):
                 return _seal(await self._ask(PROTECTION, "device.close", {"device": name}))
@@ -135,6 +164,7 @@ class Layers:
 
     async def delete(self, name: str) -> None:
         """Give the backing file back."""
+        self._mirrors.forget(name)
         await self._disk.result("disk.delete", {"use": "volume", "name": name})
 
     async def attach(self, name: str, platform: str, machine: Channel, slot: int) -> str:
@@ -196,7 +226,7 @@ class Layers:
             try:
                 await self._ask(PROTECTION, "device.grow", {"device": name, "size_bytes": size})
             finally:
-                await self._open_volume("volume.open", old)
+                await self._open_volume("volume.open", old, mirrored=False)
             if new.format != "raw":  # a raw volume is its device
                 asked = {"volume": name, "size_bytes": new.size_bytes}
                 await self._ask(BLOCKS, "volume.grow", asked)
@@ -212,9 +242,12 @@ class Layers:
             if what != "snapshot":  # one that is there is kept
                 raise
 
-    async def _open_volume(self, method: str, spec: VolumeSpec) -> None:
+    async def _open_volume(self, method: str, spec: VolumeSpec, *, mirrored: bool) -> None:
         name = spec.name
-        connected = await self._call(PROTECTION, "device.connect", {"device": name})
+        if mirrored:
+            connected = [await self._mirrors.connect(name)]
+        else:
+            connected = await self._call(PROTECTION, "device.connect", {"device": name})
         try:
             asked = {"volume": name, "format": spec.format, "size_bytes": spec.size_bytes}
             await self._call(BLOCKS, method, asked, connected)

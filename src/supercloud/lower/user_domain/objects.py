@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Callable
 from typing import Any, Final
 
 from supercloud.lower.user_domain.channel import Channel
@@ -61,6 +62,7 @@ class Objects:
         self._clients: set[asyncio.Task[None]] = set()
         self._state, self._reason = "stopped" if self._records.store else "absent", ""
         self._position = Position()
+        self.elsewhere: Callable[[str, socket.socket], None] = _refused
         services.told[KIND] = self._told
 
     # -- what is
@@ -265,7 +267,14 @@ class Objects:
     # -- its clients
 
     def client(self, platform: str, sock: socket.socket) -> None:
-        """An EE of ``platform`` has connected: the service's from now on."""
+        """Somebody of ``platform`` has connected: the service's from now on, wherever that is."""
+        if self._records.store is None:
+            self.elsewhere(platform, sock)
+        else:
+            self.client_here(platform, sock)
+
+    def client_here(self, platform: str, sock: socket.socket) -> None:
+        """Likewise, for the store that is here: from another host nobody is passed on."""
         if self._state not in ("ready", "restarting") or len(self._clients) >= MAX_CLIENTS:
             log.info("%s: a client of the object store was refused", platform)
             sock.close()
@@ -335,6 +344,11 @@ class Objects:
         """A call that brings descriptors: the caller's to close."""
         reply = await self._services.join(KIND).call(method, parameters, timeout_s=TIMEOUT_S)
         return reply.descriptors
+
+
+def _refused(_platform: str, sock: socket.socket) -> None:
+    """There is no object store anywhere."""
+    sock.close()
 
 
 def _key(asked: ObjectsApply) -> bytes:

@@ -18,10 +18,11 @@ from typing import Any, Final
 
 from supercloud.lower import quota as quotas
 from supercloud.lower.user_domain.assembly import Assembly, Uplink
-from supercloud.lower.user_domain.channel import Channel
+from supercloud.lower.user_domain.channel import Channel, Told
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.hub import Hub
-from supercloud.lower.user_domain.records import Record, Records, fingerprint
+from supercloud.lower.user_domain.origins import origin_of, whose
+from supercloud.lower.user_domain.records import Record, Records, bare, fingerprint
 from supercloud.lower.user_domain.rendezvous import Rendezvous
 from supercloud.lower.user_domain.templates import Template, Templates
 from supercloud.lower.vmm.template import Inputs
@@ -32,10 +33,10 @@ from supercloud.model.errors import (
     NoResources,
     NotFound,
     SupercloudError,
+    Unsupported,
 )
 from supercloud.model.events import Severity
 from supercloud.model.states import MACHINE
-from supercloud.wire.codec import replace
 from supercloud.wire.content import digest_of
 from supercloud.wire.host import PlatformSpec, PlatformStatus, TemplateSpec, TemplateStatus
 from supercloud.wire.messages import Blob
@@ -74,6 +75,9 @@ class Platforms:
         self._assembly.agent_connected = self._agent_connected
         self.on_end: Callable[[str], Awaitable[None]] = _nothing
         self.on_object_client: Callable[[str, socket.socket], None] = _refused
+        self.restore: Callable[[PlatformSpec, Inputs], Awaitable[None]] = _no_restore
+        self.on_checkpoint: Told = _dropped
+        self.on_taken_over: Callable[[str], None] = lambda _name: None
         self._templates = Templates(hub, user, facts, feed, f"{directory}/../templates")
         self._templates.used = lambda: {r.template for r in self._records.by_name.values()}
         self._makes_templates = facts.get("templates", "auto") == "auto"
@@ -110,6 +114,24 @@ class Platforms:
             raise BadState(f"platform {name} is {record.state}")
         return self._assembly.control(name)
 
+    def record(self, name: str) -> Record:
+        """What is known of it; NotFound."""
+        return self._find(name)
+
+    def put(self, record: Record) -> None:
+        """Keep what changed of it, if it is still there."""
+        if self._records.by_name.get(record.spec.name) is record:
+            self._records.put(record)
+
+    def inputs_of(self, spec: PlatformSpec) -> Inputs:
+        """What its machine depends on, here and now."""
+        return self._inputs(spec)
+
+    @property
+    def assembly(self) -> Assembly:
+        """What makes its parts."""
+        return self._assembly
+
     def running(self) -> set[str]:
         """Names of the platforms whose machines live."""
         return {name for name, r in self._records.by_name.items() if r.state not in DEAD}
@@ -137,8 +159,10 @@ class Platforms:
             if known is not None:
                 await self._assembly.dismantle(spec.name)
             self._check_quota(spec)
-            await self._templates.yield_room(spec.memory_bytes)
-            return await self._make(replace(spec, config_base64=""), config)
+            await self._templates.yield_room(spec.memory_bytes * (2 if spec.restore else 1))
+            if spec.restore is not None:
+                await self._restore(spec)
+            return await self._make(bare(spec), config, whose(spec))
 
     def _check_image(self, image: str) -> None:
         if image not in self._images:
@@ -154,14 +178,25 @@ class Platforms:
             _refuse("cpu", spec.cpus * 1000, allowed.cpu_permille, 0)
         if used.vms >= allowed.vms:
             _refuse("vms", 1, allowed.vms, used.vms)
-        for what, asked in (("memory", spec.memory_bytes), ("disk", spec.scratch_bytes)):
+        memory = spec.memory_bytes * (2 if spec.restore else 1)  # what it goes on from stays
+        for what, asked in (("memory", memory), ("disk", spec.scratch_bytes)):
             most, now = (getattr(quota, f"{what}_bytes") for quota in (allowed, used))
             if asked > most - now:
                 _refuse(f"{what}_bytes", asked, most, now)
 
-    async def _make(self, spec: PlatformSpec, config: bytes) -> PlatformStatus:
-        record = Record(spec, self._accelerator, time.time())
-        template = self._templates.find(self._inputs(spec))
+    async def _restore(self, spec: PlatformSpec) -> None:
+        """Have the checkpoint that it goes on from; nothing is left of it when that fails."""
+        try:
+            await self.restore(spec, self._inputs(spec))
+        except BaseException as error:
+            subject = f"platform/{spec.name}"
+            self._feed.say(subject, "host.platform.not_restored", str(error), severity="error")
+            await self._assembly.dismantle(spec.name)
+            raise
+
+    async def _make(self, spec: PlatformSpec, config: bytes, restored: str) -> PlatformStatus:
+        record = Record(spec, self._accelerator, time.time(), restored=restored)
+        template = None if restored else self._templates.find(self._inputs(spec))
         record.template = template.key if template else ""
         self._records.put(record)
         self._say(record, "creating")
@@ -185,9 +220,9 @@ class Platforms:
         Where that cannot be done either, the template is not to blame.
         """
         if template is None:
-            return await self._assembly.make(record.spec, config)
+            return await self._assembly.make(record.spec, config, origin_of(record))
         try:
-            return await self._assembly.make(record.spec, config, template)
+            return await self._assembly.make(record.spec, config, origin_of(record))
         except SupercloudError as error:
             log.warning("%s did not start from memory: %s", record.spec.name, error)
             record.template, why = "", str(error)
@@ -307,10 +342,14 @@ class Platforms:
             return
         self._told("machine.state", {**status, "platform": name}, [])
         self._feed.say(f"platform/{name}", "host.platform.adopted", f"it is {record.state}")
+        self.on_taken_over(name)
 
     # -- what others tell
 
     def _told(self, method: str, untrusted: dict[str, Any], descriptors: list[int]) -> None:
+        if method.startswith("checkpoint."):
+            self.on_checkpoint(method, untrusted, descriptors)
+            return
         for descriptor in descriptors:
             os.close(descriptor)
         record = self._records.by_name.get(str(untrusted.get("platform")))
@@ -418,6 +457,15 @@ class Platforms:
         with contextlib.suppress(asyncio.CancelledError):
             if (error := task.exception()) is not None:
                 log.error("in the background: %s", error, exc_info=error)
+
+
+async def _no_restore(_spec: PlatformSpec, _inputs: Inputs) -> None:
+    raise Unsupported("there are no checkpoints here")
+
+
+def _dropped(_method: str, _untrusted: dict[str, Any], descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _refused(_platform: str, sock: socket.socket) -> None:

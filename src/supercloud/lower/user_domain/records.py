@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from supercloud.lower.user_domain.files import Files
 from supercloud.model.states import MACHINE, step
@@ -12,15 +12,18 @@ from supercloud.wire.host import PlatformSpec, PlatformStatus
 
 _STORED = (
     "accelerator", "created_s", "state", "reason", "address", "first_port", "template",
+    "restored", "heads",
 )  # fmt: skip
+KEPT_HEADS: Final = 8
 
 
 @dataclass(slots=True)
 class Record:
     """A platform. ``spec`` has no config disk: that holds a token and is not kept.
 
-    ``template`` is the key of the one that it was started from; ``awaits_template`` is of this
-    process alone.
+    ``template`` is the key of the one that it was started from, ``restored`` the checkpoint (of
+    whom, and its sequence). ``heads`` are of checkpoints that were taken of it since, newest last:
+    an increment may lie over any of them. ``awaits_template`` is of this process alone.
     """
 
     spec: PlatformSpec
@@ -31,6 +34,8 @@ class Record:
     address: str = ""
     first_port: int = 0
     template: str = ""
+    restored: str = ""
+    heads: list[list[Any]] = field(default_factory=list)
     awaits_template: bool = False
 
     def status(self) -> PlatformStatus:
@@ -42,8 +47,15 @@ class Record:
             address=self.address, first_port=self.first_port, ports=spec.ports,
             accelerator=self.accelerator, created_s=self.created_s, reason=self.reason,
             tag=spec.tag, spec_sha256=fingerprint(spec),
-            started_from="memory" if self.template else "boot",
+            started_from=self.started_from,
         )  # fmt: skip
+
+    @property
+    def started_from(self) -> str:
+        """boot, memory or checkpoint."""
+        if self.restored:
+            return "checkpoint"
+        return "memory" if self.template else "boot"
 
     def go(self, state: str, reason: str = "") -> None:
         """To another state, if the table of machines has that; BadState."""
@@ -52,9 +64,15 @@ class Record:
 
 
 def fingerprint(spec: PlatformSpec) -> str:
-    """Names a spec without its config disk."""
-    plain = encode(replace(spec, config_base64=""))
+    """Names a spec without its config disk, and without what it goes on from."""
+    plain = encode(bare(spec))
+    del plain["restore"]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def bare(spec: PlatformSpec) -> PlatformSpec:
+    """Without what must not be kept: a token, and the secrets of a checkpoint's store."""
+    return replace(spec, config_base64="", restore=None)
 
 
 class Records:
@@ -68,7 +86,7 @@ class Records:
     def put(self, record: Record) -> None:
         """Add or replace, on disk when it returns."""
         stored = {name: getattr(record, name) for name in _STORED}
-        stored["spec"] = encode(replace(record.spec, config_base64=""))
+        stored["spec"] = encode(bare(record.spec))
         self._files.put(record.spec.name, stored)
         self.by_name[record.spec.name] = record
 

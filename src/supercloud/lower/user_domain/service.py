@@ -12,8 +12,11 @@ from typing import Any, Final
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.identity import IdentityStore
 from supercloud.lower.user_domain.platforms import Platforms
-from supercloud.model.errors import SupercloudError
+from supercloud.lower.user_domain.tunnel import Tunnels
+from supercloud.model.errors import Busy, SupercloudError
 from supercloud.trust import tls
+from supercloud.trust.names import HOST as HOST_ROLE
+from supercloud.trust.names import Identity
 from supercloud.wire.codec import encode
 from supercloud.wire.host import (
     HOST,
@@ -35,8 +38,11 @@ from supercloud.wire.messages import (
     handlers,
 )
 from supercloud.wire.peer import Call, Detach, Peer, Stream
+from supercloud.wire.tunnel import TunnelApply
 
-MAX_CONNECTIONS: Final = 256
+MAX_CONNECTIONS: Final = 512
+MAX_HOSTS: Final = 128
+"""Connections of other hosts, of all that are open: they leave room for the control plane."""
 HANDSHAKE_TIMEOUT_S: Final = 10.0
 READ_LIMIT_BYTES: Final = 1 << 20
 _CHUNK_BYTES: Final = 16 << 10
@@ -45,13 +51,17 @@ log = logging.getLogger("supercloud.lower.user_domain.service")
 
 
 class Service:
-    """Serves the control plane of one U-Cloud; ``implemented`` beside what is here."""
+    """Serves the control plane of one U-Cloud, and its other hosts.
+
+    ``implemented`` are methods beside those that are here.
+    """
 
     def __init__(
         self,
         facts: dict[str, Any],
         identity: IdentityStore,
         platforms: Platforms,
+        tunnels: Tunnels,
         implemented: Mapping[str, Implementation],
         feed: Feed,
     ) -> None:
@@ -59,6 +69,7 @@ class Service:
         self._platforms, self._feed = platforms, feed
         self._tls = identity.context()
         self._connections: set[asyncio.Task[None]] = set()
+        self._tunnels, self._hosts = tunnels, 0
         self._handlers = handlers(
             HOST,
             {
@@ -73,6 +84,7 @@ class Service:
                 "platform.console": self.platform_console,
                 "rendezvous.accept": self.rendezvous_accept,
                 "events.watch": self.events_watch,
+                "tunnel.apply": self.tunnel_apply,
                 **implemented,
             },
         )
@@ -102,6 +114,9 @@ class Service:
             return
         try:
             shown = tls.peer_identity(writer.get_extra_info("ssl_object"))
+            if shown is not None and shown.role == HOST_ROLE:
+                await self._serve_host(self._identity.admit_host(shown), reader, writer)
+                return
             identity = self._identity.admit(shown)
             peer = Peer(reader, writer, self._handlers, accepted=True, name=str(identity))
             peer.context["enrolled"] = True
@@ -110,6 +125,21 @@ class Service:
             log.warning("refused: %s", error)
         finally:
             writer.close()
+
+    async def _serve_host(
+        self, identity: Identity, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Another host: it may ask for tunnels, and for nothing else."""
+        if self._hosts >= MAX_HOSTS:
+            raise Busy("too many connections of other hosts")
+        self._hosts += 1
+        try:
+            handlers = self._tunnels.handlers()
+            peer = Peer(reader, writer, handlers, accepted=True, name=str(identity))
+            peer.context.update(enrolled=True, host=identity.name)
+            await peer.run()
+        finally:
+            self._hosts -= 1
 
     async def _shake_hands(
         self, sock: socket.socket
@@ -138,6 +168,8 @@ class Service:
             features={
                 "volumes": "",
                 "objects": "",
+                "checkpoints": "",
+                "tunnel": "",
                 "templates": "",
                 "kvm": "" if facts["accelerator"] == "kvm" else kvm,
                 "attestation": "not implemented: the domain's key is trusted at first use",
@@ -187,6 +219,11 @@ class Service:
     async def rendezvous_accept(self, _call: Call, _: Empty) -> Detach:
         """Park this connection until a platform's agent dials."""
         return await self._platforms.rendezvous.accept()
+
+    async def tunnel_apply(self, _call: Call, asked: TunnelApply) -> Empty:
+        """What this host asks of others, and lets them have."""
+        self._tunnels.apply(asked)
+        return Empty()
 
     async def events_watch(self, call: Call, _: Empty) -> Empty:
         """What was kept, then all events, as JSON lines."""

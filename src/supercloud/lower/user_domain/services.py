@@ -78,6 +78,13 @@ class Services:
             log.info("service %s is started", kind)
         return channel
 
+    def give_room(self, kind: str, memory_bytes: int) -> None:
+        """Let it have so much memory beyond what every one of its kind has. NoResources."""
+        limits = quotas.SERVICES[kind]
+        selector = self._core.lookup(f"sched:{self._domain(kind)}").selector
+        more = limits._replace(memory_bytes=limits.memory_bytes + memory_bytes)
+        self._core.set_limits(selector, more)
+
     def end(self, kind: str, *, purge: bool = False) -> None:
         """Kill it, and have its domain anew; ``purge``: what it keeps on the disk goes, too."""
         try:

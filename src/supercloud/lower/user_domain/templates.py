@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, BinaryIO, Final
 
 from supercloud.lower import quota as quotas
-from supercloud.lower.client import SCHEDULING, Core
+from supercloud.lower.client import SCHEDULING
 from supercloud.lower.names import domain_name
 from supercloud.lower.user_domain import parts
 from supercloud.lower.user_domain.contents import Contents
@@ -188,7 +188,7 @@ class Templates:
             making.close()
             self._end_maker(key)
             if key not in self.by_key:
-                self._destroy(_ram(key), _state(key))
+                self._destroy(ram_of(key), state_of(key))
             self._making = None
 
     async def _made(
@@ -214,7 +214,7 @@ class Templates:
     def _start_maker(self, inputs: Inputs, making: _Making) -> None:
         core, key = self._core, making.key
         limits = quotas.vmm_limits(inputs.memory_bytes, inputs.cpus)
-        ram = core.create_memory(inputs.memory_bytes, _ram(key))
+        ram = core.create_memory(inputs.memory_bytes, ram_of(key))
         limits = limits._replace(cpu_weight=MAKER_CPU_WEIGHT)
         vmm = core.create_domain("vmm", self._maker(key), limits)
         core.delegate(ram, vmm.selector, parts.READ_WRITE, "ram")
@@ -227,8 +227,8 @@ class Templates:
         content = state.read(MAX_STATE_BYTES + 1)
         if len(content) > MAX_STATE_BYTES:
             raise Permanent(f"the devices' state is larger than {MAX_STATE_BYTES} bytes")
-        _, state_sha256 = parts.sealed_memory(self._core, _state(key), content, SCHEDULING)
-        ram = self._core.lookup(_ram(key)).selector
+        _, state_sha256 = parts.sealed_memory(self._core, state_of(key), content, SCHEDULING)
+        ram = self._core.lookup(ram_of(key)).selector
         return Template(
             key=key, inputs=inputs, state_sha256=state_sha256, state_bytes=len(content),
             ram_sha256=self._core.seal(ram).hex(), made_s=time.time(),
@@ -303,7 +303,7 @@ class Templates:
             os.unlink(self._path(key))
         if self.by_key.pop(key, None) is not None:
             self._feed.say(f"template/{key[:_KEY_SHOWN]}", "host.template.dropped")
-        self._destroy(_ram(key), _state(key))
+        self._destroy(ram_of(key), state_of(key))
 
     def _end_maker(self, key: str) -> None:
         self._hub.leave(_control(key))
@@ -325,7 +325,7 @@ class Templates:
                     self.by_key[template.key] = template
                     continue
             os.unlink(f"{self._directory}/{file}")
-        known = {name(key) for key in self.by_key for name in (_ram, _state)}
+        known = {name(key) for key in self.by_key for name in (ram_of, state_of)}
         prefixes = ("template-ram:", "template-state:", domain_name("template", self._user) + ":")
         for entry in self._core.entries():
             if entry.name.startswith(prefixes) and entry.name not in known:
@@ -338,7 +338,7 @@ class Templates:
         if template.key != key_of(now) or i.image not in self._facts["images"]:
             return False
         names = {entry.name for entry in self._core.entries()}
-        return {_ram(template.key), _state(template.key)} <= names
+        return {ram_of(template.key), state_of(template.key)} <= names
 
     def _put(self, template: Template) -> None:
         path = self._path(template.key)
@@ -356,23 +356,18 @@ class Templates:
         return domain_name("template", self._user, key[:_KEY_SHOWN])
 
 
-def lend(core: Core, template: Template, vmm: int) -> None:
-    """Let a machine's domain read the template."""
-    key = template.key
-    core.delegate(core.lookup(_ram(key)).selector, vmm, parts.READ, "ram")
-    core.delegate(core.lookup(_state(key)).selector, vmm, parts.READ, "state")
-
-
 def _is_file(descriptors: list[int]) -> bool:
     """One that can be read without waiting."""
     return len(descriptors) == 1 and stat.S_ISREG(os.fstat(descriptors[0]).st_mode)
 
 
-def _ram(key: str) -> str:
+def ram_of(key: str) -> str:
+    """The memory object with its RAM."""
     return f"template-ram:{key[:_KEY_SHOWN]}"
 
 
-def _state(key: str) -> str:
+def state_of(key: str) -> str:
+    """The one with its devices' state."""
     return f"template-state:{key[:_KEY_SHOWN]}"
 
 

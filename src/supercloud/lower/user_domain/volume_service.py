@@ -4,8 +4,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from supercloud.lower.user_domain.mirrors import Mirrors
 from supercloud.lower.user_domain.volumes import Volumes
 from supercloud.wire.messages import ByName, Empty, Implementation
+from supercloud.wire.mirrors import VolumeFence
 from supercloud.wire.peer import Call
 from supercloud.wire.volumes import VolumeList
 
@@ -40,6 +42,20 @@ def volume_methods(volumes: Volumes) -> dict[str, Implementation]:
         "volume.forget": volumes.forget,
     }
     return {name: shielded(function) for name, function in functions.items()}
+
+
+def mirror_methods(mirrors: Mirrors) -> dict[str, Implementation]:
+    """The owner's word about mirrors: beside whatever else is done to a volume."""
+
+    async def fence(asked: VolumeFence) -> Empty:
+        await mirrors.fence(asked)
+        return Empty()
+
+    return {
+        "volume.lease": shielded(mirrors.lease),
+        "volume.rejoin": shielded(mirrors.rejoin),
+        "volume.fence": shielded(fence),
+    }
 
 
 def shielded(function: Callable[[Any], Awaitable[Any]]) -> Implementation:

@@ -6,11 +6,10 @@ every refusal comes before any effect. The data key passes through here, and is 
 """
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, Final
 
@@ -18,22 +17,25 @@ from supercloud.lower.user_domain.channel import Channel
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.hub import Hub
 from supercloud.lower.user_domain.layers import Layers
+from supercloud.lower.user_domain.mirrors import KIND as REPLICATION
+from supercloud.lower.user_domain.mirrors import Mirrors
 from supercloud.lower.user_domain.services import Services
+from supercloud.lower.user_domain.volume_checks import check_alike, check_spec, key_of
 from supercloud.lower.user_domain.volume_records import Volume, VolumeRecords
 from supercloud.model.errors import (
     BadState,
+    Denied,
     Exists,
-    Invalid,
     NoResources,
     NotFound,
     SupercloudError,
+    Temporary,
     Unsupported,
 )
 from supercloud.model.events import Severity
+from supercloud.wire.mirrors import Mirror, MirrorStatus, Shared
 from supercloud.wire.places import VOLUME_SLOTS
 from supercloud.wire.volumes import (
-    LIMITS,
-    SIZE_UNIT_BYTES,
     Seal,
     VolumeAttach,
     VolumeOpen,
@@ -57,7 +59,13 @@ class Volumes:
     """Records, and the layers that each volume is made of."""
 
     def __init__(
-        self, hub: Hub, services: Services, feed: Feed, directory: str, machine: Machine
+        self,
+        hub: Hub,
+        services: Services,
+        mirrors: Mirrors,
+        feed: Feed,
+        directory: str,
+        machine: Machine,
     ) -> None:
         self._feed, self._machine = feed, machine
         self._records = VolumeRecords(directory)
@@ -65,7 +73,8 @@ class Volumes:
         self._tasks: set[asyncio.Task[None]] = set()
         self._services = services
         services.told |= dict.fromkeys(KINDS, self._told)
-        self._layers = Layers(hub.join("disk"), services)
+        self._layers, self._mirrors = Layers(hub.join("disk"), services, mirrors), mirrors
+        mirrors.over = self._mirror_over
 
     # -- what is
 
@@ -77,8 +86,12 @@ class Volumes:
     async def _status(self, volume: Volume) -> VolumeStatus:
         if volume.state not in IN_USE:
             return volume.status()
+        name = volume.spec.name
         try:
-            return volume.status(**await self._layers.facts(volume.spec.name, volume.state))
+            facts = await self._layers.facts(name, used=volume.in_use)
+            if volume.mirrored:
+                facts["mirror"] = await self._mirrors.status(name)
+            return volume.status(**facts)
         except SupercloudError as error:  # a service is going down: the next look tells more
             log.warning("%s: %s", volume.spec.name, error)
             return volume.status()
@@ -87,15 +100,15 @@ class Volumes:
 
     async def open(self, asked: VolumeOpen) -> VolumeStatus:
         """Have it, and its next epoch. Exists, NoResources, Denied (it is not what it was)."""
-        key, spec = _key(asked), asked.spec
-        _check_spec(spec)
+        key, spec = key_of(asked), asked.spec
+        check_spec(spec)
         async with self._lock(spec.name):
             volume = self._records.by_name.get(spec.name)
             if volume is not None and volume.state == "deleting":
                 await self._give_back(volume)  # as was begun
                 volume = None
             if volume is not None:
-                _check_alike(volume, spec)
+                check_alike(volume, spec)
                 if volume.state in ("served", "attached"):
                     volume.wanted = spec
                     return await self._status(volume)
@@ -131,39 +144,81 @@ class Volumes:
             if volume.state == "opened":
                 if asked.epoch != volume.promised:
                     raise BadState(f"volume {asked.name} was opened for epoch {volume.promised}")
-                await self._serve(volume)
-            if volume.state == "served":  # also when it could not be changed the last time
+                if not await self._serve(volume, asked):
+                    return await self._status(volume)
+            if asked.shared != volume.shared or (asked.mirror is not None) != volume.mirrored:
+                raise BadState(f"volume {asked.name} is served otherwise", hint="close it first")
+            if (
+                volume.state == "served" and volume.in_use
+            ):  # also when it could not be changed the last time
                 await self._change(volume, volume.wanted or volume.spec)
             if volume.state not in IN_USE:
                 raise BadState(f"volume {asked.name} is {volume.state}", hint="open it first")
             return await self._status(volume)
 
-    async def _serve(self, volume: Volume) -> None:
+    async def _serve(self, volume: Volume, asked: VolumeServe) -> bool:
+        """Whether it is served: a mirror that was only just made is not yet."""
+        new = not volume.used if asked.mirror is None else asked.mirror.new
         try:
-            await self._layers.serve(volume.spec, volume.promised, new=not volume.used)
+            await self._layers.begin(volume.spec.name, volume.promised)
+            if asked.mirror is not None and not volume.mirrored:
+                await self._mirror(volume, asked.mirror)
+                return False
+            if asked.shared is None:
+                await self._layers.serve(volume.spec, asked.mirror, new=new)
+        except Temporary:
+            raise
         except SupercloudError as error:
             self._go(volume, "failed", f"it could not be served: {error}")
             raise
-        volume.used = True
+        volume.used, volume.shared = True, asked.shared
         self._go(volume, "served")
+        return True
+
+    async def _mirror(self, volume: Volume, asked: Mirror) -> None:
+        """It gets its lease next, and is served when it is asked for again."""
+        volume.used = True  # something may be in the device from now on
+        self._records.put(volume)
+        await self._layers.mirror(volume.spec, asked)
+        volume.mirrored = True
+        self._records.put(volume)
+
+    async def share(self, host: str, name: str, generation: int) -> socket.socket:
+        """The device, for the mirror of that generation on ``host``. Denied, NotFound.
+
+        A second stream is not given: what is in the first one yet would come after what is newer.
+        """
+        async with self._found(name) as volume:
+            wanted = Shared(host=host, generation=generation)
+            if volume.state != "served" or volume.shared != wanted:
+                raise Denied(f"volume {name} is not served to host {host} in that generation")
+            if volume.streamed:
+                raise Denied(f"volume {name} was given to host {host} already: close it first")
+            volume.streamed = True
+            self._records.put(volume)
+            return socket.socket(fileno=await self._layers.share(name))
 
     async def close(self, name: str) -> VolumeStatus:
-        """What was written is on the disk, and the seal final. BadState when attached."""
+        """What was written is on the disk, and the seal final. BadState when attached.
+
+        Asked again it answers the same; one that was not closed in order shows no seal.
+        """
         async with self._found(name) as volume:
             if volume.state == "attached":
                 raise BadState(f"volume {name} is attached to {volume.platform}")
             if volume.state not in (*IN_USE, "failed"):
-                return volume.status()
-            seal = await self._close(volume)
+                return volume.status(seal=volume.last)
+            seal, mirror = await self._close(volume)
+            volume.last = seal
             self._go(volume, "closed")
-            return volume.status(seal=seal)
+            return volume.status(seal=seal, mirror=mirror)
 
-    async def _close(self, volume: Volume) -> Seal:
+    async def _close(self, volume: Volume) -> tuple[Seal, MirrorStatus | None]:
         """A second try closes what the first one has left."""
         if volume.state == "failed":
-            return await self._layers.put_away(volume.spec.name)
+            return await self._layers.put_away(volume.spec.name), None
         try:
-            return await self._layers.close(volume.spec.name)
+            return await self._layers.close(volume.spec.name, mirrored=volume.mirrored)
         except SupercloudError as error:
             self._go(volume, "failed", f"it could not be closed in order: {error}")
             raise
@@ -196,7 +251,7 @@ class Volumes:
                 if volume.platform != asked.platform:
                     raise BadState(f"volume {asked.name} is attached to {volume.platform}")
                 return await self._status(volume)
-            if volume.state != "served":
+            if volume.state != "served" or not volume.in_use:
                 raise BadState(f"volume {asked.name} is {volume.state}", hint="open it first")
             machine = await self._machine(asked.platform)
             async with self._lock(f"slots of {asked.platform}"):
@@ -243,10 +298,10 @@ class Volumes:
 
     async def change(self, spec: VolumeSpec) -> VolumeStatus:
         """Grow it, or throttle it otherwise. Invalid when it would shrink."""
-        _check_spec(spec)
+        check_spec(spec)
         async with self._found(spec.name) as volume:
-            _check_alike(volume, spec)
-            if volume.state not in ("served", "attached"):
+            check_alike(volume, spec)
+            if not volume.in_use:
                 raise BadState(f"volume {spec.name} is {volume.state}", hint="open it first")
             await self._change(volume, spec)
             return await self._status(volume)
@@ -254,6 +309,8 @@ class Volumes:
     async def _change(self, volume: Volume, spec: VolumeSpec) -> None:
         if volume.spec == spec:
             return
+        if volume.mirrored and spec.size_bytes != volume.spec.size_bytes:
+            raise Unsupported("a volume that is kept on several hosts does not grow yet")
         try:
             await self._layers.change(volume.spec, spec, attached=volume.state == "attached")
         except SupercloudError:
@@ -283,7 +340,7 @@ class Volumes:
                 raise Unsupported("a raw volume has no snapshots", hint="format: qcow2 has them")
             if volume.state == "attached" and "attached" not in states:
                 raise BadState(f"volume {asked.name} is attached to {volume.platform}")
-            if volume.state not in states:
+            if volume.state not in states or not volume.in_use:
                 raise BadState(f"volume {asked.name} is {volume.state}", hint="open it first")
             await self._layers.of_snapshot(what, asked.name, asked.snapshot)
             self._say(volume, f"{what}.{asked.snapshot}")
@@ -315,13 +372,21 @@ class Volumes:
         """What was lost, and nobody was there to be told."""
         with contextlib.suppress(SupercloudError):
             if volume.state in IN_USE:
-                lost = await self._layers.lost(volume.spec.name, volume.state)
+                lost = await self._layers.lost(
+                    volume.spec.name, used=volume.in_use, mirrored=volume.mirrored
+                )
                 if lost:
                     await self._lost(volume, lost)
 
     def service_ended(self, entry: str) -> bool:
         """A domain died: True when it was one of ours. All that was open has failed."""
         kind = self._services.kind_of(entry)
+        if kind == REPLICATION:
+            self._services.end(kind)
+            for volume in self._records.by_name.values():
+                if volume.mirrored and volume.state in IN_USE:
+                    self._in_background(self._lost(volume, "its replication service died"))
+            return True
         if kind not in KINDS:
             return False
         for other in KINDS:
@@ -346,6 +411,11 @@ class Volumes:
             self._warn(volume, "damaged", reason)
         elif method == "volume.lost" and volume.state in IN_USE:
             self._in_background(self._lost(volume, f"its storage daemon ended: {reason}"))
+
+    def _mirror_over(self, name: str, reason: str) -> None:
+        volume = self._records.by_name.get(name)
+        if volume is not None and volume.mirrored and volume.state in IN_USE:
+            self._in_background(self._lost(volume, f"its mirror is over: {reason}"))
 
     async def _lost(self, volume: Volume, reason: str) -> None:
         """Something of it is gone: its platform gets I/O errors until it is there again."""
@@ -390,32 +460,3 @@ class Volumes:
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
-
-
-def _key(asked: VolumeOpen) -> bytes:
-    try:
-        key = base64.b64decode(asked.key_base64, validate=True)
-    except binascii.Error as error:
-        raise Invalid("the key is not base64", where="key_base64") from error
-    if len(key) != 32:
-        raise Invalid("a data key has 32 bytes", where="key_base64")
-    return key
-
-
-def _check_spec(spec: VolumeSpec) -> None:
-    if spec.size_bytes % SIZE_UNIT_BYTES:
-        raise Invalid(f"a volume is a multiple of {SIZE_UNIT_BYTES} bytes", where="size_bytes")
-    for name, (least, most) in LIMITS.items():
-        if (limit := getattr(spec, name)) and not least <= limit <= most:
-            raise Invalid(f"{name} must be 0 (no limit) or {least} to {most}", where=name)
-
-
-def _check_alike(volume: Volume, spec: VolumeSpec) -> None:
-    """It may be larger than the one that is there, and throttled otherwise."""
-    old = volume.spec
-    if spec.format != old.format:
-        raise Exists(f"volume {spec.name} is there: {old.size_bytes} bytes, {old.format}")
-    if spec.size_bytes < old.size_bytes:
-        raise Invalid(
-            f"volume {spec.name} has {old.size_bytes} bytes and does not shrink", where="size_bytes"
-        )

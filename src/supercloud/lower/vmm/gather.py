@@ -16,11 +16,13 @@ _TAKEN: Final = {
     "boot": ("ram", "uplink", "link"),
     "template": ("ram",),
     "clone": ("uplink", "link"),
+    "restore": ("uplink", "link"),
 }
 _READ_ONLY: Final = {
     "boot": ("kernel", "initrd", "root", "config"),
     "template": ("kernel", "initrd", "root", "config"),
     "clone": ("ram", "state", "root", "config"),
+    "restore": ("ram", "state", "root", "config"),
 }
 _SPOKEN: Final = ("qmp", "console", "identity")
 _CABLES: Final = ("uplink", "link")

@@ -1,7 +1,9 @@
 """The port ``identity`` of a machine: a template's agent waits there, a clone's is told who it is.
 
 One line each way. The guest says ``waiting``, is sent a JSON object, and answers ``ready NONCE``
-when it has become that. What the guest says is untrusted: two words of known length, or nothing.
+when it has become that. A machine that runs is asked there to be still for a checkpoint, and
+answers ``paused NONCE`` or ``refused NONCE``; then it is told to go on. What the guest says is
+untrusted: two words of known length, or nothing.
 """
 
 import contextlib
@@ -11,17 +13,19 @@ import socket
 import time
 from collections.abc import Callable
 
+from supercloud.model.errors import Temporary
 from supercloud.wire.reactor import Reactor
 
 VERSION = 1
 SEED_BYTES = 64
 _MAX_LINE_BYTES = 128
+_ANSWERS = (b"ready", b"paused", b"refused")
 
 Said = Callable[[str], None]
 
 
 class IdentityPort:
-    """Our end. ``said`` gets ``waiting`` or ``ready``, once each at most."""
+    """Our end. ``said`` gets the first word of what is legal; each answer to a question once."""
 
     def __init__(self, reactor: Reactor, sock: socket.socket, said: Said) -> None:
         self._reactor, self._sock, self._said = reactor, sock, said
@@ -37,15 +41,31 @@ class IdentityPort:
 
     def tell(self, uplink_mac: str, link_mac: str) -> None:
         """Who the clone is, the time, and what its random numbers start from."""
+        self._send(
+            "resume",  # which one that was restored goes by
+            seed=os.urandom(SEED_BYTES).hex(),
+            time_s=time.time(),
+            macs=[uplink_mac, link_mac],
+        )
+
+    def pause(self) -> None:
+        """Ask its agent to be still; ``paused`` or ``refused`` is said, or nothing at all."""
+        self._send("pause")
+
+    def resume(self) -> None:
+        """Tell its agent to go on; an answer to what was asked before comes too late."""
+        self._send("resume")
+        self._nonce = ""
+
+    def _send(self, do: str, **more: object) -> None:
+        if self._sock.fileno() < 0:
+            raise Temporary("the platform's agent is not there")
         self._nonce = os.urandom(8).hex()
-        told = {
-            "version": VERSION,
-            "nonce": self._nonce,
-            "seed": os.urandom(SEED_BYTES).hex(),
-            "time_s": time.time(),
-            "macs": [uplink_mac, link_mac],
-        }
-        self._sock.send(json.dumps(told).encode() + b"\n")
+        told = {"version": VERSION, "do": do, "nonce": self._nonce, **more}
+        try:
+            self._sock.send(json.dumps(told).encode() + b"\n")
+        except OSError as error:
+            raise Temporary("the platform's agent does not listen") from error
 
     def _read(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -64,6 +84,8 @@ class IdentityPort:
     def _take(self, untrusted: bytes) -> None:
         if untrusted == b"waiting":
             self._said("waiting")
-        elif self._nonce and untrusted == b"ready " + self._nonce.encode():
+            return
+        word, _, nonce = untrusted.partition(b" ")
+        if self._nonce and nonce == self._nonce.encode() and word in _ANSWERS:
             self._nonce = ""
-            self._said("ready")
+            self._said(word.decode())

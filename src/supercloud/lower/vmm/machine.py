@@ -6,13 +6,14 @@ with free PCIe root ports, since templates freeze the topology.
 
 ``start`` says how it comes to life. ``boot``: by its kernel, RAM shared. ``template``: also, but
 its agent waits for an identity, to be saved then. ``clone``: out of a saved one: RAM is a private
-view of the template's, which nobody can write to, and there is no kernel. Devices are the same in
-all three. Over the port ``identity`` a clone is told who it is.
+view of the template's, which nobody can write to, and there is no kernel. ``restore``: likewise,
+out of a checkpoint of the same machine. Devices are the same in all of them. Over the port
+``identity`` a clone is told who it is.
 """
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from supercloud.wire.codec import Limit, Text
 from supercloud.wire.places import VOLUME_SLOTS
@@ -32,7 +33,9 @@ KERNEL_ARGUMENTS = (
 WAITS_FOR_IDENTITY = "supercloud.start=template"
 _MAC = r"([0-9a-f]{2}:){5}[0-9a-f]{2}"
 
-Start = Literal["boot", "template", "clone"]
+Start = Literal["boot", "template", "clone", "restore"]
+PRIVATE: Final = ("clone", "restore")
+"""Starts whose RAM is a private view of a sealed object."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +54,7 @@ class Machine:
     @property
     def ram_shared(self) -> bool:
         """Whether others that have the RAM's descriptor see what the guest writes."""
-        return self.start != "clone"
+        return self.start not in PRIVATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +165,11 @@ def _clone(given: Descriptors) -> list[str]:
     return [*_state(given), "-incoming", "defer"]
 
 
+def _restore(given: Descriptors) -> list[str]:
+    """As a clone, but left stopped; the state has no machine's description before it."""
+    return [*_clone(given), "-S", "-global", "migration.send-configuration=off"]
+
+
 def _state(given: Descriptors) -> list[str]:
     return ["-add-fd", f"fd={given.state},set={STATE_SET}"]
 
@@ -170,9 +178,10 @@ def _path(descriptor: int) -> str:
     return f"/proc/self/fd/{descriptor}"
 
 
-_START = {"boot": _boot, "template": _boot_template, "clone": _clone}
+_START = {"boot": _boot, "template": _boot_template, "clone": _clone, "restore": _restore}
 _RAM_ACCESS = {
     "boot": "share=on",
     "template": "share=on",
     "clone": "share=off,readonly=on,rom=off",  # pages that it writes are its own
+    "restore": "share=off,readonly=on,rom=off",
 }

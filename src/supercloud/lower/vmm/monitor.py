@@ -1,10 +1,11 @@
 """Process 1 of a machine's domain: starts QEMU, watches over it, tells the user's domain.
 
 It is asked over the channel ``control``: ``machine.start``, ``machine.stop``, ``machine.status``,
-``machine.attach``, ``machine.detach``, ``machine.disks``, ``console.attach``; it tells
-``machine.state`` and ``machine.disk`` there. RAM, kernel, initrd, root, config and the
-network's streams are capabilities in this domain's own table; the scratch disk's descriptor comes
-with ``machine.start``. A restarted user's domain finds the machine running and asks its status.
+``machine.attach``, ``machine.detach``, ``machine.disks``, ``console.attach``, and what
+``checkpoint`` has; it tells ``machine.state`` and ``machine.disk`` there. RAM, kernel, initrd,
+root, config and the network's streams are capabilities in this domain's own table; the scratch
+disk's descriptor comes with ``machine.start``. A restarted user's domain finds the machine running
+and asks its status.
 
 A machine that is to become a template ends, its RAM is sealed, and it is told of as
 ``template.saved`` with the devices' state; a clone is ``running`` once its agent has confirmed its
@@ -20,12 +21,13 @@ from typing import Any
 from supercloud.lower.client import Core
 from supercloud.lower.component import Component
 from supercloud.lower.vmm import template
+from supercloud.lower.vmm.checkpoint import Capture
 from supercloud.lower.vmm.console import Console
 from supercloud.lower.vmm.disks import Disks
 from supercloud.lower.vmm.gather import Gathered, gather
 from supercloud.lower.vmm.identity import IdentityPort
 from supercloud.lower.vmm.lifecycle import Lifecycle, Patience, Watchdog
-from supercloud.lower.vmm.machine import Machine, command_line
+from supercloud.lower.vmm.machine import PRIVATE, Machine, command_line
 from supercloud.model.errors import BadState, SupercloudError
 from supercloud.wire import portal
 from supercloud.wire.children import Children, how_it_ended
@@ -49,6 +51,7 @@ class Monitor(Component):
         self._console: Console | None = None
         self._qmp: Qmp | None = None
         self._disks: Disks | None = None
+        self._capture: Capture | None = None
         self._watchdog: Watchdog | None = None
         self._machine: Machine | None = None
         self._given: Gathered | None = None
@@ -67,6 +70,9 @@ class Monitor(Component):
                 "machine.detach": self._with_disks(lambda disks: disks.detach),
                 "machine.disks": self._with_disks(lambda disks: disks.list),
                 "console.attach": self.attach,
+                "machine.extent": self._with_capture(lambda capture: capture.estimate),
+                "machine.checkpoint": self._with_capture(lambda capture: capture.begin),
+                "machine.checkpoint-end": self._with_capture(lambda capture: capture.end),
             },
         )
 
@@ -120,9 +126,21 @@ class Monitor(Component):
 
         return handler
 
+    def _with_capture(self, method: Callable[[Capture], Handler]) -> Handler:
+        """A call about checkpoints of the machine; BadState when it does not run."""
+
+        def handler(request: Request) -> Any:
+            if self._capture is None or self._life.state != "running":
+                raise BadState(f"the machine is {self._life.state}")
+            return method(self._capture)(request)
+
+        return handler
+
     # -- QEMU
 
     def _launch(self, machine: Machine, descriptors: list[int]) -> None:
+        if machine.start == "restore":  # whoever filled it is done
+            self.core.seal(self.core.lookup("ram").selector)
         with ExitStack() as opened:
             self._given = given = gather(self.core, machine, descriptors, opened)
             self._machine, self._console = machine, Console(self.reactor, given.console)
@@ -131,16 +149,23 @@ class Monitor(Component):
             self._pid = self._children.start(argv, given.numbers.all(), self._ended)
         self._qmp = qmp = Qmp(self.reactor, given.qmp, self._on_qmp, lambda: None)
         self._disks = Disks(self.reactor, qmp, self._tell, ram_shared=machine.ram_shared)
+        identity, ram = self._identity, self._open_ram
+        self._capture = Capture(self.reactor, qmp, identity, self._tell, machine, self._pid, ram)
         self.reactor.after(self._patience.start_s, self._give_up_starting)
+
+    def _open_ram(self) -> int:
+        return self.core.take(self.core.lookup("ram").selector)
 
     def _on_qmp(self, name: str, data: dict[str, Any]) -> None:
         if name == "GREETING" and self._qmp is not None and self._machine is not None:
-            if self._machine.start == "clone":
+            if self._machine.start in PRIVATE:
                 self._sequence = template.load(self._qmp, self._loaded, self._broken)
             else:
                 self._running()
         elif self._disks is not None:
             self._disks.on_qmp(name, data)
+        if self._capture is not None:
+            self._capture.on_qmp(name, data)
         if name == "MIGRATION" and self._sequence is not None:
             self._sequence.migration(str(data.get("status")))
         elif name == "GUEST_PANICKED":
@@ -168,8 +193,10 @@ class Monitor(Component):
     def _guest_said(self, word: str) -> None:
         if self._machine is None or self._qmp is None:
             return
-        if word == "ready" and self._machine.start == "clone":
+        if word == "ready" and self._machine.start in PRIVATE:
             self._running()
+        elif word in ("paused", "refused") and self._capture is not None:
+            self._capture.said(word)
         elif word == "waiting" and self._machine.start == "template" and self._sequence is None:
             self._sequence = template.save(self._qmp, self._saved, self._broken)
 

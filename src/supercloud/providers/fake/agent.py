@@ -15,6 +15,7 @@ from supercloud.model.events import Event
 from supercloud.providers.fake import identity
 from supercloud.providers.fake.cloud import FakeCloud, Platform
 from supercloud.trust import tls
+from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.messages import (
     CONTROL_TO_AGENT,
@@ -52,7 +53,7 @@ class FakeAgent:
         calls: dict[str, Implementation] = {
             "ee.apply": self._apply, "ee.list": self._list, "ee.exec": self._exec,
             "ee.logs": self._logs, "ee.console": self._console, "ee.restart": self._restart,
-            "platform.shutdown": self._shutdown,
+            "platform.shutdown": self._shutdown, "ee.checkpoint": self._checkpoint,
         }  # fmt: skip
         self._handlers = handlers(CONTROL_TO_AGENT, calls)
 
@@ -111,7 +112,12 @@ class FakeAgent:
             protocol=PROTOCOL,
             version="fake",
             boot_id=self.platform.boot_id,
-            engines={"crun": "pretended", "qemu": "pretended"},
+            engines={
+                "crun": "pretended",
+                "qemu": "pretended",
+                "checkpoint:container": "",
+                "checkpoint:vm": "" if self.cloud.options.vm_checkpoints else "its options say so",
+            },
             accelerator="tcg",
             memory_bytes=self.platform.memory_bytes,
             cpus=self.platform.cpus,
@@ -150,11 +156,25 @@ class FakeAgent:
             return self.report()  # late: a newer one came already
         there = {status.uid: status for status in platform.statuses}
         platform.generation, platform.specs = apply.generation, list(apply.environments)
-        platform.statuses = [there.get(s.uid) or _status(s) for s in apply.environments]
+        platform.statuses = [there.get(s.uid) or self._begun(s) for s in apply.environments]
+        uids = {status.uid for status in platform.statuses}
+        platform.words = {uid: words for uid, words in platform.words.items() if uid in uids}
         self.cloud.save(platform)
         if self._settling is None or self._settling.done():
             self._settling = asyncio.ensure_future(self._settle())
         return self.report()
+
+    def _begun(self, spec: EnvironmentSpec) -> EnvironmentStatus:
+        """From its image, or from a checkpoint; one that is refused is said to be."""
+        status, words = _status(spec), []
+        if spec.restore is not None:
+            try:
+                content = self.cloud.checkpoints.read(self.platform.host, spec.restore)
+            except SupercloudError as error:
+                return replace(status, state="failed", reason=str(error))
+            words = list(content["words"])
+        self.platform.words[spec.uid] = words
+        return status
 
     def resume(self) -> None:
         """Go on with what was applied before the process ended."""
@@ -189,6 +209,9 @@ class FakeAgent:
 
     async def _list(self, _call: Call, _params: Empty) -> PlatformReport:
         return self.report()
+
+    async def _checkpoint(self, _call: Call, asked: CheckpointTake) -> CheckpointTaken:
+        return await self.cloud.checkpoints.take_environment(self.platform, asked)
 
     async def _restart(self, _call: Call, asked: ByName) -> Empty:
         old = self._find(asked.name)

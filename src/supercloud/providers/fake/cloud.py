@@ -5,8 +5,10 @@
     DIRECTORY/creations.jsonl   one line for every platform that was ever made
     DIRECTORY/NAME.json         a platform (mode 0600: it holds its token)
     DIRECTORY/NAME.key .pem     its agent's key, and its certificate once it enrolled
+    DIRECTORY/down              it cannot be reached, nor reach others, while this is there
     DIRECTORY/volumes           see ``volumes``
     DIRECTORY/objects           see ``objects``
+    DIRECTORY/checkpoints       see ``checkpoints``
 """
 
 import asyncio
@@ -18,11 +20,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 from supercloud.model.errors import Exists, Invalid, NoResources, NotFound, Temporary, Unsupported
 from supercloud.model.states import MACHINE, step
 from supercloud.providers.base import HostCapacity, PlatformObservation, PlatformRequest
 from supercloud.providers.fake import bootdata
+from supercloud.providers.fake.checkpoints import FakeCheckpoints
 from supercloud.providers.fake.files import write_private
 from supercloud.providers.fake.objects import FakeObjects
 from supercloud.providers.fake.options import Options
@@ -30,9 +34,13 @@ from supercloud.providers.fake.templates import FakeTemplates
 from supercloud.providers.fake.volumes import FakeVolumes
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.messages import EnvironmentSpec, EnvironmentStatus
+from supercloud.wire.tunnel import PeerHost, TunnelApply
 
 FIRST_PORT = 20_000
 LAST_PORT = 60_000
+_WORLDS: "WeakValueDictionary[str, FakeCloud]" = WeakValueDictionary()
+"""All clouds of this process, by their directory: so one host reaches another."""
+
 Hook = Callable[[str, str, str], None]
 """Called with ("before" | "after", operation, name) around every effect; what it raises, is raised:
 so a test crashes the control plane between any two effects."""
@@ -60,6 +68,7 @@ class Platform:
     generation: int = 0
     specs: list[EnvironmentSpec] = field(default_factory=list)
     statuses: list[EnvironmentStatus] = field(default_factory=list)
+    words: dict[str, list[str]] = field(default_factory=dict)  # what its EEs remember, by uid
 
     def observation(self) -> PlatformObservation:
         """As the provider shows it."""
@@ -86,6 +95,7 @@ class FakeCloud:
         self.changed = asyncio.Event()
         self.creations: Counter[str] = Counter()
         self.platforms: dict[str, Platform] = {}
+        self.tunnels: dict[str, TunnelApply] = {}  # what a host was told, by its name
         self._failures = Counter(
             create=self.options.fail_create,
             delete=self.options.fail_delete,
@@ -93,12 +103,46 @@ class FakeCloud:
         )
         self._load()
         self.volumes, self.objects = FakeVolumes(self), FakeObjects(self)
+        self.checkpoints = FakeCheckpoints(self)
         self.templates = FakeTemplates(self)
+        _WORLDS[self.directory] = self
+
+    # -- its connection to the world
+
+    @property
+    def down(self) -> bool:
+        """Whether it cannot be reached: for as long as ``DIRECTORY/down`` is there."""
+        return os.path.exists(self.path("down", ""))
+
+    def reach(self, peer: PeerHost) -> "FakeCloud | None":
+        """The cloud of another host, while both are there."""
+        cloud = _WORLDS.get(peer.address)
+        return None if self.down or cloud is None or cloud.down else cloud
+
+    def cut_off(self) -> None:
+        """Nobody reaches it, and it reaches nobody; what is there goes on."""
+        write_private(self.path("down", ""), b"")
+        self._announce()
+
+    def kill(self) -> None:
+        """All of its hosts lose their power."""
+        self.cut_off()
+        for platform in self.platforms.values():
+            platform.state, platform.reason = "failed", "the host was started anew"
+            self.save(platform)
+        self.volumes.killed()
+
+    def come_back(self) -> None:
+        """It can be reached again."""
+        os.unlink(self.path("down", ""))
+        self._announce()
 
     # -- what a provider does
 
     async def pretend(self, operation: str) -> None:
-        """Take as long as configured, then fail if that is configured."""
+        """Take as long as configured, then fail if that is configured, or while it is down."""
+        if self.down:
+            raise Temporary(f"{self.name} cannot be reached: pretended", delay_s=0.01)
         if self.options.latency_ms:
             await asyncio.sleep(self.options.latency_ms / 1000)
         if self._failures[operation] > 0:
@@ -123,6 +167,13 @@ class FakeCloud:
                 )
         return list(free.values())
 
+    def host(self, name: str) -> HostCapacity:
+        """NotFound."""
+        for host in self.hosts():
+            if host.name == name:
+                return host
+        raise NotFound(f"{self.name} has no host {name}")
+
     def create(self, request: PlatformRequest) -> Platform:
         """Make the platform, or find it; all refusals precede all effects."""
         shape = shape_of(request)
@@ -132,6 +183,8 @@ class FakeCloud:
             return there
         self._check(request)
         platform = self._new(request, shape)
+        if request.restore is not None:
+            self._restore(platform, self.checkpoints.read(request.host, request.restore))
         self.hook("before", "create", request.name)
         self._count(request.name)
         self.platforms[request.name] = platform
@@ -204,6 +257,32 @@ class FakeCloud:
             platform.state, platform.reason = "failed", str(error)
         return platform
 
+    def _restore(self, platform: Platform, content: dict[str, Any]) -> None:
+        """It goes on as it was, with its key and certificate."""
+        was = decode(Platform, content["platform"], "checkpoint")
+        platform.boot, platform.boot_id, platform.generation = was.boot, was.boot_id, was.generation
+        platform.specs, platform.statuses, platform.words = was.specs, was.statuses, was.words
+        for suffix, text in content["files"].items():
+            write_private(self.path(platform.name, suffix), text.encode())
+
+    def remember(self, name: str, word: str) -> None:
+        """What an EE keeps in mind while it runs; NotFound."""
+        for platform in self.platforms.values():
+            for status in platform.statuses:
+                if status.name == name and status.uid in platform.words:
+                    platform.words[status.uid].append(word)
+                    self.save(platform)
+                    return
+        raise NotFound(f"no environment {name} runs at {self.name}")
+
+    def remembered(self, name: str) -> list[str]:
+        """What an EE has in mind; nothing when it runs nowhere."""
+        for platform in self.platforms.values():
+            for status in platform.statuses:
+                if status.name == name:
+                    return list(platform.words.get(status.uid, []))
+        return []
+
     def _ports(self, host: str, count: int) -> int:
         taken = sorted((p.first_port, p.ports) for p in self.platforms.values() if p.host == host)
         first = FIRST_PORT
@@ -247,6 +326,6 @@ class FakeCloud:
 
 
 def shape_of(request: PlatformRequest) -> str:
-    """What makes two requests of one name the same: everything but the config disk."""
-    shape = {k: v for k, v in encode(request).items() if k != "config_iso"}
+    """What makes two requests of one name the same: all but config disk and checkpoint."""
+    shape = {k: v for k, v in encode(request).items() if k not in ("config_iso", "restore")}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()

@@ -17,6 +17,7 @@ from supercloud.model.errors import Busy, Invalid, NoResources, NotFound, Perman
 from supercloud.providers.fake.files import write_private
 from supercloud.trust import keys
 from supercloud.trust.names import SERVICE, Identity
+from supercloud.wire.checkpoints import BUCKET
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.objects import (
     STORE,
@@ -132,6 +133,8 @@ class FakeObjects:
         store = self.stores.get(host)
         if store is None:
             return ObjectsStatus(state="absent")
+        if bucket in ("", BUCKET):
+            self._cloud.checkpoints.dropped(host)
         if not bucket:
             del self.stores[host]
             os.unlink(self._path(host))

@@ -18,10 +18,14 @@ _NUMBERS = {
     "platforms": (0, 10_000),
     "volumes": (0, 1),
     "objects": (0, 1),
+    "checkpoints": (0, 1),
+    "vm_checkpoints": (0, 1),
+    "tunnel": (0, 1),
     "templates": (0, 1),
     "latency_ms": (0, 60_000),
     "boot_ms": (0, 600_000),
     "start_ms": (0, 600_000),
+    "checkpoint_ms": (0, 600_000),
     "reconnect_ms": (1, 60_000),
     "fail_create": (0, 1000),
     "fail_delete": (0, 1000),
@@ -35,7 +39,10 @@ class Options:
 
     Every provider call takes ``latency_ms``; a platform's agent dials ``boot_ms`` after creation,
     an environment serves ``start_ms`` after it was applied. The first ``fail_*`` calls of that kind
-    are answered with Temporary. ``volumes``, ``objects``, ``templates`` 0: it has none.
+    are answered with Temporary. ``volumes``, ``objects``, ``templates``,
+    ``checkpoints`` 0: it has none;
+    ``vm_checkpoints`` 0: its platforms say that they take none of VMs; ``tunnel`` 0: a host does
+    not reach the object store of another one. A checkpoint takes ``checkpoint_ms``.
     """
 
     hosts: int = 3
@@ -45,10 +52,14 @@ class Options:
     platforms: int = 64
     volumes: int = 1
     objects: int = 1
+    checkpoints: int = 1
+    vm_checkpoints: int = 1
+    tunnel: int = 1
     templates: int = 1
     latency_ms: int = 0
     boot_ms: int = 0
     start_ms: int = 0
+    checkpoint_ms: int = 0
     reconnect_ms: int = 50
     fail_create: int = 0
     fail_delete: int = 0

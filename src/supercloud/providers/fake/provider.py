@@ -11,6 +11,7 @@ from supercloud.model.errors import SupercloudError
 from supercloud.providers.base import (
     FEATURES,
     Accept,
+    Checkpoints,
     Console,
     HostCapacity,
     Objects,
@@ -25,6 +26,7 @@ from supercloud.providers.fake.cloud import FakeCloud
 from supercloud.providers.fake.options import options_of
 from supercloud.trust.names import check_label
 from supercloud.wire.objects import ServiceStatus
+from supercloud.wire.tunnel import PeerHost, TunnelApply
 
 log = logging.getLogger("supercloud.providers.fake")
 
@@ -43,12 +45,20 @@ class FakeProvider:
         self._agents: dict[str, FakeAgent] = {}
         self.volumes: Volumes | None = cloud.volumes if cloud.options.volumes else None
         self.objects: Objects | None = cloud.objects if cloud.options.objects else None
+        has = cloud.options.checkpoints
+        self.checkpoints: Checkpoints | None = cloud.checkpoints if has else None
         self.templates: Templates | None = cloud.templates if cloud.options.templates else None
 
     async def features(self) -> dict[str, str]:
         """Everything but speed: there is no machine to have KVM."""
         pretended = dict.fromkeys(FEATURES, "")
-        has = {"volumes": self.volumes, "objects": self.objects, "templates": self.templates}
+        has: dict[str, object] = {
+            "volumes": self.volumes,
+            "objects": self.objects,
+            "templates": self.templates,
+            "checkpoints": self.checkpoints,
+            "tunnel": self.cloud.options.tunnel,
+        }
         lacks = {name: "" if there else "its options say so" for name, there in has.items()}
         return pretended | {"kvm": "nothing really runs here"} | lacks
 
@@ -89,6 +99,17 @@ class FakeProvider:
             found.append((host, status))
         return found
 
+    async def peer(self, host: str) -> PeerHost:
+        """Who it is; nobody listens there."""
+        self.cloud.host(host)
+        return PeerHost(name=host, user="pretended", address=self.cloud.directory, port=1)
+
+    async def tunnels(self, host: str, asked: TunnelApply) -> None:
+        """Note it."""
+        await self.cloud.pretend("tunnels")
+        self.cloud.host(host)
+        self.cloud.tunnels[host] = asked
+
     async def rendezvous(self, accept: Accept) -> None:
         """Keep every running platform's agent dialling."""
         dialling: dict[str, asyncio.Task[None]] = {}
@@ -111,7 +132,8 @@ class FakeProvider:
             await agent.stop()
 
     async def _follow(self, dialling: dict[str, asyncio.Task[None]], accept: Accept) -> None:
-        wanted = {p.name: p for p in self.cloud.platforms.values() if p.state == "running"}
+        running = [p for p in self.cloud.platforms.values() if p.state == "running"]
+        wanted = {p.name: p for p in running if not self.cloud.down}
         for name in dialling.keys() - wanted.keys():
             await _cancel(dialling.pop(name))
             if agent := self._agents.pop(name, None):

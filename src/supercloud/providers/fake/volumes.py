@@ -15,11 +15,28 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from supercloud.model.errors import BadState, Denied, Invalid, NoResources, NotFound
+from supercloud.model.errors import (
+    BadState,
+    Denied,
+    Invalid,
+    NoResources,
+    NotFound,
+    Temporary,
+)
 from supercloud.model.states import VOLUME, step
 from supercloud.providers.fake.files import write_private
+from supercloud.providers.fake.mirrors import Member, Mirrored
 from supercloud.wire.codec import decode, encode
+from supercloud.wire.mirrors import (
+    Mirror,
+    MirrorStatus,
+    Shared,
+    VolumeFence,
+    VolumeLease,
+    VolumeRejoin,
+)
 from supercloud.wire.places import VOLUME_SLOTS
+from supercloud.wire.tunnel import PeerHost
 from supercloud.wire.volumes import (
     Seal,
     VolumeFigures,
@@ -51,6 +68,10 @@ class Volume:
     snapshots: dict[str, list[Any]] = field(default_factory=dict)
     evidence: int = 0
     reason: str = ""
+    shared: Shared | None = None
+    streamed: bool = False
+    in_order: bool = False  # it was closed so, and not opened since
+    mirror: Mirrored | None = None
 
     @property
     def seal(self) -> Seal:
@@ -68,7 +89,8 @@ class Volume:
             mode="vhost-user-blk" if self.slot else "", seal=self.seal,
             stored_bytes=written, snapshots=list(self.snapshots),
             figures=VolumeFigures(written_bytes=written, writes=len(self.words)),
-            evidence=self.evidence, reason=self.reason, tag=self.spec.tag,
+            evidence=self.evidence, reason=self.reason, tag=self.spec.tag, shared=self.shared,
+            mirror=self.mirror.status() if self.mirror else None,
         )  # fmt: skip
 
 
@@ -86,29 +108,127 @@ class FakeVolumes:
     async def open(self, host: str, asked: VolumeOpen) -> VolumeStatus:
         """Have it, and its next epoch; refused when it is not what ``asked.seal`` is of."""
         await self._cloud.pretend("open")
-        volume = self.volumes.get(asked.spec.name)
+        volume = self.volumes.get(self.key_of(host, asked.spec.name))
         if volume is None:
             volume = self._make(host, asked)
-        elif volume.host != host:
-            raise NotFound(f"host {host} has no volume {asked.spec.name}")
         else:
             _check(volume, asked)
         if volume.state in ("served", "attached"):
             return volume.status()
         volume.spec = asked.spec
         volume.epoch = max(volume.epoch, asked.seal.epoch) + 1
+        volume.in_order = False
         return self._to(volume, "opened")
 
-    async def serve(self, host: str, name: str, epoch: int) -> VolumeStatus:
+    async def serve(
+        self,
+        host: str,
+        name: str,
+        epoch: int,
+        *,
+        mirror: Mirror | None = None,
+        shared: Shared | None = None,
+    ) -> VolumeStatus:
         """Let it be used; Denied for another epoch than its own."""
         volume = await self._find("serve", host, name)
         if epoch != volume.epoch:
             raise Denied(f"volume {name} is at epoch {volume.epoch}, not {epoch}")
         if volume.state in ("served", "attached"):
+            if volume.shared != shared or (volume.mirror is None) != (mirror is None):
+                raise BadState(f"volume {name} is served otherwise: close it first")
             return volume.status()
-        volume.used = True
+        if mirror is not None and volume.mirror is None:
+            volume.mirror = Mirrored.begun(mirror, self._streams(volume, mirror), volume.words)
+            volume.used = True
+            return self._to(volume, volume.state)
+        if volume.mirror is not None and (why := volume.mirror.closed_by()):
+            raise Temporary(f"volume {name} cannot be used yet: {why}", delay_s=0.01)
+        volume.used, volume.shared = True, shared
         volume.sequence += 1  # its epoch is made durable
         return self._to(volume, "served")
+
+    async def lease(self, host: str, asked: VolumeLease) -> MirrorStatus:
+        """Let the mirror there answer."""
+        volume = await self._find("lease", host, asked.name)
+        mirror = _mirror_of(volume, asked.generation)
+        self._look(volume, mirror)
+        mirror.leased(asked)
+        self.save(volume)
+        return mirror.status()
+
+    async def rejoin(self, host: str, asked: VolumeRejoin) -> MirrorStatus:
+        """A replica is there again."""
+        volume = await self._find("rejoin", host, asked.name)
+        mirror = _mirror_of(volume, asked.generation)
+        member = mirror.member(asked.replica)
+        if not member.connected:
+            member.peer = asked.peer
+            found = self._streamed(volume, asked.peer, asked.generation)
+            if found is None:
+                raise Denied(f"volume {asked.name} is not served by {asked.peer.name}")
+            member.connected = True
+        self.save(volume)
+        return mirror.status()
+
+    async def fence(self, host: str, asked: VolumeFence) -> None:
+        """A mirror of an older generation there never answers again."""
+        volume = await self._find("fence", host, asked.name)
+        if volume.mirror is not None and volume.mirror.generation < asked.generation:
+            volume.mirror = None
+            self._to(volume, "failed")
+
+    def _streams(self, volume: Volume, mirror: Mirror) -> dict[str, list[str]]:
+        """The words of each replica that is connected, by its name."""
+        found = {}
+        for replica in mirror.replicas:
+            if replica.there and replica.peer is None:
+                found[replica.replica] = volume.words
+            elif replica.there and replica.peer is not None:
+                other = self._streamed(volume, replica.peer, mirror.generation)
+                if other is not None:
+                    found[replica.replica] = other.words
+        usable = [r for r in mirror.replicas if r.in_sync and r.replica in found]
+        if not usable or not (mirror.all_ended or any(r.kept for r in usable)):
+            raise Temporary("no replica that will do can be reached", delay_s=0.01)
+        return found
+
+    def _streamed(self, volume: Volume, peer: PeerHost, generation: int) -> Volume | None:
+        """The replica there, if it is served to us and nobody had it yet."""
+        other = self._replica(volume, peer, generation)
+        if other is None or other.streamed:
+            return None
+        other.streamed = True
+        self._save_at(peer, other)
+        return other
+
+    def _save_at(self, peer: PeerHost, other: Volume) -> None:
+        cloud = self._cloud.reach(peer)
+        if cloud is not None:
+            cloud.volumes.save(other)
+
+    def _look(self, volume: Volume, mirror: Mirrored) -> None:
+        """See who is gone, and copy what is lacking."""
+        mirror.look(lambda member: self._stream(volume, member))
+        for peer in [member.peer for member in mirror.members if member.peer is not None]:
+            other = self._replica(volume, peer, mirror.generation)
+            if other is not None:
+                self._save_at(peer, other)
+
+    def _stream(self, volume: Volume, member: Member) -> list[str] | None:
+        """The words of a replica that is connected, while it is there; its user writes to them."""
+        if member.peer is None or volume.mirror is None:
+            return volume.words
+        other = self._replica(volume, member.peer, volume.mirror.generation)
+        return other.words if other is not None and other.streamed else None
+
+    def _replica(self, volume: Volume, peer: PeerHost, generation: int) -> Volume | None:
+        cloud = self._cloud.reach(peer)
+        if cloud is None:
+            return None
+        other = cloud.volumes.volumes.get(cloud.volumes.key_of(peer.name, volume.spec.name))
+        served = other is not None and other.state == "served"
+        wanted = Shared(host=volume.host, generation=generation)
+        return other if served and other is not None and other.shared == wanted else None
 
     async def attach(self, host: str, name: str, platform: str) -> VolumeStatus:
         """Give it to a running platform."""
@@ -120,6 +240,8 @@ class FakeVolumes:
             if volume.platform != platform:
                 raise BadState(f"volume {name} is attached to {volume.platform}")
             return volume.status()
+        if volume.shared is not None:
+            raise BadState(f"volume {name} is used by {volume.shared.host}")
         step(VOLUME, volume.state, "attached")
         volume.slot = self._free_slot(platform)
         volume.platform = platform
@@ -138,18 +260,25 @@ class FakeVolumes:
         volume = await self._find("close", host, name)
         if volume.state == "attached":
             raise BadState(f"volume {name} is attached to {volume.platform}: detach it first")
-        return self._to(volume, "closed")
+        volume.in_order = volume.in_order or volume.state in OPEN
+        status = self._to(volume, "closed")
+        mirror = volume.mirror.closed() if volume.mirror is not None else None
+        volume.mirror, volume.shared, volume.streamed = None, None, False
+        self.save(volume)
+        seal = status.seal if volume.in_order else Seal()
+        return replace(status, mirror=mirror, shared=None, seal=seal)
 
     async def delete(self, host: str, name: str) -> None:
         """Likewise. Gone already is fine."""
         await self._cloud.pretend("delete_volume")
-        volume = self.volumes.get(name)
-        if volume is None or volume.host != host:
+        key = self.key_of(host, name)
+        volume = self.volumes.get(key)
+        if volume is None:
             return
         if volume.state == "attached":
             raise BadState(f"volume {name} is attached to {volume.platform}: detach it first")
-        del self.volumes[name]
-        os.unlink(self._path(name))
+        del self.volumes[key]
+        os.unlink(self._path(key))
 
     async def change(self, host: str, spec: VolumeSpec) -> VolumeStatus:
         """Grow it, or throttle it otherwise."""
@@ -197,9 +326,39 @@ class FakeVolumes:
         volume = self.volumes[name]
         if volume.state != "attached":
             raise BadState(f"volume {name} is {volume.state}: nobody can write to it")
+        if volume.mirror is not None:
+            self._write_all(volume, volume.mirror, word)
+            return
         volume.words.append(word)
         volume.sequence += 1
-        self._save(volume)
+        self.save(volume)
+
+    def _write_all(self, volume: Volume, mirror: Mirrored, word: str) -> None:
+        """Answered only when all have it that count; Temporary: not yet."""
+        self._look(volume, mirror)
+        if why := mirror.closed_by():
+            raise Temporary(f"nothing is answered: {why}")
+        for member in mirror.members:
+            peer, counted = member.peer, member.standing in ("in_sync", "joining")
+            if counted and peer is not None:
+                other = self._replica(volume, peer, mirror.generation)
+                if other is not None:
+                    other.words.append(word)
+                    other.sequence += 1
+                    self._save_at(peer, other)
+            elif counted:
+                volume.words.append(word)
+                volume.sequence += 1
+        self.save(volume)
+
+    def killed(self) -> None:
+        """The host was: nothing is open any more, and what was not closed was not closed."""
+        for volume in self.volumes.values():
+            if volume.state in OPEN:
+                volume.platform, volume.slot = "", 0
+                volume.mirror, volume.shared, volume.streamed = None, None, False
+                self._to(volume, "failed", "the host was started anew")
+                self._to(volume, "closed")
 
     def released(self, platform: str) -> None:
         """The platform is gone: its volumes are not attached any more."""
@@ -225,7 +384,7 @@ class FakeVolumes:
         self.volumes[copy.spec.name] = replace(
             copy, state=now.state, platform=now.platform, slot=now.slot
         )
-        self._save(self.volumes[copy.spec.name])
+        self.save(self.volumes[copy.spec.name])
 
     # -- how
 
@@ -237,7 +396,7 @@ class FakeVolumes:
             raise NotFound(f"{self._cloud.name} has no host {host}")
         if asked.spec.size_bytes > there.disk_total_bytes:
             raise NoResources(f"{host}: {asked.spec.size_bytes} bytes of disk do not fit")
-        name = asked.spec.name
+        name = self.key_of(host, asked.spec.name)
         self.creations[name] += 1
         with open(os.path.join(self._directory, "creations.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps({"name": name}) + "\n")
@@ -247,10 +406,15 @@ class FakeVolumes:
 
     async def _find(self, operation: str, host: str, name: str) -> Volume:
         await self._cloud.pretend(operation)
-        volume = self.volumes.get(name)
-        if volume is None or volume.host != host:
+        volume = self.volumes.get(self.key_of(host, name))
+        if volume is None:
             raise NotFound(f"host {host} has no volume {name}")
         return volume
+
+    def key_of(self, host: str, name: str) -> str:
+        """Its name, or one that says the host: when another host here has one of that name."""
+        there = self.volumes.get(name)
+        return name if there is None or there.host == host else f"{name}@{host}"
 
     async def _opened(self, operation: str, host: str, name: str) -> Volume:
         volume = await self._find(operation, host, name)
@@ -267,16 +431,18 @@ class FakeVolumes:
                 return slot
         raise NoResources(f"platform {platform} has {VOLUME_SLOTS} volumes already")
 
-    def _to(self, volume: Volume, state: str) -> VolumeStatus:
-        volume.state, volume.reason = step(VOLUME, volume.state, state), ""
-        self._save(volume)
+    def _to(self, volume: Volume, state: str, reason: str = "") -> VolumeStatus:
+        volume.state, volume.reason = step(VOLUME, volume.state, state), reason
+        self.save(volume)
         return volume.status()
 
     def _path(self, name: str) -> str:
         return os.path.join(self._directory, name + ".json")
 
-    def _save(self, volume: Volume) -> None:
-        write_private(self._path(volume.spec.name), json.dumps(encode(volume)).encode())
+    def save(self, volume: Volume) -> None:
+        """Keep it across the end of the process."""
+        key = self.key_of(volume.host, volume.spec.name)
+        write_private(self._path(key), json.dumps(encode(volume)).encode())
 
     def _load(self) -> None:
         for entry in sorted(os.listdir(self._directory)):
@@ -284,9 +450,17 @@ class FakeVolumes:
                 if entry.endswith(".json"):
                     loaded: Any = json.load(file)
                     volume = decode(Volume, loaded, entry)
-                    self.volumes[volume.spec.name] = volume
+                    self.volumes[entry.removesuffix(".json")] = volume
                 elif entry.endswith(".jsonl"):
                     self.creations.update(json.loads(line)["name"] for line in file)
+
+
+def _mirror_of(volume: Volume, generation: int) -> Mirrored:
+    if volume.mirror is None:
+        raise NotFound(f"volume {volume.spec.name} has no mirror here")
+    if volume.mirror.generation != generation:
+        raise Denied(f"this is generation {volume.mirror.generation}, not {generation}")
+    return volume.mirror
 
 
 def _check(volume: Volume, asked: VolumeOpen) -> None:

@@ -3,10 +3,11 @@
 import asyncio
 import base64
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
-from supercloud.model.errors import NotFound
+from supercloud.model.errors import NotFound, Temporary
 from supercloud.model.resources import Provider as Entry
 from supercloud.providers.base import (
     FEATURES,
@@ -17,6 +18,7 @@ from supercloud.providers.base import (
     PlatformRequest,
 )
 from supercloud.providers.context import Context
+from supercloud.providers.lower_layer.checkpoints import HostCheckpoints
 from supercloud.providers.lower_layer.dial import Connection, Dialer, Target, why_lost
 from supercloud.providers.lower_layer.objects import HostObjects
 from supercloud.providers.lower_layer.rendezvous import Rendezvous
@@ -27,8 +29,10 @@ from supercloud.wire.host import HOST, HostInfo, PlatformList, PlatformSpec, Pla
 from supercloud.wire.messages import ByName, Empty
 from supercloud.wire.objects import ServiceList, ServiceStatus
 from supercloud.wire.peer import ConnectionLost, Stream
+from supercloud.wire.tunnel import PeerHost, TunnelApply
 
 CREATE_TIMEOUT_S: Final = 120.0
+RESTORE_TIMEOUT_S: Final = 1800.0
 CALL_TIMEOUT_S: Final = 60.0
 _ANYWHERE: Final = ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
 
@@ -56,6 +60,7 @@ class LowerLayerProvider:
         self._connecting = asyncio.Lock()
         self.volumes = HostVolumes(entry.name, self._call)
         self.objects = HostObjects(entry.name, self._call)
+        self.checkpoints = HostCheckpoints(entry.name, self._call)
         self.templates = HostTemplates(entry.name, self._call, self._opened)
 
     async def features(self) -> dict[str, str]:
@@ -63,8 +68,8 @@ class LowerLayerProvider:
         info = await self._info()
         kvm = "" if info.accelerator == "kvm" else f"its accelerator is {info.accelerator}"
         unsaid = "the host does not say that it has any"
-        silent = {"kvm": kvm, "volumes": unsaid, "objects": unsaid, "templates": unsaid}
-        return dict.fromkeys(FEATURES, "") | silent | info.features
+        silent = dict.fromkeys(("volumes", "objects", "tunnel", "checkpoints", "templates"), unsaid)
+        return dict.fromkeys(FEATURES, "") | {"kvm": kvm} | silent | info.features
 
     async def hosts(self) -> list[HostCapacity]:
         """The one host, as far as the quota goes. Its name is the entry's."""
@@ -89,15 +94,15 @@ class LowerLayerProvider:
 
     async def ensure_platform(self, request: PlatformRequest) -> PlatformObservation:
         """Create or find: the user domain is idempotent by name and shape."""
-        if request.host != self._entry.name:
-            raise NotFound(f"{self._entry.name} has no host {request.host}")
+        self._check(request.host)
         spec = PlatformSpec(
             name=request.name, image=request.image, cpus=request.cpus,
             memory_bytes=request.memory_bytes, scratch_bytes=request.scratch_bytes,
-            ports=request.ports, tag=request.tag,
+            ports=request.ports, tag=request.tag, restore=request.restore,
             config_base64=base64.b64encode(request.config_iso).decode(),
         )  # fmt: skip
-        status: PlatformStatus = await self._call("platform.create", spec, CREATE_TIMEOUT_S)
+        timeout_s = CREATE_TIMEOUT_S if request.restore is None else RESTORE_TIMEOUT_S
+        status: PlatformStatus = await self._call("platform.create", spec, timeout_s)
         return self._observation(status)
 
     async def platforms(self) -> list[PlatformObservation]:
@@ -122,6 +127,23 @@ class LowerLayerProvider:
         listed: ServiceList = await self._call("service.list", Empty())
         return [(self._entry.name, status) for status in listed.services]
 
+    async def peer(self, host: str) -> PeerHost:
+        """The host's front door, by its number: who dials has no name service. Temporary."""
+        self._check(host)
+        target = self._dialer.target
+        loop, kind = asyncio.get_running_loop(), socket.SOCK_STREAM
+        try:
+            found = await loop.getaddrinfo(target.address, target.port, type=kind)
+        except OSError as error:
+            raise Temporary(f"{target}: no address for that name: {error}") from error
+        address = str(found[0][4][0])
+        return PeerHost(name=target.name, user=target.user, address=address, port=target.port)
+
+    async def tunnels(self, host: str, asked: TunnelApply) -> None:
+        """What the host asks of others, and lets them have."""
+        self._check(host)
+        await self._call("tunnel.apply", asked)
+
     async def rendezvous(self, accept: Accept) -> None:
         """Keep connections parked for agents, until cancelled."""
         await Rendezvous(self._dialer, accept).run()
@@ -133,6 +155,10 @@ class LowerLayerProvider:
             await connection.close()
 
     # -- how
+
+    def _check(self, host: str) -> None:
+        if host != self._entry.name:
+            raise NotFound(f"{self._entry.name} has no host {host}")
 
     async def _info(self) -> HostInfo:
         info: HostInfo = await self._call("host.info", Empty())

@@ -5,6 +5,14 @@ from typing import Any, Final
 
 from supercloud.model.errors import NotFound
 from supercloud.wire.messages import ByName, Empty
+from supercloud.wire.mirrors import (
+    Mirror,
+    MirrorStatus,
+    Shared,
+    VolumeFence,
+    VolumeLease,
+    VolumeRejoin,
+)
 from supercloud.wire.volumes import (
     VolumeAttach,
     VolumeList,
@@ -16,6 +24,7 @@ from supercloud.wire.volumes import (
 )
 
 TIMEOUT_S: Final = 120.0
+LEASE_TIMEOUT_S: Final = 10.0
 Ask = Callable[[str, Any, float], Awaitable[Any]]
 """Calls a declared method of the host wire: name, parameters, seconds."""
 
@@ -30,9 +39,35 @@ class HostVolumes:
         """Have it, and its next epoch."""
         return await self._status(host, "volume.open", asked)
 
-    async def serve(self, host: str, name: str, epoch: int) -> VolumeStatus:
+    async def serve(
+        self,
+        host: str,
+        name: str,
+        epoch: int,
+        *,
+        mirror: Mirror | None = None,
+        shared: Shared | None = None,
+    ) -> VolumeStatus:
         """Let it be used."""
-        return await self._status(host, "volume.serve", VolumeServe(name=name, epoch=epoch))
+        asked = VolumeServe(name=name, epoch=epoch, mirror=mirror, shared=shared)
+        return await self._status(host, "volume.serve", asked)
+
+    async def lease(self, host: str, asked: VolumeLease) -> MirrorStatus:
+        """Let the mirror there answer."""
+        self._check(host)
+        status: MirrorStatus = await self._ask("volume.lease", asked, LEASE_TIMEOUT_S)
+        return status
+
+    async def rejoin(self, host: str, asked: VolumeRejoin) -> MirrorStatus:
+        """A replica is there again."""
+        self._check(host)
+        status: MirrorStatus = await self._ask("volume.rejoin", asked, TIMEOUT_S)
+        return status
+
+    async def fence(self, host: str, asked: VolumeFence) -> None:
+        """A mirror of an older generation there never answers again."""
+        self._check(host)
+        await self._ask("volume.fence", asked, LEASE_TIMEOUT_S)
 
     async def attach(self, host: str, name: str, platform: str) -> VolumeStatus:
         """Give it to a running platform."""

@@ -143,10 +143,14 @@ class Daemon:
         self.ask("nbd-server-stop")
 
     def serve_vhost(self, node: str, *, writable: bool) -> str:
-        """Export a node as a vhost-user-blk device: the address."""
+        """Export a node as a vhost-user-blk device: the address.
+
+        Such a device shows a machine no cache, and is sent no flushes, until the machine switches
+        one on: up to then everything is written through, or a kill would lose what was synced.
+        """
         address = names.fresh_address()
         export = {"type": "vhost-user-blk", "node-name": node, "writable": writable}
-        self._add_export(export | {"addr": names.unix(address)})
+        self._add_export(export | {"addr": names.unix(address), "writethrough": True})
         return address
 
     def end_vhost(self) -> None:

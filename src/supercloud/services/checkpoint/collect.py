@@ -19,25 +19,28 @@ chunk is lost rests on four things, none of them a clock:
 import contextlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Annotated, Final
 
 from supercloud.model.errors import Busy, Exists, NotFound
 from supercloud.services.checkpoint.chunks import pack_key
 from supercloud.services.checkpoint.keys import Ref
 from supercloud.services.checkpoint.lists import from_uses
 from supercloud.services.checkpoint.manifest import (
+    MAX_HISTORY,
     MAX_MANIFEST_BYTES,
     Head,
     Known,
     Lease,
     Manifest,
     Record,
+    Sequence,
     Void,
     from_record,
     to_record,
 )
 from supercloud.services.checkpoint.retention import DAY_MS, Retention
 from supercloud.services.checkpoint.store import Store
+from supercloud.wire.codec import Limit
 
 VOID_KEPT_MS: Final = 7 * DAY_MS
 """A commit under way for longer than this arrives nowhere."""
@@ -47,10 +50,11 @@ _ATTEMPTS: Final = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keep:
-    """What is to stay of an EE: its newest checkpoint, and others by the retention."""
+    """What is to stay of an EE: its newest checkpoint, and others by sequence or retention."""
 
     head: Head
-    retention: Retention
+    retention: Retention = field(default_factory=Retention)
+    sequences: Annotated[list[Sequence], Limit(max_length=MAX_HISTORY)] | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,6 +107,8 @@ class _Collection:
         """The sequences to keep, and that of the newest: what is above it is newer than we know."""
         newest = self._store.open(ee, keep.head)
         own = newest.manifest
+        if keep.sequences is not None:
+            return {own.sequence, *keep.sequences}, own.sequence
         known = Known(sequence=own.sequence, root=newest.root, taken_ms=own.taken_ms)
         return keep.retention.wanted([known, *own.history]), own.sequence
 

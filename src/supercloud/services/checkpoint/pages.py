@@ -22,7 +22,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
-from supercloud.model.errors import BadState, Invalid
+from supercloud.model.errors import BadState, Invalid, NoResources
 
 PAGE_BYTES: Final = 4096
 MAX_IMAGE_BYTES: Final = 1 << 42
@@ -38,6 +38,7 @@ _SCAN: Final = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
 _SCAN_ARGUMENT: Final = struct.Struct("<12Q")
 _REGION_BYTES: Final = 24
 _REGIONS: Final = 4096
+_SPARE_PAGES: Final = 1024
 _IS_FILE, _IS_PRESENT, _IS_SWAPPED = 1 << 2, 1 << 3, 1 << 4
 _MAPPING: Final = re.compile(
     r"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) ([0-9]+)"
@@ -94,17 +95,41 @@ class Memory:
                 raise
         return self._joined(listed)
 
-    def capture(self, into: int) -> int:
-        """Copy the dirty pages into an empty memory file, for ``Captured``; how many bytes."""
+    def make_room(self, into: int, most_bytes: int = MAX_IMAGE_BYTES) -> mmap.mmap:
+        """Memory for a capture, before the pause: to get it takes most of a capture's time.
+
+        For what is dirty by now and an eighth more, at most ``most_bytes`` of pages.
+        """
         runs = self.dirty()
         pages = sum(run.length for run in runs)
+        wanted = min(pages + pages // 8 + _SPARE_PAGES, most_bytes // PAGE_BYTES)
+        size = _data_offset(2 * len(runs) + _SPARE_PAGES) + wanted * PAGE_BYTES
+        os.ftruncate(into, size)
+        return mmap.mmap(into, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+
+    def capture(
+        self, into: int, most_bytes: int = MAX_IMAGE_BYTES, room: mmap.mmap | None = None
+    ) -> int:
+        """Copy the dirty pages into an empty memory file, for ``Captured``; how many bytes.
+
+        ``room`` is what ``make_room`` made in the file; it is closed. NoResources, before any page
+        is copied, when they are more than ``most_bytes``.
+        """
+        runs = self.dirty()
+        pages = sum(run.length for run in runs)
+        if pages * PAGE_BYTES > most_bytes:
+            raise NoResources(f"{pages * PAGE_BYTES} bytes were written, {most_bytes} have room")
         data = _data_offset(len(runs))
-        os.ftruncate(into, data + pages * PAGE_BYTES)
+        size = data + pages * PAGE_BYTES
+        if room is None or len(room) < size:
+            os.ftruncate(into, size)
+            room = mmap.mmap(into, size)
         header = _HEADER.pack(_MAGIC, self.size_bytes // PAGE_BYTES, len(runs), pages)
-        with mmap.mmap(into, data + pages * PAGE_BYTES) as target, memoryview(target) as view:
-            self._copy(runs, view[data:])
+        with room, memoryview(room) as view:
+            self._copy(runs, view[data:size])
             table = array("I", [number for run in runs for number in run]).tobytes()
             view[: len(header) + len(table)] = header + table
+        os.ftruncate(into, size)
         return pages * PAGE_BYTES
 
     def _joined(self, find: Callable[[int, int, int], Iterator[Run]]) -> list[Run]:

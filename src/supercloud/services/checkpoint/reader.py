@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
+from supercloud.model.errors import Invalid
 from supercloud.services.checkpoint.chunks import opened, pack_key
 from supercloud.services.checkpoint.keys import Refused
 from supercloud.services.checkpoint.lists import (
@@ -50,9 +51,19 @@ class Reader:
         size = self._manifest.part(name).size_bytes
         os.ftruncate(descriptor, 0)
         os.ftruncate(descriptor, size)
+        return self._write(name, descriptor)
+
+    def fill(self, name: str, descriptor: int) -> int:
+        """A part into a file of its size that has nothing in it yet (Invalid); its size."""
+        size, found = self._manifest.part(name).size_bytes, os.fstat(descriptor)
+        if found.st_size != size or found.st_blocks:
+            raise Invalid(f"{name} has {size} bytes, its file {found.st_size}, or it is not empty")
+        return self._write(name, descriptor)
+
+    def _write(self, name: str, descriptor: int) -> int:
         for offset, data in self.blocks(name):
             _write_at(descriptor, offset, data)
-        return size
+        return self._manifest.part(name).size_bytes
 
     def stream(self, name: str, write: Callable[[bytes], object]) -> int:
         """A part in order, zeros included, to whatever takes bytes; its size."""

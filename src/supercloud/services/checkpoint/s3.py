@@ -194,6 +194,7 @@ class S3:
             return self._idle.get_nowait()
         connection = self._new_connection()
         if self._dial is not None:
+            connection.auto_open = 0  # it would not be us who dials
             connection.sock = self._dial()
             connection.sock.settimeout(self._bucket.timeout_s)
         return connection

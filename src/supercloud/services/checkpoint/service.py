@@ -8,34 +8,40 @@
 | checkpoint.list | ``List`` | job; the checkpoints, newest first |
 | checkpoint.collect | ``Collect`` | job; the report |
 | checkpoint.status | | the jobs at work |
+| connection | one to the object service, that was wanted | nothing |
 
 A part's descriptor is a stream, a file, or for ``dirty`` a capture (``pages``) and then the file of
-the template it was captured over. The end of a job is told as ``job.done`` or ``job.failed``.
+the template it was captured over. The end of a job is told as ``job.done`` or ``job.failed``;
+``connection.wanted`` (see ``dialled``) where the configuration names a server.
 """
 
+import errno
+import fcntl
 import json
 import os
+import socket
 import ssl
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from supercloud.model.errors import BadState, Busy, Invalid
+from supercloud.model.errors import BadState, Busy, Invalid, Unsupported
 from supercloud.services.base import Tell
 from supercloud.services.checkpoint.backend import Backend
 from supercloud.services.checkpoint.collect import Keep, collect
+from supercloud.services.checkpoint.dialled import Dialled
 from supercloud.services.checkpoint.directory import Directory
 from supercloud.services.checkpoint.jobs import Jobs
 from supercloud.services.checkpoint.keys import Keys
-from supercloud.services.checkpoint.manifest import MAX_PARTS, PART_NAME, Head, Sequence
+from supercloud.services.checkpoint.manifest import MAX_PARTS, PART_NAME, Head, Part, Sequence
 from supercloud.services.checkpoint.pages import Captured, is_rebase_due
 from supercloud.services.checkpoint.reader import Reader
 from supercloud.services.checkpoint.s3 import S3, Bucket
 from supercloud.services.checkpoint.store import Checkpoint, Store
-from supercloud.services.checkpoint.writer import Writer
+from supercloud.services.checkpoint.writer import BATCH_BYTES, Writer
 from supercloud.wire.codec import Limit, Name, Text, decode, encode
 from supercloud.wire.portal import Handler, Request
 from supercloud.wire.reactor import Reactor
@@ -52,6 +58,8 @@ class Configuration:
     secret: Annotated[str, Limit(pattern=r"[0-9a-f]{64}")] = field(repr=False)
     directory: Text = ""
     endpoint: Text = ""
+    server_name: Text = ""  # in place of an endpoint: who is at the end of dialled connections
+    region: Text = "us-east-1"
     bucket: Text = ""
     prefix: Text = ""
     access_key: Text = ""
@@ -89,12 +97,17 @@ class Take:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restore:
-    """Parts of a checkpoint to be read: the newest, or an older one that it vouches for."""
+    """Parts of a checkpoint to be read: the newest, or an older one that it vouches for.
+
+    Its details must be ``expected`` where both name the same thing, else Unsupported and nothing is
+    read. A memory file of fixed size must be as large as its part, and empty.
+    """
 
     ee: Name
     head: Head
     sequence: Sequence | None = None
     parts: Annotated[list[PartName], Limit(min_length=1, max_length=MAX_PARTS)]
+    expected: dict[str, Text] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +130,7 @@ class CheckpointService:
     """See the module."""
 
     def __init__(self, reactor: Reactor, tell: Tell) -> None:
-        self._jobs = Jobs(reactor, tell)
+        self._jobs, self._dialled = Jobs(reactor, tell), Dialled(reactor, tell)
         self._configured: Store | None = None
 
     def handlers(self) -> Mapping[str, Handler]:
@@ -129,6 +142,7 @@ class CheckpointService:
             "checkpoint.list": self._list,
             "checkpoint.collect": self._collect,
             "checkpoint.status": self._status,
+            "connection": self._dialled.give,
         }
 
     def close(self) -> None:
@@ -154,7 +168,9 @@ class CheckpointService:
         except ValueError as error:
             raise Invalid("the configuration is not JSON") from error
         keys = Keys(bytes.fromhex(found.secret), found.ucloud)
-        self._configured = Store(backend_of(found), keys)
+        if found.server_name:
+            self._dialled.expect(found.server_name, found.ca_pem)
+        self._configured = Store(backend_of(found, self._dialled.dial), keys)
 
     def _take(self, request: Request) -> dict[str, int]:
         take, store = decode(Take, request.untrusted), self._store
@@ -196,24 +212,26 @@ def make(reactor: Reactor, tell: Tell) -> CheckpointService:
     return CheckpointService(reactor, tell)
 
 
-def backend_of(configuration: Configuration) -> Backend:
-    """Where the configuration says that checkpoints are kept."""
-    if bool(configuration.directory) == bool(configuration.endpoint):
-        raise Invalid("checkpoints are kept in a directory or at an endpoint")
+def backend_of(configuration: Configuration, dial: Callable[[], socket.socket]) -> Backend:
+    """Where the configuration says that checkpoints are kept; ``dial`` is for a named server."""
+    server = configuration.server_name
+    if [configuration.directory, configuration.endpoint, server].count("") != 2:
+        raise Invalid("checkpoints are kept in a directory, at an endpoint or by a server")
     if configuration.directory:
         return Directory(Path(configuration.directory))
     context = None
-    if configuration.ca_pem:
+    if configuration.ca_pem and not server:
         context = ssl.create_default_context(cadata=configuration.ca_pem)
     bucket = Bucket(
-        endpoint=configuration.endpoint,
+        endpoint=configuration.endpoint or f"https://{server}",
+        region=configuration.region,
         name=configuration.bucket,
         access_key=configuration.access_key,
         secret_key=configuration.secret_key,
         prefix=configuration.prefix,
         context=context,
     )
-    return S3(bucket)
+    return S3(bucket, dial=dial if server else None)
 
 
 def _files(request: Request, count: int) -> list[int]:
@@ -234,14 +252,26 @@ def _taken(store: Store, take: Take, files: list[int]) -> dict[str, Any]:
     bases = {
         part.name: store.open(part.base.ee, part.base.head) for part in take.parts if part.base
     }
-    with Writer(store, take.ee, take.engine, take.head, bases.values()) as writer:
+    with Writer(store, take.ee, take.engine, take.head, _others(take, bases)) as writer:
         for part in take.parts:
             _write(writer, part, files, bases.get(part.name))
         head = writer.commit(take.details)
     parts = store.open(take.ee, head).manifest.parts
+    return {"head": encode(head), "parts": {part.name: _figures(part) for part in parts}}
+
+
+def _others(take: Take, bases: Mapping[str, Checkpoint]) -> list[Checkpoint]:
+    """The bases that the writer does not hold already, as the newest."""
+    return [
+        base for base in bases.values() if (take.ee, take.head) != (base.manifest.ee, base.head)
+    ]
+
+
+def _figures(part: Part) -> dict[str, Any]:
     return {
-        "head": encode(head),
-        "parts": {p.name: {"size_bytes": p.size_bytes, "new_bytes": p.new_bytes} for p in parts},
+        "size_bytes": part.size_bytes,
+        "new_bytes": part.new_bytes,
+        "incremental": part.base is not None,
     }
 
 
@@ -252,7 +282,7 @@ def _write(writer: Writer, part: TakePart, files: list[int], base: Checkpoint | 
         writer.write(part.name, partial(os.read, file))
     elif part.kind == "file":
         size_bytes = os.fstat(file).st_size
-        writer.write_at(part.name, size_bytes, partial(_read_at, file))
+        writer.write_at(part.name, size_bytes, partial(_read_at, file), _filled(file, size_bytes))
     else:
         _write_dirty(writer, part.name, Captured(file), files.pop(0), base)
 
@@ -272,14 +302,50 @@ def _write_dirty(
 
 
 def _restored(store: Store, restore: Restore, files: list[int]) -> dict[str, Any]:
-    reader = Reader(store, store.open(restore.ee, restore.head, restore.sequence))
+    checkpoint = store.open(restore.ee, restore.head, restore.sequence)
+    _check_alike(restore, checkpoint.manifest.details)
+    reader = Reader(store, checkpoint)
     sizes = {}
     for name, file in zip(restore.parts, files, strict=True):
-        if stat.S_ISREG(os.fstat(file).st_mode):
-            sizes[name] = reader.copy(name, file)
-        else:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
             sizes[name] = reader.stream(name, partial(_write_all, file))
+        elif _is_fixed(file):
+            sizes[name] = reader.fill(name, file)
+        else:
+            sizes[name] = reader.copy(name, file)
     return {"parts": sizes}
+
+
+def _check_alike(restore: Restore, details: Mapping[str, str]) -> None:
+    for name, expected in restore.expected.items():
+        if (found := details.get(name, expected)) != expected:
+            raise Unsupported(
+                f"the checkpoint of {restore.ee} is of a machine with {name} {found:.80}, "
+                f"this one has {expected:.80}",
+                hint="restore it as what it was, where that can be had",
+            )
+
+
+def _is_fixed(file: int) -> bool:
+    """Whether it is a memory file that can neither shrink nor grow."""
+    try:
+        return bool(fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:  # no memory file
+        return False
+
+
+def _filled(file: int, size_bytes: int) -> Iterator[int]:
+    """The offsets of a sparse file's batches that have anything in them; for ``write_at``."""
+    at = 0
+    while at < size_bytes:
+        try:
+            at = os.lseek(file, at, os.SEEK_DATA) // BATCH_BYTES * BATCH_BYTES
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+                return
+            raise
+        yield at
+        at += BATCH_BYTES
 
 
 def _rows(store: Store, wanted: List) -> dict[str, Any]:

@@ -124,10 +124,15 @@ class Writer:
 
         self._fill(part, batches(), is_base=True)
 
-    def write_at(self, name: str, size_bytes: int, read_at: ReadAt) -> None:
-        """A whole part of known size, read by several threads at once."""
+    def write_at(
+        self, name: str, size_bytes: int, read_at: ReadAt, offsets: Iterable[int] | None = None
+    ) -> None:
+        """A whole part of known size, read by several threads at once.
+
+        ``offsets``: of the batches of ``BATCH_BYTES`` that are not all zeros, ascending.
+        """
         part = self._new_part(name, None, size_bytes)
-        offsets = range(0, size_bytes, BATCH_BYTES)
+        offsets = range(0, size_bytes, BATCH_BYTES) if offsets is None else offsets
         self._fill(
             part,
             ([*_at(offset, min(BATCH_BYTES, size_bytes - offset), read_at)] for offset in offsets),

@@ -15,7 +15,7 @@ from supercloud.services.replication.stream import Bytes, Stream
 from supercloud.wire.reactor import Reactor
 
 MOST_REQUESTS: Final = 128
-MOST_BYTES: Final = 64 << 20
+MOST_BYTES: Final = 8 << 20
 _FLAGS: Final = (
     nbd.HAS_FLAGS | nbd.SEND_FLUSH | nbd.SEND_FUA | nbd.SEND_TRIM | nbd.SEND_ZEROES | nbd.MULTI
 )

@@ -25,6 +25,7 @@ from supercloud.model.errors import Invalid
 REGION_BYTES: Final = 64 << 10
 MOST_REPLICAS: Final = 3
 _HEADER_BYTES: Final = 4096
+_PAGE_BYTES: Final = 4096
 _HEAD: Final = struct.Struct("<II")
 _NOT_EMPTY: Final = re.compile(rb"[^\0]")
 
@@ -40,8 +41,9 @@ def covering(offset: int, length: int) -> range:
 
 
 def map_bytes(size_bytes: int) -> int:
-    """How large the memory file for a volume of that size is."""
-    return _HEADER_BYTES + (1 + MOST_REPLICAS) * _stride(count_of(size_bytes))
+    """How large the memory file for a volume of that size is: whole pages."""
+    size = _HEADER_BYTES + (1 + MOST_REPLICAS) * _stride(count_of(size_bytes))
+    return -(-size // _PAGE_BYTES) * _PAGE_BYTES
 
 
 def _stride(count: int) -> int:

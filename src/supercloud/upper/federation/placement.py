@@ -39,6 +39,8 @@ class Host:
     features: Mapping[str, str] = field(default_factory=dict)  # EE kind -> "" or why not
     volumes: str = ""  # why it has no volumes, or ""
     objects: str = ""  # why it has no object store, or ""
+    tunnel: str = "nothing joins it to other hosts"  # why it reaches no store elsewhere, or ""
+    checkpoints: Mapping[str, str] = field(default_factory=dict)  # EE kind -> "" or why none
 
     @property
     def key(self) -> tuple[str, str]:
@@ -93,13 +95,18 @@ def place(
     standing: Mapping[str, HostKey] | None = None,
     volumes: Mapping[str, HostKey] | None = None,
     store: HostKey | None = None,
+    *,
+    only: Mapping[str, str] | None = None,
+    platforms: bool = False,
 ) -> dict[str, HostKey]:
     """EE name -> (provider, host name) for every EE. Raises NoResources, with why per host.
 
     ``standing`` is where EEs are; one that may stay there does. ``volumes`` is where volumes are,
-    ``store`` where the object store is.
+    ``store`` where the object store is. ``only`` is the provider that an EE must go to, whatever
+    else it may; ``platforms``: checkpoints are taken of whatever platform an EE is on.
     """
-    return _Search(hosts, standing or {}, volumes or {}, store).run(instances_of(environments))
+    search = _Search(hosts, standing or {}, volumes or {}, store, only or {}, platforms=platforms)
+    return search.run(instances_of(environments))
 
 
 class _Search:
@@ -109,10 +116,14 @@ class _Search:
         standing: Mapping[str, HostKey],
         volumes: Mapping[str, HostKey],
         store: HostKey | None,
+        only: Mapping[str, str],
+        *,
+        platforms: bool,
     ) -> None:
         self._hosts = list(hosts)
         self._by_key = {host.key: host for host in hosts}
         self._standing, self._volumes, self._store = standing, volumes, store
+        self._only, self._platforms = only, platforms
         self._loads = {host.key: _Load() for host in hosts}
         self._placed: dict[str, HostKey] = {}
         self._worst: tuple[int, NoResources] | None = None
@@ -184,10 +195,12 @@ class _Search:
         """Why ``instance`` cannot go to ``host`` as things stand; "" when it can."""
         return (
             _wish_refused(instance, host)
+            or self._only_refused(instance, host)
             or self._platform_refused(host)
             or _size_refused(instance, host)
             or self._volumes_refused(instance, host)
             or self._store_refused(instance, host)
+            or self._checkpoints_refused(instance, host)
             or self._full(instance, host)
             or self._crowded(instance, host)
         )
@@ -218,12 +231,35 @@ class _Search:
             return f"its buckets are at {'/'.join(place)}"
         return ""
 
+    def _only_refused(self, instance: Instance, host: Host) -> str:
+        wanted = self._only.get(instance.name, host.provider)
+        return "" if wanted == host.provider else f"not at provider {wanted}"
+
+    def _checkpoints_refused(self, instance: Instance, host: Host) -> str:
+        if not self._platforms and instance.environment.checkpoint is None:
+            return ""
+        kind = "platform" if self._platforms else instance.environment.kind
+        if why := host.checkpoints.get(kind, ""):
+            return f"no checkpoints can be taken there: {why}"
+        place = self._store or self._with_buckets()
+        if place is None:
+            return f"its provider has no object store: {host.objects}" if host.objects else ""
+        if place == host.key:
+            return ""
+        for one in (host, self._by_key.get(place, host)):
+            if one.tunnel:
+                return f"its checkpoints are kept at {'/'.join(place)}: {one.tunnel}"
+        return ""
+
     def _with_buckets(self) -> HostKey | None:
-        """Where another EE that uses buckets has been put."""
+        """Where another EE that uses the object store has been put."""
         for key, load in self._loads.items():
-            if any(other.environment.buckets for other in load.instances):
+            if any(self._stores(other.environment) for other in load.instances):
                 return key
         return None
+
+    def _stores(self, environment: Environment) -> bool:
+        return bool(environment.buckets or environment.checkpoint or self._platforms)
 
     def _shared(self, volume: str) -> HostKey | None:
         """Where another EE that shares the volume has been put."""
@@ -294,6 +330,8 @@ def _no_resources(instance: Instance, refusals: Mapping[HostKey, str]) -> NoReso
         hint += "; a volume stays where it is until it is deleted (supercloud volumes)"
     if instance.environment.buckets:
         hint += "; all buckets of a U-Cloud are on one host (supercloud buckets)"
+    if instance.environment.checkpoint:
+        hint += "; all checkpoints of a U-Cloud are on one host (supercloud checkpoints)"
     return NoResources(
         f"no host can take environment {instance.name}: " + ("; ".join(shown) or "no hosts"),
         hint=hint,

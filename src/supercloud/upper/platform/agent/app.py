@@ -29,6 +29,7 @@ from supercloud.upper.platform.agent.manager import Manager
 from supercloud.upper.platform.agent.methods import Methods
 from supercloud.upper.platform.agent.names import Names
 from supercloud.upper.platform.agent.processes import load_modules
+from supercloud.upper.platform.agent.quiet import Quiet
 from supercloud.upper.platform.agent.scratch import Scratch
 from supercloud.upper.platform.agent.volumes import Volumes
 from supercloud.wire.messages import CONTROL_TO_AGENT, PlatformReport, handlers
@@ -58,18 +59,34 @@ def run() -> int:
     if not waiting:
         networks.prepare_kernel()
     link_nic, uplink_nic = uplink.bring_up()
-    if waiting:
-        waiting.confirm()
+    port = waiting.confirm() if waiting else -1
     log.info("platform %s of %s; link %s, uplink %s", boot.platform, boot.ucloud,
              link_nic and link_nic.name, uplink_nic and uplink_nic.name)  # fmt: skip
     way_out = uplink.Uplink(uplink_nic) if uplink_nic else None
     link_name = link_nic.name if link_nic else ""
-    asyncio.run(Agent(boot, way_out, link_name, cloned=waiting is not None).run())
+    agent = Agent(boot, way_out, link_name, cloned=waiting is not None, port=port)
+    asyncio.run(agent.run())
     return 0
 
 
 async def _load_modules() -> None:
     await load_modules(*networks.MODULES)
+
+
+def checkpoint_obstacles() -> dict[str, str]:
+    """Why an EE of a kind cannot be checkpointed on this platform; empty if it can."""
+    criu = "" if os.path.exists("/usr/sbin/criu") else "CRIU is not in this image"
+    return {"container": criu, "vm": tracking_obstacle()}
+
+
+def tracking_obstacle() -> str:
+    """Why the kernel cannot say which pages of a VM were written; empty if it can."""
+    with open("/proc/self/smaps") as file:
+        flags = next((line.split() for line in file if line.startswith("VmFlags:")), [])
+    if "sd" not in flags:
+        return "the platform's kernel has no soft-dirty bits"
+    release = [int(part) for part in os.uname().release.split("-")[0].split(".")[:2]]
+    return "" if release >= [6, 7] else "the platform's kernel is older than 6.7"
 
 
 def _protect_from_oom() -> None:
@@ -87,7 +104,9 @@ class Agent:
         link_nic: str,
         *,
         cloned: bool = False,
+        port: int = -1,
     ) -> None:
+        self._port = port
         self._boot, self._uplink, self._link_nic, self._cloned = boot, way_out, link_nic, cloned
         self._accelerator, self._scratch = Accelerator(), Scratch()
         self._link: Link | None = None
@@ -98,8 +117,9 @@ class Agent:
         link = self._link = Link(self._boot, self._hello, {}, self._connected)
         blobs = Blobs(link.source)
         services = Services(
-            blobs, networks.Networks(), self._scratch, self._accelerator, Volumes(Disks())
-        )
+            blobs, networks.Networks(), self._scratch, self._accelerator, Volumes(Disks()),
+            self._boot.ucloud,
+        )  # fmt: skip
         way_out = self._uplink.nic.name if self._uplink else "none"
         names, link_nic = Names(self._boot.ucloud), self._link_nic
         self._manager = Manager(services, names, way_out, link_nic, self._report, self._event)
@@ -107,8 +127,18 @@ class Agent:
         link.handlers = handlers(CONTROL_TO_AGENT, methods.table())
         link.make_key()
         self._manager.start()
-        tasks = [asyncio.ensure_future(link.run()), asyncio.ensure_future(self._warm_up(link))]
+        quiet = Quiet(self._accelerator.probe, self._restored, self._port)
+        tasks = map(asyncio.ensure_future, (link.run(), self._warm_up(link), quiet.run()))
         await asyncio.gather(*tasks)
+
+    def _restored(self) -> None:
+        """Nobody whom this platform was connected to is there any more."""
+        if self._link:
+            self._link.dial_again()
+        if self._leasing and self._uplink:
+            self._leasing.cancel()
+            self._leasing = asyncio.ensure_future(self._uplink.keep())
+        self._event("platform", "agent.platform.restored", "", "info", {})
 
     async def _warm_up(self, link: Link) -> None:
         """What the first EE would otherwise wait for; not before the control plane waits for us.
@@ -139,6 +169,7 @@ class Agent:
             name: "" if os.path.exists(f"/usr/bin/{program}") else "not in this image"
             for name, program in (("crun", "crun"), ("qemu", "qemu-system-x86_64"))
         }
+        engines |= {f"checkpoint:{kind}": why for kind, why in checkpoint_obstacles().items()}
         return hello(self._boot, engines, self._accelerator.name, cgroups.total_memory_bytes())
 
     def _connected(self) -> None:

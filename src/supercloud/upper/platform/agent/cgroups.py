@@ -44,6 +44,41 @@ def enter(path: str, pid: int) -> None:
     _write(f"{path}/cgroup.procs", str(pid))
 
 
+async def freeze(path: str, timeout_s: float) -> None:
+    """Return when nothing in a cgroup runs any more; TimeoutError, and it runs on, if not in time.
+
+    Its processes can still be traced and ended.
+    """
+    _write(f"{path}/cgroup.freeze", "1")
+    try:
+        async with asyncio.timeout(timeout_s):
+            while "frozen 1" not in _read(f"{path}/cgroup.events"):  # noqa: ASYNC110 -- a file
+                await asyncio.sleep(0.002)
+    except BaseException:
+        _write(f"{path}/cgroup.freeze", "0")
+        raise
+
+
+def thaw(uid: str) -> None:
+    """Let an EE's processes go on, frozen or not."""
+    with contextlib.suppress(FileNotFoundError):
+        _write(f"{path_of(uid)}/cgroup.freeze", "0")
+
+
+async def untraced(uid: str, timeout_s: float) -> None:
+    """Return when nobody traces a process of an EE (or after ``timeout_s``)."""
+    with contextlib.suppress(TimeoutError, FileNotFoundError):
+        async with asyncio.timeout(timeout_s):
+            while any(map(_is_traced, _read(f"{path_of(uid)}/cgroup.procs").split())):  # noqa: ASYNC110 -- files
+                await asyncio.sleep(0.05)
+
+
+def _is_traced(pid: str) -> bool:
+    with contextlib.suppress(OSError):
+        return "TracerPid:\t0\n" not in _read(f"/proc/{pid}/status")
+    return False
+
+
 def usage(uid: str) -> tuple[int, float]:
     """Memory in bytes and processor time in seconds; zeros when there is no such cgroup."""
     try:
@@ -77,6 +112,16 @@ async def remove(uid: str) -> None:
         else:
             return
     raise TimeoutError(f"{path} still has processes")
+
+
+def freeze_all(on: bool) -> None:
+    """Begin to stop all EEs where they are, or let them go on."""
+    _write(f"{paths.CGROUP}/cgroup.freeze", str(int(on)))
+
+
+def all_are_frozen() -> bool:
+    """Whether all have come to a stop: no nested processor is inside its guest then."""
+    return "frozen 1" in _read(f"{paths.CGROUP}/cgroup.events").splitlines()
 
 
 def present() -> list[str]:

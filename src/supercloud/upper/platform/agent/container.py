@@ -12,6 +12,7 @@ from typing import Any
 from supercloud.model.errors import Invalid, Permanent
 from supercloud.upper.platform.agent import (
     cgroups,
+    frozen_container,
     namespaces,
     networks,
     oci,
@@ -21,22 +22,23 @@ from supercloud.upper.platform.agent import (
     syscalls,
     users,
 )
-from supercloud.upper.platform.agent.engine import Places, Services
+from supercloud.upper.platform.agent.engine import Places, Services, not_restored
 from supercloud.upper.platform.agent.logs import Fifo, Log
 from supercloud.upper.platform.agent.processes import Watched, handles, run
 from supercloud.upper.platform.agent.state import remove_tree, write_private
+from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
 from supercloud.wire.messages import Blob, EnvironmentSpec, VolumeUsage
 
 START_TIMEOUT_S = 60.0
 READ_AHEAD_BYTES = 16 << 20  # of an image, in a template
-CRUN = ("crun", "--root", paths.CRUN, "--cgroup-manager=cgroupfs")
+CRUN = oci.CRUN
 
 
 class Container:
     """An EE of kind container."""
 
     def __init__(self, spec: EnvironmentSpec, services: Services, base_id: int) -> None:
-        self.spec, self._services, self._base_id = spec, services, base_id
+        self.spec, self._services, self.base_id = spec, services, base_id
         self.places = Places(spec.uid)
         self.log: Log | None = None
         self._fifo: Fifo | None = None
@@ -56,11 +58,19 @@ class Container:
         image, place = self._image(), self.places.run
         await self._services.scratch.ready()
         await self._services.blobs.get(image)
-        self.places.make(self._base_id)
-        namespaces.create(self._base_id, f"{place}/ns")
-        rootfs.mount_root(image.digest, place, self.places.layer, self._base_id)
-        self._services.networks.attach(self.spec.uid, self.spec.nics, f"{place}/ns")
+        self.places.make(self.base_id)
+        namespaces.create(self.base_id, f"{place}/ns")
+        if frozen_container.is_due(self):
+            with not_restored():
+                await frozen_container.fetch(self, self._services.ucloud)
+        rootfs.mount_root(image.digest, place, self.places.layer, self.base_id)
+        self.attach_network()
         await self.resume()
+
+    def attach_network(self) -> None:
+        """Give its network namespace what it has to have."""
+        place = f"{self.places.run}/ns"
+        self._services.networks.attach(self.spec.uid, self.spec.nics, place)
 
     def _image(self) -> Blob:
         image = self.spec.image.blobs.get("root")
@@ -72,10 +82,10 @@ class Container:
         """In a template: all that is not on scratch."""
         place = self.places.run
         await self._services.blobs.get(self._image())
-        self.places.make_run(self._base_id)
-        namespaces.create(self._base_id, f"{place}/ns")
+        self.places.make_run(self.base_id)
+        namespaces.create(self.base_id, f"{place}/ns")
         prefetch.read_tree(rootfs.mount_image(self._image().digest), READ_AHEAD_BYTES)
-        self._services.networks.attach(self.spec.uid, self.spec.nics, f"{place}/ns")
+        self.attach_network()
         await self._rehearse()
 
     async def _rehearse(self) -> None:
@@ -89,7 +99,7 @@ class Container:
         os.makedirs(layer, exist_ok=True)
         syscalls.mount("tmpfs", layer, "tmpfs", syscalls.MS_NOSUID, "mode=0700,size=1m")
         try:
-            rootfs.mount_root(self._image().digest, place, layer, self._base_id)
+            rootfs.mount_root(self._image().digest, place, layer, self.base_id)
             nobody = users.User(uid=0, gid=0, groups=[], home="/")
             self._write_files(oci.process(["/nothing"], [], "", nobody))
             with contextlib.suppress(Permanent):
@@ -116,6 +126,14 @@ class Container:
         """When all its volumes can be had."""
         await self._services.volumes.returned(self)
 
+    def refusal(self) -> str:
+        """Why it cannot be checkpointed; empty if it can."""
+        return frozen_container.refusal(self)
+
+    async def checkpoint(self, wanted: CheckpointTake, process: Watched) -> CheckpointTaken:
+        """Take one while it runs."""
+        return await frozen_container.take(self, wanted, self._services.ucloud, process)
+
     def usage(self) -> list[VolumeUsage]:
         """As statvfs(2) has it."""
         return self._services.volumes.usage(self.spec.uid)
@@ -141,10 +159,11 @@ class Container:
         write_private(f"{place}/config.json", text)
 
     async def resume(self) -> None:
-        """Open the log and its FIFO."""
+        """Open the log and its FIFO; go on where a checkpoint was cut short."""
+        await frozen_container.recover(self)
         if self.log is None:
             self.log = Log(self.places.log)
-            self._fifo = Fifo(f"{self.places.run}/output", self.log, self._base_id)
+            self._fifo = Fifo(f"{self.places.run}/output", self.log, self.base_id)
 
     async def start(self) -> Watched:
         """``crun run --detach``: the container's first process becomes a child of process 1."""
@@ -154,6 +173,9 @@ class Container:
         place, launched_s = self.places.run, time.monotonic()
         output = self._fifo.writer()
         try:
+            if frozen_container.is_due(self):
+                with not_restored():
+                    return await self._restore(output)
             await run(*self._crun(), timeout_s=START_TIMEOUT_S, stdout=output, stderr=output)
         except Permanent as error:
             raise Permanent(self._complaint() or str(error)) from error
@@ -161,6 +183,11 @@ class Container:
             os.close(output)
         with open(f"{place}/pid") as file:
             return Watched(int(file.read()), launched_s)
+
+    async def _restore(self, output: int) -> Watched:
+        process = await frozen_container.restore(self, output)
+        frozen_container.done(self)
+        return process
 
     def _crun(self) -> list[str]:
         place = self.places.run

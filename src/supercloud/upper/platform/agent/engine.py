@@ -1,10 +1,12 @@
 """What an engine is to the worker of an EE, and what all engines share."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from supercloud.model.errors import Permanent, SupercloudError, Temporary, UserError
 from supercloud.upper.platform.agent import paths
 from supercloud.upper.platform.agent.accelerator import Accelerator
 from supercloud.upper.platform.agent.blobs import Blobs
@@ -13,7 +15,24 @@ from supercloud.upper.platform.agent.networks import Networks
 from supercloud.upper.platform.agent.processes import Watched
 from supercloud.upper.platform.agent.scratch import Scratch
 from supercloud.upper.platform.agent.volumes import Volumes
+from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
 from supercloud.wire.messages import EnvironmentSpec, VolumeUsage
+
+
+class NotRestored(Permanent):
+    """Its checkpoint cannot be restored here, and will not be later: nothing of it has started."""
+
+
+@contextlib.contextmanager
+def not_restored() -> Iterator[None]:
+    """What will not pass by itself is raised as NotRestored."""
+    try:
+        yield
+    except (Temporary, NotRestored):
+        raise
+    except SupercloudError as error:
+        why = error.message if isinstance(error, UserError) else str(error)
+        raise NotRestored(f"not restored: {why}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +44,7 @@ class Services:
     scratch: Scratch
     accelerator: Accelerator
     volumes: Volumes
+    ucloud: str
 
 
 class Engine(Protocol):
@@ -61,8 +81,14 @@ class Engine(Protocol):
     async def start(self) -> Watched:
         """Run it; returns when its process runs."""
 
+    def refusal(self) -> str:
+        """Why it cannot be checkpointed; empty if it can."""
+
+    async def checkpoint(self, wanted: CheckpointTake, process: Watched) -> CheckpointTaken:
+        """Take one while it runs; it goes on whatever comes of it."""
+
     async def resume(self) -> None:
-        """Take up streams of an EE that runs already."""
+        """Take up streams of an EE that runs already, and have it run if it was stopped."""
 
     async def stop(self, process: Watched, grace_s: float) -> None:
         """Ask it to end, then make it."""

@@ -56,11 +56,11 @@ def ruleset(
     for one in sorted(published):
         maps[one.protocol].append(f"{one.host_port} : {one.address} . {one.port}")
     ordered = sorted(networks, key=lambda network: network.bridge)
-    ranges = ", ".join(str(network.gateway.network) for network in ordered)
+    ranges = ", ".join(str(g.network) for network in ordered for g in network.gateways)
     masquerade = f'ip saddr {{ {ranges} }} oifname "{uplink}" masquerade' if ranges else ""
     same = "\n    ".join(f'iifname "{n.bridge}" oifname "{n.bridge}" accept' for n in ordered)
     own = "\n    ".join(_at_gateway(network) for network in ordered)
-    to_store = _StoreRules.of(store, [str(network.gateway.ip) for network in ordered])
+    to_store = _StoreRules.of(store, [str(g.ip) for n in ordered for g in n.gateways])
     return f"""destroy table inet {TABLE}
 table inet {TABLE} {{
   {_map("to_tcp", maps["tcp"])}
@@ -124,7 +124,8 @@ class _StoreRules:
 
 def _at_gateway(network: Network) -> str:
     """What EEs of a network may ask of the platform, at their own gateway's address only."""
-    place = f'iifname "{network.bridge}" ip daddr {network.gateway.ip}'
+    addresses = ", ".join(str(gateway.ip) for gateway in network.gateways)
+    place = f'iifname "{network.bridge}" ip daddr {{ {addresses} }}'
     dns = f"{place} meta l4proto {{ tcp, udp }} th dport 53 accept"
     return f"{dns}\n    {place} icmp type echo-request accept"
 

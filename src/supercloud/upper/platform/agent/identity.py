@@ -53,7 +53,7 @@ _PORTS: Final = "/sys/class/virtio-ports"
 _MACHINE_ID: Final = "/etc/machine-id"
 _MAX_LINE_BYTES: Final = 4096
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x4008_5203, 0x5207
-_MAC = r"02:5c:(00|77)(:[0-9a-f]{2}){3}"
+MAC: Final = r"02:5c:(00|77)(:[0-9a-f]{2}){3}"
 
 log = logging.getLogger("supercloud.agent.identity")
 
@@ -66,7 +66,7 @@ class Told:
     nonce: Annotated[str, Limit(pattern=r"[0-9a-f]{16}")]
     seed: Annotated[str, Limit(pattern=r"[0-9a-f]{128}")]
     time_s: float
-    macs: Annotated[list[Annotated[str, Limit(pattern=_MAC)]], Limit(max_length=4)]
+    macs: Annotated[list[Annotated[str, Limit(pattern=MAC)]], Limit(max_length=4)]
 
 
 def is_template() -> bool:
@@ -100,10 +100,10 @@ class Waiting:
         write_private(paths.IDENTIFIED, "")  # an agent that takes over from us does not wait
         self._nonce = told.nonce
 
-    def confirm(self) -> None:
-        """From now on this platform may be given work."""
+    def confirm(self) -> int:
+        """From now on this platform may be given work; the port, for ``quiet``."""
         os.write(self._port, f"ready {self._nonce}\n".encode())
-        os.close(self._port)
+        return self._port
 
     def _line(self) -> bytes:
         line = b""

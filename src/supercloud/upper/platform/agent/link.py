@@ -51,6 +51,11 @@ class Link:
             raise Temporary("not connected to the control plane")
         return self._peer
 
+    def dial_again(self) -> None:
+        """The present connection leads to nobody."""
+        if self._peer is not None:
+            self._peer.writer.transport.abort()
+
     def source(self) -> Source:
         """Where files are to be had; Temporary while we are not connected."""
         self.peer()

@@ -9,17 +9,17 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from typing import Any
 
-from supercloud.model.errors import Invalid, Permanent, SupercloudError
-from supercloud.upper.platform.agent import cgroups
+from supercloud.model.errors import BadState, Invalid, Permanent, SupercloudError
+from supercloud.upper.platform.agent import cgroups, frozen_machine
 from supercloud.upper.platform.agent.accelerator import KVM, KVM_GROUP
 from supercloud.upper.platform.agent.blobs import path_of
 from supercloud.upper.platform.agent.console import Console
 from supercloud.upper.platform.agent.container import remove_places
-from supercloud.upper.platform.agent.engine import Places, Services
+from supercloud.upper.platform.agent.engine import NotRestored, Places, Services, not_restored
 from supercloud.upper.platform.agent.firewall import VM_UIDS
 from supercloud.upper.platform.agent.guestport import DEVICES, GuestPort
 from supercloud.upper.platform.agent.logs import Log
@@ -29,12 +29,14 @@ from supercloud.upper.platform.agent.qmp import Qmp, shout
 from supercloud.upper.platform.agent.rootfs import mount_image
 from supercloud.upper.platform.agent.state import write_private
 from supercloud.upper.platform.agent.volumes import Claim
+from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
 from supercloud.wire.messages import EnvironmentSpec, VolumeUsage
 
 ENGINE_BYTES = 192 << 20  # QEMU's own memory beside the guest's, with its translation cache
 TRANSLATION_CACHE_MIB = 64
 MAX_PIDS = 256
 SERIAL_BYTES = 20
+CONSOLE_TIMEOUT_S = 30.0
 FIRST_VOLUME_FDSET = 3  # after an image's two
 # What a kernel need not try in a virtual machine: a fifth of its boot under nested emulation.
 # The image's own arguments come after these, and win.
@@ -76,6 +78,7 @@ class Machine:
         self._port = GuestPort(f"{self.places.run}/identity")
         self._qmp: Qmp | None = None
         self._shut_down = False
+        self._jobs: dict[str, asyncio.Future[dict[str, Any]]] = {}
 
     @property
     def name(self) -> str:
@@ -86,6 +89,41 @@ class Machine:
     def disk(self) -> str:
         """The writable disk, over the image's."""
         return f"{self.places.layer}/disk.qcow2"
+
+    @property
+    def has_disk(self) -> bool:
+        """Whether it has one of its own."""
+        return "disk" in self.spec.image.blobs
+
+    @property
+    def image_path(self) -> str:
+        """What its disk lies over."""
+        return path_of(self.spec.image.blobs["disk"].digest)
+
+    @property
+    def qmp(self) -> Qmp:
+        """Its control socket; BadState when it does not run."""
+        if self._qmp is None:
+            raise BadState(f"{self.spec.name} does not run")
+        return self._qmp
+
+    @staticmethod
+    def check_disk(untrusted_head: bytes) -> None:
+        """Invalid for a disk that names other files; its image's path is not looked at."""
+        at = struct.pack(">QI", 0, 0)
+        check_qcow2(untrusted_head[:8] + at + untrusted_head[20:])
+
+    async def checkpoint(self, wanted: CheckpointTake, process: Watched) -> CheckpointTaken:
+        """Take one while it runs."""
+        return await frozen_machine.take(self, wanted, self._services.ucloud, process)
+
+    def refusal(self) -> str:
+        """Why it cannot be checkpointed; empty if it can."""
+        return frozen_machine.refusal(self)
+
+    def job_ended(self, job: str) -> Awaitable[dict[str, Any]]:
+        """The event of the end of one of QEMU's jobs; asked for before it can have ended."""
+        return self._jobs.setdefault(job, asyncio.get_running_loop().create_future())
 
     async def prepare(self) -> None:
         """Image here, writable disk made over it."""
@@ -147,6 +185,7 @@ class Machine:
         with contextlib.suppress(SupercloudError):
             if self._qmp is None:
                 await self._connect()
+                await frozen_machine.recover(self.qmp)
             if self.spec.image.identity and not self._port.is_open:
                 self._port.tell()  # it may not have heard the agent before us
 
@@ -189,6 +228,8 @@ class Machine:
     def _event(self, name: str, data: dict[str, Any]) -> None:
         if name == "SHUTDOWN":
             self._shut_down = bool(data.get("guest"))
+        elif name == "BLOCK_JOB_COMPLETED" and (job := self._jobs.pop(str(data["device"]), None)):
+            job.set_result(data)
 
     async def start(self) -> Watched:
         """Spawn QEMU; running when its control socket answers."""
@@ -202,31 +243,65 @@ class Machine:
         launched_s, spec = time.monotonic(), self.spec
         self._shut_down = False
         with ExitStack() as undo:
+            is_restored = frozen_machine.is_due(self)
+            own: tuple[list[str], list[int]] = [], []
+            if spec.checkpoints or is_restored:  # first, as it puts the disk in place
+                own = await self._own_ram(undo, is_restored=is_restored)
             arguments, descriptors = self._arguments(undo)
             error_file = undo.enter_context(open(f"{self.places.run}/qemu.log", "wb"))
             process = subprocess.Popen(  # noqa: ASYNC220 -- vfork and exec, a millisecond
-                arguments,
+                [*arguments, *own[0]],
                 stdin=subprocess.DEVNULL, stdout=error_file, stderr=error_file,
-                pass_fds=descriptors, user=self.uid, group=self.uid, extra_groups=[KVM_GROUP],
+                pass_fds=[*descriptors, *own[1]],
+                user=self.uid, group=self.uid, extra_groups=[KVM_GROUP],
                 start_new_session=True, cwd="/", env={"PATH": "/usr/bin"},
             )  # fmt: skip
             watched = Watched(process.pid, launched_s)
             process.returncode = 0  # Watched reaps it, the subprocess module must not
-            group = cgroups.make(
-                spec.uid, memory_bytes=spec.memory_bytes + ENGINE_BYTES, cpus=spec.cpus,
-                pids=MAX_PIDS,
-            )  # fmt: skip
-            cgroups.enter(group, process.pid)
+            cgroups.enter(self._group(), process.pid)
             try:
                 await self._connect()
+                if is_restored:
+                    await self._go_on()
             except BaseException as error:
                 watched.send(signal.SIGKILL)
                 await watched.ended_within(5.0)
                 watched.close()
                 if isinstance(error, SupercloudError):
-                    raise Permanent(self._complaint() or str(error)) from error
+                    lost = is_restored and isinstance(error, Permanent)
+                    failure = NotRestored if lost else Permanent
+                    raise failure(self._complaint() or str(error)) from error
                 raise
         return watched
+
+    async def _go_on(self) -> None:
+        """From the checkpoint that it has been given; nothing that it says is lost."""
+        if self.console:
+            async with asyncio.timeout(CONSOLE_TIMEOUT_S):
+                await self.console.connected()
+        await frozen_machine.load(self.qmp)
+        frozen_machine.done(self)
+
+    async def _own_ram(self, undo: ExitStack, *, is_restored: bool) -> tuple[list[str], list[int]]:
+        """RAM in a memory file, filled if it is to go on from a checkpoint."""
+        size_bytes = _memory_mib(self.spec) * MIB
+        ram = frozen_machine.make_ram(size_bytes)
+        undo.callback(os.close, ram)
+        arguments = frozen_machine.ram_arguments(ram, size_bytes)
+        if not is_restored:
+            return arguments, [ram]
+        self._group()
+        with not_restored():
+            state = await frozen_machine.fetch(self, self._services.ucloud, ram)
+        undo.callback(os.close, state)
+        return [*arguments, *frozen_machine.incoming_arguments(state)], [ram, state]
+
+    def _group(self) -> str:
+        spec = self.spec
+        return cgroups.make(
+            spec.uid, memory_bytes=spec.memory_bytes + ENGINE_BYTES, cpus=spec.cpus,
+            pids=MAX_PIDS,
+        )  # fmt: skip
 
     def _complaint(self) -> str:
         with (
@@ -364,6 +439,10 @@ def _volume(claim: Claim, give: Callable[[int], int], fdset: int) -> list[str]:
     ]  # fmt: skip
 
 
+def _memory_mib(spec: EnvironmentSpec) -> int:
+    return max(spec.memory_bytes // MIB, 16)
+
+
 def _base(spec: EnvironmentSpec, accelerator: str) -> list[str]:
     """The machine without its disks and networks."""
     if accelerator == KVM:
@@ -374,7 +453,7 @@ def _base(spec: EnvironmentSpec, accelerator: str) -> list[str]:
         "qemu-system-x86_64", "-name", spec.name, "-nodefaults", "-no-user-config",
         "-display", "none", "-L", "/usr/share/qemu", "-L", "/usr/share/seabios",
         "-machine", "pc,usb=off,hpet=off,vmport=off", *engine,
-        "-smp", str(max(1, math.ceil(spec.cpus))), "-m", f"{max(spec.memory_bytes // MIB, 16)}M",
+        "-smp", str(max(1, math.ceil(spec.cpus))), "-m", f"{_memory_mib(spec)}M",
         # out of the kernel's generator: QEMU's own would be the same in all clones of a template
         "-object", "rng-random,id=random,filename=/dev/urandom",
         "-device", "virtio-rng-pci,rng=random", "-sandbox", _SANDBOX,

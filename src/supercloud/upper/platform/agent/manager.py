@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from supercloud.model.errors import Invalid, NotFound, SupercloudError
-from supercloud.upper.platform.agent import cgroups, paths, rootfs, volumes
+from supercloud.upper.platform.agent import cgroups, paths, rootfs, saving, volumes
 from supercloud.upper.platform.agent.container import Container
 from supercloud.upper.platform.agent.engine import Places, Services, digests, make_places
 from supercloud.upper.platform.agent.firewall import Firewall, Publication, StoreWay, ruleset
@@ -96,6 +96,7 @@ class Manager:
         make_places()
         cgroups.prepare()
         self._services.volumes.start()
+        saving.sweep()
         self._tasks = [
             asyncio.ensure_future(task) for task in (self._keep_network(), self._keep_tidy())
         ]

@@ -13,6 +13,7 @@ from supercloud.upper.platform.agent.logs import Log
 from supercloud.upper.platform.agent.machine import Machine
 from supercloud.upper.platform.agent.manager import Manager
 from supercloud.upper.platform.agent.worker import Worker
+from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
 from supercloud.wire.messages import (
     Apply,
     ByName,
@@ -43,6 +44,7 @@ class Methods:
             "ee.logs": self.logs,
             "ee.console": self.console,
             "ee.restart": self.restart,
+            "ee.checkpoint": self.checkpoint,
             "platform.shutdown": self.shut_down,
         }
 
@@ -96,6 +98,10 @@ class Methods:
         """Returns at once."""
         self._manager.find(wanted.name).restart()
         return Empty()
+
+    async def checkpoint(self, _: Call, wanted: CheckpointTake) -> CheckpointTaken:
+        """Answers when it is in the store."""
+        return await self._manager.find(wanted.name).checkpoint(wanted)
 
     async def shut_down(self, _: Call, __: Empty) -> Empty:
         """Answers when all EEs are gone; the power goes right after."""

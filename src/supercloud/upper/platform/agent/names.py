@@ -32,11 +32,12 @@ def configuration(networks: Iterable[Network]) -> str:
         "pid-file", "quiet-dhcp", "leasefile-ro", "port=53",
     ]  # fmt: skip
     for network in sorted(networks, key=lambda n: n.bridge):
-        net = network.gateway.network
         lines.append(f"interface={network.bridge}")
-        lines.append(f"dhcp-range=set:{network.bridge},{net[0]},static,{net.netmask},infinite")
-        lines.append(f"dhcp-option=tag:{network.bridge},option:router,{network.gateway.ip}")
-        lines.append(f"dhcp-option=tag:{network.bridge},option:dns-server,{network.gateway.ip}")
+        for number, gateway in enumerate(network.gateways):
+            net, tag = gateway.network, f"{network.bridge}-{number}"
+            lines.append(f"dhcp-range=set:{tag},{net[0]},static,{net.netmask},infinite")
+            lines.append(f"dhcp-option=tag:{tag},option:router,{gateway.ip}")
+            lines.append(f"dhcp-option=tag:{tag},option:dns-server,{gateway.ip}")
     return "\n".join(lines) + "\n"
 
 

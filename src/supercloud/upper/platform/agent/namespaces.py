@@ -7,12 +7,16 @@ view of the image, and both outlive restarts of the container and of the agent.
 
 import os
 import threading
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from supercloud.upper.platform.agent import syscalls
 from supercloud.upper.platform.agent.netlink import Netlink
 
 IDS_PER_ENVIRONMENT = 65536
 KINDS = ("user", "net")
+
+T = TypeVar("T")
 
 
 def create(base_id: int, place: str) -> None:
@@ -65,6 +69,14 @@ def remove(place: str) -> None:
             os.unlink(path)
 
 
+def take_over(place: str, pid: int) -> None:
+    """Those of a process become the ones at ``place``: it was made with its own."""
+    remove(place)
+    for kind in KINDS:
+        os.close(os.open(f"{place}/{kind}", os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o600))
+        syscalls.mount(f"/proc/{pid}/ns/{kind}", f"{place}/{kind}", "", syscalls.MS_BIND)
+
+
 def _is_namespace(path: str) -> bool:
     """A bind-mounted namespace is on another device than its directory."""
     try:
@@ -74,8 +86,25 @@ def _is_namespace(path: str) -> bool:
 
 
 def open_netlink(place: str) -> Netlink:
-    """A netlink socket inside ``place/net``; by a thread of its own, as setns moves the thread."""
-    made: list[Netlink | OSError] = []
+    """A netlink socket inside ``place/net``."""
+    return _inside(place, Netlink)
+
+
+def set_sysctls(place: str, values: Mapping[str, str]) -> None:
+    """Set network parameters (``net.ipv4...``) of ``place/net``."""
+
+    def write() -> None:
+        for name, value in values.items():
+            with open(f"/proc/sys/{name.replace('.', '/')}", "w") as file:
+                file.write(value)
+
+    _inside(place, write)
+
+
+def _inside(place: str, work: Callable[[], T]) -> T:
+    """Done in the network namespace; by a thread of its own, as setns moves the thread."""
+    made: list[T] = []
+    failed: list[OSError] = []
 
     def inside() -> None:
         try:
@@ -84,13 +113,13 @@ def open_netlink(place: str) -> Netlink:
                 syscalls.set_namespace(descriptor, syscalls.CLONE_NEWNET)
             finally:
                 os.close(descriptor)
-            made.append(Netlink())
+            made.append(work())
         except OSError as error:
-            made.append(error)
+            failed.append(error)
 
     thread = threading.Thread(target=inside)
     thread.start()
     thread.join()
-    if isinstance(made[0], OSError):
-        raise made[0]
+    if failed:
+        raise failed[0]
     return made[0]

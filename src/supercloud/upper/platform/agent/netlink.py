@@ -9,6 +9,7 @@ import ipaddress
 import os
 import socket
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -158,13 +159,18 @@ class Netlink:
 
     def set_address(self, index: int, interface: str) -> None:
         """Make ``interface`` (address/prefix length) the only IPv4 address of the device."""
-        wanted = ipaddress.IPv4Interface(interface)
-        present = self._addresses(index)
-        for other in present:
-            if other != str(wanted):
-                self._talk(_DELADDR, 0, _address_body(index, ipaddress.IPv4Interface(other)))
-        if str(wanted) not in present:
-            self._talk(_NEWADDR, _CREATE | _REPLACE, _address_body(index, wanted))
+        self.set_addresses(index, [interface])
+
+    def set_addresses(self, index: int, interfaces: Iterable[str]) -> None:
+        """Make these (address/prefix length) the IPv4 addresses of the device, and no others."""
+        wanted = {str(ipaddress.IPv4Interface(interface)) for interface in interfaces}
+        present = set(self._addresses(index))
+        for other in sorted(present - wanted):
+            self._talk(_DELADDR, 0, _address_body(index, ipaddress.IPv4Interface(other)))
+        for new in sorted(wanted - present):
+            self._talk(
+                _NEWADDR, _CREATE | _REPLACE, _address_body(index, ipaddress.IPv4Interface(new))
+            )
 
     def _addresses(self, index: int) -> list[str]:
         found = []

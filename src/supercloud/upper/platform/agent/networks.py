@@ -30,11 +30,15 @@ _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 2, 0x1000, 0x4000
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """``gateway`` is the bridge's own address with its prefix length."""
+    """``gateways`` are the bridge's own addresses with their prefix lengths.
+
+    There is one for each range that its EEs come from: one that was restored here from another
+    platform has kept its address, and the gateway that it knows.
+    """
 
     name: str
     bridge: str
-    gateway: ipaddress.IPv4Interface
+    gateways: tuple[ipaddress.IPv4Interface, ...]
 
 
 def check_nic(nic: Nic) -> ipaddress.IPv4Interface:
@@ -53,20 +57,25 @@ def check_nic(nic: Nic) -> ipaddress.IPv4Interface:
     return interface
 
 
-def gateways(specs: Iterable[EnvironmentSpec]) -> dict[str, ipaddress.IPv4Interface]:
-    """The networks that EEs are in, with the address of each bridge; Invalid if they overlap."""
-    found: dict[str, ipaddress.IPv4Interface] = {}
+def gateways(
+    specs: Iterable[EnvironmentSpec],
+) -> dict[str, tuple[ipaddress.IPv4Interface, ...]]:
+    """The networks that EEs are in, with the addresses of each bridge; Invalid if they overlap."""
+    found: dict[ipaddress.IPv4Network, tuple[str, ipaddress.IPv4Interface]] = {}
     for nic in (nic for spec in specs for nic in spec.nics):
         gateway = ipaddress.IPv4Interface(f"{nic.gateway}/{check_nic(nic).network.prefixlen}")
-        if found.setdefault(nic.network, gateway) != gateway:
-            raise Invalid(f"network {nic.network} has two gateways")
-    if len(found) > MAX_NETWORKS:
-        raise Invalid(f"{len(found)} networks, at most {MAX_NETWORKS}")
-    ordered = sorted((gateway.network, name) for name, gateway in found.items())
-    for (one, name), (other, second) in itertools.pairwise(ordered):
-        if one.overlaps(other):
-            raise Invalid(f"the networks {name} and {second} overlap")
-    return found
+        name, other = found.setdefault(gateway.network, (nic.network, gateway))
+        if name != nic.network:
+            raise Invalid(f"the networks {name} and {nic.network} overlap")
+        if other != gateway:
+            raise Invalid(f"network {nic.network} has two gateways in {gateway.network}")
+    for one, second in itertools.pairwise(sorted(found)):
+        if one.overlaps(second):
+            raise Invalid(f"the networks {found[one][0]} and {found[second][0]} overlap")
+    names = sorted({name for name, _ in found.values()})
+    if len(names) > MAX_NETWORKS:
+        raise Invalid(f"{len(names)} networks, at most {MAX_NETWORKS}")
+    return {name: tuple(sorted(g for n, g in found.values() if n == name)) for name in names}
 
 
 def device_name(kind: str, uid: str, index: int) -> str:
@@ -92,8 +101,8 @@ class Networks:
             for name in self._numbers.keys() - numbers.keys():
                 netlink.delete(f"ee{self._numbers[name]}")
             self.by_name = {
-                name: _bridge(netlink, name, f"ee{numbers[name]}", gateway)
-                for name, gateway in wanted.items()
+                name: _bridge(netlink, name, f"ee{numbers[name]}", own)
+                for name, own in wanted.items()
             }
         if numbers != self._numbers:
             write_json(paths.NETWORKS, numbers)
@@ -167,7 +176,9 @@ def sweep_devices(known: Iterable[tuple[str, int]]) -> list[str]:
     return removed
 
 
-def _bridge(netlink: Netlink, name: str, device: str, gateway: ipaddress.IPv4Interface) -> Network:
+def _bridge(
+    netlink: Netlink, name: str, device: str, own: tuple[ipaddress.IPv4Interface, ...]
+) -> Network:
     link = netlink.find(device)
     if link is None:
         netlink.add_bridge(device)
@@ -175,8 +186,8 @@ def _bridge(netlink: Netlink, name: str, device: str, gateway: ipaddress.IPv4Int
         _quick_neighbours(device)
     if link is None:
         raise OSError(errno.ENODEV, f"{device} could not be made")
-    netlink.set_address(link.index, str(gateway))
-    return Network(name, device, gateway)
+    netlink.set_addresses(link.index, map(str, own))
+    return Network(name, device, own)
 
 
 def _quick_neighbours(device: str) -> None:

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from supercloud.model.errors import Invalid
+from supercloud.upper.platform.agent import paths
 from supercloud.upper.platform.agent.users import User
 from supercloud.upper.platform.agent.volumes import view
 from supercloud.wire.messages import EnvironmentSpec
 from supercloud.wire.places import OBJECTS_PORT
+
+CRUN = ("crun", "--root", paths.CRUN, "--cgroup-manager=cgroupfs")
 
 # Well below Docker's fourteen: no raw sockets, device nodes, chroot, file capabilities, audit.
 CAPABILITIES = (
@@ -45,6 +48,7 @@ MOUNTS = (
     _mount("/sys", "sysfs", "nosuid,noexec,nodev,ro"),
     _mount("/sys/fs/cgroup", "cgroup", "nosuid,noexec,nodev,relatime,ro"),
 )
+SYSCTLS = {"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.ping_group_range": "0 65535"}
 FILES = ("resolv.conf", "hosts", "hostname")
 CA_FILE = "supercloud-ca.pem"
 """In ``/etc``: the U-Cloud's root certificate, of an EE that uses its object store."""
@@ -95,6 +99,7 @@ def process(
         "rlimits": [{"type": "RLIMIT_NOFILE", "hard": MAX_FILES, "soft": MAX_FILES},
                     {"type": "RLIMIT_CORE", "hard": 0, "soft": 0}],
         "noNewPrivileges": True,
+        "oomScoreAdj": 0,  # else it would have the agent's, which is the last to be ended
     }  # fmt: skip
 
 
@@ -151,8 +156,7 @@ def config(
             "namespaces": namespaces,
             "cgroupsPath": cgroup,
             "resources": resources(spec),
-            "sysctl": {"net.ipv4.ip_unprivileged_port_start": "0",
-                       "net.ipv4.ping_group_range": "0 65535"},
+            "sysctl": SYSCTLS,
             "maskedPaths": list(MASKED),
             "readonlyPaths": list(READ_ONLY),
         },

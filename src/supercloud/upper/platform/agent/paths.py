@@ -21,5 +21,6 @@ PREPARED: Final = f"{RUN}/prepared"
 
 BLOBS: Final = f"{DATA}/blobs"
 LAYERS: Final = f"{DATA}/ee"
+CHECKPOINTS: Final = f"{DATA}/checkpoints"
 
 CGROUP: Final = "/sys/fs/cgroup/ee"

@@ -63,7 +63,8 @@ async def prepare(accelerator: Accelerator) -> None:
         return
     engine.make_places()
     cgroups.prepare()
-    services = Services(Blobs(_nobody), Networks(), Scratch(), accelerator, Volumes(Disks()))
+    nobodys = Volumes(Disks()), ""
+    services = Services(Blobs(_nobody), Networks(), Scratch(), accelerator, *nobodys)
     services.networks.ensure(content.environments)
     names = Names("template")
     await names.apply(services.networks.by_name.values(), content.environments, {})

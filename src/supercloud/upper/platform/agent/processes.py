@@ -56,6 +56,12 @@ async def load_modules(*names: str) -> None:
         await run("modprobe", "-q", "-a", *missing)
 
 
+def set_oom_score(pid: int, score: int) -> None:
+    """How readily the kernel ends a process for want of memory; it has the agent's at first."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w") as file:
+        file.write(str(score))
+
+
 def start_ticks(pid: int) -> int:
     """When a process started, in clock ticks since boot: with the pid it names it for ever.
 

@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import json
+import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from supercloud.model.errors import Permanent, Temporary
@@ -37,18 +38,31 @@ class Qmp:
             self.close()
             raise Temporary(f"QEMU does not answer: {error}") from error
 
-    async def call(self, command: str, **arguments: Any) -> Any:
-        """The command's return value; Permanent with QEMU's words when it refuses."""
+    async def call(self, command: str, files: Sequence[int] = (), /, **arguments: Any) -> Any:
+        """The command's return value; Permanent with QEMU's words when it refuses.
+
+        ``files`` are descriptors that go with it.
+        """
         if self._writer is None:
             raise Temporary("not connected to QEMU")
         answer = asyncio.get_running_loop().create_future()
         self._waiting.append(answer)
         message = {"execute": command, "arguments": arguments}
-        self._writer.write(json.dumps(message).encode() + b"\n")
+        await self._send(self._writer, json.dumps(message).encode() + b"\n", files)
         try:
             return await asyncio.wait_for(answer, CALL_TIMEOUT_S)
         except TimeoutError:
             raise Temporary(f"QEMU did not answer {command}") from None
+
+    @staticmethod
+    async def _send(writer: asyncio.StreamWriter, line: bytes, files: Sequence[int]) -> None:
+        """Descriptors travel with the first byte of their line, past the stream, which is empty."""
+        if files:
+            await writer.drain()
+            with socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as raw:
+                socket.send_fds(raw, [line[:1]], list(files))
+            line = line[1:]
+        writer.write(line)
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         try:

@@ -140,6 +140,7 @@ class Volumes:
         disk = self._disks.at_slot(mount.slot)
         if disk is None:
             raise Absent(f"volume {mount.volume} has just gone")
+        self._disks.send_flushes(disk)
         claim = Claim(mount.volume, spec.uid, spec.name, spec.kind, disk, mount.read_only)
         os.makedirs(f"{paths.VOLUMES}/{mount.volume}", mode=0o700, exist_ok=True)
         write_json(_record(claim), asdict(claim))

@@ -6,13 +6,21 @@ import os
 import time
 from collections.abc import Callable
 
-from supercloud.model.errors import BadState, SupercloudError, UserError
+from supercloud.model.errors import (
+    BadState,
+    Busy,
+    NotFound,
+    SupercloudError,
+    Unsupported,
+    UserError,
+)
 from supercloud.model.states import ENVIRONMENT, step
 from supercloud.upper.platform.agent import cgroups, readiness
-from supercloud.upper.platform.agent.engine import Engine, Places
+from supercloud.upper.platform.agent.engine import Engine, NotRestored, Places
 from supercloud.upper.platform.agent.processes import Watched, adopt
 from supercloud.upper.platform.agent.state import read_json, write_json
 from supercloud.upper.platform.agent.volumes import Absent, Broken
+from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
 from supercloud.wire.codec import encode
 from supercloud.wire.messages import EnvironmentSpec, EnvironmentStatus
 
@@ -46,7 +54,7 @@ class Worker:
         self._tell = tell
         self._process: Watched | None = None
         self._going = asyncio.Event()
-        self._again = False
+        self._again = self._is_saving = False
         self._delay_s = BACK_OFF_S[0]
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -95,6 +103,22 @@ class Worker:
         """BadState when it does not run."""
         if self._process is None or self.state not in RUNNING:
             raise BadState(f"{self.spec.name} is {self.state}, not running")
+
+    async def checkpoint(self, wanted: CheckpointTake) -> CheckpointTaken:
+        """Take one of what runs; Busy while one is being taken."""
+        self.check_running()
+        if wanted.uid != self.spec.uid:
+            raise NotFound(f"{wanted.name} is another one by now", where=wanted.uid)
+        reason = self.engine.refusal() if self.spec.checkpoints else "it was not started for that"
+        if reason:
+            raise Unsupported(f"{wanted.name} cannot be checkpointed: {reason}")
+        if self._is_saving or self._process is None:
+            raise Busy(f"a checkpoint of {wanted.name} is being taken")
+        self._is_saving = True
+        try:
+            return await self.engine.checkpoint(wanted, self._process)
+        finally:
+            self._is_saving = False
 
     # -- its life
 
@@ -257,7 +281,7 @@ class Worker:
     async def _failed(self, error: Exception) -> None:
         message = error.message if isinstance(error, UserError) else str(error)
         lost = self.state in RUNNING and isinstance(error, Absent)
-        held = lost and self.spec.restart == "never"
+        held = (lost and self.spec.restart == "never") or isinstance(error, NotRestored)
         await self._clean()
         self._to("failed", message[:1000])
         self._save(held=held)
@@ -271,7 +295,10 @@ class Worker:
         self.restarts += lost
 
     async def _hold(self) -> None:
-        """It ran, lost what it ran on, and its policy is never: until somebody wants it again."""
+        """It lost what it ran on and its policy is never, or its checkpoint is no good.
+
+        Until somebody wants it again.
+        """
         await self._wake.wait()
         self.restarts += 1
 

@@ -203,6 +203,7 @@ OWN_L1 = (
     "upper/__init__.py",
     "upper/platform/__init__.py",
     "upper/platform/agent",
+    "upper/platform/saver",
 )
 
 # The tool tree: run on the building machine through its own loader.

@@ -11,6 +11,7 @@ from typing import Any, Final
 from supercloud.model.errors import Invalid, SupercloudError
 from supercloud.model.events import Event
 from supercloud.upper.platform.link.owner import Owner
+from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.messages import (
     Apply,
@@ -23,6 +24,7 @@ from supercloud.wire.messages import (
 from supercloud.wire.peer import ConnectionLost, Peer, Stream
 
 MAX_WAITING_EVENTS: Final = 1024
+CHECKPOINT_TIMEOUT_S: Final = 3600.0
 
 log = logging.getLogger("supercloud.upper.platform.link")
 
@@ -58,6 +60,13 @@ class AgentSession:
     async def restart(self, name: str) -> None:
         """Start an environment anew."""
         await self.peer.call("ee.restart", encode(ByName(name=name)))
+
+    async def checkpoint(
+        self, asked: CheckpointTake, *, timeout_s: float = CHECKPOINT_TIMEOUT_S
+    ) -> CheckpointTaken:
+        """Take a checkpoint of an environment; answered when it is in the store."""
+        answer = await self.peer.call("ee.checkpoint", encode(asked), timeout_s=timeout_s)
+        return decode(CheckpointTaken, answer, "ee.checkpoint", ignore_unknown=True)
 
     async def shutdown(self, *, timeout_s: float = 60.0) -> None:
         """Stop all environments and power off; a connection lost on the way is the success."""

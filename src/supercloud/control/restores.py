@@ -1,0 +1,193 @@
+"""Going back to a checkpoint: what is decided, in one row, so that it is decided whole or not."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from supercloud.control import specs
+from supercloud.control.checkpoints import CheckpointService
+from supercloud.control.controllers.plane import Plane
+from supercloud.control.desire import Decision, Move
+from supercloud.control.documents import (
+    Assignment,
+    CheckpointsDocument,
+    EnvironmentDocument,
+    PlatformDocument,
+    UCloudDocument,
+    ucloud_key,
+)
+from supercloud.control.kept import KeptCheckpoint, Place, Restore
+from supercloud.model.errors import BadState, Busy, Invalid, NotFound
+from supercloud.model.resources import Environment, Placement
+from supercloud.model.states import UCLOUD, observed
+from supercloud.wire import api
+
+Decide = Callable[[UCloudDocument, dict[str, Move]], Awaitable[Decision]]
+"""The decision for a U-Cloud as it is, with these EEs moved."""
+
+
+class RestoreService:
+    """See ``restore``."""
+
+    def __init__(self, plane: Plane, checkpoints: CheckpointService, decide: Decide) -> None:
+        """Acts through ``plane``; ``decide`` asks the providers."""
+        self._plane, self._checkpoints, self._decide = plane, checkpoints, decide
+
+    async def restore(self, ucloud: str, name: str, number: int, to: str) -> api.Restoring:
+        """Have an EE or a platform made anew from its checkpoint ``number`` (0: the newest).
+
+        ``to`` is another provider to put an EE at. NotFound, BadState; NoResources for the place.
+        """
+        async with self._plane.deciding:
+            owner = await self._plane.state.ucloud(ucloud)
+            if owner is None or owner.deleting:
+                raise BadState(f"U-Cloud {ucloud} is not up", hint="supercloud up FILE, then again")
+            document = await self._checkpoints.find(ucloud, name)
+            kept = _chosen(document, number)
+            if document.of == "platform":
+                platform = await self._platform(owner, document, kept, to)
+                restore = Restore(number=_next(owner, platform), sequence=kept.sequence)
+                changed, place = await self._store(owner, name, restore), name
+                await self._plane.state.change(platform, _without_error)
+            else:
+                changed, place = await self._environment(owner, document, kept, to)
+        self._plane.look(ucloud_key(ucloud), 0.0)
+        self._plane.tell(changed, "ucloud.restore", f"{name} from checkpoint {kept.sequence}")
+        return api.Restoring(
+            ucloud=ucloud,
+            name=name,
+            number=kept.sequence,
+            platform=place,
+            generation=changed.generation,
+        )
+
+    async def _platform(
+        self, owner: UCloudDocument, document: CheckpointsDocument, kept: KeptCheckpoint, to: str
+    ) -> PlatformDocument:
+        """The platform, if it can be restored from that."""
+        if to:
+            raise Invalid("is for environments: a platform is restored where it was", where="to")
+        platform = await self._plane.state.platform(owner.name, document.name)
+        if platform is None or platform.deleting or document.name not in owner.platforms:
+            raise BadState(f"there is no platform {document.name} any more")
+        if kept.shape != specs.platform_shape(platform):
+            raise _other(document, kept)
+        return platform
+
+    async def _environment(
+        self, owner: UCloudDocument, document: CheckpointsDocument, kept: KeptCheckpoint, to: str
+    ) -> tuple[UCloudDocument, str]:
+        name = document.name
+        item = await self._plane.state.environment(owner.name, name)
+        if item is None or item.deleting or name not in owner.assignments:
+            raise BadState(
+                f"there is no environment {name} in U-Cloud {owner.name}",
+                hint="put it into the manifest as it was, and supercloud up",
+            )
+        if item.ready is None or not item.current:
+            raise BadState(f"environment {name} is being changed; try again")
+        if kept.shape != specs.shape_of(item.ready):
+            raise _other(document, kept)
+        restore = Restore(number=_next(owner, item), sequence=kept.sequence)
+        if not to or owner.platforms[owner.assignments[name].platform].provider.name == to:
+            place = _back(owner, name, kept)
+            return await self._store(owner, name, restore, place), place.platform
+        if to not in {entry.name for entry in owner.spec.providers}:
+            raise NotFound(f"the manifest of {owner.name} has no provider {to}")
+        decision = await self._decide(owner, {name: Move(to, _free(owner, name, kept))})
+        place = decision.assignments[name]
+        return await self._store(owner, name, restore, place, decision), place.platform
+
+    async def _store(
+        self,
+        owner: UCloudDocument,
+        name: str,
+        restore: Restore,
+        place: Assignment | None = None,
+        decision: Decision | None = None,
+    ) -> UCloudDocument:
+        expected = owner.generation
+
+        def decided(fresh: UCloudDocument) -> None:
+            if fresh.generation != expected or fresh.deleting:
+                raise Busy(f"U-Cloud {owner.name} is being changed by others; try again")
+            if decision is not None:
+                fresh.platforms, fresh.assignments = decision.platforms, decision.assignments
+                fresh.volumes, fresh.store = decision.volumes, decision.store
+            if place is not None:
+                fresh.assignments[name] = place
+            fresh.restores[name] = restore
+            fresh.generation += 1
+            fresh.state = observed(UCLOUD, fresh.state, "applying")
+
+        return await self._plane.state.change(owner, decided)
+
+
+def _without_error(platform: PlatformDocument) -> None:
+    platform.error = None
+
+
+def nature(environment: Environment) -> Environment:
+    """What makes it what it is: another one has nothing to do with what was restored."""
+    return replace(
+        environment, checkpoint=None, placement=Placement(), replicas=1, buckets=[], ports=[]
+    )
+
+
+def _chosen(document: CheckpointsDocument, number: int) -> KeptCheckpoint:
+    name = document.name
+    if document.deleting or document.policy is None:
+        raise BadState(
+            f"{name} is to have no checkpoints any more: it cannot go on from one",
+            hint="say `checkpoint: {}` of it in the manifest, and supercloud up",
+        )
+    if not document.kept:
+        raise NotFound(
+            f"there is no checkpoint of {name} yet", hint=f"supercloud checkpoint {name}"
+        )
+    for kept in document.kept:
+        if kept.sequence == (number or document.kept[-1].sequence):
+            return kept
+    there = ", ".join(str(kept.sequence) for kept in document.kept)
+    raise NotFound(f"there is no checkpoint {number} of {name}", hint=f"there are {there}")
+
+
+def _other(document: CheckpointsDocument, kept: KeptCheckpoint) -> BadState:
+    what = "image or memory" if document.of == "platform" else "image, command or size"
+    return BadState(
+        f"checkpoint {kept.sequence} is of another {document.name}: its {what} was changed since",
+        hint="put the manifest back as it was, and supercloud up; then restore",
+    )
+
+
+def _next(owner: UCloudDocument, item: EnvironmentDocument | PlatformDocument) -> int:
+    decided = owner.restores.get(item.name)
+    numbers = [item.restored, item.restore.number if item.restore else 0]
+    numbers += [decided.number if decided else 0]
+    numbers += [item.restoring] if isinstance(item, PlatformDocument) else []
+    return max(numbers) + 1
+
+
+def _free(owner: UCloudDocument, name: str, kept: KeptCheckpoint) -> Place | None:
+    """Its place in the network, if nobody else has that by now."""
+    place = kept.place
+    if place is None:
+        return None
+    others = [item for other, item in owner.assignments.items() if other != name]
+    if any((o.network, o.address) == (place.network, place.address) for o in others):
+        return None
+    return place
+
+
+def _back(owner: UCloudDocument, name: str, kept: KeptCheckpoint) -> Assignment:
+    """Where it is now, under the address that it had."""
+    now, place = owner.assignments[name], _free(owner, name, kept)
+    if place is None or place.network != now.network or place.address == now.address:
+        return now
+    return replace(
+        now,
+        address=place.address,
+        prefix_length=place.prefix_length,
+        gateway=place.gateway,
+        mac=place.mac,
+        moved=place.gateway != now.gateway,
+    )

@@ -1,0 +1,201 @@
+"""Volumes that are kept on several hosts, by the control plane; on fake providers."""
+
+import asyncio
+
+import pytest
+
+from supercloud.model.errors import BadState, Invalid, NoResources, Temporary
+from support.control import World, environment, manifest_of
+
+VOLUME = {"name": "data", "size": "64MiB", "replicas": 2}
+USER = environment("db", volumes=[{"name": "data", "path": "/data"}])
+
+
+@pytest.fixture
+async def world(tmp_path):
+    made = World(tmp_path)
+    await made.start()
+    yield made
+    await made.stop()
+
+
+def providers(*names):
+    return [{"name": name, "kind": "fake", "options": {"hosts": "1"}} for name in names]
+
+
+def manifest(world, names=("east", "west"), volume=VOLUME, wish=(USER,)):
+    body = {"providers": providers(*names), "volumes": [volume]}
+    return manifest_of(world.directory, list(wish), **body)
+
+
+async def up(world, *, ready=True, **more):
+    applied = await world.app.service.up(manifest(world, **more))
+    if ready:
+        await world.ready()
+    return applied
+
+
+async def document(world):
+    return await world.app.plane.state.volume("test", "data")
+
+
+def cloud(world, entry):
+    return world.app.plane.pool.get("test", entry).cloud
+
+
+async def clouds(world):
+    """By host: the one where it is used first."""
+    volume = await document(world)
+    return {replica.host: cloud(world, replica.provider) for replica in volume.replicas}
+
+
+def words(made, host):
+    return made.volumes.volumes[made.volumes.key_of(host, "data")].words
+
+
+async def until(world, true, what):
+    async def there():
+        return true(await document(world))
+
+    await world.until(there, what)
+    return await document(world)
+
+
+def all_in_sync(volume):
+    return volume.mirroring and all(replica.in_sync for replica in volume.replicas)
+
+
+async def write(world, word):
+    """As its user: what is not answered is tried again."""
+    async with asyncio.timeout(15):
+        while True:
+            try:
+                volume = await document(world)
+                cloud(world, volume.provider).volumes.write("data", word)
+            except (Temporary, BadState, KeyError):
+                await asyncio.sleep(0.01)
+            else:
+                return
+
+
+async def test_it_is_kept_on_two_hosts_each_with_a_key_of_its_own(world):
+    applied = await up(world)
+    (change,) = [c for c in applied.plan.changes if c.subject == "volume/data"]
+    assert change.details[2:] == ["at east/east-0", "and at west/west-0"]
+    volume = await until(world, all_in_sync, "it is in sync")
+    assert {replica.host for replica in volume.replicas} == {"east-0", "west-0"}
+    assert len({replica.wrapped_key for replica in volume.replicas}) == 2
+    await write(world, "one")
+    assert [words(made, host) for host, made in (await clouds(world)).items()] == [["one"]] * 2
+
+
+async def test_too_few_hosts_are_refused_before_anything_is_made(world):
+    with pytest.raises(NoResources, match="1 hosts") as caught:
+        await up(world, names=("east",), ready=False)
+    assert "volumes" in caught.value.where
+    assert await document(world) is None
+    with pytest.raises(Invalid, match="replicas"):
+        await up(world, volume={**VOLUME, "replicas": 4}, ready=False)
+
+
+async def test_the_number_of_its_hosts_and_its_size_stay(world):
+    await up(world)
+    for change in ({"replicas": 1}, {"size": "128MiB"}):
+        with pytest.raises(Invalid):
+            await up(world, volume={**VOLUME, **change}, ready=False)
+
+
+async def test_down_and_up_again_copies_nothing(world):
+    await up(world)
+    await until(world, all_in_sync, "it is in sync")
+    await write(world, "one")
+    await world.app.service.down("test")
+    await world.gone()
+    volume = await document(world)
+    assert (volume.state, volume.clean, volume.mirroring) == ("kept", True, False)
+    assert all(replica.kept and not replica.opened for replica in volume.replicas)
+    await up(world)
+    volume = await until(world, all_in_sync, "it is in sync again")
+    assert volume.turns == {}
+    assert volume.generation == 2
+
+
+async def test_a_replica_that_is_cut_off_is_stale_and_comes_back(world):
+    await up(world)
+    volume = await until(world, all_in_sync, "it is in sync")
+    other = cloud(world, volume.others[0].provider)
+    other.cut_off()
+    volume = await until(world, lambda v: not v.others[0].in_sync, "it is stale")
+    assert volume.in_sync
+    await write(world, "alone")
+    assert words(other, volume.others[0].host) == []
+    other.come_back()
+    volume = await until(world, all_in_sync, "it is in sync again")
+    assert words(other, volume.others[0].host) == ["alone"]
+
+
+async def test_a_host_that_is_lost_is_left_and_nothing_that_was_answered_is(world):
+    await up(world, names=("east", "west"))
+    volume = await until(world, all_in_sync, "it is in sync")
+    for n in range(5):
+        await write(world, f"w{n}")
+    lost = cloud(world, volume.provider)
+    before, home = volume.host, volume.others[0].host
+    lost.kill()
+    volume = await until(world, lambda v: v.host == home and v.state == "attached", "it moved")
+    await world.until(lambda: serving_on(world, home), "its user serves there")
+    await write(world, "later")
+    made = await clouds(world)
+    assert words(made[home], home) == [*(f"w{n}" for n in range(5)), "later"]
+    lost.come_back()
+    volume = await until(world, all_in_sync, "the lost one is there again")
+    assert volume.host == home
+    assert words(made[before], before) == words(made[home], home)
+
+
+async def serving_on(world, host):
+    (row,) = await world.app.service.environments("test")
+    return row.state == "serving" and row.host == host
+
+
+async def test_a_host_that_was_merely_cut_off_answers_nothing_after_its_lease(world):
+    await up(world)
+    volume = await until(world, all_in_sync, "it is in sync")
+    old, home = cloud(world, volume.provider), volume.others[0].host
+    old.cut_off()
+    volume = await until(world, lambda v: v.host == home and v.state == "attached", "it moved")
+    there = old.volumes.volumes["data"]
+    assert there.mirror.closed_by()
+    await write(world, "new")
+    assert "new" not in there.words
+    old.come_back()
+    await until(world, all_in_sync, "the old one is there again")
+    assert "new" in old.volumes.volumes["data"].words
+
+
+async def test_up_finds_it_elsewhere_when_its_host_was_lost_meanwhile(world):
+    await up(world)
+    await until(world, all_in_sync, "it is in sync")
+    await write(world, "one")
+    await world.app.service.down("test")
+    await world.gone()
+    volume = await document(world)
+    cloud(world, volume.provider).kill()
+    other = volume.others[0].host
+    await up(world, ready=False)
+    await until(world, lambda v: v.host == other and v.state == "attached", "it is elsewhere")
+    assert words((await clouds(world))[other], other) == ["one"]
+
+
+async def test_it_goes_from_all_hosts_when_it_is_deleted(world):
+    await up(world)
+    await until(world, all_in_sync, "it is in sync")
+    made = await clouds(world)
+    await world.app.service.purge("test")
+    await world.gone()
+
+    async def gone():
+        return await document(world) is None
+
+    await world.until(gone, "it is gone")
+    assert not any(one.volumes.volumes for one in made.values())

@@ -1,0 +1,169 @@
+"""Killed at any effect, and with a host lost or cut off besides, the control plane goes on: what a
+volume on several hosts has answered is there, and only one of its hosts answers."""
+
+import asyncio
+import os
+import tempfile
+from pathlib import Path
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from supercloud.model.errors import BadState, NotFound, Temporary
+from support.control import Kill, World, environment, manifest_of
+
+LONG = bool(os.environ.get("SUPERCLOUD_LONG"))
+USER = environment("db", volumes=[{"name": "data", "path": "/data"}])
+VOLUMES = [{"name": "data", "size": "1MiB", "replicas": 2}]
+HOSTS = ("east", "west")
+
+kills = st.builds(lambda at, after: (at, after), st.integers(1, 60), st.booleans())
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 240))
+
+
+class Kept:
+    """A U-Cloud with one volume on two hosts, over many lives of its control plane."""
+
+    def __init__(self, directory):
+        self.world = World(Path(directory))
+        self.answered = []
+
+    async def pursue(self, begin, reached, points):
+        """Through all these deaths, then in peace."""
+        for at, after in points:
+            await self.world.start(Kill(at, after=after))
+            await self._life(begin, reached)
+            await self.world.stop()
+        await self.world.start()
+        await self._life(begin, reached)
+
+    async def _life(self, begin, reached):
+        if begin is not None:
+            task, dying = asyncio.ensure_future(begin()), self.world.seam.dead.wait()
+            dying = asyncio.ensure_future(dying)
+            await asyncio.wait({task, dying}, return_when=asyncio.FIRST_COMPLETED)
+            dying.cancel()
+            if not task.done():
+                task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        try:
+            await self.world.until(reached, "what was wished for")
+        except TimeoutError:
+            raise AssertionError(await self.describe()) from None
+
+    async def describe(self):
+        """How it stands, for whoever reads of a failure."""
+        state = self.world.app.plane.state
+        owner = await state.ucloud("test")
+        homes = {name: wish.host for name, wish in owner.volumes.items()} if owner else {}
+        found = [await self.document(), homes, self.world.app.plane.mirrors]
+        found += await state.platforms("test")
+        found += await state.environments("test")
+        return "\n".join(map(str, found))
+
+    async def up(self):
+        providers = [{"name": n, "kind": "fake", "options": {"hosts": "1"}} for n in HOSTS]
+        body = {"volumes": VOLUMES, "providers": providers}
+        await self.world.app.service.up(manifest_of(self.world.directory, [USER], **body))
+
+    async def document(self):
+        return await self.world.app.plane.state.volume("test", "data")
+
+    def cloud(self, replica):
+        return self.world.app.plane.pool.get("test", replica.provider).cloud
+
+    async def serving(self):
+        """Its user runs where it is used."""
+        volume = await self.document()
+        rows = await self.environments()
+        if volume is None or volume.state != "attached" or not volume.mirroring:
+            return False
+        return [(row.state, row.host) for row in rows] == [("serving", volume.host)]
+
+    async def environments(self):
+        try:
+            return await self.world.app.service.environments("test")
+        except NotFound:
+            return []
+
+    async def in_sync(self):
+        volume = await self.document()
+        told = self.world.app.plane.mirrors.get(("test", "data"))
+        if told is None or told.generation != volume.generation:
+            return False
+        standings = {(one.standing, one.connected) for one in told.replicas}
+        recorded = all(replica.in_sync for replica in volume.replicas)
+        return await self.serving() and recorded and standings == {("in_sync", True)}
+
+    async def write(self, word):
+        """As its user, who tries again what is not answered."""
+        async with asyncio.timeout(20):
+            while True:
+                volume = await self.document()
+                try:
+                    self.cloud(volume).volumes.write("data", word)
+                except (Temporary, BadState, KeyError):
+                    await asyncio.sleep(0.01)
+                else:
+                    self.answered.append(word)
+                    return
+
+    async def check(self):
+        """All that was answered is where it is used, in order, and nothing else."""
+        volume = await self.document()
+        assert not volume.halted
+        there = self.cloud(volume).volumes.volumes["data"]
+        assert [word for word in there.words if word in self.answered] == self.answered
+        return volume
+
+
+async def chapters(directory, points, *, cut):
+    kept = Kept(directory)
+    try:
+        await kept.pursue(kept.up, kept.in_sync, points[0])
+        for n in range(3):
+            await kept.write(f"a{n}")
+        before = await kept.check()
+        lost, place = kept.cloud(before), before.host
+        lost.cut_off() if cut else lost.kill()
+        await kept.world.stop()
+
+        async def elsewhere():
+            volume = await kept.document()
+            return await kept.serving() and volume.host != place
+
+        await kept.pursue(None, elsewhere, points[1])
+        await kept.write("b")
+        volume = await kept.check()
+        (old,) = volume.others
+        there = kept.cloud(old).volumes.volumes["data"]
+        assert there.mirror is None or there.mirror.closed_by(), "both hosts answer"
+        assert "b" not in there.words
+        kept.cloud(old).come_back()
+        await kept.world.stop()
+        await kept.pursue(None, kept.in_sync, points[2])
+        await kept.write("c")
+        volume = await kept.check()
+        words = [kept.cloud(r).volumes.volumes["data"].words for r in volume.replicas]
+        assert words[0] == words[1]
+    finally:
+        await kept.world.stop()
+
+
+@settings(
+    max_examples=60 if LONG else 5,
+    deadline=None,
+    derandomize=not LONG,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.explicit, Phase.generate),
+)
+@given(
+    points=st.tuples(*(st.lists(kills, max_size=2) for _ in range(3))),
+    cut=st.booleans(),
+)
+def test_nothing_that_was_answered_is_lost_and_only_one_answers(points, cut):
+    with tempfile.TemporaryDirectory() as directory:
+        run(chapters(directory, points, cut=cut))

@@ -1,0 +1,181 @@
+"""Checkpoints from a manifest: a container and a nested VM go back to what they were, by the CLI.
+
+A real host, platform, agent and object store. The container's program has a hash chain in its
+memory and writes each link to its layer; the VM's shell counts in a variable and in a file. The
+tests share one host and go on from each other, in this order.
+"""
+
+import contextlib
+import hashlib
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.slots import vm_slots
+from support.stack import Host, Stack, stack, wait_for
+
+pytestmark = [pytest.mark.vm, pytest.mark.root]
+
+PATTERN = "a-word-that-nobody-else-may-read"
+CHAIN = (
+    "/bin/serve & n=0; h=begin; while :; do n=$((n+1)); h=$(echo $h $n | busybox sha256sum); "
+    "h=${h%% *}; echo $n $h > /tmp/.chain; mv /tmp/.chain /tmp/chain; sleep 0.1; done"
+)
+BODY = """\
+platform: {{memory: 1GiB}}
+environments:
+  - name: chain
+    kind: container
+    image: oci:{examples}/web
+    command: [/bin/sh, -c, "WORD={word}; {chain}"]
+    memory: 64MiB
+    ports: [8080]
+    checkpoint: {{keep: 2}}
+  - name: machine
+    kind: vm
+    image: {examples}/vm
+    memory: 128MiB
+    ports: [8080]
+    checkpoint: {{keep: 1}}
+"""
+
+
+def link(number: int) -> str:
+    value = "begin"
+    for n in range(1, number + 1):
+        value = hashlib.sha256(f"{value} {n}\n".encode()).hexdigest()
+    return value
+
+
+class Kept:
+    """The stack, its one host, and the U-Cloud ``kept``."""
+
+    def __init__(self, made: Stack, examples: Path) -> None:
+        self.stack, self.examples = made, examples
+        self.host: Host = made.hosts["here"]
+
+    def up(self) -> str:
+        body = BODY.format(examples=self.examples, chain=CHAIN, word=PATTERN)
+        return self.stack.cli("up", self.stack.manifest("kept", body)).stdout
+
+    def number(self) -> int:
+        """How far the chain is, its link being the right one."""
+        words = self.stack.cli("exec", "kept/chain", "--", "cat", "/tmp/chain").stdout.split()
+        assert words[1] == link(int(words[0])), "the chain is broken"
+        return int(words[0])
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        return {row["name"]: row for row in self.stack.json("ps")}
+
+    def of(self, name: str) -> dict[str, Any]:
+        return dict(self.stack.json("checkpoints", f"kept/{name}"))
+
+    def shell(self, line: str, until: str) -> str:
+        """Type a line at the VM's console; what it says, to the match of ``until``."""
+        ours, theirs = socket.socketpair()
+        with ours, self.stack.popen(
+            "console", "kept/machine", stdin=theirs.fileno(), stdout=theirs.fileno()
+        ) as running:  # fmt: skip
+            theirs.close()
+            ours.settimeout(1)
+            said, end = "", time.monotonic() + 60
+            while time.monotonic() < end:
+                ours.send(f"{line}\n".encode())
+                with contextlib.suppress(TimeoutError):
+                    while data := ours.recv(4096):
+                        said += data.decode(errors="replace")
+                        if found := re.search(until, said):
+                            running.kill()
+                            return found[0]
+            running.kill()
+        raise AssertionError(said)
+
+
+@pytest.fixture(scope="module")
+def kept(product_images: Path, example_images: Path) -> Iterator[Kept]:
+    with vm_slots(), stack(product_images) as made:
+        made.enrol("kept", "here")
+        shaped = Kept(made, example_images)
+        shaped.up()
+        yield shaped
+
+
+def test_a_container_goes_back_to_a_checkpoint_under_its_address(kept: Kept) -> None:
+    before = kept.rows()["chain"]
+    kept.stack.cli("exec", "kept/chain", "--", "sh", "-c", "echo first > /tmp/mine")
+    said = kept.stack.cli("checkpoint", "kept/chain").stdout
+    assert re.search(r"checkpoint 1, stood still for \d+ ms", said)
+    at = kept.number()
+    wait_for(lambda: kept.number() > at + 20, 60)
+    kept.stack.cli(
+        "exec", "kept/chain", "--", "sh", "-c", "echo second > /tmp/mine; touch /tmp/new"
+    )
+    assert "is back at checkpoint 1" in kept.stack.cli("restore", "kept/chain").stdout
+    assert kept.stack.cli("exec", "kept/chain", "--", "ls", "/tmp").stdout.split() == [
+        "chain", "mine", "www",
+    ]  # fmt: skip
+    assert kept.stack.cli("exec", "kept/chain", "--", "cat", "/tmp/mine").stdout == "first\n"
+    now = kept.number()
+    wait_for(lambda: kept.number() > now, 60)  # it goes on, link by link
+    after = kept.rows()["chain"]
+    assert (after["address"], after["urls"]) == (before["address"], before["urls"])
+
+
+def test_only_so_many_are_kept_and_an_older_one_can_be_chosen(kept: Kept) -> None:
+    for _ in range(2):
+        kept.stack.cli("checkpoint", "kept/chain")
+    found = [item["number"] for item in kept.of("chain")["checkpoints"]]
+    assert sorted(found) == [2, 3]
+    kept.stack.cli("exec", "kept/chain", "--", "sh", "-c", "touch /tmp/later")
+    kept.stack.cli("restore", "kept/chain", "--checkpoint", "2")
+    assert "later" not in kept.stack.cli("exec", "kept/chain", "--", "ls", "/tmp").stdout
+    refused = kept.stack.cli("restore", "kept/chain", "--checkpoint", "1", status=None)
+    assert refused.returncode != 0
+    assert "1" in refused.stderr
+
+
+def test_a_nested_machine_goes_back_with_its_memory(kept: Kept) -> None:
+    kept.shell("MEM=kept-in-memory; echo one > /tmp/f", r"#")
+    kept.shell("echo is-$MEM-$(cat /tmp/f)", r"is-kept-in-memory-one")
+    said = kept.stack.cli("checkpoint", "kept/machine").stdout
+    assert "stood still for" in said
+    kept.shell("MEM=changed; echo two > /tmp/f; echo is-$MEM-$(cat /tmp/f)", r"is-changed-two")
+    kept.stack.cli("restore", "kept/machine")
+    kept.shell("echo is-$MEM-$(cat /tmp/f)", r"is-kept-in-memory-one")
+    wait_for(lambda: kept.rows()["machine"]["state"] == "serving", 60)
+    (one,) = kept.of("machine")["checkpoints"]
+    assert one["memory_bytes"] > 0
+
+
+def test_the_providers_disk_has_neither_what_was_in_memory_nor_names(kept: Kept) -> None:
+    needles = [PATTERN.encode(), b"kept-in-memory", b"supercloud-checkpoints"]
+    files = [file for file in kept.host.state.glob("domains/disk/**/*") if file.is_file()]
+    assert files
+    for file in files:
+        with file.open("rb") as content:
+            rest = b""
+            while piece := content.read(16 << 20):
+                assert not [needle for needle in needles if needle in rest + piece], file
+                rest = piece[-64:]
+
+
+def test_what_is_down_keeps_its_checkpoints_and_comes_back_from_one(kept: Kept) -> None:
+    kept.stack.cli("exec", "kept/chain", "--", "sh", "-c", "echo third > /tmp/mine")
+    kept.stack.cli("checkpoint", "kept/chain")
+    number = kept.of("chain")["checkpoints"][0]["number"]
+    said = kept.stack.cli("down", "kept").stdout
+    assert "chain" in said
+    kept.up()
+    assert kept.stack.cli("exec", "kept/chain", "--", "ls", "/tmp").stdout.split() == [
+        "chain", "www",
+    ]  # fmt: skip
+    kept.stack.cli("restore", "kept/chain", "--checkpoint", str(number))
+    assert kept.stack.cli("exec", "kept/chain", "--", "cat", "/tmp/mine").stdout == "third\n"
+    kept.stack.cli("checkpoints", "delete", "kept/machine")
+    kept.stack.cli("down", "kept", "--checkpoints")
+    assert kept.stack.json("checkpoints") == []

@@ -1,0 +1,318 @@
+"""What a monitor does for a checkpoint, against a pretended QEMU and a pretended agent."""
+
+import contextlib
+import json
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from supercloud.lower.vmm import checkpoint
+from supercloud.lower.vmm.checkpoint import Capture, Touched, extents, is_inside_guest
+from supercloud.lower.vmm.identity import IdentityPort
+from supercloud.lower.vmm.machine import Machine
+from supercloud.model.errors import Busy, NoResources, Temporary
+from supercloud.wire.portal import Request
+from supercloud.wire.qmp import Qmp
+from supercloud.wire.reactor import Reactor
+
+PAGE = 4096
+MAKE = {"id": "checkpoint", "status": "concluded"}
+
+
+def processor(flags: int) -> bytes:
+    """A processor's section in a stream of devices' states."""
+    head = b"\x04" + struct.pack(">I", 7) + b"\x03cpu" + struct.pack(">II", 0, 12)
+    return head + bytes(16 * 8 + 8 + 8) + struct.pack(">I", flags) + bytes(64)
+
+
+class Qemu(threading.Thread):
+    """Answers every command; ``refuses`` with an error. Writes ``state`` where it is told to."""
+
+    def __init__(self, end: socket.socket) -> None:
+        super().__init__(daemon=True)
+        self.end, self.refuses, self.names = end, set[str](), list[str]()
+        self.status = "running"
+        self.state, self._file = b"QEVM" + processor(0x18C0C2B0), -1
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):  # the test is over
+            self._serve()
+
+    def _serve(self) -> None:
+        data = b""
+        while True:
+            more, descriptors, _, _ = socket.recv_fds(self.end, 1 << 16, 8)
+            if not more:
+                return
+            *lines, data = (data + more).split(b"\n")
+            for line in lines:
+                self._answer(json.loads(line), descriptors)
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _answer(self, command: dict[str, Any], descriptors: list[int]) -> None:
+        name, arguments = command["execute"], command["arguments"]
+        self.names.append(name)
+        result: Any = {}
+        if name == "query-named-block-nodes":
+            result = [{"node-name": "scratch", "image": {"virtual-size": 1 << 20}}]
+        elif name == "query-jobs":
+            result = [MAKE]
+        elif name == "query-status":
+            result = {"status": self.status}
+        elif name == "add-fd" and arguments["fdset-id"] == 21:
+            self._file = os.dup(descriptors[0])
+        elif name == "xen-save-devices-state":
+            os.write(self._file, self.state)
+        elif name == "remove-fd" and arguments["fdset-id"] == 21:
+            os.close(self._file)
+        answer = {"error": {"desc": "no"}} if name in self.refuses else {"return": result}
+        self._send({"id": command["id"], **answer})
+        if name in self.refuses:
+            return
+        if name == "blockdev-create":
+            self.happens("JOB_STATUS_CHANGE", MAKE)
+        elif name == "block-commit":
+            self.happens("BLOCK_JOB_READY", {"device": "checkpoint"})
+        elif name == "job-complete":
+            self.happens("BLOCK_JOB_COMPLETED", {"device": "checkpoint"})
+
+    def happens(self, name: str, data: dict[str, Any]) -> None:
+        self._send({"event": name, "data": data})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self.end.send(json.dumps(message).encode() + b"\n")
+
+
+class Bench:
+    """A capture of a machine with shared memory, its QEMU, its agent's end of the port."""
+
+    def __init__(self) -> None:
+        self.reactor = Reactor()
+        ours, theirs = socket.socketpair()
+        self.qemu = Qemu(theirs)
+        self.qemu.start()
+        self.told: list[tuple[str, dict[str, Any], list[bytes]]] = []
+        self.qmp = Qmp(self.reactor, ours, self._event, lambda: None)
+        port, self.agent = socket.socketpair()
+        self.agent.settimeout(5)
+        self.port = IdentityPort(self.reactor, port, self._said)
+        self.ram = os.memfd_create("ram")
+        os.ftruncate(self.ram, 1 << 20)
+        os.pwrite(self.ram, b"touched", 5 * PAGE)
+        machine = Machine(
+            name="m", cpus=1, memory_bytes=64 << 20, accelerator="tcg",
+            uplink_mac="02:5c:00:00:00:01", link_mac="02:5c:77:00:00:01",
+        )  # fmt: skip
+        self.capture = Capture(
+            self.reactor, self.qmp, self.port, self._tell, machine, 1, lambda: os.dup(self.ram)
+        )
+
+    def _event(self, name: str, data: dict[str, Any]) -> None:
+        self.capture.on_qmp(name, data)
+
+    def _said(self, word: str) -> None:
+        self.capture.said(word)
+
+    def _tell(self, method: str, parameters: Any, files: list[int]) -> None:
+        contents = [os.pread(file, 1 << 22, 0) for file in files]
+        self.told.append((method, dict(parameters), contents))
+
+    def begin(self, room_bytes: int = 1 << 20) -> None:
+        overlay = os.memfd_create("overlay")
+        asked = {"room_bytes": room_bytes, "overlay_bytes": 1 << 20}
+        try:
+            self.capture.begin(Request("t", "machine.checkpoint", asked, [overlay]))
+        finally:
+            os.close(overlay)
+
+    def asked(self) -> dict[str, Any]:
+        """What its agent is asked next."""
+        line = b""
+        while not line.endswith(b"\n"):
+            line += self.agent.recv(1)
+        return dict(json.loads(line))
+
+    def answer(self, word: str) -> None:
+        asked = self.asked()
+        assert asked["do"] == "pause"
+        self.agent.send(f"{word} {asked['nonce']}\n".encode())
+        self.turn()
+
+    def end(self) -> None:
+        self.capture.end(Request("t", "machine.checkpoint-end", {}))
+        self.turn()
+
+    def turn(self, seconds: float = 0.1) -> None:
+        self.reactor._stopped = False
+        self.reactor.after(seconds, self.reactor.stop)
+        self.reactor.run()
+
+    def codes(self) -> list[str]:
+        return [method for method, _, _ in self.told]
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.capture._settled()
+    os.close(made.ram)
+    made.port.close()
+    made.agent.close()
+    made.qmp.close()
+    made.qemu.end.close()
+
+
+def test_memory_and_devices_are_captured_between_stop_and_cont_and_its_agent_is_told(
+    bench: Bench,
+) -> None:
+    bench.begin()
+    assert "stop" not in bench.qemu.names
+    bench.answer("paused")
+    assert bench.asked()["do"] == "resume"
+    ((method, figures, (state, memory)),) = bench.told
+    assert method == "checkpoint.captured"
+    assert state == bench.qemu.state
+    assert memory[5 * PAGE : 5 * PAGE + 7] == b"touched"
+    assert (len(memory), figures["memory_bytes"]) == (1 << 20, PAGE)
+    assert 0 < figures["pause_ms"] <= figures["quiet_ms"]
+    still = bench.qemu.names[bench.qemu.names.index("stop") : bench.qemu.names.index("cont") + 1]
+    assert still == ["stop", "blockdev-snapshot", "xen-save-devices-state", "cont"]
+    bench.end()
+    assert bench.codes()[1:] == ["checkpoint.over"]
+    assert bench.qemu.names[-3:] == ["blockdev-del", "blockdev-del", "remove-fd"]
+    bench.begin()  # and once more
+
+
+def test_without_its_agents_word_it_is_never_stopped(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "QUIET_S", 0.05)
+    bench.begin()
+    nonce = bench.asked()["nonce"]
+    bench.turn(0.2)
+    ((method, figures, _),) = bench.told
+    assert method == "checkpoint.failed"
+    assert "did not acknowledge" in figures["error"]["message"]
+    assert bench.asked()["do"] == "resume"
+    bench.agent.send(f"paused {nonce}\n".encode())  # too late
+    bench.turn()
+    assert bench.codes() == ["checkpoint.failed"]
+    assert "stop" not in bench.qemu.names
+
+
+@pytest.mark.parametrize("word", ["refused", "paused 0123456789abcdef paused", "ready"])
+def test_another_word_than_its_agents_yes_is_none(bench: Bench, word: str) -> None:
+    bench.begin()
+    bench.answer(word)
+    assert "checkpoint.captured" not in bench.codes()
+    assert "stop" not in bench.qemu.names
+
+
+def test_a_nested_machine_that_runs_though_the_agent_denies_it_is_found_out(bench: Bench) -> None:
+    bench.qemu.state = b"QEVM" + processor(0x18C0C2B0) + processor(0x18E0C2B0)
+    bench.begin()
+    bench.answer("paused")
+    assert "checkpoint.captured" not in bench.codes()
+    assert "nested VM runs" in bench.told[0][1]["error"]["message"]
+    assert bench.qemu.names.count("cont") == 1
+    bench.turn()
+    assert bench.codes() == ["checkpoint.failed", "checkpoint.over"]
+
+
+@pytest.mark.parametrize("refused", ["blockdev-snapshot", "xen-save-devices-state", "stop"])
+def test_what_fails_half_way_goes_on_and_is_taken_back(bench: Bench, refused: str) -> None:
+    bench.qemu.refuses.add(refused)
+    bench.begin()
+    bench.answer("paused")
+    assert bench.codes()[0] == "checkpoint.failed"
+    assert bench.qemu.names.count("cont") == 1
+    assert bench.asked()["do"] == "resume"
+    bench.turn()
+    committed = "block-commit" in bench.qemu.names
+    assert committed == (refused == "xen-save-devices-state")
+    assert "blockdev-del" in bench.qemu.names
+    bench.qemu.refuses.clear()
+    bench.begin()
+
+
+def test_more_memory_than_was_booked_is_refused_before_it_stands_still(bench: Bench) -> None:
+    os.pwrite(bench.ram, bytes(range(1, 201)) * 300, 0)
+    with pytest.raises(NoResources):
+        bench.begin(room_bytes=PAGE)
+    assert "stop" not in bench.qemu.names
+    bench.begin()
+    with pytest.raises(Busy):
+        bench.begin()
+
+
+def test_an_overlay_that_is_full_is_told_of_and_written_back_when_nobody_reads_below(
+    bench: Bench,
+) -> None:
+    bench.begin()
+    bench.answer("paused")
+    bench.qemu.happens("BLOCK_IO_ERROR", {"nospace": True, "action": "stop", "node-name": "x"})
+    bench.turn()
+    assert bench.codes() == ["checkpoint.captured", "checkpoint.full"]
+    assert "block-commit" not in bench.qemu.names
+    bench.end()
+    assert bench.codes()[-1] == "checkpoint.over"
+
+
+def test_a_writing_back_that_fails_is_tried_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "RETRY_S", 0.05)
+    bench.begin()
+    bench.answer("paused")
+    bench.qemu.refuses.add("block-commit")
+    bench.end()
+    assert bench.codes() == ["checkpoint.captured"]
+    bench.qemu.refuses.clear()
+    bench.turn(0.3)
+    assert bench.codes()[-1] == "checkpoint.over"
+
+
+def test_a_disk_that_stands_still_already_is_no_moment_for_a_checkpoint(bench: Bench) -> None:
+    bench.qemu.status = "io-error"
+    bench.begin()
+    bench.answer("paused")
+    assert bench.codes() == ["checkpoint.failed"]
+    assert "stop" not in bench.qemu.names
+
+
+def test_the_flag_of_a_guest_is_looked_for_in_every_processor() -> None:
+    outside, inside = processor(0x2B0), processor(0x2B0 | 1 << 21)
+    assert not is_inside_guest(b"QEVM" + outside * 3)
+    assert is_inside_guest(b"QEVM" + outside * 2 + inside)
+    assert not is_inside_guest(b"")
+
+
+def test_only_what_was_touched_is_copied_and_copied_again() -> None:
+    source, into = os.memfd_create("source"), os.memfd_create("into")
+    os.ftruncate(source, 64 * PAGE)
+    os.pwrite(source, b"a" * PAGE, 0)
+    os.pwrite(source, b"b" * 2 * PAGE, 40 * PAGE)
+    assert [*extents(source)] == [(0, PAGE), (40 * PAGE, 42 * PAGE)]
+    with Touched(source, into) as touched:
+        assert touched.copy(3 * PAGE) == 3 * PAGE
+        os.pwrite(source, b"c" * PAGE, 41 * PAGE)
+        assert touched.copy(3 * PAGE) == 3 * PAGE
+        with pytest.raises(NoResources):
+            touched.copy(2 * PAGE)
+    assert os.pread(into, 64 * PAGE, 0) == os.pread(source, 64 * PAGE, 0)
+    assert os.fstat(into).st_blocks * 512 == 3 * PAGE
+    for file in (source, into):
+        os.close(file)
+
+
+def test_a_machine_that_is_not_there_has_no_checkpoint(bench: Bench) -> None:
+    bench.port.close()
+    with pytest.raises(Temporary, match="agent"):
+        bench.begin()

@@ -1,0 +1,245 @@
+"""Parts of checkpoints in a platform that need no platform: trees of files, CRIU's messages."""
+
+import contextlib
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from supercloud.model.errors import Invalid, Permanent
+from supercloud.services.checkpoint.pages import Run
+from supercloud.upper.platform.agent import criu
+from supercloud.upper.platform.saver import trees
+from supercloud.upper.platform.saver.tracking import Kept
+
+OWNER = os.getuid()
+
+
+def image(top: Path, spool: Path, owner: int = OWNER) -> bytes:
+    copy = trees.Copy(str(top), str(spool), owner)
+    copy.finish()
+    data = b"".join(copy.stream())
+    copy.close()
+    return data
+
+
+def unpacked(data: bytes, top: Path, owner: int = OWNER) -> None:
+    top.mkdir()
+    file = os.memfd_create("image")
+    try:
+        os.write(file, data)
+        trees.unpack(file, str(top), owner)
+    finally:
+        os.close(file)
+
+
+def listing(top: Path) -> dict[str, object]:
+    """All that a tree is, but for inodes and change times."""
+    found: dict[str, object] = {}
+    for path in sorted([top, *top.rglob("*")]):
+        status = path.lstat()
+        content: object = None
+        if path.is_symlink():
+            content = os.readlink(path)
+        elif path.is_file():
+            content = path.read_bytes()
+        found[str(path.relative_to(top))] = (
+            status.st_mode, status.st_mtime_ns, status.st_nlink if not path.is_dir() else 0, content,
+            {n: os.getxattr(path, n, follow_symlinks=False)
+             for n in os.listxattr(path, follow_symlinks=False)},
+        )  # fmt: skip
+    return found
+
+
+def fill(top: Path) -> None:
+    (top / "a" / "b").mkdir(parents=True)
+    (top / "a" / "small").write_bytes(b"small")
+    (top / "a" / "empty").touch()
+    (top / "a" / "b" / "large").write_bytes(os.urandom(300_000))
+    os.link(top / "a" / "small", top / "a" / "b" / "twice")
+    (top / "out").symlink_to("/etc/passwd")
+    (top / "a-b").write_text("sorts between")
+    os.mkfifo(top / "pipe", 0o640)
+    (top / "a" / "small").chmod(0o4755)
+    (top / "a" / "b").chmod(0o1777)
+    os.utime(top / "a" / "b", ns=(1_000_000_007, 1_000_000_007))
+
+
+def test_a_tree_comes_back_with_all_that_it_had(tmp_path: Path) -> None:
+    top = tmp_path / "top"
+    fill(top)
+    with socket.socket(socket.AF_UNIX) as listener:
+        here = Path.cwd()
+        os.chdir(top)
+        try:
+            listener.bind("socket")
+        finally:
+            os.chdir(here)
+    os.mknod(top / "whiteout", stat.S_IFCHR | 0o600, 0)
+    os.setxattr(top / "a", "trusted.overlay.opaque", b"y")
+    unpacked(image(top, tmp_path / "spool"), tmp_path / "back")
+    assert listing(tmp_path / "back") == listing(top)
+
+
+def test_what_did_not_change_stays_where_it_was(tmp_path: Path) -> None:
+    """So that its chunks are there already: blocks of 64 KiB, whatever grew after them."""
+    top = tmp_path / "top"
+    fill(top)
+    before = image(top, tmp_path / "spool")
+    (top / "z").write_bytes(b"new")
+    after = image(top, tmp_path / "spool")
+    blocks = {before[at : at + 65536] for at in range(65536, len(before), 65536)}
+    assert sum(after[at : at + 65536] in blocks for at in range(65536, len(after), 65536)) >= 4
+
+
+def test_the_second_pass_copies_what_changed_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trees.time, "time_ns", lambda: int(2e18))  # all is old enough
+    top = tmp_path / "top"
+    fill(top)
+    copy = trees.Copy(str(top), str(tmp_path / "spool"), OWNER)
+    copy.ahead()
+    (top / "a-b").write_text("changed, and longer")
+    (top / "a" / "empty").unlink()
+    assert copy.finish() == len("changed, and longer")
+    unpacked(b"".join(copy.stream()), tmp_path / "back")
+    copy.close()
+    assert listing(tmp_path / "back") == listing(top)
+
+
+def test_a_file_written_since_the_first_pass_began_is_copied_again(tmp_path: Path) -> None:
+    """Its times may be the same: they are as coarse as a tick."""
+    top = tmp_path / "top"
+    fill(top)
+    copy = trees.Copy(str(top), str(tmp_path / "spool"), OWNER)
+    copy.ahead()
+    status = (top / "a" / "b" / "large").stat()
+    with (top / "a" / "b" / "large").open("r+b") as file:
+        file.write(b"other")
+    os.utime(top / "a" / "b" / "large", ns=(status.st_atime_ns, status.st_mtime_ns))
+    copy.finish()
+    unpacked(b"".join(copy.stream()), tmp_path / "back")
+    copy.close()
+    assert (tmp_path / "back" / "a" / "b" / "large").read_bytes().startswith(b"other")
+
+
+def test_owners_are_numbered_within_the_environment(tmp_path: Path) -> None:
+    top = tmp_path / "top"
+    top.mkdir()
+    (top / "file").touch()
+    os.chown(top, 131072, 131072)
+    os.chown(top / "file", 131072 + 1000, 131072 + 7)
+    unpacked(image(top, tmp_path / "spool", 131072), tmp_path / "back", 65536)
+    found = (tmp_path / "back" / "file").stat()
+    assert (found.st_uid, found.st_gid) == (65536 + 1000, 65536 + 7)
+    os.chown(top / "file", 0, 0)
+    with pytest.raises(Invalid, match="nobody of the environment"):
+        image(top, tmp_path / "spool", 131072)
+
+
+def entry(**changes: object) -> dict[str, object]:
+    values = {
+        "path": "x",
+        "mode": stat.S_IFREG | 0o644,
+        "uid": 0,
+        "gid": 0,
+        "mtime_ns": 0,
+        "size": 0,
+    }
+    return values | changes
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [entry(path="../x")], [entry(path="/x")], [entry(path="a//b")], [entry(path="")],
+        [entry(path="a/../../x")], [entry(uid=65536)], [entry(uid=-1)],
+        [entry(mode=stat.S_IFBLK | 0o600, rdev=0x800)], [entry(mode=stat.S_IFCHR, rdev=0x103)],
+        [entry(mode=0)], [entry(size=1 << 20)], [{"path": "x"}], [1], {"a": 1},
+        [entry(path="d", mode=stat.S_IFLNK | 0o777, target="/tmp"), entry(path="d/x")],
+        [entry(path="y", link="../x")],
+    ],
+)  # fmt: skip
+def test_an_index_that_leads_astray_is_refused(
+    tmp_path: Path, bad: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is authentic; but a platform that somebody broke into may have made it."""
+    (tmp_path / "x").write_text("ours")
+    monkeypatch.setattr(trees.json, "dumps", lambda *_a, **_k: repr_json(bad))
+    (tmp_path / "empty").mkdir()
+    data = image(tmp_path / "empty", tmp_path / "spool")
+    monkeypatch.undo()
+    with pytest.raises((Invalid, OSError)):
+        unpacked(data, tmp_path / "back")
+    assert (tmp_path / "x").read_text() == "ours"
+    assert not Path("/tmp/x").exists()
+
+
+def repr_json(value: object) -> str:
+    import json
+
+    return json.JSONEncoder().encode(value)
+
+
+@pytest.mark.parametrize("cut", [0, 10, 16, 40, 65536, 70000])
+def test_an_image_cut_short_is_refused(tmp_path: Path, cut: int) -> None:
+    fill(tmp_path / "top")
+    data = image(tmp_path / "top", tmp_path / "spool")[:cut]
+    with pytest.raises(Invalid):
+        unpacked(data, tmp_path / "back")
+
+
+# -- pages that were kept
+
+
+def test_kept_pages_are_found_by_their_place_in_the_ram() -> None:
+    pages = [bytes([number]) * 4096 for number in range(5)]
+    kept = Kept(bytearray(b"".join(pages)), [Run(3, 2), Run(9, 1), Run(20, 2)], 5 * 4096)
+    assert kept.read_at(3 * 4096, 8192) == pages[0] + pages[1]
+    assert kept.read_at(4 * 4096, 4096) == pages[1]
+    assert kept.read_at(9 * 4096, 4096) == pages[2]
+    assert kept.read_at(21 * 4096, 4096) == pages[4]
+    for offset, size in (
+        (0, 4096),
+        (2 * 4096, 4096),
+        (4 * 4096, 8192),
+        (9 * 4096, 8192),
+        (22 * 4096, 1),
+    ):
+        with pytest.raises(Invalid):
+            kept.read_at(offset, size)
+
+
+# -- CRIU's messages
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 1000), st.one_of(st.integers(0, (1 << 64) - 1), st.binary(max_size=300))
+        )
+    )
+)
+def test_fields_are_read_as_they_were_written(given_fields: list[tuple[int, int | bytes]]) -> None:
+    assert list(criu.fields(criu.message(*given_fields))) == given_fields
+
+
+@given(st.binary(max_size=100))
+def test_junk_for_fields_is_refused(untrusted: bytes) -> None:
+    with contextlib.suppress(Permanent):
+        list(criu.fields(untrusted))
+
+
+def test_crius_first_error_is_the_reason(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "(00.1) pie: fine\n(00.2) 1: Error (criu/files.c:12): Can't do it: No\n"
+        "(00.3) Error (criu/x.c:1): Dumping FAILED.\n"
+    )
+    assert criu.complaint(str(log)) == "Can't do it: No"
+    assert criu.complaint(str(tmp_path / "none")) == ""

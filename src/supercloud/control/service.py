@@ -116,18 +116,17 @@ class Service:
             deleted = await self.volumes.delete_all(name)
             deleted += await self.buckets.delete_all(name)
             deleted += await self.checkpoints.delete_all(name)
-            deleted += await self._forget_templates(name) if document is None else 0
+            if document is None:
+                await self._forget_templates(name)  # no data of anybody's: not worth a word
         if view is None and not deleted:
             raise NotFound(f"there is no U-Cloud {name}, and nothing kept of one", hint=_SHOWN)
         return view
 
-    async def _forget_templates(self, name: str) -> int:
-        """Those of a U-Cloud that is gone: nobody asks for them any more; how many."""
+    async def _forget_templates(self, name: str) -> None:
+        """Those of a U-Cloud that is gone: nobody asks for them any more."""
         templates = await self._plane.state.templates(name)
-        if templates is None:
-            return 0
-        await self._plane.state.remove(templates)
-        return 1
+        if templates is not None:
+            await self._plane.state.remove(templates)
 
     async def _down(self, document: UCloudDocument, *, drop_volumes: bool) -> api.UCloudView:
         name = document.name

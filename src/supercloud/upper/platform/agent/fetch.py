@@ -51,11 +51,15 @@ class Fetch:
             plain = socket.create_connection((source.host, source.port), PATIENCE_S)
         except OSError as error:
             raise Temporary(f"the control plane cannot be reached: {error}") from error
-        with plain, contextlib.closing(self._secured(plain)) as secured:
-            self._ask(secured)
-            piece = memoryview(bytearray(_PIECE_BYTES))
-            while count := _fill(secured, piece):
-                take(piece[:count])
+        # a duplicate to shut down: wrapping takes the descriptor away from the plain one
+        with plain, socket.socket(fileno=os.dup(plain.fileno())) as self._socket:
+            if self._cancelled:
+                self.cancel()
+            with contextlib.closing(self._secured(plain)) as secured:
+                self._ask(secured)
+                piece = memoryview(bytearray(_PIECE_BYTES))
+                while count := _fill(secured, piece):
+                    take(piece[:count])
 
     def cancel(self) -> None:
         """Make ``run`` end soon, with Temporary or as at the end of the file."""
@@ -65,10 +69,6 @@ class Fetch:
                 self._socket.shutdown(socket.SHUT_RDWR)
 
     def _secured(self, plain: socket.socket) -> ssl.SSLSocket:
-        # a duplicate to shut down: wrapping takes the descriptor away from the plain one
-        self._socket = socket.socket(fileno=os.dup(plain.fileno()))
-        if self._cancelled:
-            self.cancel()
         try:
             return self._source.context.wrap_socket(plain, server_hostname=self._source.server_name)
         except OSError as error:

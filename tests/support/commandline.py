@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from supercloud.upper.platform.image.tools import default_cache
+
 MANIFEST = """\
 apiVersion: supercloud.dev/v1
 kind: UCloud
@@ -43,6 +45,14 @@ class CommandLine:
 
     directory: Path
     extra: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """The tools of the image builder are this machine's, not unpacked anew for each test."""
+        tools = default_cache()
+        tools.mkdir(parents=True, exist_ok=True)
+        own = self.directory / "cache" / "supercloud"
+        own.mkdir(parents=True)
+        (own / "image").symlink_to(tools)
 
     @property
     def socket(self) -> Path:

@@ -44,7 +44,11 @@ def warm(made: Stack, manifest: str) -> float:
 
 def main() -> int:
     options = arguments(rounds=5)
-    with vm_slots(), prepared() as direct, stack(ROOT / "build" / "images") as made:
+    with (
+        vm_slots(),
+        prepared() as direct,
+        stack(ROOT / "build" / "images", templates="asked") as made,
+    ):
         made.enrol("hello", "here")
         manifest = made.manifest("hello", BODY.format(build=ROOT / "build" / "examples"))
         ours(made, manifest)  # from a boot: after it there is something to make a template of

@@ -50,6 +50,7 @@ class Host:
     ports: range
     guardian: Guardian
     region: str = "local"
+    templates: str = "none"
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
 
@@ -72,7 +73,8 @@ class Host:
                     "--instance", self.instance, "--state", str(self.state),
                     "--images", str(self.images), "--listen", f"127.0.0.1:{self.port}",
                     "--ports", f"{self.ports.start}-{self.ports.stop - 1}",
-                    "--region", self.region, "--ready-fd", str(writing), "--templates", "asked", "--dial", "any",
+                    "--region", self.region, "--ready-fd", str(writing),
+                    "--templates", self.templates, "--dial", "any",
                 ],
                 pass_fds=[writing], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
@@ -128,6 +130,7 @@ class Stack:
     guardian: Guardian
     hosts: dict[str, Host] = field(default_factory=dict)
     control: subprocess.Popen[bytes] | None = None
+    templates: str = "none"
 
     # -- hosts
 
@@ -142,6 +145,7 @@ class Stack:
             ports=range(first, first + PORTS_EACH),
             guardian=self.guardian,
             region=region,
+            templates=self.templates,
         )
         self.hosts[name] = host
         self.guardian.directory(host.run_directory)
@@ -266,13 +270,18 @@ class Stack:
 
 
 @contextlib.contextmanager
-def stack(images: Path, hosts: Sequence[str] = ("here",)) -> Iterator[Stack]:
-    """Hosts of these names and a control plane; nothing of it is left behind."""
+def stack(
+    images: Path, hosts: Sequence[str] = ("here",), *, templates: str = "none"
+) -> Iterator[Stack]:
+    """Hosts of these names and a control plane; nothing of it is left behind.
+
+    ``templates`` is the hosts' option: with others than none a machine more runs beside the tests.
+    """
     guardian = Guardian()
     directory = Path(tempfile.mkdtemp(prefix="supercloud-stack-"))
     guardian.directory(directory)
     directory.chmod(0o755)
-    made = Stack(directory, images, guardian)
+    made = Stack(directory, images, guardian, templates=templates)
     try:
         _make_home(made.home)
         for name in hosts:

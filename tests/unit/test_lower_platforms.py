@@ -13,8 +13,8 @@ from supercloud.lower.user_domain.assembly import Uplink
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.platforms import Platforms
 from supercloud.lower.user_domain.records import Record
-from supercloud.model.errors import Temporary
-from supercloud.wire.host import PlatformSpec
+from supercloud.model.errors import NotFound, Temporary
+from supercloud.wire.host import PlatformSpec, TemplateSpec
 
 FACTS: dict[str, Any] = {
     "images": ["sha256:" + "1" * 64], "accelerator": "tcg", "runtime_sha256": "2" * 64,
@@ -43,6 +43,14 @@ async def test_a_monitor_cannot_say_that_its_platform_is_deleted(
     await asyncio.sleep(0)
     (status,) = platforms.statuses()
     assert status.state == "running"
+
+
+def test_a_host_without_templates_says_so_to_who_asks(tmp_path: Path) -> None:
+    hub: Any = SimpleNamespace(core=None, join=lambda *_: None)
+    facts = {**FACTS, "templates": "none"}
+    made = Platforms(hub, "u", facts, Feed("u", "host/t"), str(tmp_path / "platforms"))
+    with pytest.raises(NotFound, match="nothing from memory"):
+        made.prepare(TemplateSpec(image=FACTS["images"][0]))
 
 
 class Made:

@@ -90,7 +90,7 @@ def _options(arguments: list[str]) -> Options:
     parser.add_argument("--region", default="local")
     parser.add_argument("--jurisdiction", default="local")
     parser.add_argument("--publish", default="127.0.0.1")
-    parser.add_argument("--templates", choices=("auto", "asked"), default="auto")
+    parser.add_argument("--templates", choices=("auto", "asked", "none"), default="auto")
     parser.add_argument("--dial", choices=("elsewhere", "any", "none"), default="elsewhere")
     parser.add_argument("--ports", default="")
     parser.add_argument("--ready-fd", type=int, default=1)

@@ -24,7 +24,7 @@ from supercloud.lower.user_domain.hub import Hub
 from supercloud.lower.user_domain.origins import origin_of, whose
 from supercloud.lower.user_domain.records import Record, Records, bare, fingerprint
 from supercloud.lower.user_domain.rendezvous import Rendezvous
-from supercloud.lower.user_domain.templates import Template, Templates
+from supercloud.lower.user_domain.templates import NO_TEMPLATES, Template, Templates
 from supercloud.lower.vmm.template import Inputs
 from supercloud.model.errors import (
     BadState,
@@ -80,7 +80,7 @@ class Platforms:
         self.on_taken_over: Callable[[str], None] = lambda _name: None
         self._templates = Templates(hub, user, facts, feed, f"{directory}/../templates")
         self._templates.used = lambda: {r.template for r in self._records.by_name.values()}
-        self._makes_templates = facts.get("templates", "auto") == "auto"
+        self._templating: str = facts.get("templates", "auto")
 
     # -- what is
 
@@ -233,8 +233,10 @@ class Platforms:
     # -- templates
 
     def prepare(self, spec: TemplateSpec) -> TemplateStatus:
-        """Begin to make a template, or see how far it is. NotFound: no such image here."""
+        """Begin to make a template, or see how far it is. NotFound: no such image, or none ever."""
         self._check_image(spec.image)
+        if self._templating == "none":
+            raise NotFound(NO_TEMPLATES)
         content = digest_of(spec.environments)
         inputs = dataclasses.replace(self._inputs(spec), content=content)
         missing = self._templates.prepare(inputs, spec.environments)
@@ -372,7 +374,7 @@ class Platforms:
             return
         self.rendezvous.agent(platform, sock)
         record = self._records.by_name.get(platform)
-        if not self._makes_templates or record is None or record.template:
+        if self._templating != "auto" or record is None or record.template:
             return
         if not record.awaits_template:  # it may dial as often as it likes
             record.awaits_template = True

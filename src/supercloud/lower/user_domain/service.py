@@ -12,6 +12,7 @@ from typing import Any, Final
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.identity import IdentityStore
 from supercloud.lower.user_domain.platforms import Platforms
+from supercloud.lower.user_domain.templates import NO_TEMPLATES
 from supercloud.lower.user_domain.tunnel import Tunnels
 from supercloud.model.errors import Busy, SupercloudError
 from supercloud.trust import tls
@@ -170,7 +171,7 @@ class Service:
                 "objects": "",
                 "checkpoints": "",
                 "tunnel": "",
-                "templates": "",
+                "templates": NO_TEMPLATES if facts.get("templates") == "none" else "",
                 "kvm": "" if facts["accelerator"] == "kvm" else kvm,
                 "attestation": "not implemented: the domain's key is trusted at first use",
             },

@@ -41,6 +41,9 @@ START_TIMEOUT_S: Final = 60.0
 MAKER_CPU_WEIGHT: Final = 10
 _KEY_SHOWN: Final = 20
 
+NO_TEMPLATES: Final = "this host starts nothing from memory"
+"""Said where that was switched off."""
+
 log = logging.getLogger("supercloud.lower.user_domain.templates")
 
 

@@ -31,7 +31,7 @@ QUOTA = {"cpu_permille": 2000, "memory_bytes": 5 * GIB, "disk_bytes": 6 * GIB, "
 # a counter and a hash over all of its values, in nothing but the memory of a shell
 LOOP = (
     "n=0; h=x; while :; do n=$((n+1)); h=$(echo $h $n | sha256sum | cut -c1-16); "
-    "echo STATE $n $h$OUT; sleep 0.1; done"
+    "echo STATE $n $h$OUT; sleep 0.4; done"
 )
 
 
@@ -202,7 +202,7 @@ async def test_a_platform_goes_on_as_its_checkpoint_has_it_with_all_that_runs_in
     environments = Environments(cloud, example_images)
     await environments.start()
     pin = (await cloud.session()).pin
-    await environments.beyond(5, 5)
+    await environments.beyond(2, 2)
 
     first = await cloud.checkpoints.take(NAME)
     assert (first["base"], first["dirty_bytes"]) == (True, 0)

@@ -8,7 +8,7 @@ import pytest
 
 from support.inventory import inventory, uids_of
 from support.slots import vm_slots
-from support.stack import Host, Stack, stack
+from support.stack import Host, Stack, stack, wait_for
 
 pytestmark = [pytest.mark.vm, pytest.mark.root]
 
@@ -22,6 +22,8 @@ environments:
      placement: {{provider: east}}}}
   - {{name: away, kind: container, image: 'oci:{examples}/web', memory: 32MiB,
      placement: {{anti_affinity: [eastern]}}}}
+  - {{name: mover, kind: container, image: 'oci:{examples}/web', memory: 32MiB, ports: [8080],
+     checkpoint: {{keep: 2}}}}
 platform: {{memory: 512MiB, scratch: 1GiB}}
 """
 
@@ -66,6 +68,22 @@ def test_each_host_has_one_platform_and_books_it(wide: Stack) -> None:
         assert user["used"]["memory_bytes"] >= 512 << 20
 
 
+def test_an_environment_goes_on_at_the_other_provider_under_its_address(wide: Stack) -> None:
+    """Out of a checkpoint in the object store of one host, read by a platform of the other."""
+    before = rows(wide)["mover"]
+    other = {"east": "west", "west": "east"}[before["provider"]]
+    wide.cli("exec", "wide/mover", "--", "sh", "-c", "echo kept > /tmp/mine")
+    wide.cli("checkpoint", "wide/mover")
+    wide.cli("exec", "wide/mover", "--", "sh", "-c", "echo changed > /tmp/mine")
+    wide.cli("restore", "wide/mover", "--to", other)
+    assert wide.cli("exec", "wide/mover", "--", "cat", "/tmp/mine").stdout == "kept\n"
+    wait_for(lambda: rows(wide)["mover"]["state"] == "serving", 60)
+    after = rows(wide)["mover"]
+    assert (after["provider"], after["address"]) == (other, before["address"])
+    wide.cli("checkpoint", "wide/mover")  # now into the store of the other host
+    assert len(wide.json("checkpoints", "wide/mover")["checkpoints"]) == 2
+
+
 def test_a_wish_that_cannot_be_met_is_refused_and_changes_nothing(
     wide: Stack, example_images: Path
 ) -> None:
@@ -77,7 +95,7 @@ def test_a_wish_that_cannot_be_met_is_refused_and_changes_nothing(
 
 
 def test_down_leaves_nothing_on_either_host(wide: Stack) -> None:
-    wide.cli("down", "wide")
+    wide.cli("down", "wide", "--checkpoints")
     for host in wide.hosts.values():
         (user,) = host.json("user", "list")
         assert not any(user["used"][name] for name in ("memory_bytes", "disk_bytes", "vms"))

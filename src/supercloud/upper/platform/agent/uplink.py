@@ -12,9 +12,6 @@ from supercloud.upper.platform.agent.processes import run
 
 LINK_MAC, UPLINK_MAC = "02:5c:77:", "02:5c:00:"
 LINK_ADDRESS = "169.254.77.2/30"
-LINK_MTU = 9000
-"""At 1500 half of a pull is the platform's work on packets. At passt's 65520, more than a receive
-buffer has room for when its reader is slow, connections were seen to stand still."""
 RETRY_S = (1.0, 30.0)
 MIN_LEASE_S = 60
 _SCRIPT = f"{paths.RUN}/udhcpc.sh"
@@ -52,7 +49,7 @@ def bring_up(address: str = LINK_ADDRESS) -> tuple[Link | None, Link | None]:
         link, uplink = find_nics(links)
         for nic in links:
             if not nic.up and (nic.name == "lo" or nic in (link, uplink)):
-                netlink.set_up(nic.index, mtu=LINK_MTU if nic is link else 0)
+                netlink.set_up(nic.index)  # of 1500 bytes: see critiques
         if link and address:
             netlink.set_address(link.index, address)
     return link, uplink

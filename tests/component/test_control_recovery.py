@@ -101,6 +101,21 @@ async def test_a_platform_that_started_anew_without_its_key_is_made_again(world)
     assert "control.platform.refused" in await codes(world)
 
 
+async def test_a_platform_that_runs_but_can_never_be_reached_again_is_made_again(world):
+    """Its link died: nothing else would ever bring it back."""
+    await up(world, options={"hosts": "3", "reconnect_ms": "60000"})
+    platform, pretended = await only_platform(world), await cloud(world)
+    pretended.platforms[platform.name].cut_off = True
+    world.app.plane.agents.session("test", platform.name).close()
+
+    async def again():
+        return (await only_platform(world)).incarnation == 2
+
+    await world.until(again, "the next incarnation")
+    await world.ready()
+    assert {row.state for row in (await rows(world)).values()} == {"serving"}
+
+
 async def test_a_short_absence_of_an_agent_changes_nothing(world):
     await up(world)
     platform = await only_platform(world)

@@ -222,6 +222,12 @@ async def test_a_network_that_dies_is_told_and_the_machine_goes_on(
     assert (found["state"], found["reason"]) == ("running", "its uplink died")
     assert "host.platform.uplink_lost" in await first_events(booted)
     assert qemu_of(host) == qemu
+    assert not found["cut_off"]
+    os.kill(host.pid_of("link:demo:p1"), signal.SIGKILL)
+    async with asyncio.timeout(10):
+        while not (found := (await booted.call("platform.list"))["platforms"][0])["cut_off"]:
+            await asyncio.sleep(0.1)
+    assert (found["state"], found["reason"]) == ("running", "its link died")
 
 
 async def test_as_many_ports_as_asked_for_are_published(

@@ -110,6 +110,7 @@ class PlatformObservation:
     image: str = ""
     reason: str = ""
     tag: str = ""
+    cut_off: bool = False  # its agent can never be reached again, though it runs
 
 
 class Console(Protocol):

@@ -97,6 +97,7 @@ class PlatformStatus:
     spec_sha256: str = (
         ""  # of the PlatformSpec without config_base64, restore: same name, other spec = Exists
     )
+    cut_off: bool = False  # its agent can never be reached again, though it runs
     started_from: str = ""  # boot | memory | checkpoint; empty from a host that does not say
 
 

@@ -170,6 +170,8 @@ class PlatformController:
             return await self._anew(platform, "the provider does not have it any more")
         if seen.state in ENDED:
             return await self._anew(platform, f"the provider says {seen.state}: {seen.reason}")
+        if seen.cut_off:
+            return await self._anew(platform, f"its agent cannot be reached: {seen.reason}")
         if (platform.ucloud, platform.name) in self._plane.agents.reused:
             return await self._anew(platform, "it started anew and has lost its key")
         pace = self._plane.pace

@@ -393,7 +393,7 @@ class Platforms:
     def _network_lost(self, record: Record, which: str) -> None:
         if record.state not in ("running", "starting", "paused", "wedged"):
             return  # it ended with its machine, as it should
-        record.reason = f"its {which} died"
+        record.reason, record.cut_off = f"its {which} died", record.cut_off or which == "link"
         self._records.put(record)
         self._feed.say(
             f"platform/{record.spec.name}",

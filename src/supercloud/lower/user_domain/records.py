@@ -12,7 +12,7 @@ from supercloud.wire.host import PlatformSpec, PlatformStatus
 
 _STORED = (
     "accelerator", "created_s", "state", "reason", "address", "first_port", "template",
-    "restored", "heads",
+    "restored", "heads", "cut_off",
 )  # fmt: skip
 KEPT_HEADS: Final = 8
 
@@ -23,7 +23,8 @@ class Record:
 
     ``template`` is the key of the one that it was started from, ``restored`` the checkpoint (of
     whom, and its sequence). ``heads`` are of checkpoints that were taken of it since, newest last:
-    an increment may lie over any of them. ``awaits_template`` is of this process alone.
+    an increment may lie over any of them. ``cut_off``: its link died, which nothing makes again.
+    ``awaits_template`` is of this process alone.
     """
 
     spec: PlatformSpec
@@ -36,6 +37,7 @@ class Record:
     template: str = ""
     restored: str = ""
     heads: list[list[Any]] = field(default_factory=list)
+    cut_off: bool = False
     awaits_template: bool = False
 
     def status(self) -> PlatformStatus:
@@ -47,7 +49,7 @@ class Record:
             address=self.address, first_port=self.first_port, ports=spec.ports,
             accelerator=self.accelerator, created_s=self.created_s, reason=self.reason,
             tag=spec.tag, spec_sha256=fingerprint(spec),
-            started_from=self.started_from,
+            started_from=self.started_from, cut_off=self.cut_off,
         )  # fmt: skip
 
     @property

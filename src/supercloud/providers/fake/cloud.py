@@ -63,6 +63,7 @@ class Platform:
     address: str
     state: str = "running"
     reason: str = ""
+    cut_off: bool = False
     boot_id: str = ""
     boot: bootdata.BootData | None = None
     generation: int = 0
@@ -75,7 +76,7 @@ class Platform:
         return PlatformObservation(
             name=self.name, host=self.host, state=self.state, address=self.address,
             first_port=self.first_port, ports=self.ports, accelerator="tcg", image=self.image,
-            reason=self.reason, tag=self.tag,
+            reason=self.reason, tag=self.tag, cut_off=self.cut_off,
         )  # fmt: skip
 
 

@@ -192,7 +192,7 @@ class LowerLayerProvider:
             name=status.name, host=self._entry.name, state=status.state,
             address=self._dialer.target.address if address in _ANYWHERE else address,
             first_port=status.first_port, ports=status.ports, accelerator=status.accelerator,
-            image=status.image, reason=status.reason, tag=status.tag,
+            image=status.image, reason=status.reason, tag=status.tag, cut_off=status.cut_off,
         )  # fmt: skip
 
 

@@ -176,6 +176,8 @@ def test_what_is_down_keeps_its_checkpoints_and_comes_back_from_one(kept: Kept) 
     ]  # fmt: skip
     kept.stack.cli("restore", "kept/chain", "--checkpoint", str(number))
     assert kept.stack.cli("exec", "kept/chain", "--", "cat", "/tmp/mine").stdout == "third\n"
+    kept.stack.cli("down", "kept")
     kept.stack.cli("checkpoints", "delete", "kept/machine")
+    assert [row["name"] for row in kept.stack.json("checkpoints")] == ["chain"]
     kept.stack.cli("down", "kept", "--checkpoints")
     assert kept.stack.json("checkpoints") == []

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from supercloud.control.controllers.failover import FailoverController
+from supercloud.control.documents import volume_key
 from supercloud.model.errors import BadState, Invalid, NoResources, Temporary
 from support.control import World, environment, manifest_of
 
@@ -209,6 +210,26 @@ async def test_only_a_host_that_is_away_for_long_enough_is_left(world, monkeypat
         await controller.reconcile("test")
     wish = (await state.ucloud("test")).volumes["data"]
     assert (wish.host == home) is (how != "lost long ago")
+
+
+async def test_a_move_that_was_decided_against_meanwhile_leaves_it_in_use(world, monkeypatch):
+    """While it waits for the lease to end it is decided that the volume stays where it is."""
+    await up(world)
+    volume = await until(world, all_in_sync, "it is in sync")
+    replication = world.app._volumes.replication
+
+    async def waiting(_volume):
+        return 60.0
+
+    with monkeypatch.context() as during:
+        during.setattr(replication, "_let_go", waiting)
+        other = volume.others[0]
+        assert await replication.move(volume, (other.provider.name, other.host)) == 60.0
+    world.app.plane.look(volume_key("test", "data"), 0.0)
+    there = cloud(world, volume.provider).volumes.volumes["data"]
+    await asyncio.sleep(3 * world.app.plane.pace.lease_valid_s)
+    await write(world, "still")
+    assert "still" in there.words
 
 
 async def test_up_finds_it_elsewhere_when_its_host_was_lost_meanwhile(world):

@@ -1,10 +1,12 @@
 """Checkpoints of a U-Cloud: taken, kept, removed, restored, refused; on the fake provider."""
 
+import asyncio
 import time
 
 import msgspec
 import pytest
 
+from supercloud.control.controllers.checkpoint import _noted as noted
 from supercloud.model.errors import (
     BadState,
     Busy,
@@ -364,6 +366,24 @@ async def test_deleted_while_down_beside_buckets_the_store_serves_for_it_and_res
         return store.buckets.keys() == {"photos"} and not store.running
 
     await world.until(alone, "only the other bucket is left")
+
+
+async def test_all_are_deleted_only_while_nobody_decides_that_it_is_up(world):
+    await up(world)
+    await take(world)
+    await down(world)
+    service = world.app.service.checkpoints
+    async with world.app.plane.deciding:
+        deleting = asyncio.ensure_future(service.forget("test"))
+        await asyncio.sleep(0.1)
+        assert not (await document(world)).deleting
+    assert await deleting == 1
+
+
+def test_of_what_a_platform_tells_so_much_is_noted():
+    assert noted({"output": "file[1:2]"}) == {"output": "file[1:2]"}
+    much = noted({f"{number:05}" * 100: "x" * 4096 for number in range(10_000)})
+    assert sum(len(key) + len(value) for key, value in much.items()) < 20_000
 
 
 async def test_purge_takes_all(world):

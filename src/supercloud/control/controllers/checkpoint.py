@@ -47,6 +47,8 @@ from supercloud.wire.checkpoints import (
 TAKE = "take"
 MOST_AT_ONCE = 8
 """Of all that are taken at a time: the others wait for their turn."""
+MOST_DETAILS, LONGEST_KEY, LONGEST_DETAIL = 32, 64, 512
+"""What is noted of a checkpoint's details, which are to be shown only."""
 
 
 def collect_key(ucloud: str) -> str:
@@ -299,7 +301,7 @@ def _kept(taken: CheckpointTaken, subject: Subject) -> KeptCheckpoint:
         dirty_bytes=taken.dirty_bytes,
         disk_bytes=taken.disk_bytes,
         new_bytes=taken.new_bytes,
-        details=taken.details,
+        details=_noted(taken.details),
         shape=subject.shape,
         provider=wish.provider.name,
         host=wish.host,
@@ -307,6 +309,12 @@ def _kept(taken: CheckpointTaken, subject: Subject) -> KeptCheckpoint:
         pin=subject.pin,
         image=subject.image,
     )
+
+
+def _noted(untrusted: dict[str, str]) -> dict[str, str]:
+    """As many as are sensible: a platform may tell a mebibyte, and a hundred are kept."""
+    some = list(untrusted.items())[:MOST_DETAILS]
+    return {key[:LONGEST_KEY]: value[:LONGEST_DETAIL] for key, value in some}
 
 
 def _staying(document: CheckpointsDocument) -> Kept | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from supercloud.model.errors import (
     NotFound,
     Unsupported,
 )
+from supercloud.upper.platform.link.session import AgentSession
 from supercloud.wire.checkpoints import BUCKET
 from support.checkpointed import (
     PLAIN,
@@ -155,6 +157,23 @@ async def test_they_are_taken_when_it_is_time_and_never_two_at_once(world):
     assert (row.every_s, row.keep, row.kept, row.last) == (10, 5, 3, 3)
     assert 8 < row.next_s - row.last_s < 12
     assert len(told(world, "checkpoint.taken")) == 3
+
+
+async def test_a_platform_whose_clock_is_slow_is_not_asked_again_at_once(world, monkeypatch):
+    """Nor one that lies: the schedule follows the control plane's time."""
+    wish = environment("web", checkpoint={"every": "1h"})
+    await up(world, [wish])
+    taken = AgentSession.checkpoint
+
+    async def slow(session, asked, **more):
+        return replace(await taken(session, asked, **more), taken_ms=1)
+
+    monkeypatch.setattr(AgentSession, "checkpoint", slow)
+    await take(world)
+    await asyncio.sleep(0.3)
+    (row,) = await world.app.service.checkpoints.rows()
+    assert row.kept == 1
+    assert row.next_s - time.time() > 3000
 
 
 async def test_the_schedule_goes_on_when_the_control_plane_starts_anew(world):

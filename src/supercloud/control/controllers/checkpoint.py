@@ -139,8 +139,9 @@ class CheckpointController:
 
         document = await self._change(document, taking)
         asked = CheckpointTake(name=document.name, uid=subject.uid, store=store, head=document.head)
+        asked_ms = int(time.time() * 1000)
         taken = await self._plane.seam(subject.effect, lambda: subject.call(asked))
-        kept = _kept(taken, subject)
+        kept = _kept(taken, subject, asked_ms)
         if document.head is not None and kept.sequence <= document.head.sequence:
             raise Permanent(f"checkpoint {kept.sequence} was said to follow {document.head}")
         before = document.head
@@ -288,13 +289,14 @@ class CheckpointController:
         return await self._plane.state.change(document, mutate)
 
 
-def _kept(taken: CheckpointTaken, subject: Subject) -> KeptCheckpoint:
+def _kept(taken: CheckpointTaken, subject: Subject, asked_ms: int) -> KeptCheckpoint:
+    """A clock that is slow would have the next one due at once, again and again."""
     wish = subject.platform.wish
     return KeptCheckpoint(
         sequence=taken.head.sequence,
         root=taken.head.root,
         engine=taken.engine[:64],
-        taken_ms=min(taken.taken_ms, int(time.time() * 1000)),
+        taken_ms=min(max(taken.taken_ms, asked_ms), int(time.time() * 1000)),
         pause_ms=taken.pause_ms,
         base=taken.base,
         memory_bytes=taken.memory_bytes,

@@ -5,15 +5,16 @@ import os
 import socket
 import stat
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supercloud.model.errors import Invalid, Permanent
+from supercloud.model.errors import Invalid, Permanent, Unsupported
 from supercloud.services.checkpoint.pages import Run
-from supercloud.upper.platform.agent import criu
+from supercloud.upper.platform.agent import criu, frozen_container
 from supercloud.upper.platform.saver import trees
 from supercloud.upper.platform.saver.tracking import Kept
 
@@ -297,6 +298,35 @@ def test_kept_pages_are_found_by_their_place_in_the_ram() -> None:
     ):
         with pytest.raises(Invalid):
             kept.read_at(offset, size)
+
+
+# -- a container's output
+
+
+def test_the_output_of_a_program_is_found_where_it_still_is(tmp_path: Path) -> None:
+    """It may have closed one, or have it write to a file of its own."""
+    fifo = tmp_path / "output"
+    os.mkfifo(fifo)
+    number = os.open(fifo, os.O_RDWR)
+    try:
+        for outputs, found in (
+            ({"stdout": number, "stderr": number}, True),
+            ({"stdout": subprocess.DEVNULL, "stderr": number}, True),
+            ({"stdout": number, "stderr": subprocess.DEVNULL}, True),
+            ({"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}, False),
+        ):
+            with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, **outputs) as program:
+                if found:
+                    named = frozen_container.output_of(program.pid, str(fifo))
+                    assert named.endswith(f":{os.stat(fifo).st_ino:x}]")
+                else:
+                    with pytest.raises(Unsupported, match="writes it elsewhere"):
+                        frozen_container.output_of(program.pid, str(fifo))
+                program.communicate(b"")
+        with pytest.raises(Unsupported):
+            frozen_container.output_of(program.pid, str(fifo))
+    finally:
+        os.close(number)
 
 
 # -- CRIU's messages

@@ -74,7 +74,7 @@ def test_an_unknown_field_of_a_newer_peer_is_ignored_when_asked() -> None:
         Outer,
         name=st.from_regex(r"[a-z0-9]{1,8}", fullmatch=True),
         kind=st.sampled_from(["a", "b"]),
-        ratio=st.floats(allow_nan=False),
+        ratio=st.floats(allow_nan=False, allow_infinity=False),
         maybe=st.none() | st.text(max_size=9),
         inner=st.lists(st.builds(Inner, st.integers(1, 9)), max_size=3),
         table=st.dictionaries(st.text(max_size=3), st.builds(Inner, st.integers(1, 9)), max_size=3),
@@ -85,7 +85,7 @@ def test_what_was_encoded_decodes_to_the_same(value: Outer) -> None:
 
 
 json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3)
     ),

@@ -1,13 +1,10 @@
 """Checkpoints of a U-Cloud: taken, kept, removed, restored, refused; on the fake provider."""
 
-import asyncio
 import time
-from dataclasses import replace
 
 import msgspec
 import pytest
 
-from supercloud.control.controllers.checkpoint import _noted as noted
 from supercloud.model.errors import (
     BadState,
     Busy,
@@ -16,7 +13,6 @@ from supercloud.model.errors import (
     NotFound,
     Unsupported,
 )
-from supercloud.upper.platform.link.session import AgentSession
 from supercloud.wire.checkpoints import BUCKET
 from support.checkpointed import (
     PLAIN,
@@ -157,23 +153,6 @@ async def test_they_are_taken_when_it_is_time_and_never_two_at_once(world):
     assert (row.every_s, row.keep, row.kept, row.last) == (10, 5, 3, 3)
     assert 8 < row.next_s - row.last_s < 12
     assert len(told(world, "checkpoint.taken")) == 3
-
-
-async def test_a_platform_whose_clock_is_slow_is_not_asked_again_at_once(world, monkeypatch):
-    """Nor one that lies: the schedule follows the control plane's time."""
-    wish = environment("web", checkpoint={"every": "1h"})
-    await up(world, [wish])
-    taken = AgentSession.checkpoint
-
-    async def slow(session, asked, **more):
-        return replace(await taken(session, asked, **more), taken_ms=1)
-
-    monkeypatch.setattr(AgentSession, "checkpoint", slow)
-    await take(world)
-    await asyncio.sleep(0.3)
-    (row,) = await world.app.service.checkpoints.rows()
-    assert row.kept == 1
-    assert row.next_s - time.time() > 3000
 
 
 async def test_the_schedule_goes_on_when_the_control_plane_starts_anew(world):
@@ -385,24 +364,6 @@ async def test_deleted_while_down_beside_buckets_the_store_serves_for_it_and_res
         return store.buckets.keys() == {"photos"} and not store.running
 
     await world.until(alone, "only the other bucket is left")
-
-
-async def test_all_are_deleted_only_while_nobody_decides_that_it_is_up(world):
-    await up(world)
-    await take(world)
-    await down(world)
-    service = world.app.service.checkpoints
-    async with world.app.plane.deciding:
-        deleting = asyncio.ensure_future(service.forget("test"))
-        await asyncio.sleep(0.1)
-        assert not (await document(world)).deleting
-    assert await deleting == 1
-
-
-def test_of_what_a_platform_tells_so_much_is_noted():
-    assert noted({"output": "file[1:2]"}) == {"output": "file[1:2]"}
-    much = noted({f"{number:05}" * 100: "x" * 4096 for number in range(10_000)})
-    assert sum(len(key) + len(value) for key, value in much.items()) < 20_000
 
 
 async def test_purge_takes_all(world):

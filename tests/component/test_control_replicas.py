@@ -1,9 +1,13 @@
 """Volumes that are kept on several hosts, by the control plane; on fake providers."""
 
 import asyncio
+import time
+from dataclasses import replace
 
 import pytest
 
+from supercloud.control.controllers.failover import FailoverController
+from supercloud.control.documents import volume_key
 from supercloud.model.errors import BadState, Invalid, NoResources, Temporary
 from support.control import World, environment, manifest_of
 
@@ -171,6 +175,61 @@ async def test_a_host_that_was_merely_cut_off_answers_nothing_after_its_lease(wo
     old.come_back()
     await until(world, all_in_sync, "the old one is there again")
     assert "new" in old.volumes.volumes["data"].words
+
+
+@pytest.mark.parametrize("how", ["lost just now", "comes back while it is asked", "lost long ago"])
+async def test_only_a_host_that_is_away_for_long_enough_is_left(world, monkeypatch, how):
+    """Whatever became of another one; ``how`` it is with its home, whose provider is silent."""
+    user = {**USER, "placement": {"anti_affinity": ["web"]}}
+    web = environment("web", placement={"provider": "west"})
+    await up(world, names=("east", "west", "north"), wish=(user, web))
+    home = (await until(world, all_in_sync, "it is in sync")).host
+    assert {replica.host for replica in (await document(world)).replicas} == {"east-0", "north-0"}
+    state, controller = world.app.plane.state, FailoverController(world.app.plane)
+    there, offered, is_back = state.platforms, controller._offer, False
+
+    async def platforms(ucloud):
+        found = []
+        for one in await there(ucloud):
+            at_home = one.wish.host == home
+            since_s = time.time() if at_home and how == "lost just now" else 0.0
+            standing = "ready" if at_home and is_back else "lost"
+            found.append(replace(one, state=standing, since_s=since_s))
+        return found
+
+    async def offer(ucloud, entry):
+        nonlocal is_back
+        is_back = how == "comes back while it is asked"
+        found = await offered(ucloud, entry)
+        is_home = any(host.name == home for host in found.hosts)
+        return replace(found, hosts=(), unreachable="no answer") if is_home else found
+
+    monkeypatch.setattr(controller, "_offer", offer)
+    with monkeypatch.context() as during:
+        during.setattr(state, "platforms", platforms)
+        await controller.reconcile("test")
+    wish = (await state.ucloud("test")).volumes["data"]
+    assert (wish.host == home) is (how != "lost long ago")
+
+
+async def test_a_move_that_was_decided_against_meanwhile_leaves_it_in_use(world, monkeypatch):
+    """While it waits for the lease to end it is decided that the volume stays where it is."""
+    await up(world)
+    volume = await until(world, all_in_sync, "it is in sync")
+    replication = world.app._volumes.replication
+
+    async def waiting(_volume):
+        return 60.0
+
+    with monkeypatch.context() as during:
+        during.setattr(replication, "_let_go", waiting)
+        other = volume.others[0]
+        assert await replication.move(volume, (other.provider.name, other.host)) == 60.0
+    world.app.plane.look(volume_key("test", "data"), 0.0)
+    there = cloud(world, volume.provider).volumes.volumes["data"]
+    await asyncio.sleep(3 * world.app.plane.pace.lease_valid_s)
+    await write(world, "still")
+    assert "still" in there.words
 
 
 async def test_up_finds_it_elsewhere_when_its_host_was_lost_meanwhile(world):

@@ -257,6 +257,34 @@ async def test_a_blob_that_nobody_takes_on_leaves_nothing_open(link, agent, blob
             await asyncio.sleep(0.02)
 
 
+async def test_a_second_file_on_one_connection_is_not_opened(link, agent, blob):
+    """Asked for before the first one is answered: nobody would ever close it."""
+    digest, data = blob
+    asked = {"digest": digest, "size_bytes": len(data)}
+    async with link.dial(agent) as peer:
+        await peer.call("agent.hello", link.hello())
+        async with link.dial(agent) as other:
+            first = asyncio.ensure_future(other.call_detach("blob.get", asked))
+            more = [asyncio.ensure_future(other.call("blob.get", asked)) for _ in range(8)]
+            await asyncio.wait([first, *more])
+            assert all(isinstance(one.exception(), Denied | ConnectionLost) for one in more)
+            _, _, writer = first.result()
+            writer.transport.abort()
+        path = str(link.owner.paths[digest])
+        async with asyncio.timeout(10):
+            while path in opened():
+                await asyncio.sleep(0.02)
+
+
+def opened():
+    """Paths of what this process has open."""
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            found.append(os.readlink(f"/proc/self/fd/{number}"))
+    return found
+
+
 # -- relayed
 
 

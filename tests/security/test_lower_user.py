@@ -75,6 +75,10 @@ ATTACKS: list[tuple[str, str]] = [
     ("uplink.call('uplink.dial', {'address': '169.254.169.254', 'port': 80})", "denied"),
     ("uplink.call('uplink.dial', {'address': 'localhost', 'port': 80})", "invalid"),
     ("uplink.call('uplink.dial', {'address': '198.51.100.1', 'port': 0})", "invalid"),
+    # what it was given may be closed by now: it connects no other way, and waits for nobody
+    ("socket.socket().sendto(b'x', 0x20000000, ('127.0.0.1', 22))", "EPERM"),  # MSG_FASTOPEN
+    ("socket.socket().sendmsg([b'x'], [], 0x20000000, ('127.0.0.1', 22))", "EPERM"),
+    ("socket.socket().listen()", "EPERM"),
     # as much as the quota has with what is meant for services, and then no more
     (vmm("one", 384 * MIB + GIB), ""),
     (vmm("two", 384 * MIB + 2 * GIB), "no_resources"),

@@ -127,6 +127,21 @@ async def test_a_host_that_forgets_it_does_not_stop_it_for_ever_nor_the_next_pau
     await platform.until("thaw")
 
 
+async def test_a_pause_after_one_that_was_forgotten_has_all_its_time(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quiet, "LONGEST_S", 0.5)
+    await platform.ask("pause")
+    await platform.says()
+    monkeypatch.setattr(quiet, "LONGEST_S", 60.0)
+    await platform.ask("pause")
+    await platform.says()
+    platform.done.clear()
+    await asyncio.sleep(0.7)
+    assert platform.done == []
+    assert platform.frozen
+
+
 @pytest.mark.parametrize(
     "nonsense",
     [b"\n", b"{}\n", b"[[[[\n", b"\xff\xfe\n", b'{"version": 2, "do": "pause"}\n', b"x" * 9000 + b"\n",

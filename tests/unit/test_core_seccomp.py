@@ -7,6 +7,7 @@ import struct
 import pytest
 
 from supercloud.isolation import seccomp
+from supercloud.isolation.kinds import filters
 
 KILL, ALLOW = 0x80000000, 0x7FFF0000
 X86_64 = 0xC000003E
@@ -93,6 +94,26 @@ def test_terminals_are_not_fed_whatever_the_high_bits_say():
     assert run(program, number, 0, 0x5401) == ALLOW
     for high in (0, 1 << 32, 1 << 63):
         assert run(program, number, 0, high | 0x5412) == 0x50000 | errno.EPERM
+
+
+def test_sending_connects_nobody(name):
+    """A closed socket that came from another network would be connected there (MSG_FASTOPEN)."""
+    program, _ = seccomp.compiled(name)
+    for call, place in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3)):
+        number = seccomp.syscalls()[call]
+        flags = [0] * 6
+        for flags[place], verdict in (
+            (0, ALLOW),
+            (0x4000 | 0x40, ALLOW),  # MSG_NOSIGNAL | MSG_DONTWAIT
+            (0x2000_0000, 0x50000 | errno.EPERM),
+            (0x2000_4040, 0x50000 | errno.EPERM),
+        ):
+            assert run(program, number, *flags) == verdict, call
+
+
+def test_a_users_domain_listens_on_nothing():
+    program, _ = seccomp.compiled(filters()["user"])
+    assert run(program, seccomp.syscalls()["listen"]) == 0x50000 | errno.EPERM
 
 
 def test_an_extension_adds_and_overrides():

@@ -33,7 +33,7 @@ def test_a_provider_may_allow_loopback_or_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["", "localhost", "127.1", "1.2.3.4:80", "1.2.3.4/32", "::1%lo"]
+    "address", ["", "localhost", "127.1", "1.2.3.4:80", "1.2.3.4/32", "::1%lo", "2001:db8::7%lo"]
 )
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises((Invalid, Denied)):

@@ -4,15 +4,17 @@ import contextlib
 import os
 import socket
 import stat
+import struct
+import subprocess
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supercloud.model.errors import Invalid, Permanent
+from supercloud.model.errors import Invalid, Permanent, Unsupported
 from supercloud.services.checkpoint.pages import Run
-from supercloud.upper.platform.agent import criu
+from supercloud.upper.platform.agent import criu, frozen_container
 from supercloud.upper.platform.saver import trees
 from supercloud.upper.platform.saver.tracking import Kept
 
@@ -142,6 +144,89 @@ def test_owners_are_numbered_within_the_environment(tmp_path: Path) -> None:
         image(top, tmp_path / "spool", 131072)
 
 
+CAPABILITY = "security.capability"
+
+
+def capability(root: int) -> bytes:
+    """cap_net_raw, effective, in the user namespace whose root is that."""
+    return struct.pack("<6I", 0x0300_0001, 1 << 13, 0, 0, 0, root)
+
+
+def test_capabilities_of_files_are_those_of_the_new_owners(tmp_path: Path) -> None:
+    """Else a program that had some (ping) has none where its environment has other ids."""
+    top = tmp_path / "top"
+    top.mkdir()
+    (top / "ping").touch()
+    os.chown(top, 131072, 131072)
+    os.chown(top / "ping", 131072, 131072)
+    os.setxattr(top / "ping", CAPABILITY, capability(131072))
+    unpacked(image(top, tmp_path / "spool", 131072), tmp_path / "back", 65536)
+    assert os.getxattr(tmp_path / "back" / "ping", CAPABILITY) == capability(65536)
+
+
+@pytest.mark.parametrize("attribute", ["system.posix_acl_access", "system.posix_acl_default"])
+def test_access_lists_name_the_new_owners(attribute: str) -> None:
+    def entries(user: int, group: int) -> bytes:
+        nobody = 0xFFFF_FFFF
+        rows = ((1, 6, nobody), (2, 4, user), (4, 4, nobody), (8, 4, group), (16, 4, nobody))
+        return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *row) for row in rows)
+
+    there = trees._renumbered(attribute, entries(131072 + 5, 131072 + 6), 131072, 0)
+    assert there == entries(5, 6)
+    assert trees._renumbered(attribute, there, 0, 65536) == entries(65536 + 5, 65536 + 6)
+    for user in (131071, 131072 + trees.OWNERS):
+        with pytest.raises(Invalid, match="nobody of the environment"):
+            trees._renumbered(attribute, entries(user, 131072), 131072, 0)
+
+
+def test_a_directory_that_becomes_a_link_while_it_is_read_leads_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs in the environment chooses the moment; the saver may read all of the platform."""
+    monkeypatch.setattr(trees.time, "time_ns", lambda: int(2e18))  # all is old enough
+    top, secrets, attributes = tmp_path / "top", tmp_path / "secrets", trees._attributes
+    (top / "d").mkdir(parents=True)
+    secrets.mkdir()
+    (top / "d" / "file").write_text("own..")
+    (secrets / "file").write_text("other")
+
+    def between(path: str, *more: int) -> dict[str, str]:
+        if path.endswith("/file") and not (top / "d").is_symlink():
+            (top / "d").rename(top / "moved")
+            (top / "d").symlink_to(secrets)
+        return attributes(path, *more)
+
+    copy = trees.Copy(str(top), str(tmp_path / "spool"), OWNER)
+    monkeypatch.setattr(trees, "_attributes", between)
+    copy.ahead()
+    monkeypatch.setattr(trees, "_attributes", attributes)
+    (top / "d").unlink()
+    (top / "moved").rename(top / "d")
+    copy.finish()
+    unpacked(b"".join(copy.stream()), tmp_path / "back")
+    copy.close()
+    assert (tmp_path / "back" / "d" / "file").read_text() == "own.."
+
+
+def test_a_file_that_is_another_when_it_is_opened_is_left_for_the_second_pass(
+    tmp_path: Path,
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    status = (tmp_path / "a").lstat()
+    at = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        (tmp_path / "b").rename(tmp_path / "a")
+        with pytest.raises(Invalid, match="another file"):
+            trees._opened(at, "a", status)
+        (tmp_path / "a").unlink()
+        (tmp_path / "a").symlink_to("/etc/passwd")
+        with pytest.raises(Invalid, match="no file any more"):
+            trees._opened(at, "a", status)
+    finally:
+        os.close(at)
+
+
 def entry(**changes: object) -> dict[str, object]:
     values = {
         "path": "x",
@@ -160,7 +245,7 @@ def entry(**changes: object) -> dict[str, object]:
         [entry(path="../x")], [entry(path="/x")], [entry(path="a//b")], [entry(path="")],
         [entry(path="a/../../x")], [entry(uid=65536)], [entry(uid=-1)],
         [entry(mode=stat.S_IFBLK | 0o600, rdev=0x800)], [entry(mode=stat.S_IFCHR, rdev=0x103)],
-        [entry(mode=0)], [entry(size=1 << 20)], [{"path": "x"}], [1], {"a": 1},
+        [entry(mode=0)], [entry(size=1 << 20)], [entry(size=-1)], [{"path": "x"}], [1], {"a": 1},
         [entry(path="d", mode=stat.S_IFLNK | 0o777, target="/tmp"), entry(path="d/x")],
         [entry(path="y", link="../x")],
     ],
@@ -213,6 +298,35 @@ def test_kept_pages_are_found_by_their_place_in_the_ram() -> None:
     ):
         with pytest.raises(Invalid):
             kept.read_at(offset, size)
+
+
+# -- a container's output
+
+
+def test_the_output_of_a_program_is_found_where_it_still_is(tmp_path: Path) -> None:
+    """It may have closed one, or have it write to a file of its own."""
+    fifo = tmp_path / "output"
+    os.mkfifo(fifo)
+    number = os.open(fifo, os.O_RDWR)
+    try:
+        for outputs, found in (
+            ({"stdout": number, "stderr": number}, True),
+            ({"stdout": subprocess.DEVNULL, "stderr": number}, True),
+            ({"stdout": number, "stderr": subprocess.DEVNULL}, True),
+            ({"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}, False),
+        ):
+            with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, **outputs) as program:
+                if found:
+                    named = frozen_container.output_of(program.pid, str(fifo))
+                    assert named.endswith(f":{os.stat(fifo).st_ino:x}]")
+                else:
+                    with pytest.raises(Unsupported, match="writes it elsewhere"):
+                        frozen_container.output_of(program.pid, str(fifo))
+                program.communicate(b"")
+        with pytest.raises(Unsupported):
+            frozen_container.output_of(program.pid, str(fifo))
+    finally:
+        os.close(number)
 
 
 # -- CRIU's messages

@@ -52,6 +52,19 @@ def test_what_does_not_fit_names_its_place(untrusted: Any, place: str, text: str
     assert text in caught.value.message
 
 
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400])
+def test_what_is_no_finite_number_is_refused(text: str) -> None:
+    """``json`` reads it; kept in a document it would make that unreadable for ever."""
+    with pytest.raises(Invalid, match="ratio"):
+        decode(Outer, parsed(f'{{"name": "x", "ratio": {text}}}'), "outer")
+
+
+def parsed(text: str) -> Any:
+    import json
+
+    return json.loads(text)
+
+
 def test_an_unknown_field_of_a_newer_peer_is_ignored_when_asked() -> None:
     assert decode(Outer, {"name": "x", "new": 1}, ignore_unknown=True) == Outer(name="x")
 
@@ -61,7 +74,7 @@ def test_an_unknown_field_of_a_newer_peer_is_ignored_when_asked() -> None:
         Outer,
         name=st.from_regex(r"[a-z0-9]{1,8}", fullmatch=True),
         kind=st.sampled_from(["a", "b"]),
-        ratio=st.floats(allow_nan=False),
+        ratio=st.floats(allow_nan=False, allow_infinity=False),
         maybe=st.none() | st.text(max_size=9),
         inner=st.lists(st.builds(Inner, st.integers(1, 9)), max_size=3),
         table=st.dictionaries(st.text(max_size=3), st.builds(Inner, st.integers(1, 9)), max_size=3),

@@ -86,10 +86,15 @@ class CheckpointService:
                 )
             await self._delete(document)
 
+    async def forget(self, ucloud: str) -> int:
+        """``delete_all`` while nobody decides that it is to be up again."""
+        async with self._deciding:
+            return await self.delete_all(ucloud)
+
     async def delete_all(self, ucloud: str) -> int:
         """All of a U-Cloud that is going or gone; how many EEs and platforms had some.
 
-        BadState while it is up.
+        ``deciding`` is held. BadState while it is up.
         """
         owner = await self._plane.state.ucloud(ucloud)
         if owner is not None and not owner.deleting:

@@ -83,7 +83,8 @@ def kinds(site: Site) -> dict[str, dict[str, Any]]:
 def filters() -> dict[str, str]:
     """The seccomp filter of each kind that has not the one of components (``base``)."""
     passt = dict.fromkeys(("uplink-net", "uplink-net-closed", "link"), "passt")
-    return {"vmm": "vmm", "block": "block", "objects": "objects", **passt}
+    own = {name: name for name in ("vmm", "block", "objects", "user")}
+    return {**own, **passt}
 
 
 def _provider_kinds(site: Site) -> dict[str, dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 A file names groups of calls, each with its reason: ``allow``, or ``refuse`` with an ``errno``;
 and checks (``check``) of one argument of one call (``only`` these values, ``never`` these,
-``no_bits`` of this mask), else ``errno``. It may ``extend`` another file, whose groups it adds to
-and whose checks of the same call it replaces. What is named nowhere kills the process.
+``no_bits`` of this mask), else ``errno``. It may ``extend`` another file, whose verdicts
+and checks of the same call it replaces. What is named nowhere kills the process.
 
 Only the low 32 bits of an argument are looked at: all that is checked is an ``int`` to the kernel.
 """
@@ -92,6 +92,7 @@ def _add_group(filter_: Filter, group: dict[str, Any]) -> None:
         filter_.refuse.pop(name, None)
     for name in group.get("refuse", []):
         filter_.refuse[name] = getattr(errno, group["errno"])
+        filter_.allow.discard(name)
 
 
 def compile_filter(filter_: Filter) -> bytes:

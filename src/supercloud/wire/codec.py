@@ -6,8 +6,10 @@ type: ``Annotated[str, Limit(max_length=64, pattern=NAME)]``. Unknown keys are r
 ``ignore_unknown`` (a newer peer's field is not our error).
 """
 
+import contextlib
 import dataclasses
 import functools
+import math
 import re
 import types
 import typing
@@ -123,8 +125,8 @@ def _value(hint: Any, untrusted: object, where: str, ignore: bool) -> Any:
 def _scalar(hint: Any, untrusted: object, where: str) -> Any:
     if hint is type(None) and untrusted is None:
         return None
-    if hint is float and isinstance(untrusted, int) and not isinstance(untrusted, bool):
-        return float(untrusted)
+    if hint is float and isinstance(untrusted, int | float) and not isinstance(untrusted, bool):
+        return _finite(untrusted, where)
     if hint in (str, int, float, bool) and type(untrusted) is hint:
         if hint is str and len(typing.cast("str", untrusted)) > MAX_TEXT:
             _fail(where, "a text too long", f"at most {MAX_TEXT} characters")
@@ -136,6 +138,14 @@ def _scalar(hint: Any, untrusted: object, where: str) -> Any:
         untrusted,
         {str: "a text", int: "a whole number", bool: "true or false"}.get(hint, str(hint)),
     )
+
+
+def _finite(untrusted: float, where: str) -> float:
+    """What JSON of others has no number for (``json`` reads NaN) would not be read again."""
+    with contextlib.suppress(OverflowError):
+        if math.isfinite(value := float(untrusted)):
+            return value
+    _fail(where, untrusted, "a number")
 
 
 def _union(hint: Any, untrusted: object, where: str, ignore: bool) -> Any:

@@ -279,7 +279,7 @@ class Routes:
         return {"name": asked.at["name"], "state": "deleting"}
 
     async def _forget_checkpoints(self, asked: Asked[Nothing]) -> dict[str, int]:
-        return {"deleting": await self.service.checkpoints.delete_all(asked.at["ucloud"])}
+        return {"deleting": await self.service.checkpoints.forget(asked.at["ucloud"])}
 
     async def _services(self, asked: Asked[OfUCloud]) -> list[api.ServiceRow]:
         ucloud = asked.params.ucloud

@@ -47,6 +47,8 @@ from supercloud.wire.checkpoints import (
 TAKE = "take"
 MOST_AT_ONCE = 8
 """Of all that are taken at a time: the others wait for their turn."""
+MOST_DETAILS, LONGEST_KEY, LONGEST_DETAIL = 32, 64, 512
+"""What is noted of a checkpoint's details, which are to be shown only."""
 
 
 def collect_key(ucloud: str) -> str:
@@ -137,8 +139,9 @@ class CheckpointController:
 
         document = await self._change(document, taking)
         asked = CheckpointTake(name=document.name, uid=subject.uid, store=store, head=document.head)
+        asked_ms = int(time.time() * 1000)
         taken = await self._plane.seam(subject.effect, lambda: subject.call(asked))
-        kept = _kept(taken, subject)
+        kept = _kept(taken, subject, asked_ms)
         if document.head is not None and kept.sequence <= document.head.sequence:
             raise Permanent(f"checkpoint {kept.sequence} was said to follow {document.head}")
         before = document.head
@@ -286,20 +289,21 @@ class CheckpointController:
         return await self._plane.state.change(document, mutate)
 
 
-def _kept(taken: CheckpointTaken, subject: Subject) -> KeptCheckpoint:
+def _kept(taken: CheckpointTaken, subject: Subject, asked_ms: int) -> KeptCheckpoint:
+    """A clock that is slow would have the next one due at once, again and again."""
     wish = subject.platform.wish
     return KeptCheckpoint(
         sequence=taken.head.sequence,
         root=taken.head.root,
         engine=taken.engine[:64],
-        taken_ms=min(taken.taken_ms, int(time.time() * 1000)),
+        taken_ms=min(max(taken.taken_ms, asked_ms), int(time.time() * 1000)),
         pause_ms=taken.pause_ms,
         base=taken.base,
         memory_bytes=taken.memory_bytes,
         dirty_bytes=taken.dirty_bytes,
         disk_bytes=taken.disk_bytes,
         new_bytes=taken.new_bytes,
-        details=taken.details,
+        details=_noted(taken.details),
         shape=subject.shape,
         provider=wish.provider.name,
         host=wish.host,
@@ -307,6 +311,12 @@ def _kept(taken: CheckpointTaken, subject: Subject) -> KeptCheckpoint:
         pin=subject.pin,
         image=subject.image,
     )
+
+
+def _noted(untrusted: dict[str, str]) -> dict[str, str]:
+    """As many as are sensible: a platform may tell a mebibyte, and a hundred are kept."""
+    some = list(untrusted.items())[:MOST_DETAILS]
+    return {key[:LONGEST_KEY]: value[:LONGEST_DETAIL] for key, value in some}
 
 
 def _staying(document: CheckpointsDocument) -> Kept | None:

@@ -39,12 +39,13 @@ def failover_key(ucloud: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _There:
-    """A U-Cloud as it stands."""
+    """A U-Cloud as it stands. ``lost``: hosts whose platform is away for long enough."""
 
     document: UCloudDocument
     platforms: Sequence[PlatformDocument]
     volumes: Sequence[VolumeDocument]
     offers: Sequence[Offer]
+    lost: frozenset[Place]
 
 
 class FailoverController:
@@ -63,18 +64,19 @@ class FailoverController:
         if not any(wish.others for wish in document.volumes.values()):
             return None
         platforms = await self._plane.state.platforms(ucloud)
-        lost = [platform for platform in platforms if self._is_away(platform)]
-        if lost and await self._fail_over(document, platforms):
+        if self._lost(platforms) and await self._fail_over(document):
             return self._plane.pace.settle_s
         return self._plane.pace.observe_s
 
-    def _is_away(self, platform: PlatformDocument) -> bool:
-        since_s = time.time() - platform.since_s
-        return platform.state == "lost" and since_s > self._plane.pace.failover_s
+    def _lost(self, platforms: Sequence[PlatformDocument]) -> frozenset[Place]:
+        before_s = time.time() - self._plane.pace.failover_s
+        return frozenset(
+            (platform.wish.provider.name, platform.wish.host)
+            for platform in platforms
+            if platform.state == "lost" and platform.since_s < before_s
+        )
 
-    async def _fail_over(
-        self, document: UCloudDocument, platforms: Sequence[PlatformDocument]
-    ) -> bool:
+    async def _fail_over(self, document: UCloudDocument) -> bool:
         """Whether something moves."""
         asked = (self._offer(document.name, entry) for entry in document.spec.providers)
         offers = await asyncio.gather(*asked)
@@ -82,8 +84,10 @@ class FailoverController:
             fresh = await self._plane.state.ucloud(document.name)
             if fresh is None or fresh.generation != document.generation:
                 return False
+            # read anew: one that was lost may have come back while its provider was asked
+            platforms = await self._plane.state.platforms(document.name)
             volumes = await self._plane.state.volumes(document.name)
-            there = _There(fresh, platforms, volumes, offers)
+            there = _There(fresh, platforms, volumes, offers, self._lost(platforms))
             moved = _moved(there)
             if not moved:
                 return False
@@ -161,11 +165,7 @@ def _moved(there: _There) -> dict[str, Place]:
     """The volumes that leave a lost host, and where they go: all of an EE's to the same place."""
     silent = {offer.provider.name for offer in there.offers if offer.unreachable}
     reached = {(o.provider.name, h.name) for o in there.offers for h in o.hosts}
-    away = {
-        (platform.wish.provider.name, platform.wish.host)
-        for platform in there.platforms
-        if platform.state == "lost" and platform.wish.provider.name in silent
-    }
+    away = {place for place in there.lost if place[0] in silent}
     by_name = {volume.name: volume for volume in there.volumes}
     moved: dict[str, Place] = {}
     for item in there.document.spec.environments:

@@ -256,6 +256,10 @@ class Replication:
             self._tell(volume, "moved", f"from {'/'.join(before)} to {'/'.join(place)}", "warning")
         return 0.0
 
+    def stay(self, volume: VolumeDocument) -> None:
+        """It is to be used where it is: a move that was begun, and waited, is none any more."""
+        self.leasing.moving.discard((volume.ucloud, volume.name))
+
     async def _let_go(self, volume: VolumeDocument) -> float:
         """0 when its mirror answers no more, for certain."""
         try:

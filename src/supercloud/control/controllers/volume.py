@@ -62,6 +62,7 @@ class VolumeController:
             place = await self.replication.leasing.home_of(volume)
             if place != place_of(volume):
                 return await self.replication.move(volume, place)
+            self.replication.stay(volume)
         if volume.opened:
             for key in seals_keys(volume):
                 self._plane.look(key, self._plane.pace.seal_s)

@@ -27,6 +27,8 @@ def check(untrusted_address: str, policy: str) -> str:
         raise Invalid(f"{untrusted_address!r:.80} is no IP address", where="address") from error
     if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is not None:
         found = found.ipv4_mapped
+    if isinstance(found, ipaddress.IPv6Address) and found.scope_id is not None:
+        raise Denied(f"{found} is on one link only")  # nor is it an address to connect_ex
     if policy == "none":
         raise Denied("this provider lets users' domains dial nobody")
     nowhere = found.is_unspecified or found.is_multicast or found.is_link_local

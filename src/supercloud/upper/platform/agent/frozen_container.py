@@ -19,7 +19,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from supercloud.model.errors import BadState, Invalid, Permanent, Unsupported
+from supercloud.model.errors import BadState, Invalid, Permanent, Temporary, Unsupported
 from supercloud.upper.platform.agent import cgroups, criu, namespaces, oci, paths, volumes
 from supercloud.upper.platform.agent.processes import Watched, run, start_ticks
 from supercloud.upper.platform.agent.saving import (
@@ -71,7 +71,8 @@ async def take(
             check_processes(group, process.pid)
             begun_s = time.monotonic()
             try:
-                details = await _dump(process.pid, group, place)
+                fifo = f"{container.places.run}/output"
+                details = await _dump(process.pid, group, place, fifo)
                 await helper.ask("capture", None, Captured, PAUSE_TIMEOUT_S)
             finally:
                 cgroups.thaw(uid)
@@ -122,10 +123,13 @@ def _parent(pid: int) -> int:
         return 0
 
 
-async def _dump(pid: int, group: str, place: str) -> dict[str, str]:
+async def _dump(pid: int, group: str, place: str, fifo: str) -> dict[str, str]:
     """Freeze and dump; it stays frozen. What a restore has to know."""
-    await cgroups.freeze(group, FREEZE_TIMEOUT_S)
-    output, mounts = _output_of(pid), _bound_mounts(pid)
+    try:
+        await cgroups.freeze(group, FREEZE_TIMEOUT_S)
+    except TimeoutError:
+        raise Temporary("it did not come to a stand") from None
+    output, mounts = output_of(pid, fifo), _bound_mounts(pid)
     external = [output, *(f"mnt[{path}]:{path}" for path in mounts)]
     images = os.open(f"{place}/criu", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -137,12 +141,20 @@ async def _dump(pid: int, group: str, place: str) -> dict[str, str]:
     return {"output": output, "mounts": json.dumps(mounts, separators=(",", ":"))}
 
 
-def _output_of(pid: int) -> str:
-    """CRIU's name for the FIFO: by the mount that it was opened through, and its inode."""
-    with open(f"/proc/{pid}/fdinfo/1") as file:
-        told = dict(line.split(":\t") for line in file.read().splitlines() if ":\t" in line)
-    mount, inode = int(told["mnt_id"]), int(told["ino"])
-    return f"file[{mount:x}:{inode:x}]"
+def output_of(pid: int, fifo: str) -> str:
+    """CRIU's name for the FIFO: by the mount that it was opened through, and its inode.
+
+    Unsupported when neither output of the process is that any more: what would be put in its place
+    later is something else.
+    """
+    for number in (1, 2):
+        with contextlib.suppress(FileNotFoundError):
+            if not os.path.samefile(f"/proc/{pid}/fd/{number}", fifo):
+                continue
+            with open(f"/proc/{pid}/fdinfo/{number}") as file:
+                told = dict(line.split(":\t") for line in file.read().splitlines() if ":\t" in line)
+            return f"file[{int(told['mnt_id']):x}:{int(told['ino']):x}]"
+    raise Unsupported("its first program has closed its output, or writes it elsewhere")
 
 
 def _bound_mounts(pid: int) -> dict[str, str]:

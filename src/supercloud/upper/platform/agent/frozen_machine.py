@@ -121,6 +121,9 @@ async def take(
             saver(log_path=f"{machine.places.run}/saver.log") as helper,
             _Pause(qmp, machine, place) as pause,
         ):
+            # a new base begins with all pages counted as clean: whatever ends it before it is
+            # there, no increment may lie over the old one any more
+            _keep_base(machine, process, "")
             ready = await helper.ask("take", request, Ready, ANSWER_TIMEOUT_S)
             _keep_base(machine, process, ready.base if not ready.is_new else "")
             try:

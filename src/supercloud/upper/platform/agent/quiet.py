@@ -115,6 +115,8 @@ class Quiet:
 
     async def _pause(self, asked: Asked) -> None:
         """Acknowledge, and be sure that it ends."""
+        if self._forgotten is not None:  # of an earlier one, which would cut this one short
+            self._forgotten.cancel()
         try:
             await self._settled()
             with contextlib.suppress(TimeoutError):  # so that little is left to write in the pause

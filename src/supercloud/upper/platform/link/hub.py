@@ -6,10 +6,12 @@ this U-Cloud and the role platform it says hello, which makes its session.
 """
 
 import asyncio
+import contextlib
 import logging
 import ssl
 import time
 from asyncio import StreamReader, StreamWriter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -55,6 +57,21 @@ class _Caller:
     refusal: Denied | None
     introduced: "asyncio.Future[AgentSession | None]" = field(default_factory=asyncio.Future)
     session: AgentSession | None = None
+    is_busy: bool = False
+
+    @contextlib.contextmanager
+    def beginning(self) -> Iterator[None]:
+        """One thing at a time is begun on a connection: nobody would end what a second one opens.
+
+        Denied, also when something was begun already.
+        """
+        if self.is_busy or self.introduced.done():
+            raise Denied("hello was said already, or a file asked for")
+        self.is_busy = True
+        try:
+            yield
+        finally:
+            self.is_busy = False
 
 
 class LinkHub:
@@ -199,15 +216,14 @@ class LinkHub:
         if abs(hello.protocol - PROTOCOL) > 1:
             raise Denied(f"protocol {hello.protocol} is not spoken here, {PROTOCOL} is")
         tls.demand(caller.identity, ucloud=hello.ucloud, role=PLATFORM, name=hello.platform)
-        if caller.session is not None:
-            raise Denied("hello was said already")
-        await self.owner.admit(hello, caller.pin)
-        session = caller.session = AgentSession(call.peer, hello, caller.pin, self.owner)
-        older, self.sessions[hello.platform] = self.sessions.get(hello.platform), session
+        with caller.beginning():
+            await self.owner.admit(hello, caller.pin)
+            session = caller.session = AgentSession(call.peer, hello, caller.pin, self.owner)
+            older, self.sessions[hello.platform] = self.sessions.get(hello.platform), session
+            caller.introduced.set_result(session)
         if older is not None:
             older.abandon()
         call.peer.name = f"agent {hello.platform}"
-        caller.introduced.set_result(session)
         return Welcome(protocol=min(PROTOCOL, hello.protocol), time_s=time.time())
 
     async def _blob(self, call: Call, asked: Blob) -> Detach:
@@ -218,8 +234,9 @@ class LinkHub:
             raise Denied("hello comes first, on another connection")
         if session.files >= MAX_FILES:
             raise Busy(f"{session.platform} is being sent {MAX_FILES} files already")
-        sending = await blobs.send(asked, await self.owner.blob(session, asked.digest))
-        caller.introduced.set_result(None)
+        with caller.beginning():
+            sending = await blobs.send(asked, await self.owner.blob(session, asked.digest))
+            caller.introduced.set_result(None)
         call.peer.name = f"a file for {session.platform}"
         return Detach(sending.result, partial(self._send, session, sending))
 

@@ -3,12 +3,17 @@
 An index (zlib over JSON), then the contents of its regular files, each at a place that does not
 move as long as the files before it keep their sizes: small ones on the next 4 KiB, others on the
 next 64 KiB, so that what has not changed gives the same chunks again. Owners are numbered from the
-first id of the container; extended attributes and whiteouts of the overlay are kept.
+first id of the container, also in access lists and capabilities; extended attributes and whiteouts
+of the overlay are kept.
 
 ``Copy`` reads a directory twice: once while it is in use, then, with everything at rest, only what
 may have changed since. A file counts as unchanged if its change time is older than the beginning of
 the first pass, before which the file system was synchronised: writing to a page of it, mapped or
 not, would have set that time. Source: how ext4 keeps i_ctime (page_mkwrite updates it).
+
+The first pass reads what a hostile program may move about at the same time. So everything is
+reached from the descriptor of the directory that it lies in, none of which was opened through a
+link, and what was opened is what was looked at.
 """
 
 import base64
@@ -19,7 +24,7 @@ import stat
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from supercloud.model.errors import Invalid, NoResources
@@ -34,6 +39,15 @@ CLOCK_MARGIN_NS: Final = 50_000_000  # a tick of the kernel's coarse clock, seve
 _HEADER: Final = struct.Struct("<8sQ")
 _PIECE_BYTES: Final = 1 << 20
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_FILE: Final = (errno.ELOOP, errno.ENXIO)  # a link or a socket by now
+
+# attributes with ids in them (include/uapi/linux/capability.h, posix_acl_xattr.h)
+_CAPABILITY: Final = "security.capability"
+_CAPABILITY_BYTES, _CAPABILITY_ROOT_AT = 24, 20  # of version 3
+_LISTS: Final = ("system.posix_acl_access", "system.posix_acl_default")
+_LIST_HEADER_BYTES, _LIST_ENTRY_BYTES, _LIST_ID_AT = 4, 8, 4
+_LIST_NAMED: Final = (0x02, 0x08)  # of a user, of a group
 _SPECIAL: Final = (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK)
 
 Entry = dict[str, Any]
@@ -44,7 +58,7 @@ class Copy:
     """The copy of ``top`` in the file ``spool`` (made); ``owner`` is the first id of its owners."""
 
     def __init__(self, top: str, spool: str, owner: int) -> None:
-        self._top, self._owner = top, owner
+        self._top, self._owner = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), owner
         self._spool = os.open(spool, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         self._end = 0
         self._places: dict[tuple[int, int, int, int], int] = {}  # inode, size, times -> offset
@@ -53,8 +67,9 @@ class Copy:
         self._bodies: list[tuple[int, int]] = []
 
     def close(self) -> None:
-        """Give the descriptor back; the spool is its directory's to remove."""
+        """Give the descriptors back; the spool is its directory's to remove."""
         os.close(self._spool)
+        os.close(self._top)
 
     def ahead(self) -> None:
         """The first pass; files that go or change meanwhile do no harm."""
@@ -85,59 +100,74 @@ class Copy:
     def _pass(self, *, lenient: bool) -> None:
         self._entries, self._bodies = [], []
         links: dict[tuple[int, int], str] = {}
-        for path, name in _walk(self._top):
+        for at, name, path in _walk(self._top):
             try:
-                self._add(path, name, links)
+                self._add(at, name, path, links)
             except (FileNotFoundError, NotADirectoryError, Invalid):
                 if not lenient:
                     raise
 
-    def _add(self, path: str, name: str, links: dict[tuple[int, int], str]) -> None:
-        status = os.lstat(path)
+    def _add(self, at: int, name: str, path: str, links: dict[tuple[int, int], str]) -> None:
+        status = os.stat(name, dir_fd=at, follow_symlinks=False)
         if len(self._entries) >= MAX_ENTRIES:
-            raise NoResources(f"more than {MAX_ENTRIES} files", where=self._top)
-        entry = self._entry(path, name, status)
+            raise NoResources(f"more than {MAX_ENTRIES} files", where=path)
+        entry = self._entry(at, name, path, status)
         inode = status.st_dev, status.st_ino
         if not stat.S_ISDIR(status.st_mode) and status.st_nlink > 1 and inode in links:
-            self._entries.append({"path": name, "link": links[inode]})
+            self._entries.append({"path": path, "link": links[inode]})
             return
         if stat.S_ISREG(status.st_mode):
-            self._bodies.append(self._body(path, status))
+            self._bodies.append(self._body(at, name, status))
             entry["size"] = self._bodies[-1][1]
         self._entries.append(entry)
-        links.setdefault(inode, name)
+        links.setdefault(inode, path)
 
-    def _entry(self, path: str, name: str, status: os.stat_result) -> Entry:
+    def _entry(self, at: int, name: str, path: str, status: os.stat_result) -> Entry:
         uid, gid = status.st_uid - self._owner, status.st_gid - self._owner
         if not (0 <= uid < OWNERS and 0 <= gid < OWNERS):
-            raise Invalid(f"{name!r:.200} belongs to nobody of the environment")
+            raise Invalid(f"{path!r:.200} belongs to nobody of the environment")
         entry: Entry = {
-            "path": name, "mode": status.st_mode, "uid": uid, "gid": gid,
+            "path": path, "mode": status.st_mode, "uid": uid, "gid": gid,
             "mtime_ns": status.st_mtime_ns,
         }  # fmt: skip
         if stat.S_ISLNK(status.st_mode):
-            entry["target"] = os.readlink(path)
+            entry["target"] = os.readlink(name, dir_fd=at)
         elif stat.S_IFMT(status.st_mode) in _SPECIAL:
             entry["rdev"] = status.st_rdev
-        if found := _attributes(path):
+        if found := _attributes(f"/proc/self/fd/{at}/{name}", self._owner):
             entry["xattrs"] = found
         return entry
 
-    def _body(self, path: str, status: os.stat_result) -> tuple[int, int]:
+    def _body(self, at: int, name: str, status: os.stat_result) -> tuple[int, int]:
         """Where the content is in the spool, and its length."""
         key = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
         place = self._places.get(key)
         if place is not None and status.st_ctime_ns < self._since_ns:
             return place, status.st_size
-        start, file = self._end, os.open(path, _READ)
-        try:
-            while data := os.read(file, _PIECE_BYTES):
+        start, file = self._end, _opened(at, name, status)
+        try:  # no more than it had: one that grows all the time has no end
+            while data := os.read(file, min(_PIECE_BYTES, start + status.st_size - self._end)):
                 _write_all(self._spool, data, self._end)
                 self._end += len(data)
         finally:
             os.close(file)
         self._places[key] = start
         return start, self._end - start
+
+
+def _opened(at: int, name: str, status: os.stat_result) -> int:
+    """The file that ``status`` is of; Invalid when there is another one by now."""
+    try:
+        file = os.open(name, _READ, dir_fd=at)
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            raise Invalid(f"{name!r:.200} is no file any more") from error
+        raise
+    found = os.fstat(file)
+    if (found.st_dev, found.st_ino) != (status.st_dev, status.st_ino):
+        os.close(file)
+        raise Invalid(f"{name!r:.200} is another file by now")
+    return file
 
 
 def unpack(image: int, top: str, owner: int) -> None:
@@ -156,7 +186,10 @@ def unpack(image: int, top: str, owner: int) -> None:
     at, first = 0, -(-(_HEADER.size + length) // LARGE_BYTES) * LARGE_BYTES
     try:
         for entry in json.loads(untrusted):
-            start = _aligned(at, int(entry.get("size", 0)))
+            size = int(entry.get("size", 0))
+            if size < 0:
+                raise Invalid("an image of a directory has a file of less than nothing")
+            start = _aligned(at, size)
             _make(root, entry, image, first + start, owner)
             at = start + int(entry["size"]) if "size" in entry else at
             if stat.S_ISDIR(entry.get("mode", 0)):
@@ -181,10 +214,9 @@ class _Parent:
         self._at = os.dup(root)
 
     def __enter__(self) -> tuple[int, str]:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         for part in self._parts[:-1]:
             try:
-                below = os.open(part, flags, dir_fd=self._at)
+                below = os.open(part, _DIRECTORY, dir_fd=self._at)
             except BaseException:
                 os.close(self._at)
                 raise
@@ -240,47 +272,82 @@ def _dress(parent: int, name: str, entry: Entry, owner: int) -> None:
         os.chmod(name, entry["mode"] & 0o7777, dir_fd=parent)
     path = f"/proc/self/fd/{parent}/{name}"
     for attribute, value in entry.get("xattrs", {}).items():
-        os.setxattr(path, attribute, base64.b64decode(value), follow_symlinks=False)
+        data = _renumbered(attribute, base64.b64decode(value), 0, owner)
+        os.setxattr(path, attribute, data, follow_symlinks=False)
     times = entry["mtime_ns"], entry["mtime_ns"]
     os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
 
 
-def _walk(top: str) -> Iterator[tuple[str, str]]:
-    """(path, path in the image), directories before what is in them, in order of names."""
-    yield top, "."
+def _walk(root: int) -> Iterator[tuple[int, str, str]]:
+    """(directory, name in it, path in the image), directories before what is in them.
+
+    In order of names. The directory is open until the next one comes.
+    """
+    yield root, ".", "."
     todo = [""]
     while todo:
         below = todo.pop()
         try:
-            names = sorted(os.listdir(f"{top}/{below}"), reverse=True)
+            at = _below(root, below)
         except (FileNotFoundError, NotADirectoryError):
             continue  # the pass that counts would not have found it gone
-        found = [f"{below}/{name}" if below else name for name in names]
-        for name in reversed(found):
-            yield f"{top}/{name}", name
-        todo += [name for name in found if _is_directory(f"{top}/{name}")]
+        try:
+            names = sorted(os.listdir(at))
+            paths = [f"{below}/{name}" if below else name for name in names]
+            for name, path in zip(names, paths, strict=True):
+                yield at, name, path
+            both = zip(reversed(names), reversed(paths), strict=True)
+            todo += [path for name, path in both if _is_directory(at, name)]
+        finally:
+            os.close(at)
 
 
-def _is_directory(path: str) -> bool:
+def _below(root: int, path: str) -> int:
+    """A directory, opened without following any link."""
+    if not path:
+        return os.dup(root)
+    with _Parent(root, path) as (parent, name):
+        return os.open(name, _DIRECTORY, dir_fd=parent)
+
+
+def _is_directory(at: int, name: str) -> bool:
     try:
-        return stat.S_ISDIR(os.lstat(path).st_mode)
+        return stat.S_ISDIR(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode)
     except FileNotFoundError:
         return False
 
 
-def _attributes(path: str) -> dict[str, str]:
+def _attributes(path: str, owner: int) -> dict[str, str]:
     """Extended attributes, in base64; not those that name inodes of this file system."""
     try:
         names = os.listxattr(path, follow_symlinks=False)
-        return {
-            name: base64.b64encode(os.getxattr(path, name, follow_symlinks=False)).decode()
-            for name in names
-            if name not in ("trusted.overlay.origin", "trusted.overlay.uuid")
-        }
+        found = {name: os.getxattr(path, name, follow_symlinks=False) for name in names}
     except OSError as error:
         if error.errno in (errno.ENOTSUP, errno.ENODATA):
             return {}
         raise
+    return {
+        name: base64.b64encode(_renumbered(name, value, owner, 0)).decode()
+        for name, value in found.items()
+        if name not in ("trusted.overlay.origin", "trusted.overlay.uuid")
+    }
+
+
+def _renumbered(attribute: str, value: bytes, since: int, to: int) -> bytes:
+    """With ids that count from ``to``, not ``since``: without that they would be other people's."""
+    places: Sequence[int] = ()
+    if attribute == _CAPABILITY and len(value) == _CAPABILITY_BYTES:
+        places = [_CAPABILITY_ROOT_AT]
+    elif attribute in _LISTS:
+        entries = range(_LIST_HEADER_BYTES, len(value) - _LIST_ENTRY_BYTES + 1, _LIST_ENTRY_BYTES)
+        places = [at + _LIST_ID_AT for at in entries if value[at] in _LIST_NAMED]
+    data = bytearray(value)
+    for place in places:
+        (number,) = struct.unpack_from("<I", data, place)
+        if not 0 <= number - since < OWNERS:
+            raise Invalid(f"{attribute} names {number}, who is nobody of the environment")
+        struct.pack_into("<I", data, place, number - since + to)
+    return bytes(data)
 
 
 def _sync() -> None:

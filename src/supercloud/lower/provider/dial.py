@@ -16,6 +16,11 @@ from supercloud.model.errors import Busy, Denied, Invalid, Temporary
 POLICIES: Final = ("elsewhere", "any", "none")
 BURST: Final = 64
 EACH_S: Final = 0.5
+METADATA: Final = frozenset(
+    map(ipaddress.ip_address, ("fd00:ec2::254", "168.63.129.16", "100.100.100.200"))
+)
+"""Of clouds that a provider may itself run in, beside those that are link-local."""
+
 _UNDER_WAY: Final = (0, errno.EINPROGRESS)
 
 
@@ -32,7 +37,8 @@ def check(untrusted_address: str, policy: str) -> str:
     if policy == "none":
         raise Denied("this provider lets users' domains dial nobody")
     nowhere = found.is_unspecified or found.is_multicast or found.is_link_local
-    if nowhere or (policy != "any" and (found.is_loopback or found.is_reserved)):
+    own = found.is_loopback or found.is_reserved or found in METADATA
+    if nowhere or (policy != "any" and own):
         raise Denied(
             f"{found} is not to be dialled from here",
             hint="the provider's supercloud-host run --dial says what is",

@@ -20,7 +20,7 @@ SILENCE_S: Final = 60.0
 
 async def send(asked: Blob, path: str) -> Detach:
     """The file from the offset to its end, raw; Permanent when it is not of the size asked."""
-    descriptor = await asyncio.to_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # here: a thread could be left with it
     try:
         size = os.fstat(descriptor).st_size
         if size != asked.size_bytes:

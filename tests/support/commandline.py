@@ -53,6 +53,9 @@ class CommandLine:
         own = self.directory / "cache" / "supercloud"
         own.mkdir(parents=True)
         (own / "image").symlink_to(tools)
+        owner = self.directory.stat()
+        for made in (own, own.parent):
+            os.chown(made, owner.st_uid, owner.st_gid)
 
     @property
     def socket(self) -> Path:

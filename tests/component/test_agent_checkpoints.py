@@ -146,6 +146,7 @@ async def gone(platform: Platform, *names: str) -> None:
         await platform.until(name, "gone")
 
 
+@pytest.mark.long  # tests/system/test_checkpoints.py shows the like
 async def test_a_container_goes_on_and_comes_back_as_it_was(
     platform: Platform, way: StoreWay
 ) -> None:
@@ -293,6 +294,7 @@ def counts(text: bytes) -> list[int]:
     return [int(number) for number in re.findall(rb"count-(\d+)\s", text)]
 
 
+@pytest.mark.long  # tests/system/test_checkpoints.py shows the like
 async def test_a_vm_goes_on_and_comes_back_as_it_was(platform: Platform, way: StoreWay) -> None:
     """Its network is another platform's: address and gateway come with it."""
     far = nic(11, third=9)

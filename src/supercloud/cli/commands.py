@@ -195,7 +195,7 @@ COMMANDS = {
         *WAIT,
     ),
     "checkpoints": Command(
-        "List of what there are checkpoints, or those of one; `delete NAME` deletes them.",
+        "List what there are checkpoints of, or those of one; `delete NAME` deletes them.",
         "checkpoints:run",
         Argument(
             "first",

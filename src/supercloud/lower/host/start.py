@@ -83,17 +83,23 @@ def start(options: Options) -> NoReturn:
 
 def _options(arguments: list[str]) -> Options:
     parser = argparse.ArgumentParser(prog="supercloud-host run")
-    parser.add_argument("--instance", default="default")
-    parser.add_argument("--state", default="")
-    parser.add_argument("--listen", default="127.0.0.1:7443")
-    parser.add_argument("--images", required=True)
-    parser.add_argument("--region", default="local")
-    parser.add_argument("--jurisdiction", default="local")
-    parser.add_argument("--publish", default="127.0.0.1")
-    parser.add_argument("--templates", choices=("auto", "asked", "none"), default="auto")
-    parser.add_argument("--dial", choices=("elsewhere", "any", "none"), default="elsewhere")
-    parser.add_argument("--ports", default="")
-    parser.add_argument("--ready-fd", type=int, default=1)
+    parser.add_argument("--instance", default="default", help="its name, where there are several")
+    parser.add_argument("--state", default="", help="default: /var/lib/supercloud-host/INSTANCE")
+    parser.add_argument("--listen", default="127.0.0.1:7443", help="for control planes")
+    parser.add_argument("--images", required=True, help="directory that the image builder filled")
+    parser.add_argument("--region", default="local", help="as manifests name it")
+    parser.add_argument("--jurisdiction", default="local", help="likewise")
+    parser.add_argument("--publish", default="127.0.0.1", help="address of published ports")
+    parser.add_argument(
+        "--templates", choices=("auto", "asked", "none"), default="auto",
+        help="what platforms start from: made by itself, when users ask for it, or they boot",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dial", choices=("elsewhere", "any", "none"), default="elsewhere",
+        help="where users' domains may connect to; any: also to other hosts on this machine",
+    )  # fmt: skip
+    parser.add_argument("--ports", default="", help="published ports: FIRST-LAST")
+    parser.add_argument("--ready-fd", type=int, default=1, help="told when it is ready")
     given = parser.parse_args(arguments)
     _match(_INSTANCE, given.instance, "instance")
     for name in ("region", "jurisdiction"):

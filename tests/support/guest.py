@@ -31,7 +31,7 @@ MACHINE = (
     "-accel",
     "tcg,thread=multi,tb-size=128",
     "-cpu",
-    "max",
+    "max,erms=off,fsrm=off",  # as lower/vmm/machine has it
 )
 
 

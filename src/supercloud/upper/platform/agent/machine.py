@@ -448,7 +448,8 @@ def _base(spec: EnvironmentSpec, accelerator: str) -> list[str]:
     if accelerator == KVM:
         engine = ["-accel", "kvm", "-cpu", "host"]
     else:
-        engine = ["-accel", f"tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}", "-cpu", "max"]
+        engine = ["-accel", f"tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"]
+        engine += ["-cpu", "max,erms=off,fsrm=off"]  # see EMULATED_CPU of lower/vmm/machine
     return [
         "qemu-system-x86_64", "-name", spec.name, "-nodefaults", "-no-user-config",
         "-display", "none", "-L", "/usr/share/qemu", "-L", "/usr/share/seabios",

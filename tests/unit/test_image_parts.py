@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 
 from supercloud.model.errors import Permanent
-from supercloud.upper.platform.image import bytecode, closure, elf, kernel, own, recipe, tree
+from supercloud.upper.platform.image import (
+    bytecode,
+    closure,
+    elf,
+    kernel,
+    modules,
+    own,
+    recipe,
+    tree,
+)
 from supercloud.upper.platform.image.tree import Tree, directory, file, link, resolve
 
 
@@ -187,3 +196,13 @@ def test_an_engine_that_was_not_compiled_is_missed(tmp_path: Path) -> None:
         own.sources(["services"], tmp_path)
     (tmp_path / "services/protection/libprotection.so").write_bytes(b"\x7fELF")
     assert list(own.sources(["services"], tmp_path)) == [f"{own.PLACE}/{own.COMPILED['services']}"]
+
+
+def test_modules_lose_their_signature_and_nothing_else() -> None:
+    body, mark = b"\x7fELF" + bytes(range(200)), b"~Module signature appended~\n"
+    signature = b"s" * 411
+    signed = body + signature + bytes(8) + struct.pack(">I", len(signature)) + mark
+    assert modules.unsigned(signed) == body
+    assert modules.unsigned(body) == body
+    with pytest.raises(ValueError, match="longer than itself"):
+        modules.unsigned(body + bytes(8) + struct.pack(">I", 1 << 20) + mark)

@@ -10,7 +10,8 @@ import contextlib
 import os
 import socket
 import struct
-from dataclasses import dataclass
+
+from supercloud.model.records import dataclass
 
 SECTOR_BYTES = 512
 _NETLINK_KOBJECT_UEVENT = 15
@@ -60,8 +61,8 @@ class Disks:
         self._kernel: socket.socket | None = None
         self._change = asyncio.Event()
 
-    def start(self) -> None:
-        """Listen to the kernel."""
+    def _listen(self) -> None:
+        """To the kernel, from when somebody first waits: it tells of every module it loads too."""
         kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
         self._kernel = socket.socket(socket.AF_NETLINK, kind, _NETLINK_KOBJECT_UEVENT)
         self._kernel.bind((0, _KERNEL_GROUP))
@@ -85,7 +86,13 @@ class Disks:
         change.set()
 
     async def changed(self, timeout_s: float) -> None:
-        """Return when something about the disks may have changed, or the time is over."""
+        """Return when something about the disks may have changed, or the time is over.
+
+        So it does at once when nobody has listened before: whoever waits has to look again.
+        """
+        if self._kernel is None:
+            self._listen()
+            return
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._change.wait(), timeout_s)
 

@@ -14,11 +14,12 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Protocol
 
 from supercloud.model.errors import Invalid, Permanent, SupercloudError, Temporary, UserError
+from supercloud.model.records import dataclass
 from supercloud.upper.platform.agent import filesystem, paths, syscalls
 from supercloud.upper.platform.agent.disks import Disk, Disks
 from supercloud.upper.platform.agent.state import read_json, write_json
@@ -91,7 +92,7 @@ class Volumes:
         self._locks = defaultdict[str, asyncio.Lock](asyncio.Lock)
 
     def start(self) -> None:
-        """Take up what an earlier agent left, and listen to the kernel."""
+        """Take up what an earlier agent left."""
         os.makedirs(paths.VOLUMES, mode=0o700, exist_ok=True)
         for volume in os.listdir(paths.VOLUMES):
             for entry in os.listdir(f"{paths.VOLUMES}/{volume}"):
@@ -99,7 +100,6 @@ class Volumes:
                     saved = read_json(f"{paths.VOLUMES}/{volume}/{entry}", None)
                     claim = Claim(**saved | {"disk": Disk(**saved["disk"])})
                     self._claims[volume, claim.uid] = claim
-        self._disks.start()
 
     def look_again(self) -> None:
         """Slots of specs may have changed."""

@@ -238,8 +238,8 @@ class Worker:
                 self._to("serving")
             elif serving:
                 self._to("unready", f"port {port} does not answer")
-            steady = self.state == "serving"
-            await asyncio.sleep(readiness.STEADY_S if steady else readiness.STARTING_S)
+            starting_s = readiness.STARTING_S[self.spec.kind]
+            await asyncio.sleep(readiness.STEADY_S if self.state == "serving" else starting_s)
 
     async def _ended(self, status: int | None) -> None:
         killed = cgroups.oom_kills(self.spec.uid)

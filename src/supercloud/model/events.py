@@ -2,8 +2,9 @@
 
 import os
 import time
-from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from supercloud.model.records import dataclass, field
 
 Severity = Literal["debug", "info", "warning", "error"]
 

@@ -4,9 +4,9 @@ The command line reads the same fields from plain JSON, without decoding: it sta
 Times are seconds since the epoch, 0 when it has not happened.
 """
 
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from supercloud.model.records import dataclass, field
 from supercloud.wire.objects import Position
 from supercloud.wire.volumes import Seal, VolumeFigures
 

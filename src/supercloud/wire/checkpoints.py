@@ -6,9 +6,9 @@ nothing is restored. A call that was cut off may have taken its checkpoint: aske
 same ``head``, another one is taken in its place, and a collection removes what nobody remembers.
 """
 
-from dataclasses import dataclass, field
 from typing import Annotated, Final, Literal
 
+from supercloud.model.records import dataclass, field
 from supercloud.wire.codec import Limit, Name, Text
 
 BUCKET: Final = "supercloud-checkpoints"

@@ -8,10 +8,11 @@ it can be read past the kernel's cache. A blank disk is nothing to prepare.
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Annotated, Final
 
 from supercloud.model.errors import Invalid
+from supercloud.model.records import dataclass, field
 from supercloud.wire.codec import Limit, Sha256, decode, encode
 from supercloud.wire.messages import Blob, EnvironmentSpec, Process
 from supercloud.wire.quota import Bytes

@@ -3,9 +3,9 @@
 Apart from ``messages``, which a platform's agent carries: a module less that it has to load.
 """
 
-from dataclasses import dataclass, field
 from typing import Annotated
 
+from supercloud.model.records import dataclass, field
 from supercloud.wire.checkpoints import (
     CheckpointCollect,
     CheckpointCollected,

@@ -6,10 +6,10 @@ which method needs an enrolled peer all come from these declarations. Versions: 
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from supercloud.model.errors import Denied
+from supercloud.model.records import dataclass, field
 from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken, RestoreFrom
 from supercloud.wire.codec import Limit, Name, Sha256, Text, decode, encode
 from supercloud.wire.peer import Call, Detach, Handler

@@ -8,9 +8,9 @@ which replicas are in sync, are the control plane's: what ``volume.lease`` answe
 down before the next one confirms it. Who must keep to what: decisions 0013 and 0015.
 """
 
-from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from supercloud.model.records import dataclass, field
 from supercloud.wire.codec import Limit, Name
 from supercloud.wire.tunnel import PeerHost
 

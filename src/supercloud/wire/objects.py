@@ -6,9 +6,9 @@ answer says how far it is. What is kept of it at the control plane, against a ro
 which shows a certificate request until ``apply`` brings a certificate over it.
 """
 
-from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from supercloud.model.records import dataclass, field
 from supercloud.wire.codec import Limit, Name
 from supercloud.wire.volumes import Key
 

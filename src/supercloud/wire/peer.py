@@ -12,7 +12,6 @@ import json
 import logging
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from supercloud.model.errors import (
@@ -25,6 +24,7 @@ from supercloud.model.errors import (
     to_wire,
 )
 from supercloud.model.events import event_id
+from supercloud.model.records import dataclass
 
 REQUEST, RESPONSE, NOTIFY, DATA, SIGNAL, END, RESET, CREDIT, PING, PONG = range(1, 11)
 

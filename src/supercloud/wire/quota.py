@@ -1,8 +1,8 @@
 """What a user may use of a host; apart from the other messages for small programs."""
 
-from dataclasses import dataclass
 from typing import Annotated
 
+from supercloud.model.records import dataclass
 from supercloud.wire.codec import Limit
 
 Bytes = Annotated[int, Limit(ge=0, le=1 << 50)]

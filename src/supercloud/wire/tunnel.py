@@ -6,9 +6,9 @@ the connection is raw, and its bytes are those of what was asked for. What a hos
 is the control plane's to say: ``tunnel.apply`` for the object store, ``volume.serve`` for replicas.
 """
 
-from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from supercloud.model.records import dataclass, field
 from supercloud.wire.codec import Limit, Name
 from supercloud.wire.messages import Empty, Method, Port
 

@@ -6,9 +6,9 @@ only then ``volume.serve`` writes it to the disk and lets the volume be used. Wh
 device there, and is compared at every opening, is its ``Seal``.
 """
 
-from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from supercloud.model.records import dataclass, field
 from supercloud.wire.codec import Limit, Name
 from supercloud.wire.mirrors import Mirror, MirrorStatus, Shared
 from supercloud.wire.quota import Bytes

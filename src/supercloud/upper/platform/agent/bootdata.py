@@ -3,10 +3,10 @@
 import contextlib
 import json
 import os
-from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 from supercloud.model.errors import Invalid, NotFound
+from supercloud.model.records import dataclass
 from supercloud.upper.platform.agent import paths, syscalls
 from supercloud.upper.platform.agent.iso9660 import Iso
 from supercloud.wire.codec import Limit, Name, decode

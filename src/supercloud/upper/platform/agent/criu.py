@@ -11,10 +11,10 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from supercloud.model.errors import Permanent, Temporary
+from supercloud.model.records import dataclass, field
 from supercloud.upper.platform.agent import cgroups
 from supercloud.upper.platform.agent.processes import load_modules, run, set_oom_score
 

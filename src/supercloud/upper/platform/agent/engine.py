@@ -3,10 +3,10 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 from supercloud.model.errors import Permanent, SupercloudError, Temporary, UserError
+from supercloud.model.records import dataclass
 from supercloud.upper.platform.agent import paths
 from supercloud.upper.platform.agent.accelerator import Accelerator
 from supercloud.upper.platform.agent.blobs import Blobs

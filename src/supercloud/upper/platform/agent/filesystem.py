@@ -9,10 +9,10 @@ import asyncio
 import errno
 import os
 import struct
-from dataclasses import dataclass
 from typing import BinaryIO
 
 from supercloud.model.errors import Invalid, Permanent, Temporary
+from supercloud.model.records import dataclass
 from supercloud.upper.platform.agent.processes import run
 
 BLANK_BYTES = 1 << 20

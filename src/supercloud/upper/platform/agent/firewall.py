@@ -9,9 +9,9 @@ A port that is not published says so at once, instead of letting its caller wait
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from supercloud.model.records import dataclass
 from supercloud.upper.platform.agent import nftables
 from supercloud.upper.platform.agent.networks import Network
 from supercloud.upper.platform.agent.processes import run

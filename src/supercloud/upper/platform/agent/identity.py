@@ -22,10 +22,10 @@ import os
 import struct
 import sys
 import time
-from dataclasses import dataclass
 from typing import Annotated, Final
 
 from supercloud.model.errors import Invalid, NotFound, SupercloudError
+from supercloud.model.records import dataclass
 from supercloud.trust import libcrypto, tls
 from supercloud.upper.platform.agent import (
     bootdata,

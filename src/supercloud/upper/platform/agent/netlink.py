@@ -10,8 +10,9 @@ import os
 import socket
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final, Self
+
+from supercloud.model.records import dataclass
 
 _HEADER = struct.Struct("=IHHII")
 _LINK = struct.Struct("=BxHiII")

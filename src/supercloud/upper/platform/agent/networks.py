@@ -11,9 +11,9 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from supercloud.model.errors import Invalid
+from supercloud.model.records import dataclass
 from supercloud.upper.platform.agent import namespaces, paths
 from supercloud.upper.platform.agent.netlink import Netlink
 from supercloud.upper.platform.agent.state import read_json, write_json

@@ -15,10 +15,10 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
 
 from supercloud.model.errors import Invalid, SupercloudError
+from supercloud.model.records import dataclass, field
 from supercloud.upper.platform.agent import cgroups, identity
 from supercloud.upper.platform.agent.processes import run
 from supercloud.wire.codec import Limit, decode

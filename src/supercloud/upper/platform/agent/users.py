@@ -2,9 +2,9 @@
 
 import contextlib
 import os
-from dataclasses import dataclass, field
 
 from supercloud.model.errors import Invalid
+from supercloud.model.records import dataclass, field
 from supercloud.upper.platform.agent.syscalls import open_in_root
 
 MAX_FILE_BYTES = 1 << 20

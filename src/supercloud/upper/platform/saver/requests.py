@@ -20,9 +20,9 @@ and at any time ``<- failed`` with an error as ``model.errors.to_wire`` makes it
 input ends a saver.
 """
 
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Final
 
+from supercloud.model.records import dataclass, field
 from supercloud.wire.checkpoints import CheckpointTaken, Count, Head, Sequence, StoreAccess
 from supercloud.wire.codec import Limit, Name, Text
 

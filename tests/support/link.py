@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from supercloud.control import bootdata
-from supercloud.model.errors import Denied, NotFound
+from supercloud.model.errors import Denied, NotFound, Unsupported
 from supercloud.model.events import Event
 from supercloud.providers.base import PlatformRequest, Provider
 from supercloud.trust import keys, tls
@@ -23,7 +23,9 @@ from supercloud.upper.platform.link.session import AgentSession
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.messages import (
     PROTOCOL,
+    Blob,
     Certificate,
+    Deposited,
     Enroll,
     Hello,
     PlatformReport,
@@ -70,6 +72,9 @@ class MemoryOwner:
         if digest not in self.paths:
             raise NotFound(f"no blob {digest}")
         return str(self.paths[digest])
+
+    async def deposit(self, _session: AgentSession, _asked: Blob) -> Deposited:
+        raise Unsupported("nothing is laid down on disks here")
 
     async def connected(self, session: AgentSession) -> None:
         self.seen.put_nowait(("connected", session.platform, session))

@@ -165,7 +165,9 @@ def test_qemu_gets_descriptors_and_no_file_but_its_firmware() -> None:
     assert argv[argv.index("-sandbox") + 1].startswith("on,")
 
 
-@pytest.mark.parametrize(("accelerator", "cpu"), [("kvm", "host"), ("tcg", "max,erms=off,fsrm=off")])
+@pytest.mark.parametrize(
+    ("accelerator", "cpu"), [("kvm", "host"), ("tcg", "max,erms=off,fsrm=off")]
+)
 def test_nested_virtualization_is_shown_to_the_guest(accelerator: str, cpu: str) -> None:
     argv = command_line(
         decode(Machine, {**MACHINE, "accelerator": accelerator}), given_descriptors()

@@ -126,3 +126,15 @@ def test_the_codec_takes_them_for_dataclasses() -> None:
 def test_a_record_that_could_be_changed_is_no_record() -> None:
     with pytest.raises(TypeError, match="frozen"):
         records.dataclass(frozen=False, slots=True)
+
+
+@pytest.mark.parametrize("extend", [dataclasses.dataclass, records.dataclass])
+def test_a_dataclass_of_either_kind_may_extend_a_record(extend: Any) -> None:
+    class Further(Point):
+        z: int = 3
+
+    Further = extend(frozen=True, slots=True)(Further)  # type: ignore[misc] # noqa: N806
+
+    assert Further(1) == Further(1, 2, 3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Further(1).x = 2  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -11,16 +11,26 @@ from supercloud.control.documents import PlatformDocument, environment_key, plat
 from supercloud.control.events import EventLog
 from supercloud.control.images import Images
 from supercloud.control.state import State
-from supercloud.model.errors import Denied, NotFound
+from supercloud.model.errors import Denied, NotFound, Unsupported
 from supercloud.model.events import Event, event_id
 from supercloud.trust.authority import Authority
 from supercloud.upper.platform.link.hub import LinkHub
 from supercloud.upper.platform.link.owner import check_token
 from supercloud.upper.platform.link.session import AgentSession
-from supercloud.wire.messages import Enroll, EnvironmentStatus, Hello, PlatformReport
+from supercloud.wire.messages import (
+    Blob,
+    Deposited,
+    Enroll,
+    EnvironmentStatus,
+    Hello,
+    PlatformReport,
+)
 
 Changed = Callable[[str], None]
 """Told the key of an object that is worth a look."""
+
+Deposit = Callable[[PlatformDocument, Blob, Path], Awaitable[Deposited]]
+"""Lays a file down on a platform's disk; see ``control.deposits``."""
 
 
 @dataclass(slots=True)
@@ -47,6 +57,7 @@ class Agents:
         self._links: dict[str, _Link] = {}
         self.applied: WeakKeyDictionary[AgentSession, str] = WeakKeyDictionary()
         self.reports: dict[tuple[str, str], PlatformReport] = {}
+        self.deposit: Deposit = _no_deposits
         self.reused: set[tuple[str, str]] = set()
         """Platforms whose token came with another key: made anew by somebody, or rebooted."""
 
@@ -108,6 +119,10 @@ def _seen(report: PlatformReport) -> dict[tuple[str, str], EnvironmentStatus]:
     }
 
 
+async def _no_deposits(_platform: PlatformDocument, _asked: Blob, _path: Path) -> Deposited:
+    raise Unsupported("nothing is laid down on disks here")
+
+
 class UCloudOwner:
     """The ``Owner`` of one U-Cloud's link."""
 
@@ -155,6 +170,11 @@ class UCloudOwner:
             if any(blob.digest == digest for blob in environment.ready.image.blobs.values()):
                 return str(self._agents.images.blob(digest))
         raise NotFound(f"no EE of platform {session.platform} runs from {digest}")
+
+    async def deposit(self, session: AgentSession, asked: Blob) -> Deposited:
+        """See ``Owner``: only what an EE placed there runs from."""
+        path = Path(await self.blob(session, asked.digest))
+        return await self._agents.deposit(await self._platform(session.platform), asked, path)
 
     async def connected(self, session: AgentSession) -> None:
         """See ``Owner``."""

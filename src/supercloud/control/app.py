@@ -21,6 +21,7 @@ from supercloud.control.controllers.template import TemplateController
 from supercloud.control.controllers.tunnels import TunnelController
 from supercloud.control.controllers.ucloud import UCloudController
 from supercloud.control.controllers.volume import VolumeController
+from supercloud.control.deposits import deposit
 from supercloud.control.documents import TEMPLATES, Following, VolumeDocument, ucloud_key
 from supercloud.control.effects import Seam, SeamedStore
 from supercloud.control.events import EventLog
@@ -90,6 +91,7 @@ class ControlPlane:
             keys=functools.cache(functools.partial(VolumeKeys.ensure, str(self._trust))),
             pace=pace or Pace(),
         )
+        agents.deposit = functools.partial(deposit, self.plane)
         self.service = Service(self.plane, self.authority.root_pem)
         self.known: set[str] = set()
         self._uclouds = UCloudController(self.plane)

@@ -9,7 +9,7 @@ platform is emulated. Here all classes share methods that go by the fields. To t
 import dataclasses
 from collections.abc import Callable
 from dataclasses import MISSING, FrozenInstanceError, field, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 __all__ = ["dataclass", "field"]
 
@@ -85,10 +85,13 @@ def _record(*, frozen: bool, slots: bool, kw_only: bool = False) -> Callable[[ty
         plain = dataclasses.dataclass(
             init=False, repr=False, eq=False, match_args=False, slots=True, kw_only=kw_only
         )
-        made = plain(cls)
+        if any(map(dataclasses.is_dataclass, cls.__bases__)):  # the few that extend another one
+            return dataclasses.dataclass(frozen=True, slots=True, kw_only=kw_only)(cls)
+        made: Any = plain(cls)
+        made.__dataclass_params__.frozen = True  # so that its subclasses may be
         for name in _METHODS:
             setattr(made, name, vars(_Shared)[name])
-        return made
+        return cast("type[T]", made)
 
     return decorate
 

@@ -306,6 +306,13 @@ class Provider(Protocol):
         """
         ...
 
+    async def deposit(self, name: str, size_bytes: int, content: AsyncIterator[bytes]) -> None:
+        """Lay bytes down at the end of a running platform's scratch disk (``wire.places``).
+
+        The provider sees them. NotFound, Unsupported where that cannot be; BadState.
+        """
+        ...
+
     async def platforms(self) -> list[PlatformObservation]:
         """Every platform of this U-Cloud at this provider, wanted or not."""
         ...

@@ -1,5 +1,6 @@
-"""A key and its request by the libcrypto that Python's ``ssl`` has loaded: no process is started.
+"""A key and its request, and a cipher, by the libcrypto that Python's ``ssl`` has loaded.
 
+No process is started.
 Under emulation a run of the ``openssl`` command costs some 200 ms, and a platform that starts from
 memory would spend most of its start on two of them. The results are the same as of ``trust.keys``:
 P-256, PKCS #8 (RFC 5208, 5915), PKCS #10 with both names (RFC 2986). libcrypto makes the key and
@@ -11,12 +12,13 @@ import ctypes
 import functools
 from contextlib import ExitStack
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_void_p
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from supercloud.model.errors import Permanent
 from supercloud.trust.names import PLATFORM, Identity, parse_uri
 
 _NUMBER_BYTES: Final = 32
+_KEY_BYTES, _BLOCK_BYTES = 32, 16
 _MAX_SIGNATURE_BYTES: Final = 80
 _EC_P256: Final = bytes.fromhex("301306072a8648ce3d020106082a8648ce3d030107")
 _ECDSA_SHA256: Final = bytes.fromhex("300a06082a8648ce3d040302")
@@ -39,6 +41,11 @@ _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
     "EVP_MD_CTX_new": (c_void_p,),
     "EVP_MD_CTX_free": (None, c_void_p),
     "EVP_DigestSignInit": (c_int, *[c_void_p] * 5),
+    "EVP_CIPHER_CTX_new": (c_void_p,),
+    "EVP_CIPHER_CTX_free": (None, c_void_p),
+    "EVP_aes_256_ctr": (c_void_p,),
+    "EVP_DecryptInit_ex": (c_int, c_void_p, c_void_p, c_void_p, c_char_p, c_char_p),
+    "EVP_DecryptUpdate": (c_int, c_void_p, c_void_p, POINTER(c_int), c_void_p, c_int),
     "EVP_DigestSign": (c_int, c_void_p, c_char_p, POINTER(c_size_t), c_char_p, c_size_t),
 }
 
@@ -76,6 +83,35 @@ def make_key_and_request(uri: str) -> tuple[bytes, str]:
         info = _request_info(identity, public)
         signed = _der(_SEQUENCE, info, _ECDSA_SHA256, _der(_BITS, b"\0", _sign(lib, key, info)))
         return private, _pem("CERTIFICATE REQUEST", signed).decode()
+
+
+class Deciphering:
+    """AES-256-CTR from a counter block of zeros; a context manager. Permanent: it cannot be had."""
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != _KEY_BYTES:
+            raise Permanent(f"a key of {len(key)} bytes")
+        self._lib = _library()
+        self._context = _made(self._lib.EVP_CIPHER_CTX_new())
+        start, cipher = self._lib.EVP_DecryptInit_ex, self._lib.EVP_aes_256_ctr()
+        try:
+            _made(start(self._context, cipher, None, key, bytes(_BLOCK_BYTES)))
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lib.EVP_CIPHER_CTX_free(self._context)
+
+    def apply(self, buffer: Any, size: int) -> None:
+        """Decipher the next ``size`` bytes, in place: the first ones of a writable buffer."""
+        if not 0 <= size <= len(buffer):
+            raise ValueError(f"{size} bytes of a buffer of {len(buffer)}")
+        place, count = (ctypes.c_char * len(buffer)).from_buffer(buffer), c_int()
+        _made(self._lib.EVP_DecryptUpdate(self._context, place, byref(count), place, size))
 
 
 def rehearse() -> None:
@@ -156,5 +192,5 @@ def _pem(kind: str, der: bytes) -> bytes:
 
 def _made(result: int | None) -> int:
     if result is None or result <= 0:
-        raise Permanent("libcrypto could not make a key or its request")
+        raise Permanent("libcrypto did not do what was asked")
     return result

@@ -25,6 +25,7 @@ from supercloud.wire.objects import (
     ObjectsStatus,
     ServiceList,
 )
+from supercloud.wire.places import DEPOSIT_BYTES
 from supercloud.wire.quota import Bytes, Quota
 from supercloud.wire.tunnel import TunnelApply
 from supercloud.wire.volumes import (
@@ -102,6 +103,18 @@ class PlatformStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Deposit:
+    """Bytes that are to lie at ``places.deposit_at`` of a running platform's scratch disk.
+
+    They follow as a stream, encrypted by whoever sends them: that disk is the provider's. Only an
+    agent that leaves the end of its disk alone asks for them.
+    """
+
+    platform: Name
+    size_bytes: Annotated[int, Limit(ge=0, le=DEPOSIT_BYTES)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TemplateSpec:
     """Platforms of this shape are to start from memory, as soon as that can be had.
 
@@ -150,6 +163,7 @@ HOST = {
         Method("platform.create", PlatformSpec, PlatformStatus, doc="make and start a platform"),
         Method("platform.list", Empty, PlatformList),
         Method("platform.delete", ByName, Empty, doc="stop it and give everything back"),
+        Method("platform.deposit", Deposit, Empty, stream=True, doc="bytes for its agent"),
         Method(
             "platform.checkpoint",
             CheckpointTake,

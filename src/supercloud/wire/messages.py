@@ -100,6 +100,17 @@ class Blob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Deposited:
+    """Bytes of a blob that lie at ``places.deposit_at`` of the platform's scratch disk.
+
+    Encrypted by AES-256-CTR, from a counter block of zeros, under a key of its own.
+    """
+
+    size_bytes: Bytes
+    key_base64: Annotated[str, Limit(max_length=64)] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
     """What to run in a container. Empty ``argv`` takes the image's."""
 
@@ -291,6 +302,7 @@ AGENT_TO_CONTROL = {
         Method("agent.hello", Hello, Welcome),
         Method("agent.renew", CsrResult, Certificate, doc="anew over the same key, before the end"),
         Method("blob.get", Blob, Empty, doc="the only call of a connection; then raw: the bytes"),
+        Method("blob.deposit", Blob, Deposited, doc="as much as fits, on its disk, by its host"),
     )
 }  # and the notifications: agent.report (PlatformReport), agent.event (Event)
 

@@ -9,6 +9,7 @@ from supercloud.lower.client import Core
 from supercloud.lower.component import set_up_logging
 from supercloud.lower.user_domain.checkpoint_sessions import Sessions
 from supercloud.lower.user_domain.checkpoints import Checkpoints
+from supercloud.lower.user_domain.deposits import Deposits
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.hub import Hub
 from supercloud.lower.user_domain.identity import IdentityStore, read_birth
@@ -71,6 +72,7 @@ async def serve(core: Core) -> None:
         **mirror_methods(mirrors),
         **object_methods(objects, lambda: identity.ucloud or birth.user),
         **service_methods(services),
+        **Deposits(platforms).methods(),
         "platform.checkpoint": shielded(checkpoints.take),
         "checkpoint.collect": shielded(checkpoints.collect),
     }

@@ -7,7 +7,7 @@ import socket
 from collections.abc import AsyncIterator
 from typing import Literal
 
-from supercloud.model.errors import SupercloudError
+from supercloud.model.errors import SupercloudError, Unsupported
 from supercloud.providers.base import (
     FEATURES,
     Accept,
@@ -82,6 +82,11 @@ class FakeProvider:
         """Forget it, and end its agent's connection."""
         await self.cloud.pretend("delete")
         self.cloud.delete(name)
+
+    async def deposit(self, name: str, size_bytes: int, content: AsyncIterator[bytes]) -> None:
+        """Unsupported: pretended platforms have no disk."""
+        del size_bytes, content
+        raise Unsupported(f"platform {self.cloud.find(name).name} has no disk: it is pretended")
 
     @contextlib.asynccontextmanager
     async def console(self, name: str) -> AsyncIterator[Console]:

@@ -22,10 +22,10 @@ from supercloud.providers.lower_layer.checkpoints import HostCheckpoints
 from supercloud.providers.lower_layer.dial import Connection, Dialer, Target, why_lost
 from supercloud.providers.lower_layer.objects import HostObjects
 from supercloud.providers.lower_layer.rendezvous import Rendezvous
-from supercloud.providers.lower_layer.templates import HostTemplates
+from supercloud.providers.lower_layer.templates import HostTemplates, send
 from supercloud.providers.lower_layer.volumes import HostVolumes
 from supercloud.wire.codec import decode, encode
-from supercloud.wire.host import HOST, HostInfo, PlatformList, PlatformSpec, PlatformStatus
+from supercloud.wire.host import HOST, Deposit, HostInfo, PlatformList, PlatformSpec, PlatformStatus
 from supercloud.wire.messages import ByName, Empty
 from supercloud.wire.objects import ServiceList, ServiceStatus
 from supercloud.wire.peer import ConnectionLost, Stream
@@ -114,6 +114,11 @@ class LowerLayerProvider:
         """Have it stopped and given back."""
         with contextlib.suppress(NotFound):
             await self._call("platform.delete", ByName(name=name), CREATE_TIMEOUT_S)
+
+    async def deposit(self, name: str, size_bytes: int, content: AsyncIterator[bytes]) -> None:
+        """Lay bytes down for a platform's agent."""
+        asked = Deposit(platform=name, size_bytes=size_bytes)
+        await send(await self._opened("platform.deposit", encode(asked)), content)
 
     @contextlib.asynccontextmanager
     async def console(self, name: str) -> AsyncIterator[Console]:

@@ -30,13 +30,18 @@ class HostTemplates:
     async def offer(self, host: str, blob: Blob, content: AsyncIterator[bytes]) -> None:
         """Send a blob."""
         self._check(host)
-        async with await self._open("template.blob", encode(blob)) as stream:
-            async for data in content:
-                await stream.write(data)
-            stream.end()
-            while await stream.read() is not None:
-                pass  # its end, or what was wrong
+        await send(await self._open("template.blob", encode(blob)), content)
 
     def _check(self, host: str) -> None:
         if host != self._host:
             raise NotFound(f"{self._host} has no host {host}")
+
+
+async def send(opened: AbstractAsyncContextManager[Stream], content: AsyncIterator[bytes]) -> None:
+    """All of ``content`` as a call's stream; returns when it was taken, or raises why not."""
+    async with opened as stream:
+        async for data in content:
+            await stream.write(data)
+        stream.end()
+        while await stream.read() is not None:
+            pass  # its end, or what was wrong

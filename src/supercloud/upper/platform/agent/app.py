@@ -22,6 +22,7 @@ from supercloud.upper.platform.agent import (
 from supercloud.upper.platform.agent.accelerator import Accelerator
 from supercloud.upper.platform.agent.blobs import Blobs
 from supercloud.upper.platform.agent.bootdata import BootData, load, load_directly
+from supercloud.upper.platform.agent.deposits import Deposits
 from supercloud.upper.platform.agent.disks import Disks
 from supercloud.upper.platform.agent.engine import Services
 from supercloud.upper.platform.agent.link import Link, hello
@@ -115,7 +116,7 @@ class Agent:
     async def run(self) -> None:
         """Start everything at once; ends only when something that must not end does."""
         link = self._link = Link(self._boot, self._hello, {}, self._connected)
-        blobs = Blobs(link.source)
+        blobs = Blobs(link.source, Deposits(link.deposit))
         services = Services(
             blobs, networks.Networks(), self._scratch, self._accelerator, Volumes(Disks()),
             self._boot.ucloud,

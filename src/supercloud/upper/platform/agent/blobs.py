@@ -8,9 +8,11 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from supercloud.model.errors import Invalid, NoResources, Temporary
 from supercloud.upper.platform.agent import paths
+from supercloud.upper.platform.agent.deposits import Deposits
 from supercloud.upper.platform.agent.fetch import Fetch, Source
 from supercloud.wire.messages import Blob
 
@@ -33,10 +35,13 @@ def path_of(digest: str) -> str:
 
 
 class Blobs:
-    """``source`` says where the control plane is at present, or raises Temporary."""
+    """``source`` says where the control plane is at present, or raises Temporary.
 
-    def __init__(self, source: Callable[[], Source]) -> None:
-        self._source = source
+    What can come by ``deposits`` does; the rest is pulled.
+    """
+
+    def __init__(self, source: Callable[[], Source], deposits: Deposits | None = None) -> None:
+        self._source, self._deposits = source, deposits
         self._slots = asyncio.Semaphore(PARALLEL)
         self._pulls: dict[str, asyncio.Task[str]] = {}
 
@@ -60,18 +65,18 @@ class Blobs:
             hasher = await _hash_of_part(part, blob.size_bytes)
             offset = os.stat(part).st_size
             _check_space(blob.size_bytes - offset)
-            await self._fetch(blob, part, hasher, offset)
+            await self._fetch(blob, part, hasher)
             if f"sha256:{hasher.hexdigest()}" != blob.digest:
                 os.unlink(part)
+                if self._deposits:
+                    self._deposits.forgo()
                 raise Invalid(f"what came as {blob.digest} has another hash")
             os.chmod(part, 0o444)  # opened again by /proc/self/fd in QEMU; the directory is closed
             os.rename(part, path)
             return path
 
-    async def _fetch(self, blob: Blob, part: str, hasher: "hashlib._Hash", offset: int) -> None:
+    async def _fetch(self, blob: Blob, part: str, hasher: "hashlib._Hash") -> None:
         """Append what is missing; the thread has ended when this returns or is cancelled."""
-        wanted = Blob(digest=blob.digest, size_bytes=blob.size_bytes, offset_bytes=offset)
-        fetch = Fetch(self._source(), wanted)
         with open(part, "ab", buffering=0) as file:
 
             def take(piece: memoryview) -> None:
@@ -81,6 +86,12 @@ class Blobs:
                 hasher.update(piece)
                 _write(file, piece)
 
+            if self._deposits:
+                await self._deposits.get(blob, take, file.tell)
+                if file.tell() == blob.size_bytes:
+                    return
+            wanted = replace(blob, offset_bytes=file.tell())
+            fetch = Fetch(self._source(), wanted)
             running = asyncio.ensure_future(asyncio.to_thread(fetch.run, take))
             try:
                 await asyncio.shield(running)

@@ -36,12 +36,14 @@ def size_bytes(device: str) -> int:
     return int(struct.unpack("=Q", answer)[0])
 
 
-def crypt(name: str, device: str) -> str:
-    """Map ``device`` as ``/dev/dm-N`` under a fresh random key; return that path.
+def crypt(name: str, device: str, size: int) -> str:
+    """Map the first ``size`` bytes of ``device`` as ``/dev/dm-N``, under a fresh random key.
+
+    Returns that path.
 
     ``no_read_workqueue`` and its sibling save a hop to another thread per request.
     """
-    sectors = size_bytes(device) // SECTOR_BYTES
+    sectors = size // SECTOR_BYTES
     key = os.urandom(KEY_BYTES).hex()
     options = "3 allow_discards no_read_workqueue no_write_workqueue"
     text = f"aes-xts-plain64 {key} 0 {device} 0 {options}\0".encode()

@@ -17,7 +17,16 @@ from supercloud.upper.platform.agent.fetch import Source
 from supercloud.upper.platform.agent.processes import run
 from supercloud.upper.platform.agent.state import write_private
 from supercloud.wire.codec import decode, encode
-from supercloud.wire.messages import PROTOCOL, Certificate, CsrResult, Enroll, Hello, Welcome
+from supercloud.wire.messages import (
+    PROTOCOL,
+    Blob,
+    Certificate,
+    CsrResult,
+    Deposited,
+    Enroll,
+    Hello,
+    Welcome,
+)
 from supercloud.wire.peer import Handler, Peer
 
 ALPN = "supercloud-agent/1"
@@ -25,6 +34,7 @@ CONNECT_TIMEOUT_S = 10.0
 READ_BYTES = 1 << 20
 BACK_OFF_S = (0.1, 15.0)
 CLOCK_TOLERANCE_S = 0.1
+DEPOSIT_TIMEOUT_S = 60.0
 RENEW_RETRY_S = (60.0, 600.0)
 
 log = logging.getLogger("supercloud.agent.link")
@@ -63,6 +73,11 @@ class Link:
             raise Temporary("not connected to the control plane")
         host, port = self._endpoint()
         return Source(host, port, self._boot.server_name, self._context)
+
+    async def deposit(self, blob: Blob) -> Deposited:
+        """Have the platform's host lay a file down on its disk."""
+        answer = await self.peer().call("blob.deposit", encode(blob), timeout_s=DEPOSIT_TIMEOUT_S)
+        return decode(Deposited, answer, "blob.deposit", ignore_unknown=True)
 
     def _endpoint(self) -> tuple[str, int]:
         endpoint = self._boot.endpoints[self._turn % len(self._boot.endpoints)]

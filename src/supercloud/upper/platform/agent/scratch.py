@@ -7,6 +7,7 @@ from supercloud.model.errors import NotFound
 from supercloud.upper.platform.agent import devicemapper, paths, syscalls
 from supercloud.upper.platform.agent.bootdata import disk
 from supercloud.upper.platform.agent.processes import load_modules, run
+from supercloud.wire.places import deposit_at
 
 MAPPING = "scratch"
 SERIAL = "scratch"
@@ -58,7 +59,7 @@ async def _mount_encrypted(device: str) -> None:
     mapped = devicemapper.find(MAPPING)
     if not mapped:
         await load_modules(*MODULES)
-        mapped = devicemapper.crypt(MAPPING, device)
+        mapped = devicemapper.crypt(MAPPING, device, _own_bytes(device))
     await run(*_FORMAT, mapped, env={"PATH": os.environ["PATH"], "MKE2FS_SYNC": "0"})
     os.makedirs(paths.DATA, exist_ok=True)
     flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOATIME
@@ -69,5 +70,12 @@ async def _mount_encrypted(device: str) -> None:
 def rehearse() -> None:
     """In a template: let the kernel put its ciphers together, over a blank disk, and forget it."""
     name = f"{MAPPING}-rehearsal"
-    devicemapper.crypt(name, disk(SERIAL))
+    device = disk(SERIAL)
+    devicemapper.crypt(name, device, _own_bytes(device))
     devicemapper.remove(name)
+
+
+def _own_bytes(device: str) -> int:
+    """What the platform uses of it: the end is left to what the host lays down there."""
+    size_bytes = devicemapper.size_bytes(device)
+    return deposit_at(size_bytes) or size_bytes

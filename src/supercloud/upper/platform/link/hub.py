@@ -30,6 +30,7 @@ from supercloud.wire.messages import (
     Blob,
     Certificate,
     CsrResult,
+    Deposited,
     Enroll,
     Hello,
     Welcome,
@@ -92,6 +93,7 @@ class LinkHub:
             {
                 "agent.enroll": self._enroll, "agent.hello": self._hello,
                 "agent.renew": self._renew, "blob.get": self._blob,
+                "blob.deposit": self._deposit,
             },
         )  # fmt: skip
 
@@ -239,6 +241,14 @@ class LinkHub:
             caller.introduced.set_result(None)
         call.peer.name = f"a file for {session.platform}"
         return Detach(sending.result, partial(self._send, session, sending))
+
+    async def _deposit(self, call: Call, asked: Blob) -> Deposited:
+        """By the platform's host, on its disk; one at a time, for the disk has room for one."""
+        session = _of(call).session
+        if session is None:
+            raise Denied("hello comes first")
+        async with session.depositing:
+            return await self.owner.deposit(session, asked)
 
     async def _send(
         self, session: AgentSession, sending: Detach, reader: StreamReader, writer: StreamWriter

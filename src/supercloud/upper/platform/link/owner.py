@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from supercloud.model.errors import Denied
 from supercloud.model.events import Event
-from supercloud.wire.messages import Enroll, Hello, PlatformReport
+from supercloud.wire.messages import Blob, Deposited, Enroll, Hello, PlatformReport
 
 if TYPE_CHECKING:
     from supercloud.upper.platform.link.session import AgentSession
@@ -29,6 +29,10 @@ class Owner(Protocol):
 
     async def blob(self, session: "AgentSession", digest: str) -> str:
         """The path of a blob that this platform may have; NotFound."""
+        ...
+
+    async def deposit(self, session: "AgentSession", asked: Blob) -> Deposited:
+        """Have its host lay a blob down on its disk. NotFound; what the provider says."""
         ...
 
     async def connected(self, session: "AgentSession") -> None:

@@ -43,6 +43,7 @@ class AgentSession:
         self._news = asyncio.Event()
         self._abandoned = False
         self.files = 0  # on their way to it
+        self.depositing = asyncio.Lock()
         peer.notified = self._notified
 
     # -- calls

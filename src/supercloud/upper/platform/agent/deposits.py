@@ -1,0 +1,101 @@
+"""Files that the host laid down at the end of the scratch disk, at the agent's own asking.
+
+A pull over the network costs the platform's processor ten times as much. What lies there is
+ciphertext: the disk is the provider's. Whether it is what was asked for, its hash says.
+"""
+
+import asyncio
+import base64
+import contextlib
+import fcntl
+import logging
+import mmap
+import os
+import struct
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from supercloud.model.errors import NotFound, Permanent, SupercloudError
+from supercloud.trust.libcrypto import Deciphering
+from supercloud.upper.platform.agent import devicemapper
+from supercloud.upper.platform.agent.bootdata import disk
+from supercloud.upper.platform.agent.scratch import SERIAL
+from supercloud.wire.messages import Blob, Deposited
+from supercloud.wire.places import deposit_at
+
+WORTH_BYTES = 256 << 10  # what is smaller comes as quickly by itself
+_PIECE_BYTES = 1 << 20
+_ALIGNMENT = 4096
+_BLKDISCARD = 0x1277
+
+log = logging.getLogger("supercloud.agent.deposits")
+
+Ask = Callable[[Blob], Awaitable[Deposited]]
+Take = Callable[[memoryview], None]
+
+
+class Deposits:
+    """``ask`` has the host lay down a file, as much as there is room for."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self._lock = asyncio.Lock()
+        self._none = False
+
+    async def get(self, blob: Blob, take: Take, taken: Callable[[], int]) -> None:
+        """Give ``take`` what of the blob comes so, from where ``taken`` says that it is.
+
+        Whatever goes wrong, the rest is to be had in another way.
+        """
+        async with self._lock:
+            while blob.size_bytes - taken() > WORTH_BYTES and not self._none:
+                try:
+                    await self._round(replace(blob, offset_bytes=taken()), take)
+                except (SupercloudError, OSError) as error:
+                    log.info("%s does not come by the disk: %s", blob.digest, error)
+                    self.forgo()
+
+    def forgo(self) -> None:
+        """Ask for no more: it cannot be had, or was not what was asked for."""
+        self._none = True
+
+    async def _round(self, wanted: Blob, take: Take) -> None:
+        device = disk(SERIAL)
+        at = deposit_at(devicemapper.size_bytes(device))
+        if not at:
+            raise NotFound("the scratch disk is too small")
+        there = await self._ask(wanted)
+        if not 0 < there.size_bytes <= wanted.size_bytes - wanted.offset_bytes:
+            raise Permanent(f"{there.size_bytes} bytes were laid down")
+        key = base64.b64decode(there.key_base64)
+        reading = asyncio.ensure_future(
+            asyncio.to_thread(_read, device, at, there.size_bytes, key, take)
+        )
+        try:
+            await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            await asyncio.wait({reading})  # it writes to the caller's file
+            raise
+
+
+def _read(device: str, at: int, size_bytes: int, key: bytes, take: Take) -> None:
+    """Past the kernel's cache, which knows nothing of what the host writes."""
+    descriptor = os.open(device, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+    try:
+        with mmap.mmap(-1, _PIECE_BYTES) as buffer, Deciphering(key) as cipher:
+            done = 0
+            while done < size_bytes:
+                wanted = min(_PIECE_BYTES, size_bytes - done)
+                whole = -(-wanted // _ALIGNMENT) * _ALIGNMENT
+                with memoryview(buffer) as view, view[:whole] as part:
+                    if os.preadv(descriptor, [part], at + done) != whole:
+                        raise Permanent("the scratch disk ended early")
+                cipher.apply(buffer, wanted)
+                with memoryview(buffer) as view, view[:wanted] as part:
+                    take(part)
+                done += wanted
+        # so that it takes no room, there and in checkpoints
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(descriptor, _BLKDISCARD, struct.pack("=QQ", at, size_bytes))
+    finally:
+        os.close(descriptor)

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import pytest
 
 from supercloud.control import bootdata
 from supercloud.lower.user_domain.assembly import mac
-from supercloud.model.errors import Exists, NoResources
+from supercloud.model.errors import Exists, Invalid, NoResources, NotFound
 from supercloud.providers.lower_layer.rendezvous import Rendezvous
+from supercloud.providers.lower_layer.templates import send
+from supercloud.wire.places import DEPOSIT_BYTES, deposit_at
 from support.link import Link
 from support.lower import ControlPlane, RunningHost, images, pids_of_session, running_host
 
@@ -135,6 +137,37 @@ async def test_a_machine_is_confined_and_has_nothing_but_descriptors(
     command = Path(f"/proc/{qemu}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     assert mac("02:5c:00", "demo", "p1") in command
     assert mac("02:5c:77", "demo", "p1") in command
+
+
+async def test_bytes_for_an_agent_lie_at_the_end_of_its_disk_and_nowhere_else(
+    host: RunningHost, booted: ControlPlane
+) -> None:
+    async def lay_down(platform: str, size_bytes: int, *pieces: bytes) -> None:
+        async def content() -> AsyncIterator[bytes]:
+            for piece in pieces:
+                yield piece
+
+        asked = {"platform": platform, "size_bytes": size_bytes}
+        async with booted.connected() as connection:
+            await send(connection.peer.open("platform.deposit", asked), content())
+
+    (disk,) = host.state.glob("domains/disk/*/scratch:p1")
+    data = os.urandom(300_000)
+    await lay_down("p1", len(data), data[:100_000], data[100_000:])
+    at = deposit_at(GIB)
+    with disk.open("rb") as file:
+        file.seek(at)
+        assert file.read(len(data)) == data
+        assert os.lseek(file.fileno(), at - (1 << 20), os.SEEK_DATA) == at
+    with pytest.raises(Invalid, match="more than the 10 bytes"):
+        await lay_down("p1", 10, bytes(11))
+    with pytest.raises(Invalid, match="10 bytes came of 11"):
+        await lay_down("p1", 11, bytes(10))
+    with pytest.raises(Invalid, match="size_bytes"):
+        await lay_down("p1", DEPOSIT_BYTES + 1)
+    with pytest.raises(NotFound):
+        await lay_down("p2", 1, b"x")
+    assert disk.stat().st_size == GIB
 
 
 async def test_a_killed_user_domain_comes_back_and_adopts_the_running_machine(

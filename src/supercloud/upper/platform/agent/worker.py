@@ -15,7 +15,7 @@ from supercloud.model.errors import (
     UserError,
 )
 from supercloud.model.states import ENVIRONMENT, step
-from supercloud.upper.platform.agent import cgroups, readiness
+from supercloud.upper.platform.agent import cgroups, networks, readiness
 from supercloud.upper.platform.agent.engine import Engine, NotRestored, Places
 from supercloud.upper.platform.agent.processes import Watched, adopt
 from supercloud.upper.platform.agent.state import read_json, write_json
@@ -238,8 +238,19 @@ class Worker:
                 self._to("serving")
             elif serving:
                 self._to("unready", f"port {port} does not answer")
-            starting_s = readiness.STARTING_S[self.spec.kind]
-            await asyncio.sleep(readiness.STEADY_S if self.state == "serving" else starting_s)
+            if self.state == "serving":
+                await asyncio.sleep(readiness.STEADY_S)
+            else:
+                await self._next_look()
+
+    async def _next_look(self) -> None:
+        """A moment later; for a guest that has not sent anything yet, as soon as it has."""
+        tap = networks.device_name("tp", self.spec.uid, 0) if self.spec.kind == "vm" else ""
+        limit_s = time.monotonic() + readiness.SILENT_S
+        while True:
+            await asyncio.sleep(readiness.STARTING_S)
+            if not tap or readiness.has_spoken(tap) or time.monotonic() > limit_s:
+                return
 
     async def _ended(self, status: int | None) -> None:
         killed = cgroups.oom_kills(self.spec.uid)

@@ -151,7 +151,7 @@ async def test_bytes_for_an_agent_lie_at_the_end_of_its_disk_and_nowhere_else(
         async with booted.connected() as connection:
             await send(connection.peer.open("platform.deposit", asked), content())
 
-    (disk,) = host.state.glob("domains/disk/*/scratch:p1")
+    (disk,) = host.state.glob("domains/disk/*-demo/scratch:p1.*")
     data = os.urandom(300_000)
     await lay_down("p1", len(data), data[:100_000], data[100_000:])
     at = deposit_at(GIB)

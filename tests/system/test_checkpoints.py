@@ -5,17 +5,15 @@ memory and writes each link to its layer; the VM's shell counts in a variable an
 tests share one host and go on from each other, in this order.
 """
 
-import contextlib
 import hashlib
 import re
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support.console import typed
 from support.slots import vm_slots
 from support.stack import Host, Stack, stack, wait_for
 
@@ -77,23 +75,7 @@ class Kept:
 
     def shell(self, line: str, until: str) -> str:
         """Type a line at the VM's console; what it says, to the match of ``until``."""
-        ours, theirs = socket.socketpair()
-        with ours, self.stack.popen(
-            "console", "kept/machine", stdin=theirs.fileno(), stdout=theirs.fileno()
-        ) as running:  # fmt: skip
-            theirs.close()
-            ours.settimeout(1)
-            said, end = "", time.monotonic() + 60
-            while time.monotonic() < end:
-                ours.send(f"{line}\n".encode())
-                with contextlib.suppress(TimeoutError):
-                    while data := ours.recv(4096):
-                        said += data.decode(errors="replace")
-                        if found := re.search(until, said):
-                            running.kill()
-                            return found[0]
-            running.kill()
-        raise AssertionError(said)
+        return typed(self.stack, "kept/machine", line, until)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from supercloud.model.errors import BadState, Invalid, Permanent, SupercloudError
-from supercloud.upper.platform.agent import cgroups, frozen_machine
+from supercloud.upper.platform.agent import cgroups, credentials, frozen_machine
 from supercloud.upper.platform.agent.accelerator import KVM, KVM_GROUP
 from supercloud.upper.platform.agent.blobs import path_of
 from supercloud.upper.platform.agent.console import Console
@@ -327,6 +327,7 @@ class Machine:
             arguments += ["-chardev", f"socket,id={name},fd={number},server=on,wait=off"]
         arguments += ["-mon", "chardev=qmp,mode=control", "-serial", "chardev:serial"]
         arguments += DEVICES if spec.image.identity else ()
+        arguments += credentials.arguments(spec, give)
         arguments += self._boot(give)
         for index, claim in enumerate(self._services.volumes.of(spec.uid)):
             arguments += _volume(claim, give, FIRST_VOLUME_FDSET + index)

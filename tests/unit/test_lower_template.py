@@ -389,6 +389,31 @@ async def test_of_a_template_whose_clone_failed_nothing_is_started_and_it_goes_w
     assert world.templates.state(INPUTS) == ("refused", "it did not come to life")
 
 
+async def test_of_what_was_refused_the_newest_is_remembered_and_what_is_there(world: World) -> None:
+    distrusted = await world.make()
+    world.used.add(distrusted)  # a platform runs from it
+    world.templates.distrust(distrusted, "it did not come to life")
+    contents = [dataclasses.replace(INPUTS, content=f"{n:064x}") for n in range(40)]
+    for content in contents:
+        await world.begin(content)
+        world.tell("machine.state", {"state": "failed", "reason": "a panic"}, [])
+        await world.until("refused", inputs=content)
+    states = [world.templates.state(content)[0] for content in contents]
+    kept = module.MAX_REASONS
+    assert states == ["absent"] * (40 - kept) + ["refused"] * kept
+    assert world.templates.state(INPUTS) == ("refused", "it did not come to life")
+    assert world.templates.find(INPUTS) is None
+
+
+async def test_of_what_had_no_room_the_newest_is_remembered(tmp_path: Path) -> None:
+    world = World(tmp_path, memory_bytes=INPUTS.memory_bytes)
+    contents = [dataclasses.replace(INPUTS, content=f"{n:064x}") for n in range(40)]
+    for content in contents:
+        world.templates.prepare(content)
+    reasons = [world.templates.state(content)[1] for content in contents]
+    assert [bool(reason) for reason in reasons] == [n >= 40 - module.MAX_REASONS for n in range(40)]
+
+
 async def test_there_are_as_many_as_allowed_and_the_oldest_idle_one_goes(world: World) -> None:
     shapes = [dataclasses.replace(INPUTS, cpus=n + 1) for n in range(3)]
     for shape in shapes:

@@ -232,7 +232,13 @@ class Bucket:
         Rule(doc="what is overwritten or deleted is kept as an older version"), default=False
     )
     expire_days: int = declared(
-        Rule(doc="objects are deleted so many days after they were put; 0: never", ge=0, le=3650), 0
+        Rule(
+            doc="objects are deleted so many days after they were put, or up to a day later; "
+            "0: never",
+            ge=0,
+            le=3650,
+        ),
+        0,
     )
 
 

@@ -1,11 +1,13 @@
 """Parts of checkpoints in a platform that need no platform: trees of files, CRIU's messages."""
 
 import contextlib
+import json
 import os
 import socket
 import stat
 import struct
 import subprocess
+import zlib
 from pathlib import Path
 
 import pytest
@@ -247,7 +249,8 @@ def entry(**changes: object) -> dict[str, object]:
         [entry(mode=stat.S_IFBLK | 0o600, rdev=0x800)], [entry(mode=stat.S_IFCHR, rdev=0x103)],
         [entry(mode=0)], [entry(size=1 << 20)], [entry(size=-1)], [{"path": "x"}], [1], {"a": 1},
         [entry(path="d", mode=stat.S_IFLNK | 0o777, target="/tmp"), entry(path="d/x")],
-        [entry(path="y", link="../x")],
+        [entry(path="y", link="../x")], [entry(mode=1 << 80)], [entry(size=1 << 80)],
+        [entry(mode=stat.S_IFIFO, rdev=1 << 80)], [entry(mtime_ns=1 << 100)],
     ],
 )  # fmt: skip
 def test_an_index_that_leads_astray_is_refused(
@@ -269,6 +272,46 @@ def repr_json(value: object) -> str:
     import json
 
     return json.JSONEncoder().encode(value)
+
+
+def of_index(packed: bytes) -> bytes:
+    """An image with that for its index, and no contents."""
+    return trees.MAGIC + len(packed).to_bytes(8, "little") + packed
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        b"", b"no zlib at all", zlib.compress(b"[]")[:-3], zlib.compress(b"[]") + b"more",
+        zlib.compress(b"[" * 100_000), zlib.compress(b"{"), zlib.compress(b"\xff"),
+        zlib.compress(b"null"),
+    ],
+)  # fmt: skip
+def test_an_index_that_is_none_is_refused(tmp_path: Path, packed: bytes) -> None:
+    with pytest.raises(Invalid):
+        unpacked(of_index(packed), tmp_path / "back")
+    assert not list((tmp_path / "back").iterdir())
+
+
+def test_more_files_than_an_image_may_have_are_refused_before_one_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trees, "MAX_ENTRIES", 3)
+    entries = [entry(path=f"f{n}") for n in range(4)]
+    with pytest.raises(Invalid, match="3 files"):
+        unpacked(of_index(zlib.compress(json.dumps(entries).encode())), tmp_path / "back")
+    assert not list((tmp_path / "back").iterdir())
+    fewer = zlib.compress(json.dumps(entries[:3]).encode())
+    unpacked(of_index(fewer), tmp_path / "fewer")
+    assert len(list((tmp_path / "fewer").iterdir())) == 3
+
+
+def test_an_index_larger_than_it_may_be_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trees, "MAX_INDEX_BYTES", 1 << 20)
+    with pytest.raises(Invalid, match="too large"):
+        unpacked(of_index(zlib.compress(b" " * (2 << 20) + b"[]")), tmp_path / "back")
 
 
 @pytest.mark.parametrize("cut", [0, 10, 16, 40, 65536, 70000])

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,9 @@ from supercloud.model.errors import Invalid, Permanent, Unsupported
 from supercloud.services.checkpoint.pages import Run
 from supercloud.upper.platform.agent import criu, frozen_container
 from supercloud.upper.platform.saver import trees
+from supercloud.upper.platform.saver.requests import Found
 from supercloud.upper.platform.saver.tracking import Kept
+from supercloud.wire.messages import Blob, EnvironmentSpec, ImageRef, VolumeMount
 
 OWNER = os.getuid()
 
@@ -370,6 +373,52 @@ def test_the_output_of_a_program_is_found_where_it_still_is(tmp_path: Path) -> N
             frozen_container.output_of(program.pid, str(fifo))
     finally:
         os.close(number)
+
+
+IMAGE = "sha256:" + "1" * 64
+DETAILS = {
+    "spec": IMAGE,
+    "output": "file[1f:a2]",
+    "mounts": '{"/etc/hosts":"","/data":"","/dev/null":"null"}',
+}
+
+
+def restored(**details: str) -> list[str]:
+    """What CRIU is told of a container whose checkpoint says so."""
+    container = SimpleNamespace(
+        places=SimpleNamespace(run="/run/here"),
+        spec=EnvironmentSpec(
+            name="web", uid="e1", kind="container",
+            image=ImageRef(format="erofs", blobs={"root": Blob(digest=IMAGE, size_bytes=1)}),
+            volumes=[VolumeMount(volume="data", path="/data", read_only=True)],
+        ),
+    )  # fmt: skip
+    given = {name: value for name, value in {**DETAILS, **details}.items() if value != "-"}
+    found = Found(engine="criu", sequence=1, parts={}, details=given)
+    frozen_container._check(container, found)  # type: ignore[arg-type]
+    return frozen_container._externals(container, given)  # type: ignore[arg-type]
+
+
+def test_what_was_mounted_is_of_this_platform_again() -> None:
+    hosts, data, null = restored()
+    assert (hosts, null) == ("mnt[/etc/hosts]:/run/here/hosts", "mnt[/dev/null]:/dev/null")
+    assert data.startswith("mnt[/data]:/run/here/")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("mounts", "-", "what was mounted"), ("mounts", "", "what was mounted"),
+        ("mounts", "{", "what was mounted"), ("mounts", "[]", "what was mounted"),
+        ("mounts", "[" * 100_000, "what was mounted"), ("mounts", '{"/x": 1}', "what was mounted"),
+        ("mounts", '{"/etc/shadow": ""}', "/etc/shadow"), ("mounts", '{"/x": "sda"}', "/x"),
+        ("output", "-", "output"), ("output", "", "output"), ("output", "file[1:2", "output"),
+        ("output", "mnt[/]", "output"), ("spec", "-", "another image"),
+    ],
+)  # fmt: skip
+def test_details_that_say_something_else_are_refused(name: str, value: str, why: str) -> None:
+    with pytest.raises(Invalid, match=why):
+        restored(**{name: value})
 
 
 # -- CRIU's messages

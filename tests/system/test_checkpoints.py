@@ -7,6 +7,7 @@ tests share one host and go on from each other, in this order.
 
 import hashlib
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ environments:
 """
 
 
+LAG_S = 10.0
+
+
 def link(number: int) -> str:
     value = "begin"
     for n in range(1, number + 1):
@@ -76,6 +80,12 @@ class Kept:
     def shell(self, line: str, until: str) -> str:
         """Type a line at the VM's console; what it says, to the match of ``until``."""
         return typed(self.stack, "kept/machine", line, until)
+
+    def has_the_time(self) -> bool:
+        """Whether the VM's clock is not behind; it would be for as long as its checkpoint is old."""
+        before_s = time.time()
+        said = self.shell("echo at-$(date +%s)-", r"at-[0-9]+-")
+        return int(said.split("-")[1]) > before_s - LAG_S / 2
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +137,12 @@ def test_a_nested_machine_goes_back_with_its_memory(kept: Kept) -> None:
     said = kept.stack.cli("checkpoint", "kept/machine").stdout
     assert "stood still for" in said
     kept.shell("MEM=changed; echo two > /tmp/f; echo is-$MEM-$(cat /tmp/f)", r"is-changed-two")
+    (one,) = kept.of("machine")["checkpoints"]
+    wait_for(lambda: time.time() - one["taken_s"] > LAG_S, 2 * LAG_S)
     kept.stack.cli("restore", "kept/machine")
     kept.shell("echo is-$MEM-$(cat /tmp/f)", r"is-kept-in-memory-one")
+    wait_for(kept.has_the_time, 60)
     wait_for(lambda: kept.rows()["machine"]["state"] == "serving", 60)
-    (one,) = kept.of("machine")["checkpoints"]
     assert one["memory_bytes"] > 0
 
 

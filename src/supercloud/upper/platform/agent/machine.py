@@ -189,6 +189,11 @@ class Machine:
             if self.spec.image.identity and not self._port.is_open:
                 self._port.tell()  # it may not have heard the agent before us
 
+    def tell(self) -> None:
+        """The time, and a seed, once more: it stood still, or was restored with its platform."""
+        if self.spec.image.identity and self._qmp:
+            self._port.tell()
+
     # -- out of a template
 
     @property

@@ -13,7 +13,8 @@ ANSWER_S = 60.0
 def typed(stack: Stack, name: str, line: str, until: str) -> str:
     """Type a line at the console of ``UCLOUD/ENVIRONMENT``; what matches ``until``, once it does.
 
-    The line is typed again until then: who sits there may not have been listening yet.
+    The line is typed again until then: who sits there may not have been listening yet. Output comes
+    in pieces, so ``until`` has to say what ends it.
     """
     ours, theirs = socket.socketpair()
     with ours, stack.popen(

@@ -148,7 +148,7 @@ def test_a_container_puts_and_gets_an_object(kept: Kept) -> None:
 def test_a_machine_puts_and_gets_what_containers_do(kept: Kept) -> None:
     kept.client().put_object(Bucket="photos", Key="of-web", Body=b"a container's")
     kept.up(MACHINE)
-    lines = kept.typed("cat /etc/supercloud-objects.env", r"AWS_ENDPOINT_URL.*AWS_CA_BUNDLE=\S+")
+    lines = kept.typed("cat /etc/supercloud-objects.env", r"AWS_ENDPOINT_URL.*AWS_CA_BUNDLE=\S+\s")
     given = dict(line.split("=", 1) for line in lines.splitlines())
     assert given.keys() == set(VARIABLES)
     assert given["AWS_SECRET_ACCESS_KEY"] != kept.variables()["AWS_SECRET_ACCESS_KEY"]

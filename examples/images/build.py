@@ -50,6 +50,7 @@ WEB_APPLETS = [
 VM_APPLETS = [
     "sh",
     "acpid",
+    "base64",
     "cat",
     "cttyhack",
     "date",
@@ -74,6 +75,7 @@ VM_APPLETS = [
     "route",
     "setsid",
     "sleep",
+    "tr",
     "true",
     "udhcpc",
     "umount",

@@ -91,6 +91,17 @@ async def test_up_makes_a_store_where_its_user_is_and_gives_the_user_its_keys(wo
     assert objects["secret_key"]
 
 
+async def test_a_machine_gets_keys_of_its_own(world):
+    machine = environment("db", kind="vm", image="vm", buckets=[{"name": "photos"}])
+    await up(world, [WEB, machine])
+    told = {name: (await told_spec(world, name))["objects"] for name in ("web", "db")}
+    assert told["db"]["server_name"] == told["web"]["server_name"]
+    assert told["db"]["secret_key"] != told["web"]["secret_key"]
+    pretended = await host(world)
+    (store,) = pretended.stores.values()
+    assert store.users == {"web": {"photos": "write"}, "db": {"photos": "write"}}
+
+
 async def test_its_secrets_are_nowhere_to_be_read(world):
     await up(world)
     secret = (await told_spec(world))["objects"]["secret_key"]
@@ -264,9 +275,6 @@ async def test_refusals_come_before_any_effect_and_name_their_place(world):
     with pytest.raises(NoResources, match="disk quota") as refused:
         await world.app.service.up(manifest(world, buckets=[huge]))
     assert refused.value.where.startswith("test.yaml:")
-    machine = environment("db", kind="vm", image="vm", buckets=[{"name": "photos"}])
-    with pytest.raises(Invalid, match="containers only"):
-        await world.app.service.up(manifest(world, [machine]))
     with pytest.raises(Invalid, match="allowed is one of"):
         await world.app.service.up(manifest(world, buckets=[NOTES]))
     assert await document(world) is None

@@ -118,6 +118,20 @@ async def test_a_schedule_of_platforms_changes_nothing_else(world):
     await until(world, lambda d: d is None, "none were taken, none are kept", name)
 
 
+async def test_a_platform_does_not_go_on_with_the_checkpoints_of_an_environment(world):
+    await up(world, [WEB], options={"hosts": "1"})
+    name = (await only_platform(world)).name
+    await up(world, [WEB, environment(name, checkpoint={})], options={"hosts": "1"})
+    await take(world, name)
+    await up(world, [WEB], options={"hosts": "1"})  # they are kept
+    with pytest.raises(Invalid, match="of an environment"):
+        await up(world, [WEB], platform=WHOLE, options={"hosts": "1"})
+    await world.app.service.checkpoints.delete("test", name)
+    await until(world, lambda d: d is None, "they are gone", name=name)
+    await up(world, [WEB], platform=WHOLE, options={"hosts": "1"})
+    await take(world, name)
+
+
 async def test_whole_platforms_are_where_the_store_is(world):
     spread = environment("web", replicas=2, placement={"spread": "host"})
     with pytest.raises(NoResources, match="its checkpoints are kept at"):

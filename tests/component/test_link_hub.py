@@ -240,6 +240,42 @@ async def test_a_platform_gets_so_many_files_at_once(link, agent, tmp_path):
             await fetched(link, agent, asked)
 
 
+async def test_no_more_than_that_however_many_ask_at_once(link, agent, tmp_path, monkeypatch):
+    (tmp_path / "large").write_bytes(bytes(16 << 20))
+    digest = "sha256:" + "1" * 64
+    link.owner.paths[digest] = tmp_path / "large"
+    asked = {"digest": digest, "size_bytes": 16 << 20}
+    everybody, look_up = asyncio.Barrier(hubs.MAX_FILES), link.owner.blob
+
+    async def slow(session, wanted):
+        await everybody.wait()  # as long as nobody has an answer yet
+        return await look_up(session, wanted)
+
+    monkeypatch.setattr(link.owner, "blob", slow)
+    async with link.dial(agent) as peer, contextlib.AsyncExitStack() as others:
+        await peer.call("agent.hello", link.hello())
+        dialled = [
+            await others.enter_async_context(link.dial(agent)) for _ in range(2 * hubs.MAX_FILES)
+        ]
+        asking = [other.call_detach("blob.get", asked) for other in dialled]
+        answers = await asyncio.gather(*asking, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, tuple):
+                others.callback(answer[2].transport.abort)
+        assert sum(isinstance(answer, Busy) for answer in answers) == hubs.MAX_FILES
+        assert sum(isinstance(answer, tuple) for answer in answers) == hubs.MAX_FILES
+
+
+async def test_files_that_could_not_be_had_leave_room_for_others(link, agent, blob):
+    digest, data = blob
+    async with link.dial(agent) as peer:
+        await peer.call("agent.hello", link.hello())
+        for _ in range(hubs.MAX_FILES + 1):
+            with pytest.raises(NotFound):
+                await fetched(link, agent, {"digest": "sha256:" + "0" * 64, "size_bytes": 1})
+        assert await fetched(link, agent, {"digest": digest, "size_bytes": len(data)}) == data
+
+
 async def test_a_blob_that_nobody_takes_on_leaves_nothing_open(link, agent, blob):
     digest, data = blob
     before = len(os.listdir("/proc/self/fd"))

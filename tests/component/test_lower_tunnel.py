@@ -18,7 +18,7 @@ from supercloud.lower.user_domain.identity import Birth, IdentityStore
 from supercloud.lower.user_domain.platforms import Platforms
 from supercloud.lower.user_domain.service import Service
 from supercloud.lower.user_domain.tunnel import Tunnels
-from supercloud.model.errors import Denied, NotFound, SupercloudError, Temporary
+from supercloud.model.errors import Busy, Denied, NotFound, SupercloudError, Temporary
 from supercloud.trust import tls
 from supercloud.trust.authority import Authority
 from supercloud.trust.names import CONTROL, HOST, Identity, user_server_name
@@ -234,6 +234,43 @@ async def test_a_replica_is_asked_for_by_who_one_is(here: Domain, there: Domain)
         assert await exactly(ours, 8) == b"NBDMAGIC"
         with pytest.raises(Denied, match="not for you"):
             await here.tunnels.reach_replica(peer, "secret", 7)
+
+
+async def test_so_many_get_in_however_many_come_at_once(
+    here: Domain, there: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("supercloud.lower.user_domain.tunnel.MAX_TUNNELS", 2)
+    everybody, look_up = asyncio.Barrier(2), there.tunnels.replica
+
+    async def slow(host: str, volume: str, generation: int) -> socket.socket:
+        await everybody.wait()  # as long as nobody has got in yet
+        return await look_up(host, volume, generation)
+
+    there.tunnels.replica = slow
+    async with there.listening() as peer:
+        asking = [here.tunnels.reach_replica(peer, "data", 1) for _ in range(5)]
+        async with asyncio.timeout(30):
+            found = await asyncio.gather(*asking, return_exceptions=True)
+        inside = [sock for sock in found if isinstance(sock, socket.socket)]
+        assert len(inside) == 2
+        assert sum(isinstance(one, Busy) for one in found) == 3
+        for sock in inside:
+            sock.close()
+        for _, far in there.clients:
+            assert await ends(far)
+        there.tunnels.replica = look_up
+        await here.tunnels.reach_replica(peer, "data", 1)  # there is room again
+
+
+async def test_who_is_refused_takes_nobodys_place(
+    here: Domain, there: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("supercloud.lower.user_domain.tunnel.MAX_TUNNELS", 1)
+    async with there.listening() as peer:
+        for _ in range(3):
+            with pytest.raises(Denied, match="not for you"):
+                await here.tunnels.reach_replica(peer, "secret", 1)
+        await here.tunnels.reach_replica(peer, "data", 1)
 
 
 async def test_another_host_than_the_one_meant_gets_nothing(here: Domain, there: Domain) -> None:

@@ -1,7 +1,7 @@
 """Buckets from a manifest to an S3 client in a container: a real host, platform, store and agent.
 
-The client is a real one, in the test; its bytes go through the container, whose ``nc`` connects to
-the endpoint that it was given. The tests share one host and go on from each other, in this order.
+The client is a real one, in the test; its bytes go through the container, or the VM, whose ``nc``
+connects to the endpoint that it was given. The tests share one host and go on from each other, in this order.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from support.console import typed
 from support.object_store import client_of, eventually
 from support.slots import vm_slots
 from support.stack import Host, Stack, stack, wait_for
@@ -43,6 +44,14 @@ environments:
     memory: 64MiB
     ports: [8080]
 """
+MACHINE = """\
+  - name: machine
+    kind: vm
+    image: {examples}/vm
+    memory: 128MiB
+    ports: [8080, 9000]
+    buckets: [{{name: photos}}]
+"""
 
 
 class Kept:
@@ -54,8 +63,8 @@ class Kept:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=16)
         threading.Thread(target=self._tunnel, daemon=True).start()
 
-    def up(self) -> str:
-        manifest = self.stack.manifest("kept", BODY.format(examples=self.examples))
+    def up(self, more: str = "") -> str:
+        manifest = self.stack.manifest("kept", (BODY + more).format(examples=self.examples))
         return self.stack.cli("up", manifest).stdout
 
     def sh(self, script: str, name: str = "web", status: int | None = 0) -> str:
@@ -72,16 +81,23 @@ class Kept:
     def client(self) -> Any:
         """An S3 client with what the container has, through the container."""
         given = self.variables()
+        authority = self.sh(f"cat {given['AWS_CA_BUNDLE']}")
+        return self.client_with(given, authority, self._listener.getsockname()[1])
+
+    def client_with(self, given: dict[str, str], authority_pem: str, port: int) -> Any:
+        """One with variables as an EE has them, by a port of ours that leads to the endpoint."""
         assert given["AWS_ENDPOINT_URL"] == f"https://{NAME}:9000"
         authority = self.place / "ca.pem"
-        authority.write_text(self.sh(f"cat {given['AWS_CA_BUNDLE']}"))
+        authority.write_text(authority_pem)
         secret = {
             "access_key": given["AWS_ACCESS_KEY_ID"],
             "secret_key": given["AWS_SECRET_ACCESS_KEY"],
             "region": given["AWS_REGION"],
         }
-        port = self._listener.getsockname()[1]
         return client_of(f"https://{NAME}:{port}", secret, str(authority))
+
+    def typed(self, line: str, until: str) -> str:
+        return typed(self.stack, "kept/machine", line, until).replace("\r", "")
 
     def _tunnel(self) -> None:
         """Each connection is the standard input and output of an ``nc`` in the container."""
@@ -127,6 +143,25 @@ def test_a_container_puts_and_gets_an_object(kept: Kept) -> None:
     assert row["used_bytes"] >= len(SECRET)
     assert row["used_by"] == {"web": "write"}
     assert "photos" in kept.stack.cli("buckets").stdout
+
+
+def test_a_machine_puts_and_gets_what_containers_do(kept: Kept) -> None:
+    kept.client().put_object(Bucket="photos", Key="of-web", Body=b"a container's")
+    kept.up(MACHINE)
+    lines = kept.typed("cat /etc/supercloud-objects.env", r"AWS_ENDPOINT_URL.*AWS_CA_BUNDLE=\S+\s")
+    given = dict(line.split("=", 1) for line in lines.splitlines())
+    assert given.keys() == set(VARIABLES)
+    assert given["AWS_SECRET_ACCESS_KEY"] != kept.variables()["AWS_SECRET_ACCESS_KEY"]
+    authority = kept.typed(f"cat {given['AWS_CA_BUNDLE']}", "-----BEGIN.*END CERTIFICATE-----")
+    # the client's bytes go through the machine, which resolves the endpoint's name and connects to it
+    kept.typed(f"nc -ll -p 9000 -e nc {NAME} 9000 & echo listening$?", "listening0")
+    (row,) = [row for row in kept.stack.json("ps") if row["name"] == "machine"]
+    port = int(row["urls"][1].rpartition(":")[2].rstrip("/"))
+    s3 = kept.client_with(given, authority + "\n", port)
+    s3.put_object(Bucket="photos", Key="of-machine", Body=SECRET)
+    assert s3.get_object(Bucket="photos", Key="of-machine")["Body"].read() == SECRET
+    assert s3.get_object(Bucket="photos", Key="of-web")["Body"].read() == b"a container's"
+    assert kept.client().get_object(Bucket="photos", Key="of-machine")["Body"].read() == SECRET
 
 
 def test_it_may_do_what_the_manifest_says_and_no_more(kept: Kept) -> None:

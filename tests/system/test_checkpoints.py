@@ -5,10 +5,8 @@ memory and writes each link to its layer; the VM's shell counts in a variable an
 tests share one host and go on from each other, in this order.
 """
 
-import contextlib
 import hashlib
 import re
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from support.console import typed
 from support.slots import vm_slots
 from support.stack import Host, Stack, stack, wait_for
 
@@ -43,6 +42,9 @@ environments:
     ports: [8080]
     checkpoint: {{keep: 1}}
 """
+
+
+LAG_S = 10.0
 
 
 def link(number: int) -> str:
@@ -77,23 +79,13 @@ class Kept:
 
     def shell(self, line: str, until: str) -> str:
         """Type a line at the VM's console; what it says, to the match of ``until``."""
-        ours, theirs = socket.socketpair()
-        with ours, self.stack.popen(
-            "console", "kept/machine", stdin=theirs.fileno(), stdout=theirs.fileno()
-        ) as running:  # fmt: skip
-            theirs.close()
-            ours.settimeout(1)
-            said, end = "", time.monotonic() + 60
-            while time.monotonic() < end:
-                ours.send(f"{line}\n".encode())
-                with contextlib.suppress(TimeoutError):
-                    while data := ours.recv(4096):
-                        said += data.decode(errors="replace")
-                        if found := re.search(until, said):
-                            running.kill()
-                            return found[0]
-            running.kill()
-        raise AssertionError(said)
+        return typed(self.stack, "kept/machine", line, until)
+
+    def has_the_time(self) -> bool:
+        """Whether the VM's clock is not behind; it would be for as long as its checkpoint is old."""
+        before_s = time.time()
+        said = self.shell("echo at-$(date +%s)-", r"at-[0-9]+-")
+        return int(said.split("-")[1]) > before_s - LAG_S / 2
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +137,12 @@ def test_a_nested_machine_goes_back_with_its_memory(kept: Kept) -> None:
     said = kept.stack.cli("checkpoint", "kept/machine").stdout
     assert "stood still for" in said
     kept.shell("MEM=changed; echo two > /tmp/f; echo is-$MEM-$(cat /tmp/f)", r"is-changed-two")
+    (one,) = kept.of("machine")["checkpoints"]
+    wait_for(lambda: time.time() - one["taken_s"] > LAG_S, 2 * LAG_S)
     kept.stack.cli("restore", "kept/machine")
     kept.shell("echo is-$MEM-$(cat /tmp/f)", r"is-kept-in-memory-one")
+    wait_for(kept.has_the_time, 60)
     wait_for(lambda: kept.rows()["machine"]["state"] == "serving", 60)
-    (one,) = kept.of("machine")["checkpoints"]
     assert one["memory_bytes"] > 0
 
 

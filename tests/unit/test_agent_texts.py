@@ -21,7 +21,14 @@ from supercloud.upper.platform.agent import (
 )
 from supercloud.upper.platform.agent.machine import check_qcow2
 from supercloud.upper.platform.agent.networks import Network
-from supercloud.wire.messages import Blob, EnvironmentSpec, ImageRef, Nic, Process
+from supercloud.wire.messages import (
+    Blob,
+    EnvironmentSpec,
+    ImageRef,
+    Nic,
+    ObjectAccess,
+    Process,
+)
 
 BOOT = {
     "version": 1, "ucloud": "demo", "platform": "p1", "token": "t" * 64, "ca_pem": "pem",
@@ -163,6 +170,17 @@ def test_device_names_fit_and_differ() -> None:
 def test_hosts_leave_out_what_is_no_name_or_address() -> None:
     text = names.hosts({"web": ["10.64.0.10", "x\n1.2.3.4 bank"], "a b": ["10.64.0.1"]}, "demo")
     assert text == "10.64.0.10 web web.demo.supercloud.internal\n"
+
+
+def test_stores_are_at_the_gateways_of_the_networks() -> None:
+    objects = ObjectAccess(server_name="objects.service.demo.supercloud.internal", ca_pem="pem")
+    text = names.stores([network(1), network(0)], [spec(), spec(kind="vm", objects=objects)])
+    assert text.splitlines() == [
+        "10.64.0.1 objects.service.demo.supercloud.internal",
+        "10.64.1.1 objects.service.demo.supercloud.internal",
+    ]
+    assert "\nlocalise-queries\n" in names.configuration([network(0)])
+    assert names.stores([network(0)], [spec()]) == ""
 
 
 def test_leases_are_for_vms() -> None:

@@ -1,42 +1,27 @@
 """Templates without a machine: what they are of, who may have one, what becomes of them."""
 
-import asyncio
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from supercloud.lower import quota as quotas
 from supercloud.lower.user_domain import templates as module
-from supercloud.lower.user_domain.feed import Feed
-from supercloud.lower.user_domain.templates import Templates
 from supercloud.lower.vmm.machine import Descriptors, Machine, command_line
 from supercloud.lower.vmm.template import Inputs, key_of, load, machine_of, save
 from supercloud.model.capability import Limits
-from supercloud.model.errors import Busy, Exists, NoResources, NotFound
+from supercloud.model.errors import Busy
 from supercloud.wire.messages import Blob, EnvironmentSpec, ImageRef
 from supercloud.wire.portal import Closed
-from supercloud.wire.quota import Quota
+from support.templates import INPUTS, MIB, World, allowed
 
-MIB = 1 << 20
-INPUTS = Inputs(
-    image="sha256:" + "1" * 64, runtime_sha256="2" * 64, kernel="6.18", accelerator="tcg",
-    cpus=1, memory_bytes=256 * MIB, scratch_bytes=512 * MIB,
-)  # fmt: skip
 CHANGES = {
     "image": "sha256:" + "3" * 64, "runtime_sha256": "4" * 64, "kernel": "6.19",
     "accelerator": "kvm", "cpus": 2, "memory_bytes": 512 * MIB, "scratch_bytes": 513 * MIB,
     "content": "5" * 64,
-}  # fmt: skip
-FACTS = {
-    "runtime_sha256": INPUTS.runtime_sha256, "kernel": INPUTS.kernel,
-    "accelerator": INPUTS.accelerator, "images": [INPUTS.image],
 }  # fmt: skip
 
 
@@ -123,149 +108,6 @@ def test_what_qemu_refuses_is_said(begin: Any) -> None:
 
 
 # -- this domain's templates
-
-
-def allowed(memory_bytes: int, vms: int = 2) -> Limits:
-    return quotas.to_limits(Quota(memory_bytes=memory_bytes, vms=vms))
-
-
-OWN_BYTES = quotas.USER_OWN_MEMORY_BYTES + sum(s.memory_bytes for s in quotas.SERVICES.values())
-"""Booked from the start: the user's domain, and its services' domains."""
-
-
-class FakeCore:
-    """As much of the core as templates need; memory is real, booking as the core does it."""
-
-    def __init__(self, memory_bytes: int) -> None:
-        self.allowed = allowed(memory_bytes)
-        self.table: dict[str, tuple[int, str, int]] = {"image.0.kernel": (1, "", 0)}
-        self.table |= {f"image.0.{part}": (n, "", 0) for n, part in enumerate(("initrd", "root"), 2)}  # fmt: skip
-        self.files: dict[int, int] = {}
-        self.number = 10
-
-    def _add(self, name: str, kind: str, booked: int) -> int:
-        if name in self.table:
-            raise Exists(name)
-        if booked > self.allowed.memory_bytes - self.booked():
-            raise NoResources(f"memory_bytes: {booked} asked")
-        self.number += 1
-        self.table[name] = (self.number, kind, booked)
-        return self.number
-
-    def booked(self) -> int:
-        return OWN_BYTES + self.held()
-
-    def held(self) -> int:
-        return sum(booked for _, _, booked in self.table.values())
-
-    def limits(self) -> Limits:
-        return self.allowed
-
-    def usage(self) -> SimpleNamespace:
-        domains = self.domains() + len(quotas.SERVICES)
-        return SimpleNamespace(
-            booked_memory_bytes=self.booked(), booked_domains=domains, booked_disk_bytes=0
-        )
-
-    def domains(self) -> int:
-        return sum(kind == "domain" for _, kind, _ in self.table.values())
-
-    def create_memory(self, size: int, name: str, scheduling: int = 1) -> int:
-        selector = self._add(name, "memory", size if scheduling == 1 else 0)
-        self.files[selector] = os.memfd_create(name)
-        os.ftruncate(self.files[selector], size)
-        return selector
-
-    def create_domain(self, _kind: str, name: str, limits: Limits) -> SimpleNamespace:
-        selector = self._add(name, "domain", limits.memory_bytes)
-        return SimpleNamespace(selector=selector, scheduling=99)
-
-    def lookup(self, name: str) -> SimpleNamespace:
-        if name not in self.table:
-            raise NotFound(name)
-        return SimpleNamespace(selector=self.table[name][0], name=name)
-
-    def entries(self) -> list[SimpleNamespace]:
-        return [SimpleNamespace(name=name) for name in self.table]
-
-    def take(self, selector: int) -> int:
-        return os.dup(self.files[selector])
-
-    def seal(self, selector: int) -> bytes:
-        return hashlib.sha256(str(selector).encode()).digest()
-
-    def destroy(self, selector: int) -> None:
-        """With a domain goes what is booked on it."""
-        gone = next(v for v in self.table.values() if v[0] == selector)
-        self.table = {
-            name: v
-            for name, v in self.table.items()
-            if v[0] != selector and (gone[1], v[1:]) != ("domain", ("memory", 0))
-        }
-
-    def create_channel(self, *_: object) -> None: ...
-    def delegate(self, *_: object) -> None: ...
-    def start(self, *_: object) -> None: ...
-
-
-class FakeHub:
-    """Control channels whose far ends the test plays."""
-
-    def __init__(self, core: FakeCore) -> None:
-        self.core, self.told = core, {}
-
-    def join(self, name: str, told: Any) -> "FakeHub":
-        self.told[name] = told
-        return self
-
-    def leave(self, name: str) -> None:
-        self.told.pop(name, None)
-
-    async def call(self, *_: object, **__: object) -> None: ...
-
-
-class World:
-    def __init__(self, directory: Path, memory_bytes: int = 4096 * MIB) -> None:
-        self.core = FakeCore(memory_bytes)
-        self.hub, self.directory, self.used = FakeHub(self.core), directory, set()
-        self.start()
-
-    def start(self, **facts: object) -> None:
-        """This domain, once more."""
-        feed = Feed("demo", "host/x")
-        made = Templates(self.hub, "demo", {**FACTS, **facts}, feed, str(self.directory))  # type: ignore[arg-type]
-        made.used = lambda: self.used
-        made.adopt()
-        self.templates = made
-
-    def tell(self, method: str, parameters: dict[str, Any], descriptors: list[int]) -> None:
-        (told,) = self.hub.told.values()
-        told(method, parameters, descriptors)
-
-    def saved(self, content: bytes = b"state") -> None:
-        descriptor = os.memfd_create("state")
-        os.write(descriptor, content)
-        os.lseek(descriptor, 0, 0)
-        self.tell("template.saved", {}, [descriptor])
-
-    async def until(self, *states: str, inputs: Inputs = INPUTS) -> str:
-        async with asyncio.timeout(5):
-            while (found := self.templates.state(inputs))[0] not in states:
-                await asyncio.sleep(0)
-        return found[1]
-
-    async def begin(self, inputs: Inputs = INPUTS) -> None:
-        """Until its machine is started."""
-        self.templates.prepare(inputs)
-        async with asyncio.timeout(5):
-            while not self.hub.told:
-                await asyncio.sleep(0)
-
-    async def make(self, inputs: Inputs = INPUTS) -> str:
-        await self.begin(inputs)
-        self.saved()
-        await self.until("ready", inputs=inputs)
-        return key_of(inputs)
 
 
 @pytest.fixture
@@ -387,6 +229,31 @@ async def test_of_a_template_whose_clone_failed_nothing_is_started_and_it_goes_w
     world.templates.drop_unused(key)
     assert world.core.held() == 0
     assert world.templates.state(INPUTS) == ("refused", "it did not come to life")
+
+
+async def test_of_what_was_refused_the_newest_is_remembered_and_what_is_there(world: World) -> None:
+    distrusted = await world.make()
+    world.used.add(distrusted)  # a platform runs from it
+    world.templates.distrust(distrusted, "it did not come to life")
+    contents = [dataclasses.replace(INPUTS, content=f"{n:064x}") for n in range(40)]
+    for content in contents:
+        await world.begin(content)
+        world.tell("machine.state", {"state": "failed", "reason": "a panic"}, [])
+        await world.until("refused", inputs=content)
+    states = [world.templates.state(content)[0] for content in contents]
+    kept = module.MAX_REASONS
+    assert states == ["absent"] * (40 - kept) + ["refused"] * kept
+    assert world.templates.state(INPUTS) == ("refused", "it did not come to life")
+    assert world.templates.find(INPUTS) is None
+
+
+async def test_of_what_had_no_room_the_newest_is_remembered(tmp_path: Path) -> None:
+    world = World(tmp_path, memory_bytes=INPUTS.memory_bytes)
+    contents = [dataclasses.replace(INPUTS, content=f"{n:064x}") for n in range(40)]
+    for content in contents:
+        world.templates.prepare(content)
+    reasons = [world.templates.state(content)[1] for content in contents]
+    assert [bool(reason) for reason in reasons] == [n >= 40 - module.MAX_REASONS for n in range(40)]
 
 
 async def test_there_are_as_many_as_allowed_and_the_oldest_idle_one_goes(world: World) -> None:

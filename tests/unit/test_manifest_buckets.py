@@ -70,10 +70,10 @@ def test_a_wrong_use_is_told_at_its_place(images, uses, where, message):
     assert message in error["message"]
 
 
-def test_a_virtual_machine_has_no_environment_to_find_one_in(images):
+def test_a_virtual_machine_may_use_one_too(images):
     machine = "  - {name: db, kind: vm, image: disk.raw, buckets: [{name: photos}]}\n"
-    (error,) = problems(images, machine)
-    assert "containers only" in error["message"]
+    (db,) = parsed(images, machine).environments
+    assert db.buckets == [BucketUse(name="photos")]
 
 
 @pytest.mark.parametrize(

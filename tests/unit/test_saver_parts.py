@@ -1,12 +1,15 @@
 """Parts of checkpoints in a platform that need no platform: trees of files, CRIU's messages."""
 
 import contextlib
+import json
 import os
 import socket
 import stat
 import struct
 import subprocess
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -16,7 +19,9 @@ from supercloud.model.errors import Invalid, Permanent, Unsupported
 from supercloud.services.checkpoint.pages import Run
 from supercloud.upper.platform.agent import criu, frozen_container
 from supercloud.upper.platform.saver import trees
+from supercloud.upper.platform.saver.requests import Found
 from supercloud.upper.platform.saver.tracking import Kept
+from supercloud.wire.messages import Blob, EnvironmentSpec, ImageRef, VolumeMount
 
 OWNER = os.getuid()
 
@@ -247,7 +252,8 @@ def entry(**changes: object) -> dict[str, object]:
         [entry(mode=stat.S_IFBLK | 0o600, rdev=0x800)], [entry(mode=stat.S_IFCHR, rdev=0x103)],
         [entry(mode=0)], [entry(size=1 << 20)], [entry(size=-1)], [{"path": "x"}], [1], {"a": 1},
         [entry(path="d", mode=stat.S_IFLNK | 0o777, target="/tmp"), entry(path="d/x")],
-        [entry(path="y", link="../x")],
+        [entry(path="y", link="../x")], [entry(mode=1 << 80)], [entry(size=1 << 80)],
+        [entry(mode=stat.S_IFIFO, rdev=1 << 80)], [entry(mtime_ns=1 << 100)],
     ],
 )  # fmt: skip
 def test_an_index_that_leads_astray_is_refused(
@@ -269,6 +275,46 @@ def repr_json(value: object) -> str:
     import json
 
     return json.JSONEncoder().encode(value)
+
+
+def of_index(packed: bytes) -> bytes:
+    """An image with that for its index, and no contents."""
+    return trees.MAGIC + len(packed).to_bytes(8, "little") + packed
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        b"", b"no zlib at all", zlib.compress(b"[]")[:-3], zlib.compress(b"[]") + b"more",
+        zlib.compress(b"[" * 100_000), zlib.compress(b"{"), zlib.compress(b"\xff"),
+        zlib.compress(b"null"),
+    ],
+)  # fmt: skip
+def test_an_index_that_is_none_is_refused(tmp_path: Path, packed: bytes) -> None:
+    with pytest.raises(Invalid):
+        unpacked(of_index(packed), tmp_path / "back")
+    assert not list((tmp_path / "back").iterdir())
+
+
+def test_more_files_than_an_image_may_have_are_refused_before_one_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trees, "MAX_ENTRIES", 3)
+    entries = [entry(path=f"f{n}") for n in range(4)]
+    with pytest.raises(Invalid, match="3 files"):
+        unpacked(of_index(zlib.compress(json.dumps(entries).encode())), tmp_path / "back")
+    assert not list((tmp_path / "back").iterdir())
+    fewer = zlib.compress(json.dumps(entries[:3]).encode())
+    unpacked(of_index(fewer), tmp_path / "fewer")
+    assert len(list((tmp_path / "fewer").iterdir())) == 3
+
+
+def test_an_index_larger_than_it_may_be_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trees, "MAX_INDEX_BYTES", 1 << 20)
+    with pytest.raises(Invalid, match="too large"):
+        unpacked(of_index(zlib.compress(b" " * (2 << 20) + b"[]")), tmp_path / "back")
 
 
 @pytest.mark.parametrize("cut", [0, 10, 16, 40, 65536, 70000])
@@ -327,6 +373,52 @@ def test_the_output_of_a_program_is_found_where_it_still_is(tmp_path: Path) -> N
             frozen_container.output_of(program.pid, str(fifo))
     finally:
         os.close(number)
+
+
+IMAGE = "sha256:" + "1" * 64
+DETAILS = {
+    "spec": IMAGE,
+    "output": "file[1f:a2]",
+    "mounts": '{"/etc/hosts":"","/data":"","/dev/null":"null"}',
+}
+
+
+def restored(**details: str) -> list[str]:
+    """What CRIU is told of a container whose checkpoint says so."""
+    container = SimpleNamespace(
+        places=SimpleNamespace(run="/run/here"),
+        spec=EnvironmentSpec(
+            name="web", uid="e1", kind="container",
+            image=ImageRef(format="erofs", blobs={"root": Blob(digest=IMAGE, size_bytes=1)}),
+            volumes=[VolumeMount(volume="data", path="/data", read_only=True)],
+        ),
+    )  # fmt: skip
+    given = {name: value for name, value in {**DETAILS, **details}.items() if value != "-"}
+    found = Found(engine="criu", sequence=1, parts={}, details=given)
+    frozen_container._check(container, found)  # type: ignore[arg-type]
+    return frozen_container._externals(container, given)  # type: ignore[arg-type]
+
+
+def test_what_was_mounted_is_of_this_platform_again() -> None:
+    hosts, data, null = restored()
+    assert (hosts, null) == ("mnt[/etc/hosts]:/run/here/hosts", "mnt[/dev/null]:/dev/null")
+    assert data.startswith("mnt[/data]:/run/here/")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("mounts", "-", "what was mounted"), ("mounts", "", "what was mounted"),
+        ("mounts", "{", "what was mounted"), ("mounts", "[]", "what was mounted"),
+        ("mounts", "[" * 100_000, "what was mounted"), ("mounts", '{"/x": 1}', "what was mounted"),
+        ("mounts", '{"/etc/shadow": ""}', "/etc/shadow"), ("mounts", '{"/x": "sda"}', "/x"),
+        ("output", "-", "output"), ("output", "", "output"), ("output", "file[1:2", "output"),
+        ("output", "mnt[/]", "output"), ("spec", "-", "another image"),
+    ],
+)  # fmt: skip
+def test_details_that_say_something_else_are_refused(name: str, value: str, why: str) -> None:
+    with pytest.raises(Invalid, match=why):
+        restored(**{name: value})
 
 
 # -- CRIU's messages

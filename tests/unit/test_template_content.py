@@ -67,6 +67,7 @@ def test_only_what_goes_on_as_another_is_prepared() -> None:
     assert can_be_prepared(MACHINE)
     assert not can_be_prepared(replace(MACHINE, image=replace(MACHINE.image, identity=False)))
     assert not can_be_prepared(replace(MACHINE, volumes=[VolumeMount(volume="data")]))
+    assert not can_be_prepared(replace(MACHINE, objects=WEB.objects))  # its keys are there at once
     assert not can_be_prepared(replace(WEB, checkpoints=True))
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import struct
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -135,6 +136,33 @@ async def test_a_call_that_takes_too_long_is_temporary() -> None:
     async with pair({"never": never}) as (client, _):
         with pytest.raises(Temporary, match="no answer"):
             await client.call("never", timeout_s=0.05)
+
+
+async def test_who_ends_before_the_hand_over_is_told_so() -> None:
+    done = list[str]()
+
+    async def then(_reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        done.append("then")
+
+    async def detach(_call: Call) -> Detach:
+        return Detach(None, then, lambda: done.append("abandoned"))
+
+    reader = asyncio.StreamReader()
+    ours, theirs = socket.socketpair()
+    _, writer = await asyncio.open_connection(sock=ours)
+    peer = Peer(reader, writer, {"detach": detach}, accepted=True, name="server")
+    writer.transport.set_write_buffer_limits(0)
+    writer.write(bytes(8 << 20))  # nobody takes it: the answer has to wait
+    running = asyncio.ensure_future(peer.run())
+    with theirs:
+        peer._requested(1, b'{"m": "detach"}')
+        while not peer._detached:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    writer.transport.abort()
+    assert done == ["abandoned"]
 
 
 async def test_a_detached_connection_is_raw() -> None:

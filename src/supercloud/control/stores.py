@@ -79,6 +79,12 @@ def check_names(spec: UCloud, platforms: Sequence[str], kept: Mapping[str, str])
                 f"found {min(clash)!r}, the name of a platform of which there are checkpoints",
                 where=f"environments.{item.name}.name",
             )
+    if clash := whole.intersection(name for name, of in kept.items() if of == "environment"):
+        raise Invalid(
+            f"there are checkpoints of an environment {min(clash)!r}, the name of a platform",
+            where="platform.checkpoint",
+            hint=f"supercloud checkpoints delete {spec.name}/{min(clash)}",
+        )
 
 
 def store_of(

@@ -232,16 +232,26 @@ class Bucket:
         Rule(doc="what is overwritten or deleted is kept as an older version"), default=False
     )
     expire_days: int = declared(
-        Rule(doc="objects are deleted so many days after they were put; 0: never", ge=0, le=3650), 0
+        Rule(
+            doc="objects are deleted so many days after they were put, or up to a day later; "
+            "0: never",
+            ge=0,
+            le=3650,
+        ),
+        0,
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BucketUse:
-    """A bucket in a container, which finds endpoint and credentials in its environment variables.
+    """A bucket in an environment, which is told where it is and with which keys it gets in.
 
-    These are `AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION` and
-    `AWS_CA_BUNDLE`, a file with the root certificate that vouches for the endpoint.
+    A container finds that in its environment variables: `AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`,
+    `AWS_SECRET_ACCESS_KEY`, `AWS_REGION` and `AWS_CA_BUNDLE`, a file with the root certificate that
+    vouches for the endpoint. A virtual machine gets the same lines, and that certificate, as the
+    systemd credentials `supercloud.objects` and `supercloud.ca`, which are in its SMBIOS table as
+    OEM strings; systemd (252 and newer) makes `/etc/supercloud-objects.env` and
+    `/etc/supercloud-ca.pem` of them.
     """
 
     name: str = declared(
@@ -346,7 +356,7 @@ class Environment:
         Rule(doc="the volumes that it uses; it has no replicas then", max_items=8), factory=list
     )
     buckets: list[BucketUse] = declared(
-        Rule(doc="the buckets that it uses; containers only", max_items=64), factory=list
+        Rule(doc="the buckets that it uses", max_items=64), factory=list
     )
     checkpoint: Checkpointing | None = declared(
         Rule(

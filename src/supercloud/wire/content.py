@@ -46,13 +46,15 @@ class Content:
 
 
 def can_be_prepared(spec: EnvironmentSpec) -> bool:
-    """Containers up to their process; VMs that wait to be told who they are, and have no volumes.
+    """Containers up to their process; VMs that wait to be told who they are, without volumes.
 
-    What is restored, or must be able to be checkpointed, starts in its own way.
+    What is restored, or must be able to be checkpointed, starts in its own way. A VM that uses
+    buckets too: its keys are in its firmware's tables from the start.
     """
     if spec.restore is not None or spec.checkpoints:
         return False
-    return spec.kind == "container" or bool(spec.image.identity and not spec.volumes)
+    alone = not spec.volumes and spec.objects is None
+    return spec.kind == "container" or (spec.image.identity and alone)
 
 
 def without_secrets(spec: EnvironmentSpec) -> EnvironmentSpec:

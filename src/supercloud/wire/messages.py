@@ -171,7 +171,7 @@ class VolumeMount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectAccess:
-    """A container's way to its U-Cloud's object store, in its environment.
+    """An EE's way to its U-Cloud's object store: a container's environment, a VM's credentials.
 
     ``server_name`` is in the store's certificate, which ``ca_pem`` vouches for.
     """

@@ -48,11 +48,13 @@ class ConnectionLost(Temporary):
 class Detach:
     """What a handler returns to answer ``result`` and then own the raw connection.
 
-    ``then`` is called with the reader and the writer once the answer is out.
+    ``then`` is called with the reader and the writer once the answer is out, or ``abandoned`` when
+    it cannot come to that any more: one of the two, once.
     """
 
     result: Any
     then: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+    abandoned: Callable[[], None] = lambda: None
 
 
 class Stream:
@@ -401,9 +403,13 @@ class Peer:
             call.stream.reset(error)
 
     async def _hand_over(self, call_id: int, detach: Detach) -> None:
-        await self.drain()
-        self._send_json(RESPONSE, call_id, {"r": detach.result})
-        await self.drain()
+        try:
+            await self.drain()
+            self._send_json(RESPONSE, call_id, {"r": detach.result})
+            await self.drain()
+        except BaseException:
+            detach.abandoned()
+            raise
         await detach.then(self.reader, self.writer)
 
     def _open_stream(self, call_id: int) -> Stream:

@@ -37,9 +37,6 @@ def check(
 
 def _uses(path: str, environment: Environment, problems: Problems) -> None:
     seen: set[str] = set()
-    if environment.buckets and environment.kind == "vm":
-        message = "is for containers only: a virtual machine gets no environment variables"
-        problems.at_path(f"{path}.buckets", message, hint="use the bucket from a container")
     for number, use in enumerate(environment.buckets):
         if use.name in seen:
             problems.at_path(f"{path}.buckets[{number}].name", f"found {use.name!r} twice")

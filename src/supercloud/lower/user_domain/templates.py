@@ -39,6 +39,8 @@ MAX_TEMPLATES: Final = 2
 MAKING_TIMEOUT_S: Final = 180.0
 START_TIMEOUT_S: Final = 60.0
 MAKER_CPU_WEIGHT: Final = 10
+MAX_REASONS: Final = 16
+"""So many of what was refused, or had no room, are remembered; older ones may be tried again."""
 _KEY_SHOWN: Final = 20
 
 NO_TEMPLATES: Final = "this host starts nothing from memory"
@@ -156,7 +158,7 @@ class Templates:
         key, old = key_of(inputs), self._in_the_way(inputs)
         needed = 2 * inputs.memory_bytes  # its own, and its maker's
         if lacking := self._lacks(needed - sum(template.booked_bytes for template in old)):
-            self._lacked[key] = f"no room in the quota: {lacking}"
+            self._remember(self._lacked, key, f"no room in the quota: {lacking}")
             return []
         self._lacked.pop(key, None)
         if missing := self.contents.missing(environments):
@@ -182,7 +184,7 @@ class Templates:
         except (SupercloudError, OSError) as error:
             # room may come; what is broken stays broken
             reasons = self._lacked if isinstance(error, NoResources) else self.refused
-            reasons[key] = str(error)
+            self._remember(reasons, key, str(error))
             self._feed.say(subject, "host.template.refused", str(error), severity="warning")
         else:
             self._put(made)
@@ -292,8 +294,16 @@ class Templates:
 
     def distrust(self, key: str, why: str) -> None:
         """No more clones of it: one did not come to life."""
-        self.refused[key] = why
+        self._remember(self.refused, key, why)
         self.drop_unused(key)
+
+    def _remember(self, reasons: dict[str, str], key: str, why: str) -> None:
+        """The newest ones; and of each that is there why nothing starts from it any more."""
+        reasons.pop(key, None)
+        reasons[key] = why
+        old = [other for other in reasons if other not in self.by_key]
+        for other in old[: max(0, len(old) - MAX_REASONS)]:
+            del reasons[other]
 
     def drop_unused(self, key: str) -> None:
         """Give it back if it is distrusted and the last platform that ran from it is gone."""

@@ -69,6 +69,7 @@ class Tunnels:
             decode(TunnelApply, stored[0], ignore_unknown=True) if stored else TunnelApply()
         )
         self._given: set[_Given] = set()
+        self._opening = 0  # for others, not given yet
         self._going: set[asyncio.Task[None]] = set()
         self.object_client: ObjectClient = _no_store
         self.replica: Replica = _no_replica
@@ -92,20 +93,28 @@ class Tunnels:
 
     async def _open(self, call: Call, asked: TunnelOpen) -> Detach:
         host = str(call.peer.context["host"])
-        if len(self._given) >= MAX_TUNNELS:
+        if len(self._given) + self._opening >= MAX_TUNNELS:
             raise Busy(f"{MAX_TUNNELS} connections of other hosts are open")
-        sock = await self._joined(host, asked)
+        self._opening += 1
+        try:
+            sock = await self._joined(host, asked)
+        finally:
+            self._opening -= 1
         given = _Given(host, asked.kind, sock)
+        self._given.add(given)  # from now on it can be taken back
 
         async def run(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            _keep_alive(writer)
-            self._given.add(given)
             try:
+                _keep_alive(writer)
                 await relay(sock, f"{asked.kind} for {host}", reader, writer)
             finally:
                 self._given.discard(given)
 
-        return Detach(encode(Empty()), run)
+        def abandoned() -> None:
+            self._given.discard(given)
+            sock.close()
+
+        return Detach(encode(Empty()), run, abandoned)
 
     async def _joined(self, host: str, asked: TunnelOpen) -> socket.socket:
         if asked.kind == "replica":

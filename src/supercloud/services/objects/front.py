@@ -15,6 +15,7 @@ from supercloud.services.objects.journal import Journal, Position
 from supercloud.services.objects.metadata import Metadata
 from supercloud.services.objects.quota import Book
 from supercloud.services.objects.tables import SET, Change, Usage
+from supercloud.services.objects.weed import LIFECYCLE_CURSORS
 
 _RECORDS: Final = b"supercloud:records"  # no path: weed asks for nothing of that name
 _CALL_S: Final = 25.0
@@ -124,6 +125,14 @@ class Front:
             await self._metadata.flushed()
 
         self._call(store())
+
+    def forget_lifecycle(self) -> None:
+        """Have weed look at every object again for what is due: see ``weed.LIFECYCLE_CURSORS``."""
+
+        async def forget() -> None:
+            self._metadata.forget(LIFECYCLE_CURSORS)
+
+        self._call(forget())
 
     def close(self) -> None:
         """End connections, flush."""

@@ -61,6 +61,12 @@ class Metadata:
         if self.tables.apply(change):
             self._pending.append(change.to_bytes())
 
+    def forget(self, directory: bytes) -> None:
+        """The entries right in a directory; weed must not run."""
+        for name in self.tables.between(directory + b"\0", b"-", b"+", -1):
+            self.make(Change(DELETE, directory + b"/" + name))
+            self.make(Change(REMOVE, directory + b"\0", name))
+
     async def flushed(self) -> None:
         """Return when all that was made before is on the disk."""
         if not self._pending and not self._flushing:

@@ -156,7 +156,8 @@ class ObjectService:
         return self._described()
 
     def _launch(self) -> None:
-        weed = self._running()[0]
+        weed, front = self._running()
+        front.forget_lifecycle()
         weed.prepare([*self._records.identities(self._secret)])
         reading, writing = os.pipe()
         os.set_blocking(reading, False)

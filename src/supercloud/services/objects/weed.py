@@ -24,6 +24,10 @@ from supercloud.services.objects.sigv4 import Credentials
 
 VOLUME_MIB: Final = 256
 ROOT: Final = "supercloud-root"
+LIFECYCLE_CURSORS: Final = b"/etc/s3/lifecycle/daily-cursors"
+"""How far weed has read its own log for objects that are due. What it had not written of that log
+when it was killed is in none of its reads again, so it begins anew with each start: five minutes
+later it looks at every object that there is, and then once a day at the log."""
 _MEMORY_MIB: Final = 200  # what Go's collector aims at; the domain's limit is higher
 _COLLECTION: Final = "o"  # one for all buckets: a collection's name is in the names of its files
 _TOKEN_S: Final = 60

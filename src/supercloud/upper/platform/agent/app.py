@@ -139,6 +139,7 @@ class Agent:
         if self._leasing and self._uplink:
             self._leasing.cancel()
             self._leasing = asyncio.ensure_future(self._uplink.keep())
+        self._manager.restored()
         self._event("platform", "agent.platform.restored", "", "info", {})
 
     async def _warm_up(self, link: Link) -> None:

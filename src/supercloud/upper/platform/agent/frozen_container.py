@@ -13,6 +13,7 @@ and its first process, which has not begun yet, makes room for the one that come
 import contextlib
 import json
 import os
+import re
 import signal
 import struct
 import time
@@ -40,6 +41,7 @@ FREEZE_TIMEOUT_S = 10.0
 UNTRACED_TIMEOUT_S = 120.0
 CREATE_TIMEOUT_S = 60.0
 _DEVICES = ("null", "zero", "full", "tty", "random", "urandom")
+_OUTPUT = re.compile(r"file\[[0-9a-f]{1,16}:[0-9a-f]{1,16}\]")
 _USERNS_MAGIC = (0x54564319, 0x55474906)
 
 
@@ -231,6 +233,8 @@ def _check(container: "Container", found: Found) -> None:
     if found.details.get("spec") != fingerprint(container):
         raise Invalid(f"checkpoint {found.sequence} is of another image",
                       hint="restore it with the image that it had")  # fmt: skip
+    _externals(container, found.details)
+    _output_in(found.details)
 
 
 async def restore(container: "Container", output: int) -> Watched:
@@ -257,7 +261,7 @@ async def restore(container: "Container", output: int) -> Watched:
     try:
         options = criu.Options(
             images=images, external=_externals(container, details), root=container.root,
-            cgroup=f"/ee/{uid}", inherit={details["output"]: output},
+            cgroup=f"/ee/{uid}", inherit={_output_in(details): output},
         )  # fmt: skip
         pid = await criu.restore(options, uid, notified, log_path)
     finally:
@@ -272,12 +276,31 @@ def _externals(container: "Container", untrusted: dict[str, str]) -> list[str]:
     ours = {f"/etc/{name}": f"{place}/{name}" for name in (*oci.FILES, oci.CA_FILE)}
     ours |= {v.path: volumes.view(place, v.volume) for v in container.spec.volumes}
     found = []
-    for target, device in json.loads(untrusted["mounts"]).items():
+    for target, device in _mounts_in(untrusted).items():
         source = f"/dev/{device}" if device in _DEVICES else ours.get(target, "")
         if not source:
             raise Invalid(f"the checkpoint has something mounted at {target!r:.200}")
         found.append(f"mnt[{target}]:{source}")
     return found
+
+
+def _mounts_in(untrusted: dict[str, str]) -> dict[str, str]:
+    """What was bound into it, as ``_bound_mounts`` found it; Invalid."""
+    try:
+        found = json.loads(untrusted.get("mounts", ""))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(what, str) for what in found.values()):
+        raise Invalid("the checkpoint does not say what was mounted in its container")
+    return found
+
+
+def _output_in(untrusted: dict[str, str]) -> str:
+    """CRIU's name for what its output went to; Invalid."""
+    name = untrusted.get("output", "")
+    if not _OUTPUT.fullmatch(name):
+        raise Invalid("the checkpoint does not say where the output of its container went")
+    return name
 
 
 async def _make_room(container: "Container", output: int) -> None:

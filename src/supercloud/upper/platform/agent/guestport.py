@@ -9,6 +9,9 @@ reads one line::
 Then it loads its virtio-rng driver, which takes what its generator starts from out of ours. So a
 guest that is stopped there can go on in many copies, each of which is another. Nothing is asked of
 it in return: a guest that says it waits and does not harms itself only.
+
+Later it may go on reading: such a line comes again whenever it was stopped for longer than a moment
+(it was restored from a checkpoint, or its platform was), and whenever another agent takes it up.
 """
 
 import asyncio

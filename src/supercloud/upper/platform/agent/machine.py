@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from supercloud.model.errors import BadState, Invalid, Permanent, SupercloudError
-from supercloud.upper.platform.agent import cgroups, frozen_machine
+from supercloud.upper.platform.agent import cgroups, credentials, frozen_machine
 from supercloud.upper.platform.agent.accelerator import KVM, KVM_GROUP
 from supercloud.upper.platform.agent.blobs import path_of
 from supercloud.upper.platform.agent.console import Console
@@ -189,6 +189,11 @@ class Machine:
             if self.spec.image.identity and not self._port.is_open:
                 self._port.tell()  # it may not have heard the agent before us
 
+    def tell(self) -> None:
+        """The time, and a seed, once more: it stood still, or was restored with its platform."""
+        if self.spec.image.identity and self._qmp:
+            self._port.tell()
+
     # -- out of a template
 
     @property
@@ -327,6 +332,7 @@ class Machine:
             arguments += ["-chardev", f"socket,id={name},fd={number},server=on,wait=off"]
         arguments += ["-mon", "chardev=qmp,mode=control", "-serial", "chardev:serial"]
         arguments += DEVICES if spec.image.identity else ()
+        arguments += credentials.arguments(spec, give)
         arguments += self._boot(give)
         for index, claim in enumerate(self._services.volumes.of(spec.uid)):
             arguments += _volume(claim, give, FIRST_VOLUME_FDSET + index)

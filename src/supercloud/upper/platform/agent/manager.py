@@ -76,6 +76,15 @@ class Manager:
             environments=[worker.status() for worker in self._workers.values()],
         )
 
+    def restored(self) -> None:
+        """This platform was: guests that listen are told the time."""
+        for worker in self._workers.values():
+            if isinstance(worker.engine, Machine):
+                try:
+                    worker.engine.tell()
+                except SupercloudError as error:
+                    log.warning("%s is not told the time: %s", worker.spec.name, error)
+
     def find(self, name: str) -> Worker:
         """The EE of that name which is wanted; NotFound."""
         for worker in self._workers.values():

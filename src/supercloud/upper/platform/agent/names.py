@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from supercloud.upper.platform.agent import paths
 from supercloud.upper.platform.agent.networks import Network, check_nic
@@ -29,7 +29,7 @@ def configuration(networks: Iterable[Network]) -> str:
         f"addn-hosts={_HOSTS}", f"dhcp-hostsfile={_LEASES}", f"resolv-file={paths.RESOLVERS}",
         "dhcp-leasefile=/dev/null", "dhcp-authoritative", "local-ttl=1", "cache-size=1000",
         "domain-needed", "bogus-priv", f"local=/{DOMAIN}/", "user=nobody", "group=nogroup",
-        "pid-file", "quiet-dhcp", "leasefile-ro", "port=53",
+        "localise-queries", "pid-file", "quiet-dhcp", "leasefile-ro", "port=53",
     ]  # fmt: skip
     for network in sorted(networks, key=lambda n: n.bridge):
         lines.append(f"interface={network.bridge}")
@@ -51,6 +51,13 @@ def hosts(untrusted_names: Mapping[str, Iterable[str]], ucloud: str) -> str:
                     ip = ipaddress.IPv4Address(address.partition("/")[0])
                     lines.append(f"{ip} {name} {name}.{ucloud}.{DOMAIN}")
     return "\n".join(lines) + "\n"
+
+
+def stores(networks: Iterable[Network], specs: Iterable[EnvironmentSpec]) -> str:
+    """Lines of a hosts file: object stores are at the gateways; ``localise-queries`` says which."""
+    names = sorted({spec.objects.server_name for spec in specs if spec.objects})
+    found = [gateway.ip for network in networks for gateway in network.gateways]
+    return "".join(f"{address} {name}\n" for name in names for address in sorted(found))
 
 
 def leases(specs: Iterable[EnvironmentSpec]) -> str:
@@ -77,12 +84,12 @@ class Names:
         _end_previous()
 
     async def apply(
-        self, networks: Iterable[Network], specs: list[EnvironmentSpec],
+        self, networks: Collection[Network], specs: list[EnvironmentSpec],
         untrusted_names: Mapping[str, Iterable[str]],
     ) -> None:  # fmt: skip
         """Bring files and process in line."""
-        conf = configuration(networks)
-        host_lines, lease_lines = hosts(untrusted_names, self._ucloud), leases(specs)
+        conf, lease_lines = configuration(networks), leases(specs)
+        host_lines = hosts(untrusted_names, self._ucloud) + stores(networks, specs)
         if host_lines + lease_lines != self._files:
             write_private(_HOSTS, host_lines, 0o644)
             write_private(_LEASES, lease_lines, 0o644)

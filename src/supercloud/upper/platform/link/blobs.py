@@ -31,7 +31,7 @@ async def send(asked: Blob, path: str) -> Detach:
         os.close(descriptor)
         raise
     sending = _Sending(descriptor, asked.offset_bytes)
-    return Detach(encode(Empty()), sending.run)
+    return Detach(encode(Empty()), sending.run, sending.close)
 
 
 class _Sending:
@@ -59,6 +59,10 @@ class _Sending:
             with suppress(OSError):
                 await asyncio.wait({coming})  # it uses the descriptor
             os.close(self._descriptor)
+
+    def close(self) -> None:
+        """When nothing has been read, nor will be."""
+        os.close(self._descriptor)
 
     def _read(self) -> "asyncio.Future[bytes]":
         reading = asyncio.to_thread(os.pread, self._descriptor, READ_BYTES, self._offset)

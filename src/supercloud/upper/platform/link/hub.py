@@ -236,11 +236,17 @@ class LinkHub:
             raise Denied("hello comes first, on another connection")
         if session.files >= MAX_FILES:
             raise Busy(f"{session.platform} is being sent {MAX_FILES} files already")
-        with caller.beginning():
-            sending = await blobs.send(asked, await self.owner.blob(session, asked.digest))
-            caller.introduced.set_result(None)
+        session.files += 1  # before anything is waited for: others ask meanwhile
+        try:
+            with caller.beginning():
+                sending = await blobs.send(asked, await self.owner.blob(session, asked.digest))
+                caller.introduced.set_result(None)
+        except BaseException:
+            session.files -= 1
+            raise
         call.peer.name = f"a file for {session.platform}"
-        return Detach(sending.result, partial(self._send, session, sending))
+        then, abandoned = partial(self._send, session, sending), partial(_drop, session, sending)
+        return Detach(sending.result, then, abandoned)
 
     async def _deposit(self, call: Call, asked: Blob) -> Deposited:
         """By the platform's host, on its disk; one at a time, for the disk has room for one."""
@@ -253,13 +259,17 @@ class LinkHub:
     async def _send(
         self, session: AgentSession, sending: Detach, reader: StreamReader, writer: StreamWriter
     ) -> None:
-        session.files += 1
         self._files.add(writer)
         try:
             await sending.then(reader, writer)
         finally:
             self._files.discard(writer)
             session.files -= 1
+
+
+def _drop(session: AgentSession, sending: Detach) -> None:
+    sending.abandoned()
+    session.files -= 1
 
 
 def _of(call: Call) -> _Caller:

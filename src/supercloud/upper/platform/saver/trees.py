@@ -178,14 +178,12 @@ def unpack(image: int, top: str, owner: int) -> None:
     magic, length = _HEADER.unpack(_exactly(image, _HEADER.size, 0))
     if magic != MAGIC or length > MAX_INDEX_BYTES:
         raise Invalid("this is no image of a directory")
-    untrusted = zlib.decompressobj().decompress(
-        _exactly(image, length, _HEADER.size), MAX_INDEX_BYTES
-    )
+    entries = _index(_exactly(image, length, _HEADER.size))
     root = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     directories: list[Entry] = []
     at, first = 0, -(-(_HEADER.size + length) // LARGE_BYTES) * LARGE_BYTES
     try:
-        for entry in json.loads(untrusted):
+        for entry in entries:
             size = int(entry.get("size", 0))
             if size < 0:
                 raise Invalid("an image of a directory has a file of less than nothing")
@@ -198,10 +196,25 @@ def unpack(image: int, top: str, owner: int) -> None:
             with _Parent(root, entry["path"]) as (parent, name):
                 times = entry["mtime_ns"], entry["mtime_ns"]
                 os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise Invalid(f"an image of a directory makes no sense: {error!r:.200}") from error
     finally:
         os.close(root)
+
+
+def _index(untrusted: bytes) -> list[Entry]:
+    """The entries that an image names; what they are is looked at one by one."""
+    reading = zlib.decompressobj()
+    try:
+        text = reading.decompress(untrusted, MAX_INDEX_BYTES)
+        if not reading.eof or reading.unused_data:
+            raise Invalid("an image of a directory has an index that is too large, or cut short")
+        entries = json.loads(text)
+    except (zlib.error, ValueError, RecursionError) as error:
+        raise Invalid(f"an image of a directory has no index: {error!r:.200}") from error
+    if not isinstance(entries, list) or len(entries) > MAX_ENTRIES:
+        raise Invalid(f"an image of a directory has no list of {MAX_ENTRIES} files at most")
+    return entries
 
 
 class _Parent:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -17,10 +17,14 @@ from supercloud.trust.authority import Authority
 from supercloud.upper.platform.link.hub import LinkHub
 from supercloud.upper.platform.link.owner import check_token
 from supercloud.upper.platform.link.session import AgentSession
+from supercloud.wire.checkpoints import CheckpointSnapshot
 from supercloud.wire.messages import Enroll, EnvironmentStatus, Hello, PlatformReport
 
 Changed = Callable[[str], None]
 """Told the key of an object that is worth a look."""
+
+Snapshot = Callable[[CheckpointSnapshot], Awaitable[None]]
+"""Snapshots the volumes of an EE that stands still."""
 
 
 @dataclass(slots=True)
@@ -49,6 +53,8 @@ class Agents:
         self.reports: dict[tuple[str, str], PlatformReport] = {}
         self.reused: set[tuple[str, str]] = set()
         """Platforms whose token came with another key: made anew by somebody, or rebooted."""
+        self.snapshots: dict[tuple[str, str, str], Snapshot] = {}
+        """Who is expected to ask for snapshots now: U-Cloud, platform, uid of the EE."""
 
     def hub(self, ucloud: str) -> LinkHub:
         """The hub of a U-Cloud."""
@@ -155,6 +161,13 @@ class UCloudOwner:
             if any(blob.digest == digest for blob in environment.ready.image.blobs.values()):
                 return str(self._agents.images.blob(digest))
         raise NotFound(f"no EE of platform {session.platform} runs from {digest}")
+
+    async def snapshot(self, session: AgentSession, asked: CheckpointSnapshot) -> None:
+        """See ``Owner``."""
+        snapshot = self._agents.snapshots.get((self._ucloud, session.platform, asked.uid))
+        if snapshot is None:
+            raise Denied(f"no checkpoint of {asked.name} is being taken")
+        await snapshot(asked)
 
     async def connected(self, session: AgentSession) -> None:
         """See ``Owner``."""

@@ -20,7 +20,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from supercloud.model.errors import BadState, Invalid, Permanent, Temporary, Unsupported
-from supercloud.upper.platform.agent import cgroups, criu, namespaces, oci, paths, volumes
+from supercloud.upper.platform.agent import (
+    cgroups,
+    criu,
+    namespaces,
+    oci,
+    paths,
+    standstill,
+    volumes,
+)
 from supercloud.upper.platform.agent.processes import Watched, run, start_ticks
 from supercloud.upper.platform.agent.saving import (
     ANSWER_TIMEOUT_S,
@@ -34,6 +42,7 @@ from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
 
 if TYPE_CHECKING:
     from supercloud.upper.platform.agent.container import Container
+    from supercloud.upper.platform.agent.engine import Services
 
 ENGINE = "criu"
 FREEZE_TIMEOUT_S = 10.0
@@ -43,36 +52,37 @@ _DEVICES = ("null", "zero", "full", "tty", "random", "urandom")
 _USERNS_MAGIC = (0x54564319, 0x55474906)
 
 
-def refusal(container: "Container") -> str:
-    """Why this container cannot be checkpointed; empty if it can."""
-    names = ", ".join(v.volume for v in container.spec.volumes if not v.read_only)
-    if names:
-        return f"it writes to volumes ({names}), which a checkpoint does not hold"
+def refusal() -> str:
+    """Why no container can be checkpointed here; empty if they can."""
     if not os.path.exists("/usr/sbin/criu"):
         return "CRIU is not in this image"
     return ""
 
 
 async def take(
-    container: "Container", wanted: CheckpointTake, ucloud: str, process: Watched
+    container: "Container", wanted: CheckpointTake, services: "Services", process: Watched
 ) -> CheckpointTaken:
     """A checkpoint of a running one, which stands still for a moment."""
     await criu.check()
+    standstill.check(container.spec, wanted)
     uid, group = container.spec.uid, cgroups.path_of(container.spec.uid)
     with workplace(uid) as place:
         os.mkdir(f"{place}/criu", 0o700)
         request = Take(
-            ucloud=ucloud, ee=wanted.name, engine=ENGINE, store=wanted.store, head=wanted.head,
-            directory=place, layer=f"{container.places.layer}/upper", owner=container.base_id,
-            details={"spec": fingerprint(container)},
+            ucloud=services.ucloud, ee=wanted.name, engine=ENGINE, store=wanted.store,
+            head=wanted.head, directory=place, layer=f"{container.places.layer}/upper",
+            owner=container.base_id, details={"spec": fingerprint(container)},
         )  # fmt: skip
         async with saver(log_path=f"{container.places.run}/saver.log") as helper:
             await helper.ask("take", request, Ready, ANSWER_TIMEOUT_S)
             check_processes(group, process.pid)
+            await standstill.ahead(services.volumes, uid)
             begun_s = time.monotonic()
             try:
-                fifo = f"{container.places.run}/output"
-                details = await _dump(process.pid, group, place, fifo)
+                await _freeze(group)
+                dumping = _dump(process.pid, group, place, f"{container.places.run}/output")
+                keeping = standstill.keep(services.volumes, wanted, services.snapshot)
+                details = await standstill.together(dumping, keeping)
                 await helper.ask("capture", None, Captured, PAUSE_TIMEOUT_S)
             finally:
                 cgroups.thaw(uid)
@@ -123,12 +133,15 @@ def _parent(pid: int) -> int:
         return 0
 
 
-async def _dump(pid: int, group: str, place: str, fifo: str) -> dict[str, str]:
-    """Freeze and dump; it stays frozen. What a restore has to know."""
+async def _freeze(group: str) -> None:
     try:
         await cgroups.freeze(group, FREEZE_TIMEOUT_S)
     except TimeoutError:
         raise Temporary("it did not come to a stand") from None
+
+
+async def _dump(pid: int, group: str, place: str, fifo: str) -> dict[str, str]:
+    """Dump it; it stays frozen. What a restore has to know."""
     output, mounts = output_of(pid, fifo), _bound_mounts(pid)
     external = [output, *(f"mnt[{path}]:{path}" for path in mounts)]
     images = os.open(f"{place}/criu", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -203,7 +216,7 @@ async def fetch(container: "Container", ucloud: str) -> None:
     place, upper = f"{layer}/restore", f"{layer}/upper"
     if wanted is None or os.path.exists(f"{place}/details"):
         return
-    if reason := refusal(container):
+    if reason := refusal():
         raise Unsupported(f"{container.spec.name} cannot be restored: {reason}")
     remove_tree(place)
     remove_tree(upper)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from supercloud.model.errors import Denied
 from supercloud.model.events import Event
+from supercloud.wire.checkpoints import CheckpointSnapshot
 from supercloud.wire.messages import Enroll, Hello, PlatformReport
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ class Owner(Protocol):
 
     async def blob(self, session: "AgentSession", digest: str) -> str:
         """The path of a blob that this platform may have; NotFound."""
+        ...
+
+    async def snapshot(self, session: "AgentSession", asked: CheckpointSnapshot) -> None:
+        """Snapshot the volumes of an EE that stands still; Denied unless that is expected."""
         ...
 
     async def connected(self, session: "AgentSession") -> None:

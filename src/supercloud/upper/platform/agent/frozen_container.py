@@ -80,7 +80,7 @@ async def take(
             begun_s = time.monotonic()
             try:
                 await _freeze(group)
-                dumping = _dump(process.pid, group, place, f"{container.places.run}/output")
+                dumping = _dump(container, process.pid, group, place)
                 keeping = standstill.keep(services.volumes, wanted, services.snapshot)
                 details = await standstill.together(dumping, keeping)
                 await helper.ask("capture", None, Captured, PAUSE_TIMEOUT_S)
@@ -140,9 +140,10 @@ async def _freeze(group: str) -> None:
         raise Temporary("it did not come to a stand") from None
 
 
-async def _dump(pid: int, group: str, place: str, fifo: str) -> dict[str, str]:
+async def _dump(container: "Container", pid: int, group: str, place: str) -> dict[str, str]:
     """Dump it; it stays frozen. What a restore has to know."""
-    output, mounts = output_of(pid, fifo), _bound_mounts(pid)
+    output = output_of(pid, f"{container.places.run}/output")
+    mounts = _bound_mounts(pid, {volume.path for volume in container.spec.volumes})
     external = [output, *(f"mnt[{path}]:{path}" for path in mounts)]
     images = os.open(f"{place}/criu", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -170,8 +171,11 @@ def output_of(pid: int, fifo: str) -> str:
     raise Unsupported("its first program has closed its output, or writes it elsewhere")
 
 
-def _bound_mounts(pid: int) -> dict[str, str]:
-    """Mount points that show something of the platform: a device's name, or empty for ours."""
+def _bound_mounts(pid: int, volumes: set[str]) -> dict[str, str]:
+    """Mount points that show something of the platform: a device's name, or empty for ours.
+
+    ``volumes`` are those of volumes, each a file system of its own.
+    """
     found = {}
     with open(f"/proc/{pid}/mountinfo") as file:
         for line in file:
@@ -182,7 +186,9 @@ def _bound_mounts(pid: int) -> dict[str, str]:
                 continue
             if kind == "devtmpfs":
                 found[target] = root.removeprefix("/")
-            elif kind not in ("proc", "sysfs", "cgroup2", "devpts", "mqueue") and root != "/":
+            elif kind not in ("proc", "sysfs", "cgroup2", "devpts", "mqueue") and (
+                root != "/" or target in volumes
+            ):
                 found[target] = ""
     return found
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from supercloud.model.errors import NotFound, SupercloudError
@@ -21,6 +21,9 @@ UP, DOWN, PURGE, TAKE, BACK = "up", "down", "purge", "take", "back"
 NAME = "web"
 
 WRITES = {**WEB, "volumes": [{"name": "data", "path": "/data"}]}
+
+REVOKED = [(TAKE, []), (DOWN, [(6, True), (7, False)]), (BACK, [(7, True)])]
+"""The host revoked keys, and nobody wrote down that they are no good any more."""
 
 kills = st.builds(lambda at, after: (at, after), st.integers(1, 40), st.booleans())
 
@@ -239,6 +242,7 @@ async def _rows(story):
     ),
     st.booleans(),
 )
+@example(chapters=REVOKED, disk=False)
 def test_any_story_of_checkpoints_and_kills_ends_as_wished(chapters, disk):
     with tempfile.TemporaryDirectory() as directory:
         run(_tell(Path(directory), chapters, disk=disk))

@@ -7,6 +7,7 @@ VM's shell counts. Both show whether what comes back is the moment that was kept
 import asyncio
 import hashlib
 import re
+import shutil
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,21 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from supercloud.model.errors import BadState, Busy, NotFound, SupercloudError, Unsupported
-from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken, RestoreFrom
+from supercloud.model.errors import (
+    BadState,
+    Busy,
+    Denied,
+    NotFound,
+    SupercloudError,
+    Unsupported,
+)
+from supercloud.upper.platform.agent.filesystem import superblock
+from supercloud.wire.checkpoints import (
+    CheckpointSnapshot,
+    CheckpointTake,
+    CheckpointTaken,
+    RestoreFrom,
+)
 from supercloud.wire.messages import EnvironmentSpec, Exec, ImageRef, Logs, Process, VolumeMount
 from support.platform import FIRST_PORT, Platform, blob, booted, machine, nic, web
 from support.store_way import StoreWay, store_way
@@ -45,6 +59,13 @@ DISK_WRITER = (
     ).ljust(510, b"\0")
     + b"\x55\xaa"
 )
+LISTING = Process(
+    argv=[
+        "/bin/sh", "-c",
+        "/bin/serve & n=0; : > /data/all; while :; do n=$((n+1)); echo $n >> /data/all; sleep 0.1; done",
+    ]
+)  # fmt: skip
+SNAPSHOT = "supercloud-0123456789abcdef"
 KILL = """
 agent=$(ps -o pid,args | awk '/platform.agent$/ && $1 != 1 {print $1}')
 until ps -o args | grep -q 'STAGE'; do :; done
@@ -104,6 +125,14 @@ async def state(platform: Platform) -> int:
             return int(words[0])
         await asyncio.sleep(0.1)
     raise AssertionError(out)
+
+
+async def listed(platform: Platform) -> int:
+    """The last number in the container's file; none is missing before it, and none there twice."""
+    _, out = await platform.execute("chain", "cat", "/data/all")
+    words = out.decode().split()
+    assert words == [str(n) for n in range(1, len(words) + 1)], "memory and volume differ"
+    return len(words)
 
 
 async def logged(platform: Platform, name: str) -> list[str]:
@@ -360,17 +389,79 @@ async def test_a_vms_disk_is_kept_with_it(platform: Platform, way: StoreWay) -> 
     await gone(platform, "machine")
 
 
-@pytest.mark.long
-async def test_who_writes_to_a_volume_is_refused(platform: Platform, way: StoreWay) -> None:
-    spec = chain(platform, "chain-9", volumes=[VolumeMount(volume="data", path="/data", slot=1)])
-    disk = Path(platform.directory) / "volume"
+@pytest.mark.long  # tests/system/test_checkpoints.py shows the like
+async def test_what_a_container_writes_to_a_volume_is_of_the_same_moment(
+    platform: Platform, way: StoreWay, tmp_path: Path
+) -> None:
+    """The disk is copied while it stands still: what is there is whole, and goes with its memory."""
+    volume = VolumeMount(volume="data", path="/data", slot=1)
+    spec = chain(platform, "chain-9", volumes=[volume], process=LISTING)
+    disk, copy = tmp_path / "disk", tmp_path / "copy"
     with disk.open("wb") as file:
         file.truncate(64 << 20)
     await platform.plug(disk, 1)
     await platform.apply(spec)
     await platform.until("chain", "serving", uid="chain-9")
-    with pytest.raises(Unsupported, match=r"writes to volumes \(data\)"):
+    owner, asked = platform.link.owner, []
+
+    async def snapshot(wanted: CheckpointSnapshot) -> None:
+        asked.append(wanted)
+        shutil.copyfile(disk, copy)
+
+    with pytest.raises(Unsupported, match="takes no snapshots"):
         await take(platform, way, spec)
+    with pytest.raises(Denied, match="no checkpoint"):  # the control plane has its reasons
+        await take(platform, way, spec, snapshot=SNAPSHOT)
+    before = await listed(platform)
+    async with asyncio.timeout(60):
+        while await listed(platform) <= before:  # it goes on, and so does the file system
+            await asyncio.sleep(0.2)
+    owner.snapshotting = snapshot
+    taken = await take(platform, way, spec, snapshot=SNAPSHOT)
+    assert asked == [CheckpointSnapshot(name="chain", uid="chain-9", snapshot=SNAPSHOT)]
+    found = superblock(copy.read_bytes()[1024:2048])
+    assert found is not None
+    assert found.is_clean, "its file system stood still, too"
+    later = await listed(platform)
+    await gone(platform, "chain")
+    await platform.unplug(1)
+    await platform.plug(copy, 1)
+    back = chain(
+        platform, "chain-12", volumes=[volume], process=LISTING,
+        restore=restored_from(way, taken, "chain"),
+    )  # fmt: skip
+    await platform.apply(back)
+    await platform.until("chain", "serving", uid="chain-12")
+    assert await listed(platform) <= later
+    now = await listed(platform)
+    async with asyncio.timeout(60):
+        while await listed(platform) <= now:
+            await asyncio.sleep(0.2)
+
+    async def hang(_: CheckpointSnapshot) -> None:
+        stopped.set()
+        await asyncio.Event().wait()
+
+    stopped, owner.snapshotting = asyncio.Event(), hang
+    status = await platform.status("chain")
+    taking = asyncio.ensure_future(take(platform, way, back, snapshot=SNAPSHOT))
+    await stopped.wait()
+    old = platform.link.hub.sessions[platform.name]
+    await platform.shell(
+        "kill -9 $(ps -o pid,args | awk '/platform.agent$/ && $1 != 1 {print $1}')"
+    )
+    with pytest.raises(SupercloudError):
+        await taking
+    async with asyncio.timeout(60):
+        while platform.link.hub.sessions.get(platform.name) in (None, old):
+            await asyncio.sleep(0.1)
+    after = await platform.until("chain", "serving")
+    assert status is not None
+    assert (after.pid, after.restarts) == (status.pid, 0)
+    now = await listed(platform)
+    async with asyncio.timeout(60):
+        while await listed(platform) <= now:  # the next agent has thawed what this one had frozen
+            await asyncio.sleep(0.2)
     await gone(platform, "chain")
     await platform.unplug(1)
 

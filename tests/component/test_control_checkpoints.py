@@ -389,10 +389,10 @@ async def test_refusals_come_before_any_effect_and_name_their_place(world):
     with pytest.raises(NoResources, match="disk quota") as refused:
         await service.up(manifest(world, checkpoint={"capacity": "1TiB"}))
     assert "checkpoint.capacity" in refused.value.where
-    writing = environment("web", checkpoint={}, volumes=[{"name": "data", "path": "/d"}])
-    volumes = [{"name": "data", "size": "1MiB"}]
-    with pytest.raises(Unsupported, match="do not hold volumes"):
-        await service.up(manifest(world, [writing], volumes=volumes))
+    writing = environment("web", volumes=[{"name": "data", "path": "/d"}])
+    whole = {"volumes": [{"name": "data", "size": "1MiB"}], "platform": {"checkpoint": {}}}
+    with pytest.raises(Unsupported, match="disks that its machine does not know"):
+        await service.up(manifest(world, [writing], **whole))
     with pytest.raises(Invalid, match="store's own"):
         await service.up(manifest(world, buckets=[{"name": BUCKET, "quota": "1MiB"}]))
     with pytest.raises(NotFound, match="no checkpoints"):

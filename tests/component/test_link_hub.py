@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from supercloud.model.errors import Busy, Denied, Invalid, NotFound, Permanent, Temporary
+from supercloud.model.errors import (
+    Busy,
+    Denied,
+    Invalid,
+    NotFound,
+    Permanent,
+    SupercloudError,
+    Temporary,
+)
 from supercloud.model.events import Event
 from supercloud.trust import keys, tls
 from supercloud.trust.names import Identity, control_of
@@ -425,3 +433,33 @@ async def test_strangers_are_limited_and_do_not_keep_the_enrolled_out(link, agen
             link.context(await link.enroll("p2", link.owner.expect("p2")))
         ) as late:
             await late.call("agent.hello", link.hello("p2"))
+
+
+async def test_snapshots_are_asked_of_the_owner_by_the_present_session_alone(link):
+    """What the owner answers, or raises, is what the agent hears."""
+    asked = {"name": "web", "uid": "e1", "snapshot": "supercloud-0123456789abcdef"}
+    token = link.owner.expect("p1")
+    files = await link.enroll("p1", token)
+    async with link.dial(link.context(files)) as older, link.dial(link.context(files)) as peer:
+        with pytest.raises(Denied, match="hello comes first"):
+            await peer.call("checkpoint.snapshot", asked)
+        await older.call("agent.hello", link.hello())
+        with pytest.raises(Denied, match="no checkpoint of web"):
+            await older.call("checkpoint.snapshot", asked)
+        seen = []
+
+        async def take(wanted):
+            seen.append(wanted.snapshot)
+
+        link.owner.snapshotting = take
+        await peer.call("agent.hello", link.hello())
+        assert await peer.call("checkpoint.snapshot", asked) == {}
+        assert seen == [asked["snapshot"]]
+        with pytest.raises(Invalid):
+            await peer.call("checkpoint.snapshot", {**asked, "snapshot": "mine"})
+        with pytest.raises(SupercloudError):  # it was abandoned
+            await older.call("checkpoint.snapshot", asked)
+        assert len(seen) == 1
+    async with link.dial(link.context()) as stranger:
+        with pytest.raises(Denied):
+            await stranger.call("checkpoint.snapshot", asked)

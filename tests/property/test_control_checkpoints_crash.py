@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from supercloud.model.errors import NotFound, SupercloudError
@@ -19,6 +19,11 @@ from support.control import Kill, World
 LONG = bool(os.environ.get("SUPERCLOUD_LONG"))
 UP, DOWN, PURGE, TAKE, BACK = "up", "down", "purge", "take", "back"
 NAME = "web"
+
+WRITES = {**WEB, "volumes": [{"name": "data", "path": "/data"}]}
+
+REVOKED = [(TAKE, []), (DOWN, [(6, True), (7, False)]), (BACK, [(7, True)])]
+"""The host revoked keys, and nobody wrote down that they are no good any more."""
 
 kills = st.builds(lambda at, after: (at, after), st.integers(1, 40), st.booleans())
 
@@ -30,11 +35,13 @@ def run(coroutine):
 class Story:
     """What is done to a U-Cloud with one EE, and what must be so afterwards.
 
-    ``whole``: checkpoints are of its platform.
+    ``whole``: checkpoints are of its platform. ``disk``: the EE writes to a volume, too.
     """
 
-    def __init__(self, directory: Path, *, whole: bool = False) -> None:
-        self.world, self.whole = World(directory), whole
+    def __init__(self, directory: Path, *, whole: bool = False, disk: bool = False) -> None:
+        self.world, self.whole, self.disk = World(directory), whole, disk
+        self.written: list[str] = []  # what is on the volume
+        self.snapshots: dict[int, list[str]] = {}  # by number: what was on it then
         self.name = "" if whole else NAME  # of what there are checkpoints
         self.words: list[str] = []  # what the EE has in mind; nothing while it is down
         self.taken: dict[int, list[str]] = {}  # by number: what it had in mind then
@@ -60,6 +67,8 @@ class Story:
 
     async def _up(self):
         wish = manifest(self.world, [WEB])
+        if self.disk:
+            wish = manifest(self.world, [WRITES], volumes=[{"name": "data", "size": "1MiB"}])
         if self.whole:
             platform, one = {"checkpoint": {"keep": 3}}, {"hosts": "1"}
             wish = manifest(self.world, [PLAIN], platform=platform, options=one)
@@ -121,8 +130,11 @@ class Story:
         if what is PURGE:
             assert _stored(self.world.directory) == {}
             self.words, self.taken, self.newest, self.restores = [], {}, 0, 0
+            self.written, self.snapshots = [], {}
             return
         await self.world.until(self._collected, "what is too much has left the store")
+        if self.disk:
+            await self.world.until(self._no_orphans, "the volume has its checkpoints' snapshots")
         if what is DOWN:
             self.words, self.restores = [], 0
             kept = await document(self.world, self.name)
@@ -135,11 +147,13 @@ class Story:
         assert numbers == sorted(set(numbers))
         if what is TAKE:
             self.newest = numbers[-1]
-            self.taken |= {n: list(self.words) for n in numbers if n not in self.taken}
+            for n in set(numbers) - self.taken.keys():
+                self.taken[n], self.snapshots[n] = list(self.words), list(self.written)
             self.taken = {n: self.taken[n] for n in numbers}
         assert numbers == list(self.taken)
         if what is BACK and self.taken:
             self.words = list(self.taken[min(self.taken)])
+            self.written = list(self.snapshots[min(self.taken)])
             owner = await self.world.app.plane.state.ucloud("test")
             self.restores = owner.restores[self.name].number
         assert pretended.remembered(NAME) == self.words
@@ -149,6 +163,19 @@ class Story:
         word = f"word {len(pretended.remembered(NAME))} of {what}"
         pretended.remember(NAME, word)
         self.words.append(word)
+        if self.disk:
+            volume = pretended.volumes.volumes["data"]
+            assert volume.words == self.written
+            for item in kept.kept:
+                assert volume.snapshots[item.snapshots["data"]] == self.snapshots[item.sequence]
+            pretended.volumes.write("data", word)
+            self.written.append(word)
+
+    async def _no_orphans(self):
+        kept = await document(self.world, self.name)
+        wanted = {item.snapshots["data"] for item in kept.kept} if kept else set()
+        there = self.world.volumes()
+        return "data" not in there or set(there["data"]["snapshots"]) == wanted
 
     async def _collected(self):
         kept = await document(self.world, self.name)
@@ -181,8 +208,8 @@ def _stored(directory):
     return found
 
 
-async def _tell(directory, chapters, *, whole=False):
-    story = Story(directory, whole=whole)
+async def _tell(directory, chapters, **kind):
+    story = Story(directory, **kind)
     for what, points in chapters:
         await story.chapter(what, points)
     await story.chapter(PURGE, [])
@@ -212,11 +239,13 @@ async def _rows(story):
         ),
         min_size=3,
         max_size=6,
-    )
+    ),
+    st.booleans(),
 )
-def test_any_story_of_checkpoints_and_kills_ends_as_wished(chapters):
+@example(chapters=REVOKED, disk=False)
+def test_any_story_of_checkpoints_and_kills_ends_as_wished(chapters, disk):
     with tempfile.TemporaryDirectory() as directory:
-        run(_tell(Path(directory), chapters))
+        run(_tell(Path(directory), chapters, disk=disk))
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -261,3 +290,33 @@ def test_every_single_effect_on_checkpoints_may_be_the_last(after, what, tmp_pat
         directory = tmp_path / str(number)
         directory.mkdir()
         run(_tell(directory, [*before, (what, [(number, after)]), (TAKE, []), (BACK, [])]))
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("what", [TAKE, BACK])
+def test_every_single_effect_on_an_environment_and_its_volume_may_be_the_last(
+    after, what, tmp_path
+):
+    before = [(TAKE, []), (TAKE, []), (TAKE, []), (TAKE, [])][: 3 if what is TAKE else 1]
+
+    async def count():
+        story = Story(tmp_path / "count", disk=True)
+        for chapter in before:
+            await story.chapter(*chapter)
+        return await story.chapter(what, [])
+
+    (tmp_path / "count").mkdir()
+    life = run(count())
+    mine = ("checkpoint", "volume", "ucloud/", "environment/", "link.apply")
+    points = [n for n, name in enumerate(life, start=1) if any(word in name for word in mine)]
+    wanted = {
+        TAKE: {"link.checkpoint", "provider.volume_snapshot", "provider.volume_forget"},
+        BACK: {"provider.volume_detach", "provider.volume_revert", "provider.volume_attach"},
+    }[what]
+    assert wanted <= set(life)
+    step = 1 if LONG else 3
+    for number in points[after::step]:
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        story = [*before, (what, [(number, after)]), (TAKE, []), (BACK, [])]
+        run(_tell(directory, story, disk=True))

@@ -6,7 +6,7 @@ import datetime as dt
 import secrets
 import ssl
 from asyncio import StreamReader, StreamWriter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from supercloud.control import bootdata
@@ -20,6 +20,7 @@ from supercloud.upper.platform.agent.fetch import Source
 from supercloud.upper.platform.link.hub import ALPN, LinkHub
 from supercloud.upper.platform.link.owner import check_token, token_hash
 from supercloud.upper.platform.link.session import AgentSession
+from supercloud.wire.checkpoints import CheckpointSnapshot
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.messages import (
     PROTOCOL,
@@ -33,6 +34,10 @@ from supercloud.wire.messages import (
 from supercloud.wire.peer import Handler, Peer
 
 
+async def _refuse(asked: CheckpointSnapshot) -> None:
+    raise Denied(f"no checkpoint of {asked.name} is being taken")
+
+
 class MemoryOwner:
     """What the control plane does for a hub, without a store. ``seen`` gets all it is told."""
 
@@ -40,6 +45,7 @@ class MemoryOwner:
         self.token_hashes: dict[str, str] = {}
         self.pins: dict[str, str] = {}
         self.paths: dict[str, Path] = {}
+        self.snapshotting: Callable[[CheckpointSnapshot], Awaitable[None]] = _refuse
         self.seen: asyncio.Queue[tuple[str, str, object]] = asyncio.Queue()
 
     def expect(self, platform: str) -> str:
@@ -75,6 +81,10 @@ class MemoryOwner:
 
     async def deposit(self, _session: AgentSession, _asked: Blob) -> Deposited:
         raise Unsupported("nothing is laid down on disks here")
+
+    async def snapshot(self, session: AgentSession, asked: CheckpointSnapshot) -> None:
+        self.seen.put_nowait(("snapshot", session.platform, asked))
+        await self.snapshotting(asked)
 
     async def connected(self, session: AgentSession) -> None:
         self.seen.put_nowait(("connected", session.platform, session))

@@ -1,8 +1,9 @@
 """Checkpoints from a manifest: a container and a nested VM go back to what they were, by the CLI.
 
 A real host, platform, agent and object store. The container's program has a hash chain in its
-memory and writes each link to its layer; the VM's shell counts in a variable and in a file. The
-tests share one host and go on from each other, in this order.
+memory, writes each link to its layer, and adds its number to a list on a volume; the VM's shell
+counts in a variable, in a file and on the disk of a volume. The tests share one host and go on from
+each other, in this order.
 """
 
 import hashlib
@@ -22,11 +23,16 @@ pytestmark = [pytest.mark.vm, pytest.mark.root]
 
 PATTERN = "a-word-that-nobody-else-may-read"
 CHAIN = (
-    "/bin/serve & n=0; h=begin; while :; do n=$((n+1)); h=$(echo $h $n | busybox sha256sum); "
-    "h=${h%% *}; echo $n $h > /tmp/.chain; mv /tmp/.chain /tmp/chain; sleep 0.1; done"
+    "/bin/serve & n=0; h=begin; : > /links/all; while :; do n=$((n+1)); "
+    "h=$(echo $h $n | busybox sha256sum); h=${h%% *}; echo $n >> /links/all; "
+    "echo $n $h > /tmp/.chain; mv /tmp/.chain /tmp/chain; sleep 0.1; done"
+)
+READ_DISK = (
+    "sync; echo 3 > /proc/sys/vm/drop_caches; echo is-$MEM-$(cat /tmp/f)-$(head -c 3 /dev/vda)"
 )
 BODY = """\
 platform: {{memory: 1GiB}}
+volumes: [{{name: links, size: 64MiB}}, {{name: blocks, size: 16MiB}}]
 environments:
   - name: chain
     kind: container
@@ -34,12 +40,14 @@ environments:
     command: [/bin/sh, -c, "WORD={word}; {chain}"]
     memory: 64MiB
     ports: [8080]
+    volumes: [{{name: links, path: /links}}]
     checkpoint: {{keep: 2}}
   - name: machine
     kind: vm
     image: {examples}/vm
     memory: 128MiB
     ports: [8080]
+    volumes: [{{name: blocks}}]
     checkpoint: {{keep: 1}}
 """
 
@@ -70,6 +78,18 @@ class Kept:
         words = self.stack.cli("exec", "kept/chain", "--", "cat", "/tmp/chain").stdout.split()
         assert words[1] == link(int(words[0])), "the chain is broken"
         return int(words[0])
+
+    def listed(self) -> int:
+        """The last number on the volume; none is missing before it, and none there twice."""
+        words = self.stack.cli("exec", "kept/chain", "--", "cat", "/links/all").stdout.split()
+        assert words == [str(n) for n in range(1, len(words) + 1)], "memory and volume differ"
+        return len(words)
+
+    def snapshots(self, volume: str) -> list[str]:
+        """What its snapshots are for."""
+        view = self.stack.json("volumes", "inspect", f"kept/{volume}")
+        assert sorted(view["purposes"]) == sorted(view["snapshots"])
+        return sorted(view["purposes"].values())
 
     def rows(self) -> dict[str, dict[str, Any]]:
         return {row["name"]: row for row in self.stack.json("ps")}
@@ -104,16 +124,21 @@ def test_a_container_goes_back_to_a_checkpoint_under_its_address(kept: Kept) -> 
     assert re.search(r"checkpoint 1, stood still for \d+ ms", said)
     at = kept.number()
     wait_for(lambda: kept.number() > at + 20, 60)
+    before_it = kept.listed()
     kept.stack.cli(
         "exec", "kept/chain", "--", "sh", "-c", "echo second > /tmp/mine; touch /tmp/new"
     )
-    assert "is back at checkpoint 1" in kept.stack.cli("restore", "kept/chain").stdout
+    done = kept.stack.cli("restore", "kept/chain").stdout
+    assert "is back at checkpoint 1" in done
+    assert "its volumes (links): what was written to them since is lost" in done
+    assert kept.listed() < before_it + 10, "the volume went back, too"
     assert kept.stack.cli("exec", "kept/chain", "--", "ls", "/tmp").stdout.split() == [
         "chain", "mine", "www",
     ]  # fmt: skip
     assert kept.stack.cli("exec", "kept/chain", "--", "cat", "/tmp/mine").stdout == "first\n"
-    now = kept.number()
+    now, listed = kept.number(), kept.listed()
     wait_for(lambda: kept.number() > now, 60)  # it goes on, link by link
+    wait_for(lambda: kept.listed() > listed, 60)
     after = kept.rows()["chain"]
     assert (after["address"], after["urls"]) == (before["address"], before["urls"])
 
@@ -123,24 +148,29 @@ def test_only_so_many_are_kept_and_an_older_one_can_be_chosen(kept: Kept) -> Non
         kept.stack.cli("checkpoint", "kept/chain")
     found = [item["number"] for item in kept.of("chain")["checkpoints"]]
     assert sorted(found) == [2, 3]
+    wanted = ["checkpoint 2 of chain", "checkpoint 3 of chain"]
+    wait_for(lambda: kept.snapshots("links") == wanted, 60)
     kept.stack.cli("exec", "kept/chain", "--", "sh", "-c", "touch /tmp/later")
     kept.stack.cli("restore", "kept/chain", "--checkpoint", "2")
     assert "later" not in kept.stack.cli("exec", "kept/chain", "--", "ls", "/tmp").stdout
+    assert kept.listed()
+    assert kept.snapshots("links") == wanted, "the later one stays"
     refused = kept.stack.cli("restore", "kept/chain", "--checkpoint", "1", status=None)
     assert refused.returncode != 0
     assert "1" in refused.stderr
 
 
 def test_a_nested_machine_goes_back_with_its_memory(kept: Kept) -> None:
-    kept.shell("MEM=kept-in-memory; echo one > /tmp/f", r"#")
-    kept.shell("echo is-$MEM-$(cat /tmp/f)", r"is-kept-in-memory-one")
+    kept.shell("MEM=kept-in-memory; echo one > /tmp/f; echo one > /dev/vda", r"#")
+    kept.shell(READ_DISK, r"is-kept-in-memory-one-one")
     said = kept.stack.cli("checkpoint", "kept/machine").stdout
     assert "stood still for" in said
-    kept.shell("MEM=changed; echo two > /tmp/f; echo is-$MEM-$(cat /tmp/f)", r"is-changed-two")
+    kept.shell("MEM=changed; echo two > /tmp/f; echo two > /dev/vda", r"#")
+    kept.shell(READ_DISK, r"is-changed-two-two")
     (one,) = kept.of("machine")["checkpoints"]
     wait_for(lambda: time.time() - one["taken_s"] > LAG_S, 2 * LAG_S)
     kept.stack.cli("restore", "kept/machine")
-    kept.shell("echo is-$MEM-$(cat /tmp/f)", r"is-kept-in-memory-one")
+    kept.shell(READ_DISK, r"is-kept-in-memory-one-one")
     wait_for(kept.has_the_time, 60)
     wait_for(lambda: kept.rows()["machine"]["state"] == "serving", 60)
     assert one["memory_bytes"] > 0

@@ -45,14 +45,15 @@ async def test_no_increment_lies_over_the_old_base_once_a_new_one_was_begun(
     monkeypatch.setattr(frozen_machine, "fingerprint", lambda _: {})
     monkeypatch.setattr(paths, "CHECKPOINTS", str(tmp_path / "checkpoints"))
     places = SimpleNamespace(run=str(tmp_path))
-    spec = SimpleNamespace(uid="u1", name="vm")
+    spec = SimpleNamespace(uid="u1", name="vm", volumes=[])
     machine: Any = SimpleNamespace(spec=spec, qmp=Qemu(), places=places, has_disk=False)
+    services: Any = SimpleNamespace(ucloud="u")
     process = Watched(os.getpid(), 0.0)
     try:
         frozen_machine._keep_base(machine, process, "old")
         wanted = CheckpointTake(name="vm", uid="u1", store=STORE)
         with pytest.raises(Temporary, match="the store is gone"):
-            await frozen_machine.take(machine, wanted, "u", process)
+            await frozen_machine.take(machine, wanted, services, process)
         assert frozen_machine._base(machine, process) == ""
     finally:
         process.close()

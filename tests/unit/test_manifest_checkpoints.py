@@ -91,12 +91,16 @@ def test_a_bare_number_gets_a_hint():
     assert problem(web(", checkpoint: {every: 600}")).hint == "did you mean '600s'?"
 
 
-def test_an_environment_that_writes_to_a_volume_is_refused_with_the_reason():
-    error = problem(web(", checkpoint: {}", ", volumes: [{name: data, path: /data}]"))
+def test_an_environment_that_writes_to_a_raw_volume_is_refused_with_the_reason(monkeypatch):
+    writes = web(", checkpoint: {}", ", volumes: [{name: data, path: /data}]")
+    reads = web(", checkpoint: {}", ", volumes: [{name: data, path: /data, read_only: true}]")
+    read(writes)
+    monkeypatch.setitem(globals(), "HEAD", HEAD.replace("1MiB}", "1MiB, format: raw}"))
+    error = problem(writes)
     assert isinstance(error, Unsupported)
     assert "environments[0].checkpoint" in error.where
-    assert "'data', which it may write to: checkpoints do not hold volumes" in error.message
-    read(web(", checkpoint: {}", ", volumes: [{name: data, path: /data, read_only: true}]"))
+    assert "'data', which it may write to and which is raw" in error.message
+    read(reads)
 
 
 def test_platforms_are_not_checkpointed_where_volumes_are_used():

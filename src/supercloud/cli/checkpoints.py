@@ -89,6 +89,8 @@ def restore(arguments: argparse.Namespace) -> None:
     how = "goes back" if arguments.no_wait else "is back"
     text = f"{done['ucloud']}/{done['name']} {how} at checkpoint {done['number']}"
     print(printable(f"{text}, on {done['platform']}"))
+    if volumes := ", ".join(done.get("volumes", [])):
+        print(printable(f"so are its volumes ({volumes}): what was written to them since is lost"))
 
 
 def _await_restored(

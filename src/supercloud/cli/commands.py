@@ -171,7 +171,7 @@ COMMANDS = {
         *WAIT,
     ),
     "restore": Command(
-        "Make an environment or a platform anew from one of its checkpoints.",
+        "Make an environment or a platform anew from one of its checkpoints, with its volumes.",
         "checkpoints:restore",
         Argument(
             "name",

@@ -17,6 +17,7 @@ from supercloud.trust.authority import Authority
 from supercloud.upper.platform.link.hub import LinkHub
 from supercloud.upper.platform.link.owner import check_token
 from supercloud.upper.platform.link.session import AgentSession
+from supercloud.wire.checkpoints import CheckpointSnapshot
 from supercloud.wire.messages import (
     Blob,
     Deposited,
@@ -31,6 +32,9 @@ Changed = Callable[[str], None]
 
 Deposit = Callable[[PlatformDocument, Blob, Path], Awaitable[Deposited]]
 """Lays a file down on a platform's disk; see ``control.deposits``."""
+
+Snapshot = Callable[[CheckpointSnapshot], Awaitable[None]]
+"""Snapshots the volumes of an EE that stands still."""
 
 
 @dataclass(slots=True)
@@ -60,6 +64,8 @@ class Agents:
         self.deposit: Deposit = _no_deposits
         self.reused: set[tuple[str, str]] = set()
         """Platforms whose token came with another key: made anew by somebody, or rebooted."""
+        self.snapshots: dict[tuple[str, str, str], Snapshot] = {}
+        """Who is expected to ask for snapshots now: U-Cloud, platform, uid of the EE."""
 
     def hub(self, ucloud: str) -> LinkHub:
         """The hub of a U-Cloud."""
@@ -175,6 +181,13 @@ class UCloudOwner:
         """See ``Owner``: only what an EE placed there runs from."""
         path = Path(await self.blob(session, asked.digest))
         return await self._agents.deposit(await self._platform(session.platform), asked, path)
+
+    async def snapshot(self, session: AgentSession, asked: CheckpointSnapshot) -> None:
+        """See ``Owner``."""
+        snapshot = self._agents.snapshots.get((self._ucloud, session.platform, asked.uid))
+        if snapshot is None:
+            raise Denied(f"no checkpoint of {asked.name} is being taken")
+        await snapshot(asked)
 
     async def connected(self, session: AgentSession) -> None:
         """See ``Owner``."""

@@ -99,7 +99,7 @@ class ControlPlane:
         self._environments = EnvironmentController(self.plane)
         self._volumes = VolumeController(self.plane)
         self._stores = StoreController(self.plane)
-        self._checkpoints = CheckpointController(self.plane)
+        self._checkpoints = CheckpointController(self.plane, self._volumes.calls)
         self._tunnels = TunnelController(self.plane)
         self._failover = FailoverController(self.plane)
         self._templates = TemplateController(self.plane)

@@ -234,7 +234,8 @@ class VolumeDocument:
     ``seal`` is the newest one that is trusted; it never goes back. ``wrapped_key`` is the data key
     under the U-Cloud's wrapping key. ``opened``: its host may have it open. ``halted`` says why it
     is not opened any more until its user acts; ``found`` is the seal that the host showed then.
-    ``slot`` is of its attachment to that ``incarnation`` of ``platform``.
+    ``slot`` is of its attachment to that ``incarnation`` of ``platform``. ``reverted`` is the mark
+    of the restore for which it was last taken back to its snapshot.
 
     One that is kept on several hosts has the ``others`` beside the replica that is where it is
     used, whose ``replica`` name, ``in_sync`` and ``kept`` are here. Its record: the ``generation``
@@ -265,6 +266,7 @@ class VolumeDocument:
     found: Seal | None = None
     evidence: int = 0
     snapshots: list[str] = field(default_factory=list)
+    reverted: str = ""
     stored_bytes: int = 0
     task: Task | None = None
     replica: str = ""
@@ -341,6 +343,7 @@ class CheckpointsDocument:
 
     ``kept`` has the oldest first; the last one vouches for all, and is never given up before them.
     ``stale`` are being removed from the store. ``policy`` None: it is no more, or is to have none.
+    ``snapshot`` is what volumes may be given by that name for the one that is being taken.
     """
 
     ucloud: str
@@ -354,6 +357,7 @@ class CheckpointsDocument:
     deleting: bool = False
     kept: list[KeptCheckpoint] = field(default_factory=list)
     stale: list[int] = field(default_factory=list)
+    snapshot: str = ""
     task: TakeTask | None = None
     failures: int = 0  # since the last one that was taken
     tried_s: float = 0.0  # when the last failure was

@@ -33,11 +33,13 @@ def place_of(one: Place) -> Place:
 class Restore:
     """The decision that an EE or a platform starts anew from checkpoint ``sequence`` of its own.
 
-    ``number`` counts such decisions: each makes it another one, once.
+    ``number`` counts such decisions: each makes it another one, once. ``mark`` is of this one
+    alone, over all lives of its U-Cloud.
     """
 
     number: int
     sequence: int
+    mark: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,7 +47,8 @@ class KeptCheckpoint:
     """A checkpoint that can be restored; the figures are those of ``wire.checkpoints``.
 
     ``shape`` names what it is of: only the same can go on from it. An EE's comes with its ``place``
-    in the network, a platform's with the pin of its key, ``pin``, and its ``image``.
+    in the network, a platform's with the pin of its key, ``pin``, and its ``image``. ``snapshots``
+    are those of the volumes that the EE wrote to, by volume, of the same instant.
     """
 
     sequence: int
@@ -65,6 +68,7 @@ class KeptCheckpoint:
     place: Place | None = None
     pin: str = ""
     image: str = ""
+    snapshots: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Going back to a checkpoint: what is decided, in one row, so that it is decided whole or not."""
 
+import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from supercloud.control.documents import (
     ucloud_key,
 )
 from supercloud.control.kept import KeptCheckpoint, Place, Restore
-from supercloud.model.errors import BadState, Busy, Invalid, NotFound
+from supercloud.model.errors import BadState, Busy, Invalid, NotFound, Unsupported
 from supercloud.model.resources import Environment, Placement
 from supercloud.model.states import UCLOUD, observed
 from supercloud.wire import api
@@ -45,7 +46,7 @@ class RestoreService:
             kept = _chosen(document, number)
             if document.of == "platform":
                 platform = await self._platform(owner, document, kept, to)
-                restore = Restore(number=_next(owner, platform), sequence=kept.sequence)
+                restore = _decided(_next(owner, platform), kept)
                 changed, place = await self._store(owner, name, restore), name
                 await self._plane.state.change(platform, _without_error)
             else:
@@ -58,6 +59,7 @@ class RestoreService:
             number=kept.sequence,
             platform=place,
             generation=changed.generation,
+            volumes=sorted(kept.snapshots),
         )
 
     async def _platform(
@@ -87,7 +89,8 @@ class RestoreService:
             raise BadState(f"environment {name} is being changed; try again")
         if kept.shape != specs.shape_of(item.ready):
             raise _other(document, kept)
-        restore = Restore(number=_next(owner, item), sequence=kept.sequence)
+        await self._volumes(owner, kept, to)
+        restore = _decided(_next(owner, item), kept)
         if not to or owner.platforms[owner.assignments[name].platform].provider.name == to:
             place = _back(owner, name, kept)
             return await self._store(owner, name, restore, place), place.platform
@@ -96,6 +99,24 @@ class RestoreService:
         decision = await self._decide(owner, {name: Move(to, _free(owner, name, kept))})
         place = decision.assignments[name]
         return await self._store(owner, name, restore, place, decision), place.platform
+
+    async def _volumes(self, owner: UCloudDocument, kept: KeptCheckpoint, to: str) -> None:
+        """Whether the volumes can go back to it, too."""
+        for name, snapshot in kept.snapshots.items():
+            volume = await self._plane.state.volume(owner.name, name)
+            if volume is None or volume.deleting or snapshot not in volume.snapshots:
+                raise BadState(
+                    f"checkpoint {kept.sequence} needs its snapshot of volume {name}, "
+                    "which is not there any more"
+                )
+            if volume.halted:
+                raise BadState(f"volume {name} is halted: {volume.halted}")
+            if to not in ("", volume.provider.name):
+                raise Unsupported(
+                    f"checkpoint {kept.sequence} goes back with volume {name}, whose snapshot is "
+                    f"on host {volume.host} of {volume.provider.name}",
+                    hint="restore it there: leave `--to` out",
+                )
 
     async def _store(
         self,
@@ -120,6 +141,10 @@ class RestoreService:
             fresh.state = observed(UCLOUD, fresh.state, "applying")
 
         return await self._plane.state.change(owner, decided)
+
+
+def _decided(number: int, kept: KeptCheckpoint) -> Restore:
+    return Restore(number=number, sequence=kept.sequence, mark=secrets.token_hex(8))
 
 
 def _without_error(platform: PlatformDocument) -> None:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from supercloud.control import held
 from supercloud.control.controllers.plane import Seen, SeenStore
 from supercloud.control.controllers.usage import users_of
 from supercloud.control.documents import (
@@ -130,7 +131,10 @@ def volume_row(
 
 
 def volume_view(
-    volume: VolumeDocument, environments: Sequence[EnvironmentDocument], seen: Seen | None
+    volume: VolumeDocument,
+    environments: Sequence[EnvironmentDocument],
+    checkpoints: Sequence[CheckpointsDocument],
+    seen: Seen | None,
 ) -> api.VolumeView:
     """A volume in all detail."""
     shown = _volume_fields(volume, environments, seen)
@@ -143,6 +147,7 @@ def volume_view(
         undetected_rollback=rollback_text(shown["seal_age_s"]),
         halted=volume.halted,
         found=volume.found,
+        purposes=held.purposes(volume, checkpoints),
         wrapping_key=volume.wrapped_key.partition(":")[0],
         generation=volume.generation,
         waits_for=seen.status.mirror.closed_by if seen and seen.status.mirror else "",
@@ -320,6 +325,7 @@ def _checkpoint_row(kept: KeptCheckpoint, shape: str) -> api.CheckpointRow:
         new_bytes=kept.new_bytes,
         details=kept.details,
         restorable="what it is of was changed since" if other else "",
+        snapshots=kept.snapshots,
     )
 
 

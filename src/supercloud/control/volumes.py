@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 
-from supercloud.control import seals, views
+from supercloud.control import held, seals, views
 from supercloud.control.controllers.access import rewrap, wrapped_in
 from supercloud.control.controllers.learning import waits
 from supercloud.control.controllers.plane import Plane
@@ -55,7 +55,9 @@ class VolumeService:
         """One in all detail; NotFound."""
         volume = await self._volume(ucloud, name)
         environments = await self._plane.state.environments(ucloud)
-        return views.volume_view(volume, environments, self._plane.seen.get((ucloud, name)))
+        checkpoints = await self._plane.state.checkpoints(ucloud)
+        seen = self._plane.seen.get((ucloud, name))
+        return views.volume_view(volume, environments, checkpoints, seen)
 
     async def mounted(self, environment: EnvironmentDocument) -> list[api.Mounted]:
         """The volumes of an EE."""
@@ -90,7 +92,7 @@ class VolumeService:
         task = Task(what=what, snapshot=snapshot)
 
         def asked(fresh: VolumeDocument) -> None:
-            _check_task(fresh, what)
+            _check_task(fresh, task)
             fresh.task = task
 
         await self._plane.state.change(volume, asked)
@@ -209,8 +211,15 @@ class VolumeService:
         return volume
 
 
-def _check_task(volume: VolumeDocument, what: str) -> None:
+def _check_task(volume: VolumeDocument, task: Task) -> None:
     """All refusals before any effect."""
+    what = task.what
+    if held.is_ours(task.snapshot):
+        raise Denied(
+            f"snapshots called {held.PREFIX}... belong to checkpoints",
+            hint="supercloud restore goes back to one, supercloud checkpoints lists them; they go "
+            "when their checkpoint does",
+        )
     if volume.deleting:
         raise BadState(f"volume {volume.name} is being deleted")
     if volume.halted:

@@ -360,8 +360,8 @@ class Environment:
     )
     checkpoint: Checkpointing | None = declared(
         Rule(
-            doc="checkpoints can be taken of it, and it can be restored from them; not with "
-            "volumes that it may write to"
+            doc="checkpoints can be taken of it, with what it has on volumes (not on raw ones), "
+            "and it can be restored from them"
         ),
         None,
     )

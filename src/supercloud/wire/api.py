@@ -106,7 +106,10 @@ class VolumeRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeView(VolumeRow):
-    """A volume in all detail. ``found`` is the seal of a volume that was refused for it."""
+    """A volume in all detail. ``found`` is the seal of a volume that was refused for it.
+
+    ``purposes`` says of snapshots that belong to checkpoints of which.
+    """
 
     iops: int = 0
     bytes_per_s: int = 0
@@ -115,6 +118,7 @@ class VolumeView(VolumeRow):
     undetected_rollback: str = ""
     halted: str = ""
     found: Seal | None = None
+    purposes: dict[str, str] = field(default_factory=dict)
     wrapping_key: str = ""  # its name
     generation: int = 0  # of its mirror
     waits_for: str = ""  # why its mirror answers nothing now
@@ -184,7 +188,8 @@ class CheckpointRow:
     """One checkpoint; ``number`` is what ``restore`` is told. The figures are of its taking.
 
     ``dirty_bytes`` of memory were written since the base, or all of it (``base``); ``new_bytes`` is
-    what the store grew by. ``restorable`` is "" or why it is not now.
+    what the store grew by. ``restorable`` is "" or why it is not now. ``snapshots`` are of
+    its volumes, by volume.
     """
 
     number: int
@@ -200,6 +205,7 @@ class CheckpointRow:
     new_bytes: int
     details: dict[str, str] = field(default_factory=dict)
     restorable: str = ""
+    snapshots: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,13 +254,14 @@ class CheckpointTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restoring:
-    """``POST .../restore``: that was decided, and is worked on."""
+    """``POST .../restore``: that was decided, and is worked on. ``volumes`` go back with it."""
 
     ucloud: str
     name: str
     number: int
     platform: str
     generation: int
+    volumes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,8 @@ Pem = Annotated[str, Limit(max_length=65536)]
 Sequence = Annotated[int, Limit(ge=1, le=(1 << 48) - 1)]
 Root = Annotated[str, Limit(pattern=r"[0-9a-f]{64}")]
 Count = Annotated[int, Limit(ge=0, le=1 << 62)]
+SnapshotName = Annotated[str, Limit(pattern=r"(supercloud-[0-9a-f]{16})?")]
+"""Of the snapshots that belong to a checkpoint; nobody else's may be called so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,28 @@ class StoreAccess:
 class CheckpointTake:
     """Take one of EE (or platform) ``name``, after ``head``. BadState unless it runs.
 
-    ``uid`` is the EE's; another one than is running is refused (NotFound).
+    ``uid`` is the EE's; another one than is running is refused (NotFound). ``snapshot`` is what the
+    volumes that it writes to are to have by that name: asked for by ``CheckpointSnapshot``.
     """
 
     name: Name
     uid: Name
     store: StoreAccess
     head: Head | None = None
+    snapshot: SnapshotName = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSnapshot:
+    """EE ``name`` stands still, and what it wrote is on the disks of its volumes: snapshot them.
+
+    Once, amid the ``CheckpointTake`` that named ``snapshot``; Denied otherwise. The EE goes on
+    after the answer, and without one there is no checkpoint.
+    """
+
+    name: Name
+    uid: Name
+    snapshot: SnapshotName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

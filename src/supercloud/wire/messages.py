@@ -10,7 +10,12 @@ from typing import Annotated, Any, Literal
 
 from supercloud.model.errors import Denied
 from supercloud.model.records import dataclass, field
-from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken, RestoreFrom
+from supercloud.wire.checkpoints import (
+    CheckpointSnapshot,
+    CheckpointTake,
+    CheckpointTaken,
+    RestoreFrom,
+)
 from supercloud.wire.codec import Limit, Name, Sha256, Text, decode, encode
 from supercloud.wire.peer import Call, Detach, Handler
 from supercloud.wire.places import VOLUME_SLOTS
@@ -301,6 +306,7 @@ AGENT_TO_CONTROL = {
         Method("agent.enroll", Enroll, Certificate, enrolled=False, idempotent=False),
         Method("agent.hello", Hello, Welcome),
         Method("agent.renew", CsrResult, Certificate, doc="anew over the same key, before the end"),
+        Method("checkpoint.snapshot", CheckpointSnapshot, Empty, doc="amid ee.checkpoint only"),
         Method("blob.get", Blob, Empty, doc="the only call of a connection; then raw: the bytes"),
         Method("blob.deposit", Blob, Deposited, doc="as much as fits, on its disk, by its host"),
     )

@@ -6,7 +6,7 @@ checkpoints one that no EE can have, for it begins with a digit.
 
 from collections.abc import Sequence
 
-from supercloud.control import specs
+from supercloud.control import held, specs
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.documents import EnvironmentDocument, PlatformDocument, StoreDocument
 from supercloud.control.kept import Restore
@@ -147,11 +147,20 @@ async def _beginning(
     status = plane.agents.status(item.ucloud, platform, item.ready.uid)
     if status is not None and status.state in UP:
         return {item.name: None}
+    if await _is_going_back(plane, item):
+        return {}
     try:
         found = await restore_from(plane, item.ucloud, item.name, platform, item.restore)
     except Temporary:
         return {}
     return {item.name: found}
+
+
+async def _is_going_back(plane: Plane, item: EnvironmentDocument) -> bool:
+    """Whether some volume of it is not yet as it was at the checkpoint."""
+    documents = await plane.state.checkpoints(item.ucloud)
+    volumes = [await plane.state.volume(item.ucloud, name) for name in held.written(item.spec)]
+    return any(volume and held.going_back(volume, [item], documents) for volume in volumes)
 
 
 def rewrap(store: StoreDocument, keys: VolumeKeys) -> None:

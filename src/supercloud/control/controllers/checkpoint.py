@@ -6,15 +6,18 @@
 
 A head is written down when the call has answered, so a call that was cut, and one whose answer
 nobody heard, is made again after the same head. What is to go is first struck off the document and
-then removed from the store: what a document names is there.
+then removed from the store: what a document names is there. So it is with snapshots of volumes: see
+``control.held``.
 """
 
 import time
 from collections.abc import Callable
 
-from supercloud.control import schedule
+from supercloud.control import held, schedule
 from supercloud.control.controllers import access
+from supercloud.control.controllers.hostcalls import HostCalls
 from supercloud.control.controllers.plane import Plane
+from supercloud.control.controllers.standstill import Standstill, look_at_volumes
 from supercloud.control.controllers.subjects import Subject, subject_of
 from supercloud.control.documents import (
     CheckpointsDocument,
@@ -59,9 +62,9 @@ def collect_key(ucloud: str) -> str:
 class CheckpointController:
     """Reconciles one EE's or platform's at a time; see ``reconcile`` and ``collect``."""
 
-    def __init__(self, plane: Plane) -> None:
-        """Acts through ``plane``."""
-        self._plane = plane
+    def __init__(self, plane: Plane, calls: HostCalls) -> None:
+        """Acts through ``plane``, and on volumes through ``calls``."""
+        self._plane, self._calls = plane, calls
         self._busy: set[tuple[str, str]] = set()  # platforms of which one is being taken
         self._told: dict[str, str] = {}  # why nothing is removed, by U-Cloud
 
@@ -90,6 +93,7 @@ class CheckpointController:
                 _answer(fresh, BadState(f"{fresh.name} is to have no checkpoints any more"))
             elif fresh.state in ("taking", "kept"):
                 _move(fresh, "waiting")
+            fresh.snapshot = ""
             step_end(fresh.steps, TAKE, "it was cut, and is taken again")
 
         return await self._change(document, settled)
@@ -133,20 +137,32 @@ class CheckpointController:
     async def _taken(
         self, document: CheckpointsDocument, subject: Subject, store: StoreAccess
     ) -> float:
+        snapshot = held.new_name() if subject.volumes else ""
+
         def taking(fresh: CheckpointsDocument) -> None:
             _move(fresh, "taking")
+            fresh.snapshot = snapshot
             step_begin(fresh.steps, TAKE)
 
         document = await self._change(document, taking)
-        asked = CheckpointTake(name=document.name, uid=subject.uid, store=store, head=document.head)
+        asked = CheckpointTake(
+            name=document.name,
+            uid=subject.uid,
+            store=store,
+            head=document.head,
+            snapshot=snapshot,
+        )
         asked_ms = int(time.time() * 1000)
-        taken = await self._plane.seam(subject.effect, lambda: subject.call(asked))
-        kept = _kept(taken, subject, asked_ms)
+        standstill = Standstill(self._plane, self._calls, subject, snapshot)
+        with standstill.expected():
+            taken = await self._plane.seam(subject.effect, lambda: subject.call(asked))
+        kept = _kept(taken, subject, asked_ms, standstill.taken)
         if document.head is not None and kept.sequence <= document.head.sequence:
             raise Permanent(f"checkpoint {kept.sequence} was said to follow {document.head}")
         before = document.head
 
         def learned(fresh: CheckpointsDocument) -> None:
+            fresh.snapshot = ""
             if fresh.head != before:
                 return
             fresh.kept.append(kept)
@@ -177,6 +193,7 @@ class CheckpointController:
 
         def failed(fresh: CheckpointsDocument) -> None:
             _move(fresh, "failed")
+            fresh.snapshot = ""
             fresh.reason = str(error)
             fresh.failures, fresh.tried_s = fresh.failures + 1, time.time()
             step_end(fresh.steps, TAKE, str(error))
@@ -277,6 +294,7 @@ class CheckpointController:
             await self._change(item, forgotten)
         for item in going:
             await self._plane.state.remove(item)
+            await look_at_volumes(self._plane, item.ucloud)
             self._plane.tell(item, "checkpoints.deleted")
             self._plane.look(store_key(item.ucloud), 0.0)
             self._plane.look(ucloud_key(item.ucloud), 0.0)
@@ -286,10 +304,16 @@ class CheckpointController:
     async def _change(
         self, document: CheckpointsDocument, mutate: Callable[[CheckpointsDocument], object]
     ) -> CheckpointsDocument:
-        return await self._plane.state.change(document, mutate)
+        before = held.claims(document)
+        document = await self._plane.state.change(document, mutate)
+        if before - held.claims(document):
+            await look_at_volumes(self._plane, document.ucloud)
+        return document
 
 
-def _kept(taken: CheckpointTaken, subject: Subject, asked_ms: int) -> KeptCheckpoint:
+def _kept(
+    taken: CheckpointTaken, subject: Subject, asked_ms: int, snapshots: dict[str, str]
+) -> KeptCheckpoint:
     """A clock that is slow would have the next one due at once, again and again."""
     wish = subject.platform.wish
     return KeptCheckpoint(
@@ -310,6 +334,7 @@ def _kept(taken: CheckpointTaken, subject: Subject, asked_ms: int) -> KeptCheckp
         place=subject.place,
         pin=subject.pin,
         image=subject.image,
+        snapshots=snapshots,
     )
 
 

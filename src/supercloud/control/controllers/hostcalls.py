@@ -4,8 +4,9 @@ A host's list of its volumes is asked for beside the calls. What it says of a vo
 while no call on that volume goes on: that call's answer is newer, or will be.
 """
 
+import asyncio
 import contextlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 
@@ -34,13 +35,15 @@ class HostCalls:
     def __init__(self, plane: Plane) -> None:
         """Acts through ``plane``."""
         self._plane = plane
-        self._calls: Counter[tuple[str, str]] = Counter()  # begun and ended: odd is under way
+        self._begun: Counter[tuple[str, str]] = Counter()
+        self._under_way: Counter[tuple[str, str]] = Counter()
+        self._turns: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def quiet(self, volume: VolumeDocument) -> Valid:
         """Valid for as long as no call on the volume goes on, from now."""
         name = (volume.ucloud, volume.name)
-        calls = self._calls[name]
-        return lambda: calls % 2 == 0 and self._calls[name] == calls
+        begun, is_calm = self._begun[name], not self._under_way[name]
+        return lambda: is_calm and self._begun[name] == begun
 
     async def volumes(self, volume: VolumeDocument) -> Volumes:
         """Those of the volume's provider. Unsupported, with its reason."""
@@ -55,9 +58,13 @@ class HostCalls:
         return provider.volumes
 
     async def act(self, volume: VolumeDocument, what: str, call: Call) -> VolumeDocument:
-        """Call, and keep what the host answers."""
-        with self.calling(volume):
-            return await self.learn(volume, await self.call(volume, what, call))
+        """Call, and keep what the host answers: one at a time, so that no answer overtakes another.
+
+        For a volume's snapshots are taken beside what its reconciler does.
+        """
+        async with self._turns[volume.ucloud, volume.name]:
+            with self.calling(volume):
+                return await self.learn(volume, await self.call(volume, what, call))
 
     async def call(self, volume: VolumeDocument, what: str, call: Call) -> VolumeStatus:
         """Only call."""
@@ -68,11 +75,12 @@ class HostCalls:
     def calling(self, volume: VolumeDocument) -> Iterator[None]:
         """While a call is under way, and until what it told is kept."""
         name = (volume.ucloud, volume.name)
-        self._calls[name] += 1
+        self._begun[name] += 1
+        self._under_way[name] += 1
         try:
             yield
         finally:
-            self._calls[name] += 1
+            self._under_way[name] -= 1
 
     async def learn(
         self, volume: VolumeDocument, status: VolumeStatus, valid: Valid = always
@@ -98,7 +106,7 @@ class HostCalls:
         if (after.platform, after.slot) != (before.platform, before.slot):
             for name in {after.platform, before.platform} - {""}:
                 self._plane.look(platform_key(after.ucloud, name), 0.0)
-        if after.state != before.state:
+        if (after.state, after.snapshots) != (before.state, before.snapshots):
             self._plane.look(volume_key(after.ucloud, after.name), 0.0)
 
     async def halt(self, volume: VolumeDocument, error: UserError, valid: Valid = always) -> None:

@@ -30,7 +30,9 @@ def take(volume: VolumeDocument, status: VolumeStatus) -> None:
         return
     if (seal := seals.newest(volume.seal, status.seal)) != volume.seal:
         volume.seal, volume.sealed_s = seal, time.time()
-    volume.snapshots, volume.stored_bytes = list(status.snapshots), status.stored_bytes
+    volume.stored_bytes = status.stored_bytes
+    if status.state in ("served", "attached") and status.seal.root:  # else its host cannot know
+        volume.snapshots = list(status.snapshots)
     attached = status.state == "attached"
     volume.platform = status.platform if attached else ""
     volume.slot, volume.mode = (status.slot, status.mode) if attached else (0, "")

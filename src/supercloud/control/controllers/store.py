@@ -88,6 +88,7 @@ class StoreController:
             return await self._stop(store, clients)
         platforms = await self._plane.state.platforms(ucloud)
         users = access.users_of(store, environments, platforms)
+        store = await self._forget(store, set(users))
         store = await self._applied(await self._keyed(store), users)
         if store.state != "ready":
             return POLL_S if store.state in ("pending", "starting") else self._plane.pace.seal_s
@@ -257,7 +258,6 @@ class StoreController:
             there = buckets.keys() <= store.buckets.keys()
             if there and not access.has_access(name, buckets, store):
                 await self._grant(store, name, buckets)
-        await self._forget(store, set(users))
 
     async def _grant(self, store: StoreDocument, name: str, wanted: dict[str, Right]) -> None:
         """Let somebody use buckets, and have all looked at that may have waited for it."""
@@ -288,16 +288,19 @@ class StoreController:
         for kept in await self._plane.state.checkpoints(store.ucloud):
             self._plane.look(checkpoints_key(store.ucloud, kept.name), 0.0)
 
-    async def _forget(self, store: StoreDocument, names: set[str]) -> None:
-        """Of those who are no more, whom the host has revoked."""
+    async def _forget(self, store: StoreDocument, names: set[str]) -> StoreDocument:
+        """Without those who are no more, before the host revokes them.
+
+        The other way round a death in between would leave keys here that are no good there.
+        """
         if store.access.keys() <= names:
-            return
+            return store
 
         def forgotten(fresh: StoreDocument) -> None:
             for name in fresh.access.keys() - names:
                 del fresh.access[name]
 
-        await self._change(store, forgotten)
+        return await self._change(store, forgotten)
 
     # -- away
 

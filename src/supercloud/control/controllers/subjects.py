@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from supercloud.control import specs
+from supercloud.control import held, specs
 from supercloud.control.controllers.access import UP
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.documents import CheckpointsDocument, PlatformDocument
@@ -14,7 +14,10 @@ from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """``call`` takes one of ``uid``, on ``platform``; the rest is noted with it (``Kept``)."""
+    """``call`` takes one of ``uid``, on ``platform``; the rest is noted with it (``Kept``).
+
+    ``volumes`` are those that it writes to, which get a snapshot of the same instant.
+    """
 
     uid: str
     shape: str
@@ -24,6 +27,7 @@ class Subject:
     place: Place | None = None
     pin: str = ""
     image: str = ""
+    volumes: tuple[str, ...] = ()
 
 
 async def subject_of(plane: Plane, document: CheckpointsDocument) -> Subject:
@@ -53,6 +57,7 @@ async def _environment(plane: Plane, document: CheckpointsDocument) -> Subject:
         call=session.checkpoint,
         effect="link.checkpoint",
         place=place_of(item.assignment),
+        volumes=tuple(held.written(item.spec)),
     )
 
 

@@ -67,15 +67,15 @@ async def _free(
     platform = await plane.state.platform(volume.ucloud, volume.platform)
     if platform is None or platform.incarnation != volume.incarnation:
         return True  # the machine is gone, and with it what ran there
-    here = [item.ready for item in environments if specs.runs_on(item, platform.name)]
-    ready = [spec for spec in here if spec is not None]
-    if any(mount.volume == volume.name for spec in ready for mount in spec.volumes):
+    told = await apply_of(plane, platform, environments)
+    if any(mount.volume == volume.name for spec in told.environments for mount in spec.volumes):
         return False
     session = plane.agents.session(volume.ucloud, platform.name)
     report = plane.agents.reports.get((volume.ucloud, platform.name))
     if session is None or report is None:
         return False
-    wanted = specs.fingerprint(await apply_of(plane, platform, environments))
-    if plane.agents.applied.get(session) != wanted:
+    if plane.agents.applied.get(session) != specs.fingerprint(told):
         return False  # it was told something else, and may yet begin with that
-    return {status.uid for status in report.environments} <= {spec.uid for spec in ready}
+    return {status.uid for status in report.environments} <= {
+        spec.uid for spec in told.environments
+    }

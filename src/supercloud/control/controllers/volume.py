@@ -10,9 +10,12 @@ cannot be, or refuses to open it for that, is *halted*: left alone until its use
 
 import base64
 import contextlib
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
+from supercloud.control import held
 from supercloud.control.controllers import learning
 from supercloud.control.controllers.hostcalls import HostCalls, wire_spec
 from supercloud.control.controllers.leasing import lease_key
@@ -29,23 +32,29 @@ from supercloud.control.documents import (
     step_end,
     ucloud_key,
 )
-from supercloud.model.errors import BadState, Denied, NotFound, UserError, to_wire
+from supercloud.model.errors import BadState, Busy, Denied, NotFound, UserError, to_wire
 from supercloud.model.events import Severity
-from supercloud.wire.volumes import VolumeOpen
+from supercloud.providers.base import Volumes
+from supercloud.wire.volumes import VolumeOpen, VolumeStatus
 
 OPEN, ATTACH = "open", "attach"
 
+log = logging.getLogger("supercloud.control.controllers.volume")
+
 
 class VolumeController:
-    """Reconciles one volume at a time; see ``reconcile``. ``sealing`` asks after the seals."""
+    """Reconciles one volume at a time; see ``reconcile``. ``sealing`` asks after the seals.
+
+    ``calls`` is the way to the hosts of volumes, for all that act on volumes.
+    """
 
     def __init__(self, plane: Plane) -> None:
         """Acts through ``plane``."""
         self._plane = plane
-        self._calls = HostCalls(plane)
-        self._act = self._calls.act
-        self.replication = Replication(plane, self._calls)
-        self.sealing = Sealing(plane, self._calls, self.replication.others)
+        self.calls = HostCalls(plane)
+        self._act = self.calls.act
+        self.replication = Replication(plane, self.calls)
+        self.sealing = Sealing(plane, self.calls, self.replication.others)
 
     async def reconcile(self, ucloud: str, name: str) -> float | None:
         """One look; seconds until the next one, or None."""
@@ -68,7 +77,7 @@ class VolumeController:
                 self._plane.look(key, self._plane.pace.seal_s)
         if volume.mirroring:
             self._plane.look(lease_key(volume), self._plane.pace.lease_s)
-        wanted = usage.wanted or learning.waits(volume.task)
+        wanted = usage.wanted or learning.waits(volume.task) or bool(await self._unclaimed(volume))
         if volume.state in USABLE:
             return await self._use(volume, usage, wanted=wanted)
         if wanted:
@@ -109,7 +118,7 @@ class VolumeController:
         except (Denied, NotFound) as error:
             if not volume.seal.root or not learning.is_of_the_volume(error):
                 raise
-            await self._calls.halt(volume, error)
+            await self.calls.halt(volume, error)
             return 0.0
         if volume.halted:
             return 0.0
@@ -126,8 +135,12 @@ class VolumeController:
     async def _use(self, volume: VolumeDocument, usage: Usage, *, wanted: bool) -> float | None:
         if volume.given != volume.spec:
             return await self._grow(volume)
+        if back := await self._back(volume):
+            return await self._go_back(volume, usage, back)
         if learning.waits(volume.task):
             return await self._task(volume)
+        if unclaimed := await self._unclaimed(volume):
+            return await self._forget(volume, unclaimed)
         if volume.platform:
             if usage.attached(volume):
                 return None
@@ -182,8 +195,8 @@ class VolumeController:
         host, name = volume.host, volume.name
         try:
             if volume.platform:
-                await self._calls.call(volume, "detach", lambda there: there.detach(host, name))
-            await self._calls.call(volume, "close", lambda there: there.close(host, name))
+                await self.calls.call(volume, "detach", lambda there: there.detach(host, name))
+            await self.calls.call(volume, "close", lambda there: there.close(host, name))
         except (NotFound, BadState, Denied) as error:
             self._plane.tell(volume, "volume.close", str(error), severity="warning")
 
@@ -209,11 +222,45 @@ class VolumeController:
 
     async def _delete_there(self, volume: VolumeDocument) -> None:
         host, name = volume.host, volume.name
-        there = await self._calls.volumes(volume)
+        there = await self.calls.volumes(volume)
         if volume.platform:
             with contextlib.suppress(NotFound):
                 await self._plane.seam("provider.volume_detach", lambda: there.detach(host, name))
         await self._plane.seam("provider.volume_delete", lambda: there.delete(host, name))
+
+    # -- snapshots of checkpoints
+
+    async def _back(self, volume: VolumeDocument) -> held.Back | None:
+        state, ucloud = self._plane.state, volume.ucloud
+        environments = await state.environments(ucloud)
+        return held.going_back(volume, environments, await state.checkpoints(ucloud))
+
+    async def _go_back(self, volume: VolumeDocument, usage: Usage, back: held.Back) -> float:
+        """Nobody has it before this is written down: half done, it may be done again."""
+        if volume.platform:
+            return await self._detach(volume) if usage.free else self._plane.pace.release_s
+        name, snapshot = volume.name, back.snapshot
+        await self._act(volume, "revert", lambda host: host.revert(volume.host, name, snapshot))
+
+        def gone_back(fresh: VolumeDocument) -> None:
+            fresh.reverted = back.mark
+
+        volume = await self._change(volume, gone_back)
+        message = f"as it was at checkpoint {back.sequence} of {back.name}"
+        self._plane.tell(volume, "volume.reverted", message, severity="warning")
+        return 0.0
+
+    async def _unclaimed(self, volume: VolumeDocument) -> list[str]:
+        return held.unclaimed(volume, await self._plane.state.checkpoints(volume.ucloud))
+
+    async def _forget(self, volume: VolumeDocument, snapshots: list[str]) -> float:
+        for name in snapshots:
+            try:
+                await self._act(volume, "forget", functools.partial(_forget, volume, name))
+            except (Busy, BadState) as error:
+                log.info("volume %s: %s", volume.name, error)
+                return self._plane.pace.checkpoint_retry_s
+        return 0.0
 
     # -- what the user asks for once
 
@@ -249,3 +296,7 @@ class VolumeController:
         self, volume: VolumeDocument, mutate: Callable[[VolumeDocument], object]
     ) -> VolumeDocument:
         return await self._plane.state.change(volume, mutate)
+
+
+async def _forget(volume: VolumeDocument, snapshot: str, host: Volumes) -> VolumeStatus:
+    return await host.forget(volume.host, volume.name, snapshot)

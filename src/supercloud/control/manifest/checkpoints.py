@@ -3,26 +3,33 @@
 from collections.abc import Sequence
 
 from supercloud.control.manifest.problems import Problems
-from supercloud.model.resources import Environment
-
-_VOLUMES = (
-    "checkpoints do not hold volumes yet: what goes back in time would meet a volume that did not"
-)
+from supercloud.model.resources import Environment, Volume
 
 
 def check(
-    environments: Sequence[tuple[int, Environment]], problems: Problems, *, platforms: bool
+    environments: Sequence[tuple[int, Environment]],
+    volumes: Sequence[tuple[int, Volume]],
+    problems: Problems,
+    *,
+    platforms: bool,
 ) -> None:
     """Note every problem; ``platforms``: whole platforms are to be checkpointed."""
+    raw = {volume.name for _, volume in volumes if volume.format == "raw"}
     for index, environment in environments:
-        written = [use.name for use in environment.volumes if not use.read_only]
+        written = [use.name for use in environment.volumes if not use.read_only and use.name in raw]
         if written and environment.checkpoint is not None:
-            message = f"found it with the volume {written[0]!r:.80}, which it may write to: "
+            message = (
+                f"found it with the volume {written[0]!r:.80}, which it may write to and which is "
+                "raw: that one cannot be taken back to the same moment, for it has no snapshots"
+            )
             path = f"environments[{index}].checkpoint"
-            hint = "use the volume with read_only: true, or take no checkpoints of it"
-            problems.at_path(path, message + _VOLUMES, hint=hint, unsupported=True)
+            hint = "use a volume of format qcow2, or read_only: true, or take no checkpoints of it"
+            problems.at_path(path, message, hint=hint, unsupported=True)
     using = [item for _, item in environments if item.volumes]
     if using and platforms:
-        message = f"found it with volumes, which {using[0].name!r:.80} uses: {_VOLUMES}"
-        hint = "take checkpoints of environments instead, which have no volumes"
+        message = (
+            f"found it with volumes, which {using[0].name!r:.80} uses: a platform that goes back "
+            "in time would meet disks that its machine does not know in that state"
+        )
+        hint = "take checkpoints of the environments instead: their volumes go back with them"
         problems.at_path("platform.checkpoint", message, hint=hint, unsupported=True)

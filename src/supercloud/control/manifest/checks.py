@@ -49,7 +49,7 @@ def check(values: dict[str, Any], problems: Problems) -> None:
             _fits(path, environment, platform, problems)
     volumes.check(environments, problems)
     whole = platform is not BAD and platform.checkpoint is not None
-    checkpoints.check(environments, problems, platforms=whole)
+    checkpoints.check(environments, _good(values, "volumes"), problems, platforms=whole)
     buckets.check(_good(values, "buckets"), environments, problems)
     for index, volume in _good(values, "volumes"):
         volumes.check_volume(f"volumes[{index}]", volume, problems)

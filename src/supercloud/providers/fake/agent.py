@@ -15,7 +15,7 @@ from supercloud.model.events import Event
 from supercloud.providers.fake import identity
 from supercloud.providers.fake.cloud import FakeCloud, Platform
 from supercloud.trust import tls
-from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
+from supercloud.wire.checkpoints import CheckpointSnapshot, CheckpointTake, CheckpointTaken
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.messages import (
     CONTROL_TO_AGENT,
@@ -210,8 +210,12 @@ class FakeAgent:
     async def _list(self, _call: Call, _params: Empty) -> PlatformReport:
         return self.report()
 
-    async def _checkpoint(self, _call: Call, asked: CheckpointTake) -> CheckpointTaken:
-        return await self.cloud.checkpoints.take_environment(self.platform, asked)
+    async def _checkpoint(self, call: Call, asked: CheckpointTake) -> CheckpointTaken:
+        async def snapshot() -> None:
+            wanted = CheckpointSnapshot(name=asked.name, uid=asked.uid, snapshot=asked.snapshot)
+            await call.peer.call("checkpoint.snapshot", encode(wanted))
+
+        return await self.cloud.checkpoints.take_environment(self.platform, asked, snapshot)
 
     async def _restart(self, _call: Call, asked: ByName) -> Empty:
         old = self._find(asked.name)

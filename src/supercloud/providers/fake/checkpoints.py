@@ -14,11 +14,11 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from supercloud.model.errors import BadState, Denied, NotFound, Temporary
+from supercloud.model.errors import BadState, Denied, NotFound, Temporary, Unsupported
 from supercloud.providers.fake.files import write_private
 from supercloud.providers.fake.objects import Store
 from supercloud.wire.checkpoints import (
@@ -79,9 +79,12 @@ class FakeCheckpoints:
         return await self._take(host, asked, "qemu/tcg", content)
 
     async def take_environment(
-        self, platform: "Platform", asked: CheckpointTake
+        self,
+        platform: "Platform",
+        asked: CheckpointTake,
+        snapshot: Callable[[], Awaitable[None]],
     ) -> CheckpointTaken:
-        """Of an EE, by its agent."""
+        """Of an EE, by its agent; ``snapshot`` has the volumes that it writes to snapshotted."""
         status = next((item for item in platform.statuses if item.name == asked.name), None)
         spec = next((item for item in platform.specs if item.name == asked.name), None)
         if status is None or spec is None or status.uid != asked.uid:
@@ -90,6 +93,10 @@ class FakeCheckpoints:
             raise BadState(f"environment {asked.name} is {status.state}")
         if not spec.checkpoints:
             raise BadState(f"environment {asked.name} was not started for checkpoints")
+        if any(not mount.read_only for mount in spec.volumes):
+            if not asked.snapshot:
+                raise Unsupported(f"environment {asked.name} writes to volumes")
+            await snapshot()
         words = list(platform.words.get(status.uid, []))
         content = {"kind": spec.kind, "words": words}
         return await self._take(platform.host, asked, status.engine, content)

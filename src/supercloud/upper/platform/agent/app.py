@@ -9,7 +9,7 @@ import socket
 import sys
 from typing import Any
 
-from supercloud.model.errors import SupercloudError
+from supercloud.model.errors import SupercloudError, Temporary
 from supercloud.model.events import Event, Severity
 from supercloud.upper.platform.agent import (
     cgroups,
@@ -32,7 +32,10 @@ from supercloud.upper.platform.agent.names import Names
 from supercloud.upper.platform.agent.processes import load_modules
 from supercloud.upper.platform.agent.quiet import Quiet
 from supercloud.upper.platform.agent.scratch import Scratch
+from supercloud.upper.platform.agent.standstill import SNAPSHOT_TIMEOUT_S
 from supercloud.upper.platform.agent.volumes import Volumes
+from supercloud.wire.checkpoints import CheckpointSnapshot
+from supercloud.wire.codec import encode
 from supercloud.wire.messages import CONTROL_TO_AGENT, PlatformReport, handlers
 
 LINK_FIRST_S = 5.0
@@ -119,7 +122,7 @@ class Agent:
         blobs = Blobs(link.source, Deposits(link.deposit))
         services = Services(
             blobs, networks.Networks(), self._scratch, self._accelerator, Volumes(Disks()),
-            self._boot.ucloud,
+            self._boot.ucloud, self._snapshot,
         )  # fmt: skip
         way_out = self._uplink.nic.name if self._uplink else "none"
         names, link_nic = Names(self._boot.ucloud), self._link_nic
@@ -165,6 +168,12 @@ class Agent:
         found = f"{self._accelerator.name} {self._accelerator.reason}".strip()
         log.info("nested VMs: %s", found)
         self._event("platform", "agent.accelerator.probed", found, "info", {})
+
+    async def _snapshot(self, asked: CheckpointSnapshot) -> None:
+        if self._link is None:
+            raise Temporary("not connected to the control plane")
+        method, timeout_s = "checkpoint.snapshot", SNAPSHOT_TIMEOUT_S
+        await self._link.peer().call(method, encode(asked), timeout_s=timeout_s)
 
     def _hello(self) -> Any:
         engines = {

@@ -128,11 +128,11 @@ class Container:
 
     def refusal(self) -> str:
         """Why it cannot be checkpointed; empty if it can."""
-        return frozen_container.refusal(self)
+        return frozen_container.refusal()
 
     async def checkpoint(self, wanted: CheckpointTake, process: Watched) -> CheckpointTaken:
         """Take one while it runs."""
-        return await frozen_container.take(self, wanted, self._services.ucloud, process)
+        return await frozen_container.take(self, wanted, self._services, process)
 
     def usage(self) -> list[VolumeUsage]:
         """As statvfs(2) has it."""

@@ -14,6 +14,7 @@ from supercloud.upper.platform.agent.logs import Log
 from supercloud.upper.platform.agent.networks import Networks
 from supercloud.upper.platform.agent.processes import Watched
 from supercloud.upper.platform.agent.scratch import Scratch
+from supercloud.upper.platform.agent.standstill import Ask
 from supercloud.upper.platform.agent.volumes import Volumes
 from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
 from supercloud.wire.messages import EnvironmentSpec, VolumeUsage
@@ -45,6 +46,7 @@ class Services:
     accelerator: Accelerator
     volumes: Volumes
     ucloud: str
+    snapshot: Ask
 
 
 class Engine(Protocol):

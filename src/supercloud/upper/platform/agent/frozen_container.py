@@ -21,7 +21,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from supercloud.model.errors import BadState, Invalid, Permanent, Temporary, Unsupported
-from supercloud.upper.platform.agent import cgroups, criu, namespaces, oci, paths, volumes
+from supercloud.upper.platform.agent import (
+    cgroups,
+    criu,
+    namespaces,
+    oci,
+    paths,
+    standstill,
+    volumes,
+)
 from supercloud.upper.platform.agent.processes import Watched, run, start_ticks
 from supercloud.upper.platform.agent.saving import (
     ANSWER_TIMEOUT_S,
@@ -35,6 +43,7 @@ from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
 
 if TYPE_CHECKING:
     from supercloud.upper.platform.agent.container import Container
+    from supercloud.upper.platform.agent.engine import Services
 
 ENGINE = "criu"
 FREEZE_TIMEOUT_S = 10.0
@@ -45,36 +54,37 @@ _OUTPUT = re.compile(r"file\[[0-9a-f]{1,16}:[0-9a-f]{1,16}\]")
 _USERNS_MAGIC = (0x54564319, 0x55474906)
 
 
-def refusal(container: "Container") -> str:
-    """Why this container cannot be checkpointed; empty if it can."""
-    names = ", ".join(v.volume for v in container.spec.volumes if not v.read_only)
-    if names:
-        return f"it writes to volumes ({names}), which a checkpoint does not hold"
+def refusal() -> str:
+    """Why no container can be checkpointed here; empty if they can."""
     if not os.path.exists("/usr/sbin/criu"):
         return "CRIU is not in this image"
     return ""
 
 
 async def take(
-    container: "Container", wanted: CheckpointTake, ucloud: str, process: Watched
+    container: "Container", wanted: CheckpointTake, services: "Services", process: Watched
 ) -> CheckpointTaken:
     """A checkpoint of a running one, which stands still for a moment."""
     await criu.check()
+    standstill.check(container.spec, wanted)
     uid, group = container.spec.uid, cgroups.path_of(container.spec.uid)
     with workplace(uid) as place:
         os.mkdir(f"{place}/criu", 0o700)
         request = Take(
-            ucloud=ucloud, ee=wanted.name, engine=ENGINE, store=wanted.store, head=wanted.head,
-            directory=place, layer=f"{container.places.layer}/upper", owner=container.base_id,
-            details={"spec": fingerprint(container)},
+            ucloud=services.ucloud, ee=wanted.name, engine=ENGINE, store=wanted.store,
+            head=wanted.head, directory=place, layer=f"{container.places.layer}/upper",
+            owner=container.base_id, details={"spec": fingerprint(container)},
         )  # fmt: skip
         async with saver(log_path=f"{container.places.run}/saver.log") as helper:
             await helper.ask("take", request, Ready, ANSWER_TIMEOUT_S)
             check_processes(group, process.pid)
+            await standstill.ahead(services.volumes, uid)
             begun_s = time.monotonic()
             try:
-                fifo = f"{container.places.run}/output"
-                details = await _dump(process.pid, group, place, fifo)
+                await _freeze(group)
+                dumping = _dump(container, process.pid, group, place)
+                keeping = standstill.keep(services.volumes, wanted, services.snapshot)
+                details = await standstill.together(dumping, keeping)
                 await helper.ask("capture", None, Captured, PAUSE_TIMEOUT_S)
             finally:
                 cgroups.thaw(uid)
@@ -125,13 +135,17 @@ def _parent(pid: int) -> int:
         return 0
 
 
-async def _dump(pid: int, group: str, place: str, fifo: str) -> dict[str, str]:
-    """Freeze and dump; it stays frozen. What a restore has to know."""
+async def _freeze(group: str) -> None:
     try:
         await cgroups.freeze(group, FREEZE_TIMEOUT_S)
     except TimeoutError:
         raise Temporary("it did not come to a stand") from None
-    output, mounts = output_of(pid, fifo), _bound_mounts(pid)
+
+
+async def _dump(container: "Container", pid: int, group: str, place: str) -> dict[str, str]:
+    """Dump it; it stays frozen. What a restore has to know."""
+    output = output_of(pid, f"{container.places.run}/output")
+    mounts = _bound_mounts(pid, {volume.path for volume in container.spec.volumes})
     external = [output, *(f"mnt[{path}]:{path}" for path in mounts)]
     images = os.open(f"{place}/criu", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -159,8 +173,11 @@ def output_of(pid: int, fifo: str) -> str:
     raise Unsupported("its first program has closed its output, or writes it elsewhere")
 
 
-def _bound_mounts(pid: int) -> dict[str, str]:
-    """Mount points that show something of the platform: a device's name, or empty for ours."""
+def _bound_mounts(pid: int, volumes: set[str]) -> dict[str, str]:
+    """Mount points that show something of the platform: a device's name, or empty for ours.
+
+    ``volumes`` are those of volumes, each a file system of its own.
+    """
     found = {}
     with open(f"/proc/{pid}/mountinfo") as file:
         for line in file:
@@ -171,7 +188,9 @@ def _bound_mounts(pid: int) -> dict[str, str]:
                 continue
             if kind == "devtmpfs":
                 found[target] = root.removeprefix("/")
-            elif kind not in ("proc", "sysfs", "cgroup2", "devpts", "mqueue") and root != "/":
+            elif kind not in ("proc", "sysfs", "cgroup2", "devpts", "mqueue") and (
+                root != "/" or target in volumes
+            ):
                 found[target] = ""
     return found
 
@@ -205,7 +224,7 @@ async def fetch(container: "Container", ucloud: str) -> None:
     place, upper = f"{layer}/restore", f"{layer}/upper"
     if wanted is None or os.path.exists(f"{place}/details"):
         return
-    if reason := refusal(container):
+    if reason := refusal():
         raise Unsupported(f"{container.spec.name} cannot be restored: {reason}")
     remove_tree(place)
     remove_tree(upper)

@@ -1,8 +1,9 @@
 """Checkpoints of VMs: pages written since a base, devices' state, the disk; all of one moment.
 
-The machine stands still for three things only: QEMU writes its devices' state, starts a backup of
-the disk (which keeps, from then on, what the machine is about to overwrite) and the saver copies
-the dirty pages. QEMU gets files as descriptors over its control socket: it has no path of ours.
+The machine stands still for few things only: QEMU writes its devices' state, starts a backup of the
+disk (which keeps, from then on, what the machine is about to overwrite), the saver copies the dirty
+pages, and the volumes that it writes to are snapshotted (``standstill``). QEMU gets files as
+descriptors over its control socket: it has no path of ours.
 """
 
 import asyncio
@@ -15,7 +16,8 @@ import time
 from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from supercloud.model.errors import BadState, Invalid, Permanent, SupercloudError, Unsupported
+from supercloud.model.errors import BadState, Invalid, Permanent, SupercloudError
+from supercloud.upper.platform.agent import standstill
 from supercloud.upper.platform.agent.frozen_container import paused
 from supercloud.upper.platform.agent.processes import Watched, run
 from supercloud.upper.platform.agent.qmp import Qmp
@@ -40,6 +42,7 @@ from supercloud.upper.platform.saver.requests import (
 from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
 
 if TYPE_CHECKING:
+    from supercloud.upper.platform.agent.engine import Services
     from supercloud.upper.platform.agent.machine import Machine
 
 ENGINE = "qemu"
@@ -49,12 +52,6 @@ DISK_PART = "disk-root"
 BACKUP_TIMEOUT_S = 3600.0
 
 log = logging.getLogger("supercloud.agent.frozen_machine")
-
-
-def refusal(machine: "Machine") -> str:
-    """Why this VM cannot be checkpointed; empty if it can."""
-    names = ", ".join(v.volume for v in machine.spec.volumes if not v.read_only)
-    return f"it writes to volumes ({names}), which a checkpoint does not hold" if names else ""
 
 
 def make_ram(size_bytes: int) -> int:
@@ -107,14 +104,15 @@ async def recover(qmp: Qmp) -> None:
 
 
 async def take(
-    machine: "Machine", wanted: CheckpointTake, ucloud: str, process: Watched
+    machine: "Machine", wanted: CheckpointTake, services: "Services", process: Watched
 ) -> CheckpointTaken:
     """A checkpoint of a running one, which stands still for a moment."""
     uid, qmp = machine.spec.uid, machine.qmp
+    standstill.check(machine.spec, wanted)
     with workplace(uid) as place:
         request = Take(
-            ucloud=ucloud, ee=wanted.name, engine=ENGINE, store=wanted.store, head=wanted.head,
-            directory=place, pid=process.pid, base=_base(machine, process),
+            ucloud=services.ucloud, ee=wanted.name, engine=ENGINE, store=wanted.store,
+            head=wanted.head, directory=place, pid=process.pid, base=_base(machine, process),
             details=fingerprint(machine),
         )  # fmt: skip
         async with (
@@ -126,10 +124,12 @@ async def take(
             _keep_base(machine, process, "")
             ready = await helper.ask("take", request, Ready, ANSWER_TIMEOUT_S)
             _keep_base(machine, process, ready.base if not ready.is_new else "")
+            await standstill.ahead(services.volumes, uid)
             try:
                 saving = await pause.begin()
                 capturing = helper.ask("capture", None, Captured, PAUSE_TIMEOUT_S)
-                await asyncio.gather(saving, capturing)
+                keeping = standstill.keep(services.volumes, wanted, services.snapshot)
+                await standstill.together(saving, capturing, keeping)
             finally:
                 pause_ms = await pause.end()
             await pause.settled()
@@ -287,8 +287,6 @@ async def fetch(machine: "Machine", ucloud: str, ram: int) -> int:
     wanted, uid = machine.spec.restore, machine.spec.uid
     if wanted is None:
         raise BadState("nothing to restore")
-    if reason := refusal(machine):
-        raise Unsupported(f"{machine.spec.name} cannot be restored: {reason}")
     with workplace(uid) as place:
         request = Restore(
             ucloud=ucloud, ee=wanted.ee, store=wanted.store, head=wanted.head,

@@ -115,11 +115,11 @@ class Machine:
 
     async def checkpoint(self, wanted: CheckpointTake, process: Watched) -> CheckpointTaken:
         """Take one while it runs."""
-        return await frozen_machine.take(self, wanted, self._services.ucloud, process)
+        return await frozen_machine.take(self, wanted, self._services, process)
 
     def refusal(self) -> str:
         """Why it cannot be checkpointed; empty if it can."""
-        return frozen_machine.refusal(self)
+        return ""
 
     def job_ended(self, job: str) -> Awaitable[dict[str, Any]]:
         """The event of the end of one of QEMU's jobs; asked for before it can have ended."""

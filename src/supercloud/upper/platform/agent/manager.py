@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from supercloud.model.errors import Invalid, NotFound, SupercloudError
-from supercloud.upper.platform.agent import cgroups, paths, rootfs, saving, volumes
+from supercloud.upper.platform.agent import cgroups, paths, rootfs, saving, standstill, volumes
 from supercloud.upper.platform.agent.container import Container
 from supercloud.upper.platform.agent.engine import Places, Services, digests, make_places
 from supercloud.upper.platform.agent.firewall import Firewall, Publication, StoreWay, ruleset
@@ -104,6 +104,7 @@ class Manager:
         """Take up what an earlier agent left, and begin."""
         make_places()
         cgroups.prepare()
+        standstill.thaw_all()
         self._services.volumes.start()
         saving.sweep()
         self._tasks = [

@@ -31,6 +31,7 @@ from supercloud.upper.platform.agent.processes import Watched
 from supercloud.upper.platform.agent.scratch import SERIAL, Scratch
 from supercloud.upper.platform.agent.state import write_json
 from supercloud.upper.platform.agent.volumes import Volumes
+from supercloud.wire.checkpoints import CheckpointSnapshot
 from supercloud.wire.codec import encode
 from supercloud.wire.content import HEADER_BYTES, Content, Placed, from_header
 from supercloud.wire.messages import EnvironmentSpec
@@ -63,7 +64,7 @@ async def prepare(accelerator: Accelerator) -> None:
         return
     engine.make_places()
     cgroups.prepare()
-    nobodys = Volumes(Disks()), ""
+    nobodys = Volumes(Disks()), "", _no_snapshot
     services = Services(Blobs(_nobody), Networks(), Scratch(), accelerator, *nobodys)
     services.networks.ensure(content.environments)
     names = Names("template")
@@ -102,6 +103,10 @@ def _leave(spec: EnvironmentSpec, base_id: int, process: Watched | None) -> None
 
 def _nobody() -> Source:
     raise Temporary("a template has no control plane")
+
+
+async def _no_snapshot(_: CheckpointSnapshot) -> None:
+    _nobody()
 
 
 # -- the disk

@@ -1,6 +1,7 @@
 """Linux calls that the standard library lacks, each as one function that raises OSError."""
 
 import ctypes
+import fcntl
 import os
 import struct
 from typing import Final
@@ -21,6 +22,7 @@ _OPEN_TREE_CLONE = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_IDMAP = 1, 2, 4, 0x10_0000
 _POWER_OFF = 0x4321FEDC
+_FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878
 
 
 def _checked(result: int, what: str) -> int:
@@ -83,6 +85,16 @@ def sync_file_system(place: str) -> None:
         _checked(int(_LIBC.syncfs(descriptor)), f"sync {place}")
     finally:
         os.close(descriptor)
+
+
+def freeze_file_system(descriptor: int) -> None:
+    """Write all of it to its disk, and let nothing change until it is thawed; ``FIFREEZE``."""
+    fcntl.ioctl(descriptor, _FIFREEZE, 0)
+
+
+def thaw_file_system(descriptor: int) -> None:
+    """EINVAL when it is not frozen; ``FITHAW``."""
+    fcntl.ioctl(descriptor, _FITHAW, 0)
 
 
 def open_in_root(root: int, path: str, flags: int = os.O_RDONLY) -> int:

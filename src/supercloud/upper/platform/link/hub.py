@@ -24,6 +24,7 @@ from supercloud.upper.platform.link import blobs
 from supercloud.upper.platform.link.owner import Owner
 from supercloud.upper.platform.link.session import AgentSession
 from supercloud.upper.platform.link.upgrade import accept_tls
+from supercloud.wire.checkpoints import CheckpointSnapshot
 from supercloud.wire.messages import (
     AGENT_TO_CONTROL,
     PROTOCOL,
@@ -31,6 +32,7 @@ from supercloud.wire.messages import (
     Certificate,
     CsrResult,
     Deposited,
+    Empty,
     Enroll,
     Hello,
     Welcome,
@@ -94,6 +96,7 @@ class LinkHub:
                 "agent.enroll": self._enroll, "agent.hello": self._hello,
                 "agent.renew": self._renew, "blob.get": self._blob,
                 "blob.deposit": self._deposit,
+                "checkpoint.snapshot": self._snapshot,
             },
         )  # fmt: skip
 
@@ -227,6 +230,14 @@ class LinkHub:
             older.abandon()
         call.peer.name = f"agent {hello.platform}"
         return Welcome(protocol=min(PROTOCOL, hello.protocol), time_s=time.time())
+
+    async def _snapshot(self, call: Call, asked: CheckpointSnapshot) -> Empty:
+        """Of the newest session of a platform only: an older one's EE may have gone on since."""
+        session = _of(call).session
+        if session is None or self.sessions.get(session.platform) is not session:
+            raise Denied("hello comes first")
+        await self.owner.snapshot(session, asked)
+        return Empty()
 
     async def _blob(self, call: Call, asked: Blob) -> Detach:
         """On a connection that is there for this file only, of a platform whose agent is here."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from supercloud.model.errors import Denied
 from supercloud.model.events import Event
+from supercloud.wire.checkpoints import CheckpointSnapshot
 from supercloud.wire.messages import Blob, Deposited, Enroll, Hello, PlatformReport
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ class Owner(Protocol):
 
     async def deposit(self, session: "AgentSession", asked: Blob) -> Deposited:
         """Have its host lay a blob down on its disk. NotFound; what the provider says."""
+        ...
+
+    async def snapshot(self, session: "AgentSession", asked: CheckpointSnapshot) -> None:
+        """Snapshot the volumes of an EE that stands still; Denied unless that is expected."""
         ...
 
     async def connected(self, session: "AgentSession") -> None:

@@ -214,6 +214,25 @@ async def test_growing_is_done_shrinking_and_another_format_are_refused(world):
         await world.app.service.plan(manifest(world))
 
 
+async def test_what_goes_through_it_is_told_while_it_is_used(world):
+    await up(world)
+    pretended = await host(world)
+
+    async def row():
+        (found,) = await world.app.service.volumes.rows()
+        return found
+
+    async def written():
+        pretended.write("data", "word")
+        rates = (await row()).rates
+        return rates is not None and rates.writes_per_s > 0 and rates.write_bytes_per_s > 0
+
+    await world.until(written, "its rates are known")
+    assert (await row()).rates.reads_per_s == 0
+    await down(world)
+    assert (await row()).rates is None
+
+
 async def test_readers_share_one_and_are_together(world):
     use = [{"name": "data", "path": "/d", "read_only": True}]
     wish = [environment(name, volumes=use) for name in ("a", "b", "c")]

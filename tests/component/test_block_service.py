@@ -347,6 +347,29 @@ def test_growing_under_vhost_user_before_the_machine_has_taken_it(bench: Bench) 
         assert bench.pid("data") == pid
 
 
+def test_growing_with_its_device_under_a_machine(bench: Bench) -> None:
+    """The device announces more than it has; the service is told how much that is."""
+    bench.create("data", 32 * MIB, device_bytes=8 << 40, has_bytes=48 * MIB)
+    bench.write("data", 0, b"old")
+    with pytest.raises(NoResources):
+        bench.call("volume.grow", volume="data", size_bytes=64 * MIB)
+    with bench.attach("data", mode="vhost-user-blk", ram_shared=True):
+        for _ in range(2):
+            larger = {"size_bytes": 64 * MIB, "device_bytes": 96 * MIB}
+            grown = bench.call("volume.grow", volume="data", **larger)
+            assert (grown["size_bytes"], grown["device_bytes"]) == (64 * MIB, 96 * MIB)
+    bench.call("volume.detach", volume="data")
+    pieces = [bytes([number]) * MIB for number in range(64)]
+    with bench.client("data") as client:
+        assert client.read(0, 3) == b"old"
+        for number, piece in enumerate(pieces):
+            client.write(number * MIB, piece)
+        client.flush()
+    bench.call("volume.close", volume="data")
+    bench.open("data", device_bytes=96 * MIB)
+    assert [bench.read("data", number * MIB, MIB) for number in range(64)] == pieces
+
+
 def test_a_device_that_holds_no_volume_or_is_none(bench: Bench) -> None:
     empty = bench.device("empty")
     with pytest.raises(Permanent, match="no volume"):

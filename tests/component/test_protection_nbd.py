@@ -7,11 +7,13 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from supercloud.model.errors import Invalid
 from supercloud.services.protection.engine import Device, backing_bytes, format_device
 from support.protected_nbd import (
     CACHE,
@@ -300,6 +302,56 @@ def test_it_grows_with_its_file(backed: Backed) -> None:
     assert device.figures()["blocks"] == 2 * SIZE // BLOCK
     assert device.read(SIZE - BLOCK, BLOCK) == b"x" * BLOCK
     assert device.read(2 * SIZE - BLOCK, BLOCK) == b"y" * BLOCK
+
+
+def test_a_client_that_was_announced_more_follows_its_growth(backed: Backed) -> None:
+    client = Client(backed.device, 8 * SIZE).go()
+    assert client.size_bytes == 8 * SIZE
+    assert client.call(WRITE, SIZE, data=b"y" * BLOCK)[0] == ENOSPC
+    assert client.call(READ, SIZE - BLOCK, 2 * BLOCK)[0] == EINVAL
+    assert client.call(WRITE, SIZE - BLOCK, data=b"x" * BLOCK)[0] == 0
+    os.truncate(backed.descriptor, backing_bytes(2 * SIZE))
+    backed.device.grow(2 * SIZE)
+    assert client.call(WRITE, 2 * SIZE - BLOCK, data=b"y" * BLOCK)[0] == 0
+    assert client.call(READ, SIZE - BLOCK, 2 * BLOCK) == (0, b"x" * BLOCK + bytes(BLOCK))
+    assert client.call(WRITE, 2 * SIZE, data=b"z" * BLOCK)[0] == ENOSPC
+    client.close()
+    for reach in (BLOCK + 1, 1 << 45):
+        with pytest.raises(Invalid):
+            Client(backed.device, reach)
+
+
+def test_it_grows_under_clients_that_write(backed: Backed) -> None:
+    ends = iter(range(2, 6))
+    os.truncate(backed.descriptor, backing_bytes(6 * SIZE))
+    over = threading.Event()
+    written = [0] * 4
+
+    def write(number: int) -> None:
+        client, at = Client(backed.device, 8 * SIZE).go(), number
+        while not over.is_set():
+            assert client.call(WRITE, at % 4096 * BLOCK, data=bytes([number + 1]) * BLOCK)[0] == 0
+            if not at % 64:
+                assert client.call(FLUSH)[0] == 0
+            written[number], at = at, at + 4
+        client.close()
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for end in ends:
+        backed.device.grow(end * SIZE)
+        backed.device.write(end * SIZE - BLOCK, bytes([end]) * BLOCK)
+    while min(written) < 1024:
+        time.sleep(0.01)
+    over.set()
+    for thread in threads:
+        thread.join()
+    device = backed.again()
+    assert device.read(0, 1024 * BLOCK) == b"".join(bytes([n % 4 + 1]) * BLOCK for n in range(1024))
+    for end in range(2, 6):
+        assert device.read(end * SIZE - BLOCK, BLOCK) == bytes([end]) * BLOCK
+    assert device.evidence() == []
 
 
 # -- a client that breaks the rules

@@ -29,6 +29,7 @@ from supercloud.wire.volumes import Seal, VolumeFigures, VolumeSpec
 PROTECTION: Final = "protection"
 BLOCKS: Final = "block"
 TIMEOUT_S: Final = 90.0
+REACH_BYTES: Final = 8 << 40  # as far as a device can ever grow
 CACHE_BYTES: Final = 16 << 20  # of the tree over a device: 2 GiB of blocks at hand
 UNPLUG_TRIES: Final = 5  # a guest that boots does not listen
 UNPLUG_LOOKS: Final = 40
@@ -213,24 +214,33 @@ class Layers:
             f"the platform does not let go of volume {name}: it does when nothing there uses it"
         )
 
-    async def change(self, old: VolumeSpec, new: VolumeSpec, *, attached: bool) -> None:
-        """Grow every layer from below, and throttle. BadState: attached, it cannot grow."""
-        name, size = new.name, device_bytes(new)
+    async def change(self, old: VolumeSpec, new: VolumeSpec, mode: str) -> None:
+        """Grow every layer from below, and throttle; what was done already is done.
+
+        ``mode`` is how a machine has it, if one does. BadState when it cannot grow so.
+        """
         if new.size_bytes > old.size_bytes:
-            if attached:  # the block service's connection to the device has the device's old size
-                raise BadState(f"volume {name} is attached", hint="it grows when nothing uses it")
-            asked = {"use": "volume", "name": name, "size_bytes": _backing_bytes(size)}
+            _may_grow(new, mode)
+            size = device_bytes(new)
+            asked = {"use": "volume", "name": new.name, "size_bytes": _backing_bytes(size)}
             await self._disk.result("disk.grow", asked)
-            with contextlib.suppress(NotFound):  # it was closed by an attempt that failed
-                await self._ask(BLOCKS, "volume.close", {"volume": name})
-            try:
-                await self._ask(PROTECTION, "device.grow", {"device": name, "size_bytes": size})
-            finally:
-                await self._open_volume("volume.open", old, mirrored=False)
-            if new.format != "raw":  # a raw volume is its device
-                asked = {"volume": name, "size_bytes": new.size_bytes}
-                await self._ask(BLOCKS, "volume.grow", asked)
+            grow = self._grow_raw if new.format == "raw" else self._grow
+            await grow(old, new, size)
         await self._throttle(new)
+
+    async def _grow(self, _old: VolumeSpec, new: VolumeSpec, size: int) -> None:
+        await self._ask(PROTECTION, "device.grow", {"device": new.name, "size_bytes": size})
+        asked = {"volume": new.name, "size_bytes": new.size_bytes, "device_bytes": size}
+        await self._ask(BLOCKS, "volume.grow", asked)
+
+    async def _grow_raw(self, old: VolumeSpec, new: VolumeSpec, size: int) -> None:
+        """A raw volume is its device, and the block service learns its size when it is opened."""
+        with contextlib.suppress(NotFound):  # it was closed by an attempt that failed
+            await self._ask(BLOCKS, "volume.close", {"volume": new.name})
+        try:
+            await self._ask(PROTECTION, "device.grow", {"device": new.name, "size_bytes": size})
+        finally:
+            await self._open_volume("volume.open", old, mirrored=False)
 
     async def of_snapshot(self, what: str, name: str, snapshot: str) -> None:
         """``snapshot``, ``revert`` or ``forget``."""
@@ -244,12 +254,16 @@ class Layers:
 
     async def _open_volume(self, method: str, spec: VolumeSpec, *, mirrored: bool) -> None:
         name = spec.name
+        asked = {"volume": name, "format": spec.format, "size_bytes": spec.size_bytes}
         if mirrored:
             connected = [await self._mirrors.connect(name)]
-        else:
+        elif spec.format == "raw":
             connected = await self._call(PROTECTION, "device.connect", {"device": name})
+        else:  # it may grow while it is open
+            reaching = {"device": name, "reach_bytes": REACH_BYTES}
+            connected = await self._call(PROTECTION, "device.connect", reaching)
+            asked["device_bytes"] = device_bytes(spec)
         try:
-            asked = {"volume": name, "format": spec.format, "size_bytes": spec.size_bytes}
             await self._call(BLOCKS, method, asked, connected)
         finally:
             for descriptor in connected:
@@ -275,6 +289,14 @@ class Layers:
         channel = self._services.start(kind)
         reply = await channel.call(method, parameters, given, timeout_s=TIMEOUT_S)
         return reply.descriptors
+
+
+def _may_grow(spec: VolumeSpec, mode: str) -> None:
+    """BadState: a machine would not learn of it (QEMU 10: NBD tells a size only once)."""
+    if mode and (spec.format == "raw" or mode == "nbd"):
+        reason = "raw" if spec.format == "raw" else "attached by NBD"
+        hint = "it grows when nothing uses it: supercloud down, then up again"
+        raise BadState(f"volume {spec.name} is {reason}, and in use", hint=hint)
 
 
 async def _plugged(machine: Channel) -> dict[str, int]:

@@ -312,7 +312,7 @@ class Volumes:
         if volume.mirrored and spec.size_bytes != volume.spec.size_bytes:
             raise Unsupported("a volume that is kept on several hosts does not grow yet")
         try:
-            await self._layers.change(volume.spec, spec, attached=volume.state == "attached")
+            await self._layers.change(volume.spec, spec, volume.mode)
         except SupercloudError:
             self._in_background(self._look_after(volume))
             raise

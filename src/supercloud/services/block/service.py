@@ -96,9 +96,10 @@ class BlockService:
     # -- opening and closing
 
     def create(self, request: Request) -> dict[str, Any]:
-        """``{volume, format, size_bytes, export?}`` + device: make the image and open it.
+        """``{volume, format, size_bytes, export?, device_bytes?}`` + device: make and open it.
 
-        Asked again it opens what it made. Exists when the device holds another volume.
+        Asked again it opens what it made. Exists when the device holds another volume. The device
+        has ``device_bytes``, if what it announces is more: then it can grow while it is open.
         """
         size_bytes = _size(request)
         volume = self._start(request)
@@ -106,7 +107,7 @@ class BlockService:
         return {"created": made, **volume.status()}
 
     def open(self, request: Request) -> dict[str, Any]:
-        """``{volume, format, export?}`` + device: check the image and open it."""
+        """``{volume, format, export?, device_bytes?}`` + device: check the image and open it."""
         volume = self._start(request)
         self._opened(volume, volume.open)
         return volume.status()
@@ -123,13 +124,13 @@ class BlockService:
             self._reactor,
             self._children,
             self._programs,
-            lambda number: names.device(number, export),
+            lambda number: names.wire(number, export),
             device,
             lambda why: self._lost(name, why),
         )
         daemon.on_event = lambda event, data: self._on_event(name, event, data)
         try:
-            return Volume(name, image_format, daemon, self._programs)
+            return Volume(name, image_format, daemon, self._programs, _device_bytes(request))
         except SupercloudError:
             daemon.quit()
             raise
@@ -160,9 +161,12 @@ class BlockService:
     # -- what it holds
 
     def grow(self, request: Request) -> dict[str, Any]:
-        """``{volume, size_bytes}``; a machine that has it by vhost-user sees it at once."""
+        """``{volume, size_bytes, device_bytes?}``; by vhost-user a machine sees it at once.
+
+        ``device_bytes`` is what the device has grown to before. Done already is done.
+        """
         volume = self._legal(request)
-        volume.grow(_size(request))
+        volume.grow(_size(request), _device_bytes(request))
         return volume.status()
 
     def snapshot(self, request: Request) -> dict[str, Any]:
@@ -344,6 +348,13 @@ def _size(request: Request) -> int:
     if size_bytes % SIZE_UNIT_BYTES:
         raise Invalid(f"size_bytes must be a multiple of {SIZE_UNIT_BYTES}", where="size_bytes")
     return size_bytes
+
+
+def _device_bytes(request: Request) -> int:
+    """0: as much as it announces."""
+    if "device_bytes" not in request.untrusted:
+        return 0
+    return request.number("device_bytes", SIZE_UNIT_BYTES, MAX_SIZE_BYTES)
 
 
 def _limit(request: Request, name: str, least: int, most: int) -> int:

@@ -124,6 +124,10 @@ async def test_attached_it_has_a_slot_and_a_mode(provider, owner, ask):
     assert status.mode in ("vhost-user-blk", "nbd")
     again = await owner.do("attach", "p1")
     assert (again.slot, again.state) == (status.slot, "attached")
+    larger = replace(SPEC, size_bytes=32 * MIB)
+    for _ in range(2):
+        grown = await provider.volumes.change(owner.host, larger)
+        assert (grown.size_bytes, grown.state) == (32 * MIB, "attached")
     with pytest.raises(BadState):
         await owner.do("close")
     for _ in range(2):

@@ -21,7 +21,7 @@ SECRET = "what-nobody-else-may-read-" * 40
 BODY = """\
 volumes:
   - {{name: pages, size: {pages}}}
-  - {{name: records, size: 32MiB, format: raw}}
+  - {{name: records, size: {records}, format: raw}}
 environments:
   - name: web
     kind: container
@@ -45,10 +45,11 @@ class Stored:
     def __init__(self, made: Stack, examples: Path) -> None:
         self.stack, self.examples = made, examples
         self.host: Host = made.hosts["here"]
-        self.pages = "64MiB"
+        self.pages, self.records = "64MiB", "32MiB"
 
     def up(self, *options: str, greeting: str = "hello", status: int | None = 0) -> str:
-        body = BODY.format(examples=self.examples, greeting=greeting, pages=self.pages)
+        sizes = {"pages": self.pages, "records": self.records}
+        body = BODY.format(examples=self.examples, greeting=greeting, **sizes)
         manifest = self.stack.manifest("stored", body)
         return self.stack.cli("up", manifest, *options, status=status).stdout
 
@@ -129,12 +130,29 @@ def test_down_keeps_the_data_and_up_finds_it(stored: Stored) -> None:
     assert stored.sh("cat /srv/pages/secret").strip() == SECRET
 
 
-def test_it_grows_once_it_is_not_in_use(stored: Stored) -> None:
-    stored.stack.cli("down", "stored")
-    stored.pages = "128MiB"
+def test_it_grows_while_it_is_used_and_a_raw_one_once_it_is_not(stored: Stored) -> None:
+    def used_since() -> float:
+        (row,) = [r for r in stored.stack.json("ps") if r["name"] == "web"]
+        return float(row["started_s"])
+
+    def kib() -> int:
+        return int(stored.sh("df -k /srv/pages | tail -n 1 | awk '{print $2}'"))
+
+    since = used_since()
+    stored.pages, stored.records = "128MiB", "48MiB"
     stored.up()
-    size_kib = int(stored.sh("df -k /srv/pages | tail -n 1 | awk '{print $2}'"))
-    assert size_kib > 90 << 10
+    wait_for(lambda: kib() > 90 << 10, 60, stored.stack.logs)
+    stored.sh("head -c 80000000 /dev/zero > /srv/pages/more; sync; rm /srv/pages/more")
+    assert stored.sh("cat /srv/pages/secret").strip() == SECRET
+    assert used_since() == since
+    wait_for(lambda: "raw, and in use" in stored.volumes()["records"]["reason"], 60)
+    stored.stack.cli("down", "stored")
+    stored.up()
+    wait_for(lambda: stored.volumes()["records"]["reason"] == "", 60)
+    sizes = {
+        path.name.split(":")[1].split(".")[0]: path.stat().st_size for path in stored.backings()
+    }
+    assert sizes["records"] > 48 << 20
     assert stored.sh("cat /srv/pages/secret").strip() == SECRET
 
 

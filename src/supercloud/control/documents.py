@@ -256,6 +256,7 @@ class VolumeDocument:
     seal: Seal = field(default_factory=Seal)
     sealed_s: float = 0.0
     given: Volume | None = None  # what the host was last told
+    waits: str = ""  # why its host was not told the newest yet
     opened: bool = False
     platform: str = ""
     incarnation: int = 0

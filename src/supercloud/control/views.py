@@ -158,7 +158,7 @@ def _volume_fields(
         "ucloud": volume.ucloud,
         "name": volume.name,
         "state": volume.state,
-        "reason": volume.reason,
+        "reason": volume.reason or volume.waits,
         "size_bytes": volume.spec.size_bytes,
         "format": volume.spec.format,
         "provider": volume.provider.name,

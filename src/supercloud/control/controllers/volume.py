@@ -117,7 +117,7 @@ class VolumeController:
         await self._act(volume, "serve", lambda host: host.serve(volume.host, volume.name, epoch))
 
         def served(fresh: VolumeDocument) -> None:
-            fresh.given = spec
+            fresh.given, fresh.waits = spec, ""
             step_end(fresh.steps, OPEN)
 
         await self._change(volume, served)
@@ -125,26 +125,40 @@ class VolumeController:
 
     async def _use(self, volume: VolumeDocument, usage: Usage, *, wanted: bool) -> float | None:
         if volume.given != volume.spec:
-            return await self._grow(volume)
+            waiting = await self._grow(volume)
+            if waiting is None:
+                return 0.0
+            volume = waiting
         if learning.waits(volume.task):
             return await self._task(volume)
         if volume.platform:
             if usage.attached(volume):
-                return None
+                return self._plane.pace.lost_observe_s if volume.waits else None
             return await self._detach(volume) if usage.free else self._plane.pace.release_s
         if usage.platform is not None and usage.platform.state == "ready":
             return await self._attach(volume, usage.platform)
         return None if wanted else await self._close(volume)
 
-    async def _grow(self, volume: VolumeDocument) -> float:
-        spec = volume.spec
-        await self._act(volume, "change", lambda host: host.change(volume.host, wire_spec(volume)))
+    async def _grow(self, volume: VolumeDocument) -> VolumeDocument | None:
+        """None when it has grown; one that cannot under its user waits, and is as it was."""
+        spec, asked = volume.spec, wire_spec(volume)
+        try:
+            await self._act(volume, "change", lambda host: host.change(volume.host, asked))
+        except BadState as refused:
+            if not volume.platform:
+                raise
+            return await self._waits(volume, refused.message)
 
         def given(fresh: VolumeDocument) -> None:
-            fresh.given = spec
+            fresh.given, fresh.waits = spec, ""
 
         await self._change(volume, given)
-        return 0.0
+        return None
+
+    async def _waits(self, volume: VolumeDocument, why: str) -> VolumeDocument:
+        if volume.waits != why:
+            self._plane.tell(volume, "volume.waits", why, severity="warning")
+        return await self._change(volume, lambda fresh: setattr(fresh, "waits", why))
 
     async def _attach(self, volume: VolumeDocument, platform: PlatformDocument) -> float:
         def attaching(fresh: VolumeDocument) -> None:

@@ -7,6 +7,8 @@ The names of the methods are those of ``services.protection`` and ``services.blo
 import asyncio
 import contextlib
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 from supercloud.lower.user_domain.channel import Channel
@@ -14,6 +16,7 @@ from supercloud.lower.user_domain.mirrors import Mirrors
 from supercloud.lower.user_domain.services import Services
 from supercloud.model.errors import (
     BadState,
+    Busy,
     Exists,
     NotFound,
     Permanent,
@@ -24,6 +27,7 @@ from supercloud.services.block import capacity
 from supercloud.services.protection.format import BLOCK, backing_blocks
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.mirrors import Mirror, MirrorStatus
+from supercloud.wire.portal import Reply
 from supercloud.wire.volumes import Seal, VolumeFigures, VolumeSpec
 
 PROTECTION: Final = "protection"
@@ -47,6 +51,15 @@ def device_bytes(spec: VolumeSpec) -> int:
 
 def _backing_bytes(size: int) -> int:
     return backing_blocks(size // BLOCK) * BLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """The machine that has a volume, and how (vhost-user-blk | nbd)."""
+
+    platform: str
+    machine: Channel
+    mode: str
 
 
 class Layers:
@@ -214,33 +227,63 @@ class Layers:
             f"the platform does not let go of volume {name}: it does when nothing there uses it"
         )
 
-    async def change(self, old: VolumeSpec, new: VolumeSpec, mode: str) -> None:
+    async def change(self, old: VolumeSpec, new: VolumeSpec, user: User | None) -> None:
         """Grow every layer from below, and throttle; what was done already is done.
 
-        ``mode`` is how a machine has it, if one does. BadState when it cannot grow so.
+        ``user`` has it meanwhile. BadState when it cannot grow under that.
         """
         if new.size_bytes > old.size_bytes:
-            _may_grow(new, mode)
+            if user is not None:
+                await self._may_grow(new, user)
             size = device_bytes(new)
             asked = {"use": "volume", "name": new.name, "size_bytes": _backing_bytes(size)}
             await self._disk.result("disk.grow", asked)
-            grow = self._grow_raw if new.format == "raw" else self._grow
-            await grow(old, new, size)
+            await self._ask(PROTECTION, "device.grow", {"device": new.name, "size_bytes": size})
+            if user is not None and user.mode == "nbd":
+                await self._grow_held(old, new, user)
+            else:
+                await self._grow(old, new)
         await self._throttle(new)
 
-    async def _grow(self, _old: VolumeSpec, new: VolumeSpec, size: int) -> None:
-        await self._ask(PROTECTION, "device.grow", {"device": new.name, "size_bytes": size})
-        asked = {"volume": new.name, "size_bytes": new.size_bytes, "device_bytes": size}
+    async def _may_grow(self, spec: VolumeSpec, user: User) -> None:
+        """QEMU 10's block layer changes no raw node's size under an export."""
+        if spec.format == "raw" and user.mode != "nbd":
+            hint = "it grows when nothing uses it: supercloud down, then up again"
+            raise BadState(f"volume {spec.name} is raw, and in use", hint=hint)
+        status = await self._ask(BLOCKS, "volume.stats", {"volume": spec.name})
+        if status["copying"]:
+            raise Busy(f"volume {spec.name}: {status['copying']} is under way")
+
+    async def _grow(self, old: VolumeSpec, new: VolumeSpec) -> None:
+        if new.format == "raw":
+            await self._grow_raw(old)
+            return
+        asked = {"volume": new.name, "size_bytes": new.size_bytes}
+        asked["device_bytes"] = device_bytes(new)
         await self._ask(BLOCKS, "volume.grow", asked)
 
-    async def _grow_raw(self, old: VolumeSpec, new: VolumeSpec, size: int) -> None:
+    async def _grow_held(self, old: VolumeSpec, new: VolumeSpec, user: User) -> None:
+        """NBD tells a machine the size only once: it stands still, and gets a new connection.
+
+        Cut short anywhere this is done again: the machine is held for long enough.
+        """
+        name = {"volume": new.name}
+        await user.machine.call("machine.hold", name, timeout_s=TIMEOUT_S)
+        try:
+            await self._ask(BLOCKS, "volume.detach", name)
+            await self._grow(old, new)
+        finally:
+            asked = name | {"machine": user.platform, "mode": "nbd", "ram_shared": False}
+            reply = await self._reply(BLOCKS, "volume.attach", asked)
+            with passing(reply.descriptors):
+                size = {"size_bytes": reply.result["size_bytes"], "export": new.name}
+                await user.machine.call("machine.renew", name | size, reply.descriptors)
+
+    async def _grow_raw(self, old: VolumeSpec) -> None:
         """A raw volume is its device, and the block service learns its size when it is opened."""
         with contextlib.suppress(NotFound):  # it was closed by an attempt that failed
-            await self._ask(BLOCKS, "volume.close", {"volume": new.name})
-        try:
-            await self._ask(PROTECTION, "device.grow", {"device": new.name, "size_bytes": size})
-        finally:
-            await self._open_volume("volume.open", old, mirrored=False)
+            await self._ask(BLOCKS, "volume.close", {"volume": old.name})
+        await self._open_volume("volume.open", old, mirrored=False)
 
     async def of_snapshot(self, what: str, name: str, snapshot: str) -> None:
         """``snapshot``, ``revert`` or ``forget``."""
@@ -278,25 +321,30 @@ class Layers:
     ) -> Any:
         channel = self._services.start(kind)
         reply = await channel.call(method, parameters, given, timeout_s=TIMEOUT_S)
-        for descriptor in reply.descriptors:
-            os.close(descriptor)
-        return reply.result
+        with passing(reply.descriptors):
+            return reply.result
 
     async def _call(
         self, kind: str, method: str, parameters: dict[str, Any], given: list[int] | None = None
     ) -> list[int]:
         """A call that brings descriptors: the caller's to close."""
+        return (await self._reply(kind, method, parameters, given)).descriptors
+
+    async def _reply(
+        self, kind: str, method: str, parameters: dict[str, Any], given: list[int] | None = None
+    ) -> Reply:
         channel = self._services.start(kind)
-        reply = await channel.call(method, parameters, given, timeout_s=TIMEOUT_S)
-        return reply.descriptors
+        return await channel.call(method, parameters, given, timeout_s=TIMEOUT_S)
 
 
-def _may_grow(spec: VolumeSpec, mode: str) -> None:
-    """BadState: a machine would not learn of it (QEMU 10: NBD tells a size only once)."""
-    if mode and (spec.format == "raw" or mode == "nbd"):
-        reason = "raw" if spec.format == "raw" else "attached by NBD"
-        hint = "it grows when nothing uses it: supercloud down, then up again"
-        raise BadState(f"volume {spec.name} is {reason}, and in use", hint=hint)
+@contextlib.contextmanager
+def passing(descriptors: list[int]) -> Iterator[None]:
+    """They are of no use here afterwards."""
+    try:
+        yield
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 async def _plugged(machine: Channel) -> dict[str, int]:

@@ -16,7 +16,7 @@ from typing import Any, Final
 from supercloud.lower.user_domain.channel import Channel
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.hub import Hub
-from supercloud.lower.user_domain.layers import Layers
+from supercloud.lower.user_domain.layers import Layers, User
 from supercloud.lower.user_domain.mirrors import KIND as REPLICATION
 from supercloud.lower.user_domain.mirrors import Mirrors
 from supercloud.lower.user_domain.services import Services
@@ -312,13 +312,18 @@ class Volumes:
         if volume.mirrored and spec.size_bytes != volume.spec.size_bytes:
             raise Unsupported("a volume that is kept on several hosts does not grow yet")
         try:
-            await self._layers.change(volume.spec, spec, volume.mode)
+            await self._layers.change(volume.spec, spec, await self._user(volume))
         except SupercloudError:
             self._in_background(self._look_after(volume))
             raise
         volume.spec = spec
         self._records.put(volume)
         self._say(volume, "changed")
+
+    async def _user(self, volume: Volume) -> User | None:
+        if volume.state != "attached":
+            return None
+        return User(volume.platform, await self._machine(volume.platform), volume.mode)
 
     async def snapshot(self, asked: VolumeSnapshot) -> VolumeStatus:
         """Make a snapshot; one of that name is kept as it is."""

@@ -285,6 +285,9 @@ class FakeVolumes:
         volume = await self._find("change", host, spec.name)
         if spec.size_bytes < volume.spec.size_bytes or spec.format != volume.spec.format:
             raise Invalid(f"volume {spec.name} can grow only, and stays {volume.spec.format}")
+        grows = spec.size_bytes > volume.spec.size_bytes
+        if grows and spec.format == "raw" and volume.state == "attached":
+            raise BadState(f"volume {spec.name} is raw, and in use")
         volume.spec = spec
         return self._to(volume, volume.state)
 

@@ -3,9 +3,9 @@
 import json
 import os
 import random
+import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +29,7 @@ from support.protected_nbd import (
     listening,
 )
 from support.protection import BLOCK, KEY, NAME
+from support.victim import Victim
 
 SIZE = 64 << 20
 EIO, EINVAL, ENOSPC = 5, 22, 28
@@ -128,50 +129,30 @@ def test_fio_verifies_mixed_writes(backed: Backed, tmp_path: Path) -> None:
     assert backed.device.figures()["failed_requests"] == 0
 
 
-VICTIM = """
-import os, socket, sys
-from supercloud.services.protection.engine import Device
-from supercloud.wire.volumes import Seal
-from support.protection import KEY, NAME
-descriptor, listener = int(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))
-device = Device(descriptor, KEY, NAME, Seal(epoch=int(sys.argv[3]), sequence=int(sys.argv[4]), root=sys.argv[5]))
-device.serve(device.next_epoch)
-print(device.seal.epoch, device.seal.sequence, device.seal.root, flush=True)
-while True:
-    device.connect(listener.accept()[0].detach())
-"""
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_under_load_it_keeps_what_was_flushed(tmp_path: Path, seed: int) -> None:
     """SIGKILL in the middle of writes and flushes of four threads: all that was acknowledged is there."""
     backed = Backed(tmp_path)
     seal = backed.device.close()
-    import socket as sockets
-
-    listener = sockets.socket(sockets.AF_UNIX)
-    listener.bind(str(tmp_path / "sock"))
-    listener.listen(8)
-    tests = Path(__file__).parents[1]
     for life in range(3):
-        victim = subprocess.Popen(
-            [sys.executable, "-c", VICTIM, str(backed.descriptor), str(listener.fileno()),
-             str(seal.epoch), str(seal.sequence), seal.root],
-            pass_fds=[backed.descriptor, listener.fileno()], stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(tests)},
-        )  # fmt: skip
-        line = victim.stdout.readline().split()
-        seal = type(seal)(epoch=int(line[0]), sequence=int(line[1]), root=line[2])
+        path = tmp_path / f"sock{life}"
+        victim = Victim(backed.descriptor, seal, path)
+        seal = victim.seal
         acknowledged: dict[int, int] = {}
         attempted: dict[int, list[int]] = {}
         enough = threading.Event()
 
         def load(
-            thread: int, life=life, enough=enough, acknowledged=acknowledged, attempted=attempted
+            thread: int,
+            life=life,
+            enough=enough,
+            acknowledged=acknowledged,
+            attempted=attempted,
+            path=path,
         ) -> None:
             client = Client.__new__(Client)
-            client.sock, client._cookie = sockets.socket(sockets.AF_UNIX), 0
-            client.sock.connect(str(tmp_path / "sock"))
+            client.sock, client._cookie = socket.socket(socket.AF_UNIX), 0
+            client.sock.connect(str(path))
             client.go()
             rnd, since = random.Random(seed * 100 + thread), {}
             try:
@@ -196,7 +177,6 @@ def test_killed_under_load_it_keeps_what_was_flushed(tmp_path: Path, seed: int) 
             thread.start()
         assert enough.wait(120)
         victim.kill()
-        victim.wait()
         for thread in threads:
             thread.join()
         device = Device(backed.descriptor, KEY, NAME, seal)
@@ -209,8 +189,7 @@ def test_killed_under_load_it_keeps_what_was_flushed(tmp_path: Path, seed: int) 
         assert not device.evidence() or {e.kind for e in device.evidence()} <= {"discarded"}
         seal = device.found
         device.close(commit=False)
-        victim.stdout.close()
-    listener.close()
+        victim.__exit__()
     os.close(backed.descriptor)
 
 

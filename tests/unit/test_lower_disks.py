@@ -14,6 +14,7 @@ from supercloud.lower.vmm import disks
 from supercloud.lower.vmm.disks import Disks
 from supercloud.model.errors import (
     BadState,
+    Busy,
     Exists,
     Invalid,
     NoResources,
@@ -246,7 +247,13 @@ def test_what_cannot_be_held(machine: Machine) -> None:
         machine.disks.hold(asked("shared"))
     with pytest.raises(NotFound):
         machine.disks.hold(asked("other"))
-    machine.attach("data")
+    for name in ("data", "more"):
+        machine.attach(name)
+    machine.disks.hold(asked())
+    with pytest.raises(Busy, match="for volume data"):
+        machine.disks.hold(asked("more"))
+    renew(machine)
+    del machine.qemu.heard[:]
     machine.qemu.status = "io-error"
     with pytest.raises(BadState, match="stands still"):
         machine.disks.hold(asked())

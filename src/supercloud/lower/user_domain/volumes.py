@@ -312,7 +312,10 @@ class Volumes:
         if volume.mirrored and spec.size_bytes != volume.spec.size_bytes:
             raise Unsupported("a volume that is kept on several hosts does not grow yet")
         try:
-            await self._layers.change(volume.spec, spec, await self._user(volume))
+            if volume.state == "attached":
+                await self._change_attached(volume, spec)
+            else:
+                await self._layers.change(volume.spec, spec, None)
         except SupercloudError:
             self._in_background(self._look_after(volume))
             raise
@@ -320,10 +323,11 @@ class Volumes:
         self._records.put(volume)
         self._say(volume, "changed")
 
-    async def _user(self, volume: Volume) -> User | None:
-        if volume.state != "attached":
-            return None
-        return User(volume.platform, await self._machine(volume.platform), volume.mode)
+    async def _change_attached(self, volume: Volume, spec: VolumeSpec) -> None:
+        """One of a machine's volumes at a time: it may have to stand still meanwhile."""
+        user = User(volume.platform, await self._machine(volume.platform), volume.mode)
+        async with self._lock(f"slots of {volume.platform}"):
+            await self._layers.change(volume.spec, spec, user)
 
     async def snapshot(self, asked: VolumeSnapshot) -> VolumeStatus:
         """Make a snapshot; one of that name is kept as it is."""

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Final, Literal
 
 from supercloud.model.errors import (
     BadState,
+    Busy,
     Exists,
     Invalid,
     NoResources,
@@ -86,7 +87,7 @@ class Disks:
         self._ram_shared = ram_shared
         self._disks: dict[int, Disk] = {}
         self._is_full = False
-        self._held: Timer | None = None
+        self._held: tuple[str, Timer] | None = None  # for which volume, and until when
 
     def attach(self, request: Request) -> dict[str, Any]:
         """``Plug`` and the socket: its status. Unsupported: vhost-user-blk onto private RAM."""
@@ -126,14 +127,18 @@ class Disks:
     def hold(self, request: Request) -> dict[str, Any]:
         """``{volume}``: nothing of the machine is under way from here on, until ``renew``.
 
-        It goes on by itself after ``HOLD_S``. BadState when it stands still for another reason.
+        It goes on by itself after ``HOLD_S``. BadState when it stands still for another reason,
+        Busy when it is held for another volume.
         """
         disk = self._by_nbd(request)
         if self._held is not None:  # whoever asked before has died meanwhile
-            self._held.cancel()
+            volume, timer = self._held
+            if volume != disk.plug.volume:
+                raise Busy(f"the machine is held for volume {volume}")
+            timer.cancel()
         elif self._qmp.ask("query-status").get("status") != "running":
             raise BadState("the machine stands still already: a disk is full, or it is ending")
-        self._held = self._reactor.after(HOLD_S, self._go_on)
+        self._held = (disk.plug.volume, self._reactor.after(HOLD_S, self._go_on))
         try:
             self._qmp.ask("stop")
         except SupercloudError:
@@ -146,7 +151,7 @@ class Disks:
         disk, size_bytes = self._by_nbd(request), request.number("size_bytes", 0, 1 << 44)
         if len(request.descriptors) != 1:
             raise Invalid("the volume's descriptor is missing")
-        if self._held is None:
+        if self._held is None or self._held[0] != disk.plug.volume:
             raise BadState("the machine is not held")
         new = replace(disk, renewed=disk.renewed + 1)
         new.plug = replace(disk.plug, export=request.text("export", most=255))
@@ -171,7 +176,7 @@ class Disks:
 
     def _go_on(self) -> None:
         if self._held is not None:
-            self._held.cancel()
+            self._held[1].cancel()
             self._held = None
         self._qmp.command("cont")
 

@@ -86,6 +86,11 @@ class Bench:
         assert isinstance(reply, Reply)
         return socket.socket(fileno=reply.descriptors[0])
 
+    def clone(self, name: str, to: str, snapshot: str) -> None:
+        """Begin to copy a snapshot."""
+        parameters = {"volume": name, "to": to, "snapshot": snapshot, "export": "device"}
+        self.call("volume.clone", [self.device(name).descriptor()], **parameters)
+
     @contextlib.contextmanager
     def client(self, name: str, **more: Any) -> Iterator[Client]:
         """The volume's content, attached meanwhile."""

@@ -250,9 +250,8 @@ class Layers:
         if spec.format == "raw" and user.mode != "nbd":
             hint = "it grows when nothing uses it: supercloud down, then up again"
             raise BadState(f"volume {spec.name} is raw, and in use", hint=hint)
-        status = await self._ask(BLOCKS, "volume.stats", {"volume": spec.name})
-        if status["copying"]:
-            raise Busy(f"volume {spec.name}: {status['copying']} is under way")
+        if words := await self.copying(spec.name):
+            raise Busy(f"volume {spec.name}: {words} is under way")
 
     async def _grow(self, old: VolumeSpec, new: VolumeSpec) -> None:
         if new.format == "raw":
@@ -294,6 +293,20 @@ class Layers:
         except Exists:
             if what != "snapshot":  # one that is there is kept
                 raise
+
+    async def copying(self, name: str) -> str:
+        """What is being copied out of it or into it, in words; empty when nothing is."""
+        return str((await self._ask(BLOCKS, "volume.stats", {"volume": name}))["copying"])
+
+    async def copy(self, of: str, to: str, snapshot: str) -> None:
+        """Begin to copy a snapshot, or without one what the last backup there has not."""
+        asked = {"volume": of, "to": to}
+        if not snapshot:
+            await self._ask(BLOCKS, "volume.backup", asked | {"bitmap": to})
+            return
+        given = await self._call(PROTECTION, "device.connect", {"device": of})
+        with passing(given):
+            await self._ask(BLOCKS, "volume.clone", asked | {"snapshot": snapshot}, given)
 
     async def _open_volume(self, method: str, spec: VolumeSpec, *, mirrored: bool) -> None:
         name = spec.name

@@ -21,6 +21,7 @@ from supercloud.lower.user_domain.mirrors import KIND as REPLICATION
 from supercloud.lower.user_domain.mirrors import Mirrors
 from supercloud.lower.user_domain.services import Services
 from supercloud.lower.user_domain.volume_checks import check_alike, check_spec, key_of
+from supercloud.lower.user_domain.volume_copies import Copies
 from supercloud.lower.user_domain.volume_records import Volume, VolumeRecords
 from supercloud.model.errors import (
     BadState,
@@ -75,6 +76,7 @@ class Volumes:
         services.told |= dict.fromkeys(KINDS, self._told)
         self._layers, self._mirrors = Layers(hub.join("disk"), services, mirrors), mirrors
         mirrors.over = self._mirror_over
+        self.copies = Copies(self._layers, self._found, self._status, self._copied)
 
     # -- what is
 
@@ -418,6 +420,9 @@ class Volumes:
             self._warn(volume, "evidence", f"the provider's disk gave back a wrong {where}")
         elif method == "volume.damaged":
             self._warn(volume, "damaged", reason)
+        elif method == "volume.copied":
+            error = str(untrusted.get("error", ""))[:1000]
+            self.copies.ended(str(untrusted.get("to")), error)
         elif method == "volume.lost" and volume.state in IN_USE:
             self._in_background(self._lost(volume, f"its storage daemon ended: {reason}"))
 
@@ -466,6 +471,11 @@ class Volumes:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _copied(self, volume: Volume, number: int) -> None:
+        volume.copied = number
+        self._records.put(volume)
+        self._say(volume, "copied")
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())

@@ -74,6 +74,12 @@ def image_options(address: str, image_format: str) -> str:
     return f"driver={image_format},file.driver=nbd,file.{server},file.export={DEVICE}"
 
 
+def image_on(descriptor: int, export: str) -> str:
+    """What ``qemu-img --image-opts`` takes for a qcow2 image on a connected device."""
+    server = f"server.type=fd,file.server.str={descriptor}"
+    return f"driver=qcow2,file.driver=nbd,file.{server},file.export={export}"
+
+
 def raw_options(address: str, export: str) -> str:
     """What ``qemu-img --image-opts`` takes for an exported volume."""
     server = f"server.type=unix,server.path={address},server.abstract=on"

@@ -200,18 +200,24 @@ class BlockService:
         return begun
 
     def clone(self, request: Request) -> dict[str, Any]:
-        """``{volume, to, snapshot?}``: its content, or a snapshot's, into an open volume."""
+        """``{volume, to, snapshot?}``: its content, or a snapshot's, into an open volume.
+
+        With a snapshot comes another connection to the volume's device, of which only that is read.
+        """
         volume = self._legal(request)
         if "snapshot" not in request.untrusted:
             copy = self._copy(request, volume, f"clone to {request.name('to')}")
             return self._started(copy, lambda: copies.clone(copy)) or {}
-        snapshot = request.name("snapshot")
+        snapshot, device = request.name("snapshot"), _device(request)
+        export = request.text("export", most=255) if "export" in request.untrusted else ""
         volume.need_snapshot(snapshot)
-        if volume.attachment is not None:
-            hint = "detach it, or clone what it holds now"
-            raise BadState(f"volume {volume.name} is attached", hint=hint)
         copy = self._copy(request, volume, f"clone of {snapshot} to {request.name('to')}")
-        start = lambda: copies.clone_snapshot(copy, snapshot, self._programs, self._children)  # noqa: E731
+        options = names.image_on(device, export)
+        programs, children = self._programs, self._children
+
+        def start() -> None:
+            copies.clone_snapshot(copy, snapshot, options, device, programs, children)
+
         return self._started(copy, start) or {}
 
     def _copy(self, request: Request, volume: Volume, words: str) -> Copy:
@@ -253,7 +259,7 @@ class BlockService:
         have = volume.attachment
         if have is not None and have.machine != machine:
             raise BadState(f"volume {volume.name} is attached to {have.machine}")
-        if have is None and volume.copying:
+        if have is None and volume.receiving:
             raise Busy(f"volume {volume.name}: {volume.copying} is under way")
         sock: socket.socket = volume.attach(Attachment(machine, mode, read_only))
         return Reply({"export": volume.name, **volume.status()}, [sock.detach()])

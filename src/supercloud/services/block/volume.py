@@ -53,6 +53,7 @@ class Volume:
         self.attachment: Attachment | None = None
         self.limits: dict[str, int] = {}
         self.copying = ""  # what is being copied, in words; nothing when nothing is
+        self.receiving = False  # the copy is into this one
         self.size_bytes = self._end_bytes = 0
         announced = int(self.daemon.nodes()[names.WIRE]["image"]["virtual-size"])
         self.device_bytes = device_bytes or announced

@@ -113,6 +113,12 @@ def _task(arguments: argparse.Namespace, what: str, done: str) -> None:
     print(json.dumps(view) if arguments.json else printable(text))
 
 
+def _backup(arguments: argparse.Namespace) -> None:
+    view = client.call("POST", f"{_path(arguments)}/backup", {})
+    text = f"{view['ucloud']}/{view['name']} has all that {view['copy_of']} has"
+    print(json.dumps(view) if arguments.json else printable(text))
+
+
 def _delete(arguments: argparse.Namespace) -> None:
     """Wait until it is gone."""
     path = _path(arguments)
@@ -155,6 +161,7 @@ _ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
     "snapshot": _snapshot,
     "revert": _revert,
     "forget-snapshot": _forget,
+    "backup": _backup,
     "delete": _delete,
     "accept": _accept,
     "rotate-key": _rotate_key,

@@ -146,6 +146,8 @@ def volume_view(
         found=volume.found,
         wrapping_key=volume.wrapped_key.partition(":")[0],
         generation=volume.generation,
+        copy_of=volume.spec.copy_of,
+        copied_s=volume.copied_s,
         waits_for=seen.status.mirror.closed_by if seen and seen.status.mirror else "",
         steps=[_step(f"volume/{volume.name}", "volume", step, -1.0) for step in volume.steps],
     )

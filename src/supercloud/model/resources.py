@@ -23,6 +23,7 @@ TRANSPORTS = ("oci", "docker-archive", "docker")
 
 LABEL = "lower case letters, digits and '-', at most 63, not '-' at either end"
 # Shorter than a label: replicas and generated names add to it.
+SNAPSHOT_NAME = r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?"
 SHORT_NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
 BUCKET_NAME = r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]"
 BUCKET_LABEL = "3 to 63 lower case letters, digits and '-', not '-' at either end"
@@ -133,6 +134,50 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Clone:
+    """What a volume begins as: a copy of a snapshot, made once, under a key of its own."""
+
+    of: str = declared(
+        Rule(
+            doc="a volume that there is when the clone is made, of the same size and host",
+            pattern=SHORT_NAME,
+            wanted=SHORT_LABEL,
+        )
+    )
+    snapshot: str = declared(
+        Rule(doc="its snapshot (`supercloud volumes snapshot`)", pattern=SNAPSHOT_NAME)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backup:
+    """What a volume is a backup of. It has a key of its own, and nothing uses it.
+
+    The first backup copies all, later ones what has changed since. After each one a snapshot can be
+    taken of it, and another volume can begin as a clone of that.
+    """
+
+    of: str = declared(
+        Rule(
+            doc="another volume of this manifest, of the same size; both are on one host",
+            pattern=SHORT_NAME,
+            wanted=SHORT_LABEL,
+        )
+    )
+    every_s: int = declared(
+        Rule(
+            doc="how often; if not given once, and when `supercloud volumes backup` asks",
+            key="every",
+            duration=True,
+            ge=10,
+            le=30 * 86400,
+            example="1h",
+        ),
+        0,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Volume:
     """A disk of the U-Cloud that outlives what uses it, protected from the provider that holds it.
 
@@ -185,6 +230,14 @@ class Volume:
         ),
         1,
     )
+    clone: Clone | None = declared(Rule(doc="what it begins as; if not given it is empty"), None)
+    backup: Backup | None = declared(Rule(doc="what it is a backup of"), None)
+
+    @property
+    def copy_of(self) -> str:
+        """The volume that it is copied from, if any."""
+        origin = self.clone or self.backup
+        return origin.of if origin else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -135,6 +135,8 @@ class VolumeView(VolumeRow):
     wrapping_key: str = ""  # its name
     generation: int = 0  # of its mirror
     waits_for: str = ""  # why its mirror answers nothing now
+    copy_of: str = ""  # the volume that it began as a clone of, or is a backup of
+    copied_s: float = 0.0  # when that was last copied
     steps: list["Step"] = field(default_factory=list)
 
 

@@ -30,6 +30,8 @@ def take(volume: VolumeDocument, status: VolumeStatus) -> None:
         return
     if (seal := seals.newest(volume.seal, status.seal)) != volume.seal:
         volume.seal, volume.sealed_s = seal, time.time()
+    if status.copied > volume.copied:
+        volume.copied, volume.copied_s = status.copied, time.time()
     volume.snapshots, volume.stored_bytes = list(status.snapshots), status.stored_bytes
     attached = status.state == "attached"
     volume.platform = status.platform if attached else ""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from supercloud.control.controllers import learning
+from supercloud.control.controllers.copying import Copying, is_asked_for, is_under_way
 from supercloud.control.controllers.hostcalls import HostCalls, wire_spec
 from supercloud.control.controllers.leasing import lease_key
 from supercloud.control.controllers.plane import Plane
@@ -29,7 +30,7 @@ from supercloud.control.documents import (
     step_end,
     ucloud_key,
 )
-from supercloud.model.errors import BadState, Denied, NotFound, UserError, to_wire
+from supercloud.model.errors import BadState, Busy, Denied, NotFound, UserError, to_wire
 from supercloud.model.events import Severity
 from supercloud.wire.volumes import VolumeOpen
 
@@ -45,6 +46,7 @@ class VolumeController:
         self._calls = HostCalls(plane)
         self._act = self._calls.act
         self.replication = Replication(plane, self._calls)
+        self.copying = Copying(plane, self._calls)
         self.sealing = Sealing(plane, self._calls, self.replication.others)
 
     async def reconcile(self, ucloud: str, name: str) -> float | None:
@@ -68,12 +70,12 @@ class VolumeController:
                 self._plane.look(key, self._plane.pace.seal_s)
         if volume.mirroring:
             self._plane.look(lease_key(volume), self._plane.pace.lease_s)
-        wanted = usage.wanted or learning.waits(volume.task)
+        wanted = usage.wanted or learning.waits(volume.task) or await self.copying.holds(volume)
         if volume.state in USABLE:
             return await self._use(volume, usage, wanted=wanted)
         if wanted:
             return await self._open(volume)
-        return await self._close(volume) if volume.opened else None
+        return await (self._close(volume) if volume.opened else self.copying.next_s(volume))
 
     # -- towards use
 
@@ -124,13 +126,17 @@ class VolumeController:
         return 0.0
 
     async def _use(self, volume: VolumeDocument, usage: Usage, *, wanted: bool) -> float | None:
+        if is_under_way(volume):
+            return await self.copying.go_on(volume, volume.copying)
         if volume.given != volume.spec:
             waiting = await self._grow(volume)
             if waiting is None:
                 return 0.0
             volume = waiting
-        if learning.waits(volume.task):
+        if learning.waits(volume.task) and not is_asked_for(volume.task):
             return await self._task(volume)
+        if not volume.platform and (number := await self.copying.due(volume)):
+            return await self.copying.go_on(volume, number)
         if volume.platform:
             if usage.attached(volume):
                 return self._plane.pace.lost_observe_s if volume.waits else None
@@ -144,7 +150,7 @@ class VolumeController:
         spec, asked = volume.spec, wire_spec(volume)
         try:
             await self._act(volume, "change", lambda host: host.change(volume.host, asked))
-        except BadState as refused:
+        except (BadState, Busy) as refused:
             if not volume.platform:
                 raise
             return await self._waits(volume, refused.message)
@@ -209,7 +215,9 @@ class VolumeController:
         return None
 
     async def _delete(self, volume: VolumeDocument, usage: Usage) -> float | None:
-        if not usage.free:
+        if is_under_way(volume):
+            return await self.copying.go_on(volume, volume.copying)
+        if not usage.free or await self.copying.is_under_way(volume):
             return self._plane.pace.release_s
         volume = await self._change(volume, lambda fresh: learning.move(fresh, "deleting"))
         if volume.opened or volume.seal.root:  # otherwise its host never heard of it

@@ -187,6 +187,21 @@ def test_clones_of_what_is_there_and_of_a_snapshot(bench: Bench) -> None:
     assert contents == {"data": b"late", "now": b"now!", "then": b"then"}
 
 
+def test_what_has_grown_since_a_snapshot_stays_so_in_it_and_in_its_clones(bench: Bench) -> None:
+    bench.create("data")
+    bench.write("data", 0, b"then")
+    bench.call("volume.snapshot", volume="data", snapshot="old")
+    bench.call("volume.grow", volume="data", size_bytes=96 * MIB)
+    bench.write("data", 96 * MIB - 3, b"end")
+    bench.create("then", 96 * MIB)
+    bench.clone("data", "then", "old")
+    assert bench.heard("volume.copied")["error"] == ""
+    assert bench.call("volume.revert", volume="data", snapshot="old")["size_bytes"] == 96 * MIB
+    for name in ("data", "then"):
+        assert bench.read(name, 0, 4) == b"then"
+        assert bench.read(name, 96 * MIB - 3, 3) == bytes(3)
+
+
 def test_a_snapshot_is_cloned_under_a_machine_that_writes_over_all_of_it(bench: Bench) -> None:
     for name in ("data", "then"):
         bench.create(name)

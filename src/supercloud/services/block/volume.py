@@ -220,15 +220,17 @@ class Volume:
     def revert(self, snapshot: str) -> list[str]:
         """Go back to a snapshot. The bitmaps that are so lost: what follows them is a full backup.
 
+        It stays as large as it is, though it may have been smaller when the snapshot was taken.
         A bitmap knows nothing of what changes by going back, so an increment by it would be wrong.
         """
         self.need_snapshot(snapshot)
-        lost = [bitmap["name"] for bitmap in self.bitmaps()]
+        lost, size_bytes = [bitmap["name"] for bitmap in self.bitmaps()], self.size_bytes
         for bitmap in lost:
             self.remove_bitmap(bitmap)
         with self.put_aside() as address:
             options = names.image_options(address, "qcow2")
             self._tool("snapshot", "-q", "-a", snapshot, "--image-opts", options)
+        self.grow(max(size_bytes, self.size_bytes))
         return lost
 
     def grow(self, size_bytes: int, device_bytes: int = 0) -> None:

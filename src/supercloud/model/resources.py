@@ -8,7 +8,8 @@ Numbers are in the units of their names; ``cpus`` are processors, 0.5 is half of
 from dataclasses import dataclass
 from typing import Literal
 
-from supercloud.model.rules import NAME, Rule, declared
+from supercloud.model.copies import Backup, Clone
+from supercloud.model.rules import NAME, SHORT_LABEL, SHORT_NAME, Rule, declared
 
 API_VERSION = "supercloud.dev/v1"
 KIND = "UCloud"
@@ -22,12 +23,8 @@ RESERVED = ("services", "isolation", "mobility", "survive")
 TRANSPORTS = ("oci", "docker-archive", "docker")
 
 LABEL = "lower case letters, digits and '-', at most 63, not '-' at either end"
-# Shorter than a label: replicas and generated names add to it.
-SNAPSHOT_NAME = r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?"
-SHORT_NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
 BUCKET_NAME = r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]"
 BUCKET_LABEL = "3 to 63 lower case letters, digits and '-', not '-' at either end"
-SHORT_LABEL = "a letter, then lower case letters, digits and '-', at most 40, not '-' at the end"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,50 +127,6 @@ class Placement:
             max_items=256,
         ),
         factory=list,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Clone:
-    """What a volume begins as: a copy of a snapshot, made once, under a key of its own."""
-
-    of: str = declared(
-        Rule(
-            doc="a volume that there is when the clone is made, of the same size and host",
-            pattern=SHORT_NAME,
-            wanted=SHORT_LABEL,
-        )
-    )
-    snapshot: str = declared(
-        Rule(doc="its snapshot (`supercloud volumes snapshot`)", pattern=SNAPSHOT_NAME)
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Backup:
-    """What a volume is a backup of. It has a key of its own, and nothing uses it.
-
-    The first backup copies all, later ones what has changed since. After each one a snapshot can be
-    taken of it, and another volume can begin as a clone of that.
-    """
-
-    of: str = declared(
-        Rule(
-            doc="another volume of this manifest, of the same size; both are on one host",
-            pattern=SHORT_NAME,
-            wanted=SHORT_LABEL,
-        )
-    )
-    every_s: int = declared(
-        Rule(
-            doc="how often; if not given once, and when `supercloud volumes backup` asks",
-            key="every",
-            duration=True,
-            ge=10,
-            le=30 * 86400,
-            example="1h",
-        ),
-        0,
     )
 
 

@@ -180,13 +180,6 @@ def _changes(new: Volume, old: Volume) -> None:
             where=f"{where}.replicas",
             hint="copy what is in it to a new one",
         )
-    if new.replicas > 1 and new.size_bytes != old.size_bytes:
-        raise Invalid(
-            f"found {format_size(new.size_bytes)}, allowed is {format_size(old.size_bytes)}: a "
-            "volume that is kept on several hosts does not grow yet",
-            where=f"{where}.size",
-            hint="copy what is in it to a new, larger one",
-        )
     if new.format != old.format:
         raise Invalid(
             f"found {new.format}, allowed is {old.format}, which the volume has",

@@ -147,6 +147,8 @@ class VolumeController:
 
     async def _grow(self, volume: VolumeDocument) -> VolumeDocument | None:
         """None when it has grown; one that cannot under its user waits, and is as it was."""
+        if volume.others and volume.given and volume.given.size_bytes < volume.spec.size_bytes:
+            return await self._reopen(volume)
         spec, asked = volume.spec, wire_spec(volume)
         try:
             await self._act(volume, "change", lambda host: host.change(volume.host, asked))
@@ -159,6 +161,14 @@ class VolumeController:
             fresh.given, fresh.waits = spec, ""
 
         await self._change(volume, given)
+        return None
+
+    async def _reopen(self, volume: VolumeDocument) -> VolumeDocument | None:
+        """One that is kept on several hosts grows when it is opened, before it is mirrored."""
+        if volume.platform:
+            why = "it is kept on several hosts, and grows once nothing uses it"
+            return await self._waits(volume, f"{why}: supercloud down, then up again")
+        await self._close(volume)
         return None
 
     async def _waits(self, volume: VolumeDocument, why: str) -> VolumeDocument:

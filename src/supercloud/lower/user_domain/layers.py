@@ -148,6 +148,9 @@ class Layers:
             await self._mirrors.check_open(spec.name, mirror.generation)
         how = "volume.create" if new else "volume.open"
         await self._open_volume(how, spec, mirrored=mirror is not None)
+        if mirror is not None and spec.format != "raw":  # its devices may have grown before
+            asked = {"volume": spec.name, "size_bytes": spec.size_bytes}
+            await self._ask(BLOCKS, "volume.grow", asked)
         await self._throttle(spec)
 
     async def share(self, name: str) -> int:
@@ -235,15 +238,19 @@ class Layers:
         if new.size_bytes > old.size_bytes:
             if user is not None:
                 await self._may_grow(new, user)
-            size = device_bytes(new)
-            asked = {"use": "volume", "name": new.name, "size_bytes": _backing_bytes(size)}
-            await self._disk.result("disk.grow", asked)
-            await self._ask(PROTECTION, "device.grow", {"device": new.name, "size_bytes": size})
+            await self.grow_device(new)
             if user is not None and user.mode == "nbd":
                 await self._grow_held(old, new, user)
             else:
                 await self._grow(old, new)
         await self._throttle(new)
+
+    async def grow_device(self, spec: VolumeSpec) -> None:
+        """Its backing file and its device, which is open; what was done already is done."""
+        size = device_bytes(spec)
+        asked = {"use": "volume", "name": spec.name, "size_bytes": _backing_bytes(size)}
+        await self._disk.result("disk.grow", asked)
+        await self._ask(PROTECTION, "device.grow", {"device": spec.name, "size_bytes": size})
 
     async def _may_grow(self, spec: VolumeSpec, user: User) -> None:
         """QEMU 10's block layer changes no raw node's size under an export."""

@@ -16,12 +16,13 @@ from typing import Any, Final
 from supercloud.lower.user_domain.channel import Channel
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.hub import Hub
-from supercloud.lower.user_domain.layers import Layers, User
+from supercloud.lower.user_domain.layers import Layers
 from supercloud.lower.user_domain.mirrors import KIND as REPLICATION
 from supercloud.lower.user_domain.mirrors import Mirrors
 from supercloud.lower.user_domain.services import Services
 from supercloud.lower.user_domain.volume_checks import check_alike, check_spec, key_of
 from supercloud.lower.user_domain.volume_copies import Copies
+from supercloud.lower.user_domain.volume_growth import Growth
 from supercloud.lower.user_domain.volume_records import Volume, VolumeRecords
 from supercloud.model.errors import (
     BadState,
@@ -76,6 +77,7 @@ class Volumes:
         services.told |= dict.fromkeys(KINDS, self._told)
         self._layers, self._mirrors = Layers(hub.join("disk"), services, mirrors), mirrors
         mirrors.over = self._mirror_over
+        self._growth = Growth(self._layers, machine, self._records, self._lock)
         self.copies = Copies(self._layers, self._found, self._status, self._copied)
 
     # -- what is
@@ -163,6 +165,8 @@ class Volumes:
         new = not volume.used if asked.mirror is None else asked.mirror.new
         try:
             await self._layers.begin(volume.spec.name, volume.promised)
+            if asked.mirror is not None or asked.shared is not None:
+                await self._growth.replica(volume)
             if asked.mirror is not None and not volume.mirrored:
                 await self._mirror(volume, asked.mirror)
                 return False
@@ -311,25 +315,14 @@ class Volumes:
     async def _change(self, volume: Volume, spec: VolumeSpec) -> None:
         if volume.spec == spec:
             return
-        if volume.mirrored and spec.size_bytes != volume.spec.size_bytes:
-            raise Unsupported("a volume that is kept on several hosts does not grow yet")
         try:
-            if volume.state == "attached":
-                await self._change_attached(volume, spec)
-            else:
-                await self._layers.change(volume.spec, spec, None)
+            await self._growth.change(volume, spec)
         except SupercloudError:
             self._in_background(self._look_after(volume))
             raise
         volume.spec = spec
         self._records.put(volume)
         self._say(volume, "changed")
-
-    async def _change_attached(self, volume: Volume, spec: VolumeSpec) -> None:
-        """One of a machine's volumes at a time: it may have to stand still meanwhile."""
-        user = User(volume.platform, await self._machine(volume.platform), volume.mode)
-        async with self._lock(f"slots of {volume.platform}"):
-            await self._layers.change(volume.spec, spec, user)
 
     async def snapshot(self, asked: VolumeSnapshot) -> VolumeStatus:
         """Make a snapshot; one of that name is kept as it is."""

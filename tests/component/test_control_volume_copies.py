@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from supercloud.control.documents import volume_key
-from supercloud.model.errors import BadState, Invalid, NotFound, Permanent
+from supercloud.model.errors import BadState, Busy, Invalid, NotFound, Permanent
 from support.control import World, environment
 from support.volumes import DATA, document, down, host, manifest, reaches, told, up, vanishes
 
@@ -170,6 +170,23 @@ async def test_a_copy_that_fails_is_told_and_tried_again_when_it_is_asked_for(wo
     await written(world, "one")
     await world.app.service.volumes.task("test", "safe", "backup", "")
     assert await words(world, "safe") == ["one"]
+
+
+async def test_a_source_that_is_being_copied_elsewhere_is_waited_for(world):
+    await up(world, (DATA,), [BASE, BACKUP])
+    await copied(world, "safe")
+    pretended = await host(world)
+    fill, busy = pretended.fill, [Busy("a clone of data is under way")] * 3
+
+    async def occupied(at, asked):
+        if busy:
+            raise busy.pop()
+        return await fill(at, asked)
+
+    pretended.fill = occupied
+    await world.app.service.volumes.task("test", "safe", "backup", "")
+    volume = await document(world, "safe")
+    assert (volume.copied, volume.error) == (2, None)
 
 
 async def test_down_with_volumes_amid_a_copy_leaves_nothing(world):

@@ -13,7 +13,7 @@ from supercloud.control.controllers.hostcalls import HostCalls
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.controllers.sealing import USABLE
 from supercloud.control.documents import Task, VolumeDocument, volume_key
-from supercloud.model.errors import BadState, Permanent, UserError, to_wire
+from supercloud.model.errors import BadState, Busy, Permanent, UserError, to_wire
 from supercloud.wire.volumes import VolumeCopy
 
 
@@ -108,6 +108,9 @@ class Copying:
             volume = await self._calls.act(
                 volume, "copy", lambda host: host.fill(volume.host, asked)
             )
+        except Busy as busy:  # another copy of the same source goes on
+            await self._waits(volume, busy.message)
+            return self._plane.pace.release_s
         except (UserError, Permanent) as error:
             await self._over(volume, error)
             raise
@@ -133,7 +136,7 @@ class Copying:
             fresh.copying = max(fresh.copying, number)
             fresh.waits = f"it is being copied from {volume.spec.copy_of}"
 
-        if volume.copying >= number:
+        if volume.copying >= number and volume.waits:
             return volume
         return await self._plane.state.change(volume, begun)
 

@@ -188,6 +188,7 @@ def test_a_clone_and_a_backup_are_made_while_their_source_is_used(stored: Stored
     wait_for(lambda: stored.volumes()["safe"]["state"] == "kept", 60)
     assert stored.volumes()["pages"]["state"] == "attached"
     assert len(stored.backings()) == 4
+    stored.sh(f"echo {SECRET} > /srv/pages/secret; sync")
     stored.copies = False
     stored.up()
     for name in ("copy", "safe"):

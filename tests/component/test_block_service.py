@@ -172,19 +172,65 @@ def test_clones_of_what_is_there_and_of_a_snapshot(bench: Bench) -> None:
     bench.call("volume.snapshot", volume="data", snapshot="old")
     with bench.client("data") as client:
         client.write(0, b"now!")
-        with pytest.raises(BadState):
-            bench.call("volume.clone", volume="data", to="then", snapshot="old")
         bench.call("volume.clone", volume="data", to="now")
         client.write(0, b"late")  # while it is being copied or after
         assert bench.heard("volume.copied") == {"volume": "data", "to": "now", "error": ""}
-    bench.call("volume.clone", volume="data", to="then", snapshot="old")
+    bench.clone("data", "then", "old")
     with pytest.raises(Busy):
         bench.call("volume.close", volume="data")
+    with pytest.raises(Busy):
+        bench.call("volume.snapshot-delete", volume="data", snapshot="old")
     with pytest.raises(Busy):
         bench.attach("then")
     assert bench.heard("volume.copied")["error"] == ""
     contents = {name: bench.read(name, 0, 4) for name in ("data", "now", "then")}
     assert contents == {"data": b"late", "now": b"now!", "then": b"then"}
+
+
+def test_what_has_grown_since_a_snapshot_stays_so_in_it_and_in_its_clones(bench: Bench) -> None:
+    bench.create("data")
+    bench.write("data", 0, b"then")
+    bench.call("volume.snapshot", volume="data", snapshot="old")
+    bench.call("volume.grow", volume="data", size_bytes=96 * MIB)
+    bench.write("data", 96 * MIB - 3, b"end")
+    bench.create("then", 96 * MIB)
+    bench.clone("data", "then", "old")
+    assert bench.heard("volume.copied")["error"] == ""
+    assert bench.call("volume.revert", volume="data", snapshot="old")["size_bytes"] == 96 * MIB
+    for name in ("data", "then"):
+        assert bench.read(name, 0, 4) == b"then"
+        assert bench.read(name, 96 * MIB - 3, 3) == bytes(3)
+
+
+def test_a_snapshot_is_cloned_under_a_machine_that_writes_over_all_of_it(bench: Bench) -> None:
+    for name in ("data", "then"):
+        bench.create(name)
+    pieces = [bytes([number + 1]) * MIB for number in range(64)]
+    with bench.client("data") as client:
+        for number, piece in enumerate(pieces):
+            client.write(number * MIB, piece)
+        client.flush()
+        bench.call("volume.snapshot", volume="data", snapshot="old")
+        over = threading.Event()
+
+        def write() -> None:
+            while not over.is_set():
+                for number in range(64):
+                    client.write(number * MIB, b"\xff" * MIB)
+                client.flush()
+
+        writer = threading.Thread(target=write)
+        bench.clone("data", "then", "old")
+        writer.start()
+        assert bench.heard("volume.copied")["error"] == ""
+        over.set()
+        writer.join()
+        assert client.read(0, 2) == b"\xff\xff"
+    assert [bench.read("then", number * MIB, MIB) for number in range(64)] == pieces
+    bench.call("volume.close", volume="data")
+    bench.open("data")  # and the source's image is in order
+    bench.call("volume.revert", volume="data", snapshot="old")
+    assert bench.read("data", 63 * MIB, MIB) == pieces[63]
 
 
 def test_a_copy_between_volumes_of_two_sizes_is_refused_and_leaves_both_usable(
@@ -345,6 +391,29 @@ def test_growing_under_vhost_user_before_the_machine_has_taken_it(bench: Bench) 
         bench.call("volume.grow", volume="data", size_bytes=96 * MIB)
         assert bench.call("volume.stats", volume="data")["size_bytes"] == 96 * MIB
         assert bench.pid("data") == pid
+
+
+def test_growing_with_its_device_under_a_machine(bench: Bench) -> None:
+    """The device announces more than it has; the service is told how much that is."""
+    bench.create("data", 32 * MIB, device_bytes=8 << 40, has_bytes=48 * MIB)
+    bench.write("data", 0, b"old")
+    with pytest.raises(NoResources):
+        bench.call("volume.grow", volume="data", size_bytes=64 * MIB)
+    with bench.attach("data", mode="vhost-user-blk", ram_shared=True):
+        for _ in range(2):
+            larger = {"size_bytes": 64 * MIB, "device_bytes": 96 * MIB}
+            grown = bench.call("volume.grow", volume="data", **larger)
+            assert (grown["size_bytes"], grown["device_bytes"]) == (64 * MIB, 96 * MIB)
+    bench.call("volume.detach", volume="data")
+    pieces = [bytes([number]) * MIB for number in range(64)]
+    with bench.client("data") as client:
+        assert client.read(0, 3) == b"old"
+        for number, piece in enumerate(pieces):
+            client.write(number * MIB, piece)
+        client.flush()
+    bench.call("volume.close", volume="data")
+    bench.open("data", device_bytes=96 * MIB)
+    assert [bench.read("data", number * MIB, MIB) for number in range(64)] == pieces
 
 
 def test_a_device_that_holds_no_volume_or_is_none(bench: Bench) -> None:

@@ -1,6 +1,7 @@
 """``supercloud volumes`` and what else of the command line tells of volumes."""
 
 import re
+import time
 
 import pytest
 
@@ -65,6 +66,20 @@ def test_inspect_of_an_environment_and_of_a_volume_say_how_far_a_rollback_may_go
     assert "undetected_rollback: at most 5 s" in text
     assert "epoch: 1" in text
     assert line.json("volumes", "inspect", "stored/data")["seal"]["epoch"] >= 1
+
+
+def test_what_goes_through_is_shown_once_it_is_known(line):
+    for _ in range(200):
+        (row,) = line.json("volumes")
+        if row["rates"]:
+            break
+        time.sleep(0.1)
+    assert row["rates"]["interval_s"] >= 1
+    header, shown = line.run("volumes").stdout.splitlines()
+    assert header.split()[-2:] == ["READ", "WRITTEN"]
+    assert shown.split()[-4:] == ["0B/s", "0/s", "0B/s", "0/s"]
+    for words in (("inspect", "stored/db"), ("volumes", "inspect", "data")):
+        assert "write_bytes_per_s: 0" in line.run(*words).stdout
 
 
 def test_snapshots(line):

@@ -102,11 +102,26 @@ async def test_too_few_hosts_are_refused_before_anything_is_made(world):
         await up(world, volume={**VOLUME, "replicas": 4}, ready=False)
 
 
-async def test_the_number_of_its_hosts_and_its_size_stay(world):
+async def test_the_number_of_its_hosts_stays_and_it_does_not_shrink(world):
     await up(world)
-    for change in ({"replicas": 1}, {"size": "128MiB"}):
+    for change in ({"replicas": 1}, {"size": "32MiB"}):
         with pytest.raises(Invalid):
             await up(world, volume={**VOLUME, **change}, ready=False)
+
+
+async def test_it_grows_on_all_hosts_once_nothing_uses_it(world):
+    await up(world)
+    await until(world, all_in_sync, "it is in sync")
+    await write(world, "one")
+    larger = {**VOLUME, "size": "128MiB"}
+    await up(world, volume=larger, ready=False)
+    waiting = await until(world, lambda volume: bool(volume.waits), "it waits")
+    assert (waiting.state, "once nothing uses it" in waiting.waits) == ("attached", True)
+    await world.app.service.down("test")
+    await world.gone()
+    await up(world, volume=larger)
+    volume = await until(world, all_in_sync, "it is in sync again")
+    assert (volume.given.size_bytes, volume.waits) == (128 << 20, "")
 
 
 async def test_down_and_up_again_copies_nothing(world):

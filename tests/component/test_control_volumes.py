@@ -214,6 +214,51 @@ async def test_growing_is_done_shrinking_and_another_format_are_refused(world):
         await world.app.service.plan(manifest(world))
 
 
+async def test_one_that_cannot_grow_under_its_user_waits_until_that_is_gone(world):
+    def sized(size):
+        return [{"name": "data", "size": size, "format": "raw"}]
+
+    await up(world, volumes=sized("64MiB"))
+    await world.app.service.up(manifest(world, volumes=sized("128MiB")))
+
+    async def waits():
+        return bool((await document(world)).waits)
+
+    await world.until(waits, "it waits")
+    view = await world.app.service.volumes.volume("test", "data")
+    assert (view.state, "raw, and in use" in view.reason) == ("attached", True)
+    assert len(told(world, "waits")) == 1
+    await world.app.service.up(manifest(world, (PLAIN,), volumes=sized("128MiB")))
+
+    async def grown():
+        return (await document(world)).given.size_bytes == 128 << 20
+
+    await reaches(world, "kept")
+    await world.app.service.up(manifest(world, volumes=sized("128MiB")))
+    await world.until(grown, "it has grown")
+    assert not (await document(world)).waits
+    assert (await host(world)).volumes["data"].spec.size_bytes == 128 << 20
+
+
+async def test_what_goes_through_it_is_told_while_it_is_used(world):
+    await up(world)
+    pretended = await host(world)
+
+    async def row():
+        (found,) = await world.app.service.volumes.rows()
+        return found
+
+    async def written():
+        pretended.write("data", "word")
+        rates = (await row()).rates
+        return rates is not None and rates.writes_per_s > 0 and rates.write_bytes_per_s > 0
+
+    await world.until(written, "its rates are known")
+    assert (await row()).rates.reads_per_s == 0
+    await down(world)
+    assert (await row()).rates is None
+
+
 async def test_readers_share_one_and_are_together(world):
     use = [{"name": "data", "path": "/d", "read_only": True}]
     wish = [environment(name, volumes=use) for name in ("a", "b", "c")]

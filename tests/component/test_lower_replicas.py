@@ -46,6 +46,7 @@ class Site:
     seal: dict[str, Any] = field(default_factory=lambda: NEW)
     in_sync: bool = True
     kept: bool = True
+    spec: dict[str, Any] = field(default_factory=lambda: SPEC)
 
     @property
     def peer(self) -> dict[str, Any]:
@@ -58,7 +59,7 @@ class Site:
     async def opened(self) -> None:
         await patient(lambda: self.call("volume.list"))
         await patient(self.closed)
-        status = await self.call("volume.open", spec=SPEC, key_base64=self.key, seal=self.seal)
+        status = await self.call("volume.open", spec=self.spec, key_base64=self.key, seal=self.seal)
         self.seal = status["seal"]
 
     async def closed(self) -> None:
@@ -192,6 +193,28 @@ async def test_a_volume_is_on_both_hosts_and_each_has_a_key_of_its_own(owner: Ow
     again = await owner.begin("b", clean=True)
     assert again["snapshots"] == ["one"]
     await owner.until(a="in_sync", b="in_sync")
+
+
+async def test_it_grows_on_all_hosts_when_it_is_opened_anew(
+    owner: Owner, hosts: dict[str, RunningHost]
+) -> None:
+    await owner.begin("a", clean=True)
+    await owner.snapshot("one")
+    larger = {**SPEC, "size_bytes": 32 * MIB}
+    with pytest.raises(BadState, match="on several hosts"):
+        await owner.sites["a"].call("volume.change", **larger)
+    await owner.end()
+    before = [host.admin("user.list")[0]["used"]["disk_bytes"] for host in hosts.values()]
+    for site in owner.sites.values():
+        site.spec = larger
+    assert (await owner.begin("a", clean=True))["size_bytes"] == 32 * MIB
+    await owner.until(a="in_sync", b="in_sync")
+    after = [host.admin("user.list")[0]["used"]["disk_bytes"] for host in hosts.values()]
+    assert after[0] - before[0] == after[1] - before[1] >= 16 * MIB
+    await owner.snapshot("two")
+    await owner.end()
+    again = await owner.begin("b", clean=True)  # and it is as large on the other one
+    assert (again["size_bytes"], sorted(again["snapshots"])) == (32 * MIB, ["one", "two"])
 
 
 async def test_a_host_that_is_killed_loses_nothing_that_was_answered(

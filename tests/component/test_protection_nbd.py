@@ -3,15 +3,17 @@
 import json
 import os
 import random
+import socket
 import struct
 import subprocess
-import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from supercloud.model.errors import Invalid
 from supercloud.services.protection.engine import Device, backing_bytes, format_device
 from support.protected_nbd import (
     CACHE,
@@ -27,6 +29,7 @@ from support.protected_nbd import (
     listening,
 )
 from support.protection import BLOCK, KEY, NAME
+from support.victim import Victim
 
 SIZE = 64 << 20
 EIO, EINVAL, ENOSPC = 5, 22, 28
@@ -126,50 +129,30 @@ def test_fio_verifies_mixed_writes(backed: Backed, tmp_path: Path) -> None:
     assert backed.device.figures()["failed_requests"] == 0
 
 
-VICTIM = """
-import os, socket, sys
-from supercloud.services.protection.engine import Device
-from supercloud.wire.volumes import Seal
-from support.protection import KEY, NAME
-descriptor, listener = int(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))
-device = Device(descriptor, KEY, NAME, Seal(epoch=int(sys.argv[3]), sequence=int(sys.argv[4]), root=sys.argv[5]))
-device.serve(device.next_epoch)
-print(device.seal.epoch, device.seal.sequence, device.seal.root, flush=True)
-while True:
-    device.connect(listener.accept()[0].detach())
-"""
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_under_load_it_keeps_what_was_flushed(tmp_path: Path, seed: int) -> None:
     """SIGKILL in the middle of writes and flushes of four threads: all that was acknowledged is there."""
     backed = Backed(tmp_path)
     seal = backed.device.close()
-    import socket as sockets
-
-    listener = sockets.socket(sockets.AF_UNIX)
-    listener.bind(str(tmp_path / "sock"))
-    listener.listen(8)
-    tests = Path(__file__).parents[1]
     for life in range(3):
-        victim = subprocess.Popen(
-            [sys.executable, "-c", VICTIM, str(backed.descriptor), str(listener.fileno()),
-             str(seal.epoch), str(seal.sequence), seal.root],
-            pass_fds=[backed.descriptor, listener.fileno()], stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(tests)},
-        )  # fmt: skip
-        line = victim.stdout.readline().split()
-        seal = type(seal)(epoch=int(line[0]), sequence=int(line[1]), root=line[2])
+        path = tmp_path / f"sock{life}"
+        victim = Victim(backed.descriptor, seal, path)
+        seal = victim.seal
         acknowledged: dict[int, int] = {}
         attempted: dict[int, list[int]] = {}
         enough = threading.Event()
 
         def load(
-            thread: int, life=life, enough=enough, acknowledged=acknowledged, attempted=attempted
+            thread: int,
+            life=life,
+            enough=enough,
+            acknowledged=acknowledged,
+            attempted=attempted,
+            path=path,
         ) -> None:
             client = Client.__new__(Client)
-            client.sock, client._cookie = sockets.socket(sockets.AF_UNIX), 0
-            client.sock.connect(str(tmp_path / "sock"))
+            client.sock, client._cookie = socket.socket(socket.AF_UNIX), 0
+            client.sock.connect(str(path))
             client.go()
             rnd, since = random.Random(seed * 100 + thread), {}
             try:
@@ -194,7 +177,6 @@ def test_killed_under_load_it_keeps_what_was_flushed(tmp_path: Path, seed: int) 
             thread.start()
         assert enough.wait(120)
         victim.kill()
-        victim.wait()
         for thread in threads:
             thread.join()
         device = Device(backed.descriptor, KEY, NAME, seal)
@@ -207,8 +189,7 @@ def test_killed_under_load_it_keeps_what_was_flushed(tmp_path: Path, seed: int) 
         assert not device.evidence() or {e.kind for e in device.evidence()} <= {"discarded"}
         seal = device.found
         device.close(commit=False)
-        victim.stdout.close()
-    listener.close()
+        victim.__exit__()
     os.close(backed.descriptor)
 
 
@@ -300,6 +281,56 @@ def test_it_grows_with_its_file(backed: Backed) -> None:
     assert device.figures()["blocks"] == 2 * SIZE // BLOCK
     assert device.read(SIZE - BLOCK, BLOCK) == b"x" * BLOCK
     assert device.read(2 * SIZE - BLOCK, BLOCK) == b"y" * BLOCK
+
+
+def test_a_client_that_was_announced_more_follows_its_growth(backed: Backed) -> None:
+    client = Client(backed.device, 8 * SIZE).go()
+    assert client.size_bytes == 8 * SIZE
+    assert client.call(WRITE, SIZE, data=b"y" * BLOCK)[0] == ENOSPC
+    assert client.call(READ, SIZE - BLOCK, 2 * BLOCK)[0] == EINVAL
+    assert client.call(WRITE, SIZE - BLOCK, data=b"x" * BLOCK)[0] == 0
+    os.truncate(backed.descriptor, backing_bytes(2 * SIZE))
+    backed.device.grow(2 * SIZE)
+    assert client.call(WRITE, 2 * SIZE - BLOCK, data=b"y" * BLOCK)[0] == 0
+    assert client.call(READ, SIZE - BLOCK, 2 * BLOCK) == (0, b"x" * BLOCK + bytes(BLOCK))
+    assert client.call(WRITE, 2 * SIZE, data=b"z" * BLOCK)[0] == ENOSPC
+    client.close()
+    for reach in (BLOCK + 1, 1 << 45):
+        with pytest.raises(Invalid):
+            Client(backed.device, reach)
+
+
+def test_it_grows_under_clients_that_write(backed: Backed) -> None:
+    ends = iter(range(2, 6))
+    os.truncate(backed.descriptor, backing_bytes(6 * SIZE))
+    over = threading.Event()
+    written = [0] * 4
+
+    def write(number: int) -> None:
+        client, at = Client(backed.device, 8 * SIZE).go(), number
+        while not over.is_set():
+            assert client.call(WRITE, at % 4096 * BLOCK, data=bytes([number + 1]) * BLOCK)[0] == 0
+            if not at % 64:
+                assert client.call(FLUSH)[0] == 0
+            written[number], at = at, at + 4
+        client.close()
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for end in ends:
+        backed.device.grow(end * SIZE)
+        backed.device.write(end * SIZE - BLOCK, bytes([end]) * BLOCK)
+    while min(written) < 1024:
+        time.sleep(0.01)
+    over.set()
+    for thread in threads:
+        thread.join()
+    device = backed.again()
+    assert device.read(0, 1024 * BLOCK) == b"".join(bytes([n % 4 + 1]) * BLOCK for n in range(1024))
+    for end in range(2, 6):
+        assert device.read(end * SIZE - BLOCK, BLOCK) == bytes([end]) * BLOCK
+    assert device.evidence() == []
 
 
 # -- a client that breaks the rules

@@ -1,5 +1,6 @@
 """What every provider's volumes keep to; the test of slots, which wants nine, is for pretended ones."""
 
+import asyncio
 import base64
 import contextlib
 import os
@@ -10,7 +11,7 @@ import pytest
 from supercloud.model.errors import BadState, Denied, Invalid, NoResources, NotFound
 from supercloud.model.states import VOLUME
 from supercloud.wire.places import VOLUME_SLOTS
-from supercloud.wire.volumes import Seal, VolumeOpen, VolumeSpec
+from supercloud.wire.volumes import Seal, VolumeCopy, VolumeOpen, VolumeSpec
 from support.providers import KINDS, PRETENDED, REAL
 
 WITH_VOLUMES = [*PRETENDED, REAL]
@@ -124,6 +125,10 @@ async def test_attached_it_has_a_slot_and_a_mode(provider, owner, ask):
     assert status.mode in ("vhost-user-blk", "nbd")
     again = await owner.do("attach", "p1")
     assert (again.slot, again.state) == (status.slot, "attached")
+    larger = replace(SPEC, size_bytes=32 * MIB)
+    for _ in range(2):
+        grown = await provider.volumes.change(owner.host, larger)
+        assert (grown.size_bytes, grown.state) == (32 * MIB, "attached")
     with pytest.raises(BadState):
         await owner.do("close")
     for _ in range(2):
@@ -256,6 +261,51 @@ async def test_snapshots_move_the_seal_forward_also_back_to_one(provider, owner,
         assert (await owner.do("forget", "first")).snapshots == []
     await owner.do("close")
     assert (await owner.open()).state == "opened"
+
+
+async def filled(provider, owner, **asked):
+    """Ask until the copy is done."""
+    while True:
+        status = await provider.volumes.fill(owner.host, VolumeCopy(of=SPEC.name, **asked))
+        if status.copied == asked["number"]:
+            return status
+        assert status.copying
+        await asyncio.sleep(0.05)
+
+
+async def test_another_one_is_filled_from_a_snapshot_and_is_its_backup_then(provider, owner):
+    await owner.serve()
+    await owner.do("snapshot", "first")
+    other = Owner(provider.volumes, owner.host, replace(SPEC, name="other"))
+    await other.serve()
+    for wrong in ("second", "first-"):
+        with pytest.raises((NotFound, Invalid)):
+            await filled(provider, owner, name="other", number=1, snapshot=wrong)
+    before = other.seal
+    for _ in range(2):
+        await filled(provider, owner, name="other", number=1, snapshot="first")
+    for number in (2, 3):
+        status = await filled(provider, owner, name="other", number=number)
+    assert status.seal.sequence > before.sequence
+    with pytest.raises((NotFound, Invalid)):
+        await filled(provider, owner, name=SPEC.name, number=4)
+    await owner.do("close")
+    with pytest.raises(BadState):
+        await filled(provider, owner, name="other", number=4)
+    assert (await other.do("close")).copied == 3
+
+
+async def test_what_is_in_use_is_not_copied_into(provider, owner, ask):
+    await owner.serve()
+    other = Owner(provider.volumes, owner.host, replace(SPEC, name="other"))
+    await other.serve()
+    await provider.ensure_platform(ask())
+    await other.do("attach", "p1")
+    with pytest.raises(BadState):
+        await filled(provider, owner, name="other", number=1)
+    await other.do("detach")
+    await owner.do("attach", "p1")  # what is copied from may be in use
+    assert (await filled(provider, owner, name="other", number=1)).copied == 1
 
 
 @pytest.mark.parametrize("provider", PRETENDED, indirect=True)

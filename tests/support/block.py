@@ -68,13 +68,16 @@ class Bench:
                 os.close(descriptor)
 
     def create(self, name: str, size_bytes: int = 64 * MIB, **more: Any) -> Any:
+        """``has_bytes``: what the device has of the ``device_bytes`` that it announces."""
         device = self.device(name, more.pop("device_bytes", 256 * MIB))
+        if "has_bytes" in more:
+            more["device_bytes"] = more.pop("has_bytes")
         parameters = {"volume": name, "format": "qcow2", "size_bytes": size_bytes, **more}
         return self.call("volume.create", [device.descriptor()], export="device", **parameters)
 
-    def open(self, name: str, image_format: str = "qcow2") -> Any:
+    def open(self, name: str, image_format: str = "qcow2", **more: Any) -> Any:
         device = self.device(name)
-        parameters = {"volume": name, "format": image_format, "export": "device"}
+        parameters = {"volume": name, "format": image_format, "export": "device", **more}
         return self.call("volume.open", [device.descriptor()], **parameters)
 
     def attach(self, name: str, machine: str = "m", **more: Any) -> socket.socket:
@@ -82,6 +85,11 @@ class Bench:
         reply = self.call("volume.attach", volume=name, machine=machine, **wish)
         assert isinstance(reply, Reply)
         return socket.socket(fileno=reply.descriptors[0])
+
+    def clone(self, name: str, to: str, snapshot: str) -> None:
+        """Begin to copy a snapshot."""
+        parameters = {"volume": name, "to": to, "snapshot": snapshot, "export": "device"}
+        self.call("volume.clone", [self.device(name).descriptor()], **parameters)
 
     @contextlib.contextmanager
     def client(self, name: str, **more: Any) -> Iterator[Client]:

@@ -55,6 +55,7 @@ from supercloud.wire.quota import Quota
 from supercloud.wire.tunnel import TunnelApply
 from supercloud.wire.volumes import (
     VolumeAttach,
+    VolumeCopy,
     VolumeList,
     VolumeOpen,
     VolumeServe,
@@ -273,6 +274,9 @@ def volume_calls(volumes: FakeVolumes, host: str) -> dict[str, Any]:
     async def changed(_call: Call, spec: VolumeSpec) -> VolumeStatus:
         return await volumes.change(host, spec)
 
+    async def copied(_: Call, asked: VolumeCopy) -> VolumeStatus:
+        return await volumes.fill(host, asked)
+
     async def listed(_call: Call, _params: Empty) -> VolumeList:
         return VolumeList(volumes=[status for _, status in await volumes.list()])
 
@@ -286,7 +290,7 @@ def volume_calls(volumes: FakeVolumes, host: str) -> dict[str, Any]:
     return {
         "volume.open": opened, "volume.serve": served, "volume.attach": attached,
         "volume.detach": detached, "volume.close": closed, "volume.delete": deleted,
-        "volume.change": changed, "volume.list": listed,
+        "volume.change": changed, "volume.list": listed, "volume.copy": copied,
         "volume.lease": leased, "volume.rejoin": rejoined, "volume.fence": fenced,
         **{f"volume.{what}": of_snapshot(what) for what in ("snapshot", "revert", "forget")},
     }  # fmt: skip

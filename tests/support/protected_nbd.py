@@ -17,11 +17,11 @@ OPTION_MAGIC = 0x49484156454F5054
 class Client:
     """Speaks to a device over a socket of its own; simple replies."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, reach_bytes: int = 0) -> None:
         self.sock, theirs = socket.socketpair()
         self.sock.settimeout(60)
-        device.connect(theirs.detach())
-        self._cookie = 0
+        device.connect(theirs.detach(), reach_bytes)
+        self._cookie = self.size_bytes = 0
 
     def exactly(self, count: int) -> bytes:
         data = b""
@@ -52,6 +52,7 @@ class Client:
         self.hello()
         answers = self.option(7, struct.pack(">IH", 0, 0))
         assert answers[-1][0] == 1
+        (self.size_bytes,) = struct.unpack(">Q", answers[0][1][2:10])
         return self
 
     def send(

@@ -38,9 +38,14 @@ for first in 65536 131072 163840 98304; do
     disk=$(disk_of $first)
     yes supercloud | head -c 1048576 | dd of=$disk bs=65536 seek=16 conv=fsync 2>/dev/null
     echo "GUEST-WROTE $first"
+    size=$first
     while [ -e $disk ]; do
         now=$(cat /sys/block/${disk##*/}/size 2>/dev/null)
-        [ "$now" = 98304 ] && [ -z "$grew" ] && grew=1 && echo GUEST-GREW
+        if [ "${now:-$size}" -gt $size ]; then
+            size=$now
+            yes supercloud | dd of=$disk bs=512 count=64 seek=$((now - 64)) conv=fsync 2>/dev/null
+            echo "GUEST-GREW $now"
+        fi
         sleep 0.1
     done
     echo "GUEST-WITHOUT $first"
@@ -110,6 +115,24 @@ class Machine:
             for descriptor in request.descriptors:
                 os.close(descriptor)
 
+    def grow(self, volume: str, size_bytes: int) -> None:
+        """As a user's domain has a disk by NBD grown."""
+        self.disks.hold(Request("test", "machine.hold", {"volume": volume}))
+        self.bench.call("volume.detach", volume=volume)
+        self.bench.call("volume.grow", volume=volume, size_bytes=size_bytes)
+        self.renew(volume)
+
+    def renew(self, volume: str) -> None:
+        mode = {"mode": "nbd", "ram_shared": False}
+        reply = self.bench.call("volume.attach", volume=volume, machine="m", **mode)
+        wish = {"volume": volume, "export": volume, "size_bytes": reply.result["size_bytes"]}
+        request = Request("test", "machine.renew", wish, reply.descriptors)
+        try:
+            self.disks.renew(request)
+        finally:
+            for descriptor in request.descriptors:
+                os.close(descriptor)
+
     def detach(self, volume: str) -> dict[str, Any]:
         """Ask until the guest has let go: early in its boot it does not listen."""
         for _ in range(20):
@@ -142,9 +165,11 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
             bench.close()
 
 
-def holds_what_the_guest_wrote(bench: Bench, volume: str) -> bool:
+def holds_what_the_guest_wrote(bench: Bench, volume: str, end: int = 0) -> bool:
+    """``end``: the sector at which it ends since it has grown."""
     wanted = (TEXT * (MIB // len(TEXT) + 1))[:MIB]
-    return bench.read(volume, MIB, MIB) == wanted
+    last = bench.read(volume, (end - 64) * SECTOR, 64 * SECTOR) if end else wanted[: 64 * SECTOR]
+    return bench.read(volume, MIB, MIB) == wanted and last == wanted[: 64 * SECTOR]
 
 
 def test_a_volume_is_plugged_written_grown_and_pulled_out_by_both_ways(machine: Machine) -> None:
@@ -155,7 +180,7 @@ def test_a_volume_is_plugged_written_grown_and_pulled_out_by_both_ways(machine: 
     assert machine.attach("shared", "vhost-user-blk")["slot"] == 1
     machine.says("GUEST-WROTE 65536")
     bench.call("volume.grow", volume="shared", size_bytes=98304 * SECTOR)
-    machine.says("GUEST-GREW")  # at once, while it is attached
+    machine.says("GUEST-GREW 98304")  # at once, while it is attached
     assert machine.detach("shared") == {
         "volume": "shared",
         "slot": 1,
@@ -163,15 +188,20 @@ def test_a_volume_is_plugged_written_grown_and_pulled_out_by_both_ways(machine: 
         "state": "detached",
     }
     machine.says("GUEST-WITHOUT 65536")
-    assert holds_what_the_guest_wrote(bench, "shared")
+    assert holds_what_the_guest_wrote(bench, "shared", end=98304)
 
     assert machine.attach("private", "nbd", slot=FREE_ROOT_PORTS)["slot"] == FREE_ROOT_PORTS
     machine.says("GUEST-WROTE 131072")
+    machine.grow("private", 147456 * SECTOR)
+    machine.says("GUEST-GREW 147456")
+    machine.grow("private", 147456 * SECTOR)  # done already is done
     with pytest.raises(BadState):
         machine.attach("shared", "vhost-user-blk", slot=FREE_ROOT_PORTS)
+    with pytest.raises(BadState, match="not held"):
+        machine.renew("private")
     machine.detach("private")
     machine.says("GUEST-WITHOUT 131072")
-    assert holds_what_the_guest_wrote(bench, "private")
+    assert holds_what_the_guest_wrote(bench, "private", end=147456)
     with pytest.raises(NotFound):
         machine.disks.detach(Request("test", "machine.detach", {"volume": "private"}))
 

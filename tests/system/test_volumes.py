@@ -19,9 +19,6 @@ pytestmark = [pytest.mark.vm, pytest.mark.root]
 
 SECRET = "what-nobody-else-may-read-" * 40
 BODY = """\
-volumes:
-  - {{name: pages, size: {pages}}}
-  - {{name: records, size: 32MiB, format: raw}}
 environments:
   - name: web
     kind: container
@@ -36,6 +33,21 @@ environments:
     memory: 128MiB
     ports: [8080]
     volumes: [{{name: records}}]
+{more}
+volumes:
+  - {{name: pages, size: {pages}}}
+  - {{name: records, size: {records}, format: raw}}
+"""
+SECOND = """\
+  - name: second
+    kind: container
+    image: oci:{examples}/web
+    memory: 64MiB
+    volumes: [{{name: copy, path: /srv/pages}}]
+"""
+COPIED = """\
+  - {{name: copy, size: {pages}, clone: {{of: pages, snapshot: before}}}}
+  - {{name: safe, size: {pages}, backup: {{of: pages}}}}
 """
 
 
@@ -45,10 +57,17 @@ class Stored:
     def __init__(self, made: Stack, examples: Path) -> None:
         self.stack, self.examples = made, examples
         self.host: Host = made.hosts["here"]
-        self.pages = "64MiB"
+        self.pages, self.records, self.copies = "64MiB", "32MiB", False
 
     def up(self, *options: str, greeting: str = "hello", status: int | None = 0) -> str:
-        body = BODY.format(examples=self.examples, greeting=greeting, pages=self.pages)
+        body = BODY + (COPIED if self.copies else "")
+        body = body.format(
+            examples=self.examples,
+            greeting=greeting,
+            pages=self.pages,
+            records=self.records,
+            more=SECOND.format(examples=self.examples) if self.copies else "",
+        )
         manifest = self.stack.manifest("stored", body)
         return self.stack.cli("up", manifest, *options, status=status).stdout
 
@@ -129,13 +148,51 @@ def test_down_keeps_the_data_and_up_finds_it(stored: Stored) -> None:
     assert stored.sh("cat /srv/pages/secret").strip() == SECRET
 
 
-def test_it_grows_once_it_is_not_in_use(stored: Stored) -> None:
-    stored.stack.cli("down", "stored")
-    stored.pages = "128MiB"
+def test_it_grows_while_it_is_used_and_a_raw_one_once_it_is_not(stored: Stored) -> None:
+    def used_since() -> float:
+        (row,) = [r for r in stored.stack.json("ps") if r["name"] == "web"]
+        return float(row["started_s"])
+
+    def kib() -> int:
+        return int(stored.sh("df -k /srv/pages | tail -n 1 | awk '{print $2}'"))
+
+    since = used_since()
+    stored.pages, stored.records = "128MiB", "48MiB"
     stored.up()
-    size_kib = int(stored.sh("df -k /srv/pages | tail -n 1 | awk '{print $2}'"))
-    assert size_kib > 90 << 10
+    wait_for(lambda: kib() > 90 << 10, 60, stored.stack.logs)
+    stored.sh("head -c 80000000 /dev/zero > /srv/pages/more; sync; rm /srv/pages/more")
     assert stored.sh("cat /srv/pages/secret").strip() == SECRET
+    assert used_since() == since
+    wait_for(lambda: "raw, and in use" in stored.volumes()["records"]["reason"], 60)
+    stored.stack.cli("down", "stored")
+    stored.up()
+    wait_for(lambda: stored.volumes()["records"]["reason"] == "", 60)
+    sizes = {
+        path.name.split(":")[1].split(".")[0]: path.stat().st_size for path in stored.backings()
+    }
+    assert sizes["records"] > 48 << 20
+    assert stored.sh("cat /srv/pages/secret").strip() == SECRET
+
+
+def test_a_clone_and_a_backup_are_made_while_their_source_is_used(stored: Stored) -> None:
+    stored.sh("echo newer > /srv/pages/secret; sync")
+    stored.copies = True
+    stored.up()
+    cat = ("sh", "-c", "cat /srv/pages/secret; df -k /srv/pages | tail -n 1 | awk '{print $2}'")
+    secret, kib = stored.stack.cli("exec", "stored/second", "--", *cat).stdout.split()
+    assert secret == SECRET  # as it was, when the volume was smaller
+    assert int(kib) > 90 << 10
+    stored.sh("echo newest > /srv/pages/secret; sync")
+    done = stored.stack.cli("volumes", "backup", "stored/safe").stdout
+    assert "has all that pages has" in done
+    wait_for(lambda: stored.volumes()["safe"]["state"] == "kept", 60)
+    assert stored.volumes()["pages"]["state"] == "attached"
+    assert len(stored.backings()) == 4
+    stored.sh(f"echo {SECRET} > /srv/pages/secret; sync")
+    stored.copies = False
+    stored.up()
+    for name in ("copy", "safe"):
+        stored.stack.cli("volumes", "delete", f"stored/{name}")
 
 
 def test_a_disk_put_back_to_an_older_state_is_refused_until_its_user_accepts(

@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from supercloud.lower.vmm import disks
 from supercloud.lower.vmm.disks import Disks
 from supercloud.model.errors import (
     BadState,
+    Busy,
     Exists,
     Invalid,
     NoResources,
@@ -34,7 +35,7 @@ class Qemu(threading.Thread):
         super().__init__(daemon=True)
         self.end, self.refuses = end, set[str]()
         self.heard: list[tuple[str, dict[str, Any]]] = []
-        self.passed = 0
+        self.passed, self.status = 0, "running"
 
     def run(self) -> None:
         data = b""
@@ -52,7 +53,9 @@ class Qemu(threading.Thread):
     def _answer(self, command: dict[str, Any]) -> None:
         name = command["execute"]
         self.heard.append((name, command["arguments"]))
-        answer = {"error": {"desc": "no"}} if name in self.refuses else {"return": {}}
+        answer: dict[str, Any] = {"return": {"status": self.status}}
+        if name in self.refuses:
+            answer = {"error": {"desc": "no"}}
         with contextlib.suppress(OSError):
             self.end.send(json.dumps({"id": command["id"], **answer}).encode() + b"\n")
 
@@ -161,7 +164,7 @@ def test_a_full_disk_is_told_once_and_the_write_is_tried_again(
 ) -> None:
     monkeypatch.setattr(disks, "FULL_RETRY_S", 0.01)
     machine.attach("data")
-    error = {"node-name": "volume1", "nospace": True, "action": "stop"}
+    error = {"node-name": "volume1-0", "nospace": True, "action": "stop"}
     for _ in range(3):
         machine.disks.on_qmp("BLOCK_IO_ERROR", error)
     machine.disks.on_qmp("BLOCK_IO_ERROR", {**error, "nospace": False, "action": "report"})
@@ -170,6 +173,91 @@ def test_a_full_disk_is_told_once_and_the_write_is_tried_again(
     machine.reactor.run()
     machine.qmp.ask("query-status")
     assert machine.qemu.names().count("cont") == 1
+
+
+def asked(volume: str = "data", descriptors: Sequence[int] = (), **more: Any) -> Request:
+    return Request("t", "machine.renew", {"volume": volume, **more}, list(descriptors))
+
+
+def renew(machine: Machine) -> None:
+    reading, writing = os.pipe()
+    try:
+        machine.disks.renew(asked(descriptors=[reading], size_bytes=1 << 30, export="data"))
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_a_disk_by_nbd_gets_another_connection_while_its_machine_stands_still(
+    machine: Machine,
+) -> None:
+    machine.attach("data")
+    with pytest.raises(BadState, match="not held"):
+        renew(machine)
+    for number in (1, 2):
+        machine.disks.hold(asked())
+        machine.disks.hold(asked())  # whoever held it first has died
+        del machine.qemu.heard[:]
+        renew(machine)
+        machine.qmp.ask("query-status")
+        assert machine.qemu.names() == [
+            *("getfd", "blockdev-add", "qom-set", "blockdev-del", "block_resize", "cont"),
+            "query-status",
+        ]
+        assert machine.qemu.heard[1][1]["node-name"] == f"volume1-{number}"
+        assert machine.qemu.heard[3][1] == {"node-name": f"volume1-{number - 1}"}
+    assert machine.listed()[0]["state"] == "attached"
+
+
+def test_a_machine_that_is_held_and_forgotten_goes_on(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disks, "HOLD_S", 0.05)
+    machine.attach("data")
+    machine.disks.hold(asked())
+    machine.reactor.after(0.5, machine.reactor.stop)
+    machine.reactor.run()
+    machine.qmp.ask("query-status")
+    assert machine.qemu.names().count("cont") == 1
+    with pytest.raises(BadState, match="not held"):
+        renew(machine)
+
+
+@pytest.mark.parametrize("fails", ["blockdev-add", "qom-set"])
+def test_a_new_connection_that_is_of_no_use_leaves_the_old_one(
+    machine: Machine, fails: str
+) -> None:
+    machine.attach("data")
+    machine.disks.hold(asked())
+    machine.qemu.refuses = {fails}
+    with pytest.raises(SupercloudError):
+        renew(machine)
+    machine.qemu.refuses = set()
+    machine.qmp.ask("query-status")
+    assert machine.qemu.names().count("cont") == 1
+    machine.detach("data")
+    machine.disks.on_qmp("DEVICE_DELETED", {"device": "disk1"})
+    machine.qmp.ask("query-status")
+    assert ("blockdev-del", {"node-name": "volume1-0"}) in machine.qemu.heard
+
+
+def test_what_cannot_be_held(machine: Machine) -> None:
+    machine.attach("shared", "vhost-user-blk")
+    with pytest.raises(BadState, match="by itself"):
+        machine.disks.hold(asked("shared"))
+    with pytest.raises(NotFound):
+        machine.disks.hold(asked("other"))
+    for name in ("data", "more"):
+        machine.attach(name)
+    machine.disks.hold(asked())
+    with pytest.raises(Busy, match="for volume data"):
+        machine.disks.hold(asked("more"))
+    renew(machine)
+    del machine.qemu.heard[:]
+    machine.qemu.status = "io-error"
+    with pytest.raises(BadState, match="stands still"):
+        machine.disks.hold(asked())
+    assert "stop" not in machine.qemu.names()
 
 
 def test_garbage_is_refused(machine: Machine) -> None:

@@ -12,7 +12,7 @@ import pytest
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.mirrors import Mirrors
 from supercloud.lower.user_domain.volumes import Volumes
-from supercloud.model.errors import BadState, Exists, NotFound, Permanent
+from supercloud.model.errors import BadState, Busy, Exists, NoResources, NotFound, Permanent
 from supercloud.wire.portal import Closed, Reply
 from supercloud.wire.volumes import Seal, VolumeAttach, VolumeOpen, VolumeServe, VolumeSpec
 
@@ -157,6 +157,67 @@ async def test_a_monitor_that_answers_nonsense_is_an_error_that_says_so(
     with pytest.raises(Permanent, match="monitor"):
         await world.attach()
     assert await world.state() == {"data": "served"}
+
+
+# -- what grows under its user
+
+LARGER = VolumeSpec(name="data", size_bytes=128 << 20)
+
+
+async def by_nbd(world: World) -> list[str]:
+    """Attached to a machine with private memory; what is called from here on, in order."""
+    world.machine.answers |= {"machine.status": {"ram_shared": False}}
+    size = {"size_bytes": LARGER.size_bytes}
+    world.block.answers |= {"volume.attach": Reply(size), "volume.stats": {"copying": ""}}
+    await world.serve()
+    assert (await world.attach()).mode == "nbd"
+    heard: list[str] = []
+    for far in (world.disk, world.protection, world.block, world.machine):
+        far.heard = heard
+    return heard
+
+
+async def test_by_nbd_it_grows_while_its_machine_stands_still(world: World) -> None:
+    heard = await by_nbd(world)
+    assert (await world.volumes.change(LARGER)).size_bytes == LARGER.size_bytes
+    assert heard[:9] == [
+        *("volume.stats", "disk.grow", "device.grow"),
+        *("machine.hold", "volume.detach", "volume.grow", "volume.attach", "machine.renew"),
+        "volume.throttle",
+    ]
+
+
+@pytest.mark.parametrize("fails", ["volume.detach", "volume.grow"])
+async def test_one_that_cannot_grow_lets_its_machine_go_on(world: World, fails: str) -> None:
+    heard = await by_nbd(world)
+    world.block.answers[fails] = NoResources("no")
+    with pytest.raises(NoResources):
+        await world.volumes.change(LARGER)
+    assert heard[heard.index(fails) + 1 :][:2] == ["volume.attach", "machine.renew"]
+    del world.block.answers[fails]
+    assert (await world.volumes.change(LARGER)).size_bytes == LARGER.size_bytes
+
+
+async def test_one_that_is_being_copied_does_not_grow_and_nothing_stands_still(
+    world: World,
+) -> None:
+    heard = await by_nbd(world)
+    world.block.answers["volume.stats"] = {"copying": "clone to other"}
+    with pytest.raises(Busy, match="clone to other"):
+        await world.volumes.change(LARGER)
+    assert not {"disk.grow", "machine.hold"} & set(heard)
+
+
+async def test_a_raw_one_does_not_grow_under_a_machine_that_would_not_see_it(
+    world: World,
+) -> None:
+    spec = VolumeSpec(name="data", size_bytes=SPEC.size_bytes, format="raw")
+    await world.open(spec)
+    await world.volumes.serve(VolumeServe(name="data", epoch=1))
+    assert (await world.attach()).mode == "vhost-user-blk"
+    with pytest.raises(BadState, match="raw, and in use"):
+        await world.volumes.change(VolumeSpec(name="data", size_bytes=128 << 20, format="raw"))
+    assert "disk.grow" not in world.disk.heard
 
 
 # -- what is given back

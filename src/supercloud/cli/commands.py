@@ -75,7 +75,8 @@ UCLOUD_OPTION = Argument(
 )
 
 VOLUME_ACTIONS = (
-    "list", "inspect", "snapshot", "revert", "forget-snapshot", "delete", "accept", "rotate-key",
+    "list", "inspect", "snapshot", "revert", "forget-snapshot", "backup", "delete", "accept",
+    "rotate-key",
 )  # fmt: skip
 
 

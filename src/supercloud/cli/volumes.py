@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from supercloud.cli import client, named
@@ -15,6 +15,7 @@ from supercloud.model.sizes import format_size
 HEADER = ("NAME", "SIZE", "FORMAT", "STATE", "PROVIDER/HOST", "USED BY", "STORED", "SNAPSHOTS")
 KIND = named.Kind("volumes", "volume")
 REPLICAS = "REPLICAS"
+Columns = Sequence[tuple[tuple[str, ...], Callable[[dict[str, Any]], tuple[str, ...]]]]
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -41,11 +42,25 @@ def _list(arguments: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=2))
         return
     several = len({row["ucloud"] for row in rows}) > 1
-    mirrored = any(row.get("replicas") for row in rows)
-    header = (*HEADER, REPLICAS) if mirrored else HEADER
-    shown = (_row(row, several=several) for row in rows)
-    replicas = (_replicas(row) if mirrored else () for row in rows)
-    print(table(header, (a + b for a, b in zip(shown, replicas, strict=True))))
+    more = [(head, cells) for head, cells in _MORE if any(any(cells(row)) for row in rows)]
+    header = [*HEADER, *(word for head, _ in more for word in head)]
+    print(table(header, ([*_row(row, several=several), *_cells(row, more)] for row in rows)))
+
+
+def _cells(row: dict[str, Any], more: Columns) -> Iterable[str]:
+    return (cell for _, cells in more for cell in cells(row))
+
+
+def _rates(row: dict[str, Any]) -> tuple[str, ...]:
+    """Of the last seconds, in and out: bytes a second, requests a second, mean latency."""
+    rates = row.get("rates")
+    if not rates:
+        return ("", "")
+    return tuple(
+        f"{rounded(int(rates[f'{way}_bytes_per_s'])) or '0B'}/s {rates[f'{way}s_per_s']:.0f}/s"
+        + (f" {latency_us / 1000:.2f}ms" if (latency_us := rates[f"{way}_latency_us"]) else "")
+        for way in ("read", "write")
+    )
 
 
 def _replicas(row: dict[str, Any]) -> tuple[str, ...]:
@@ -98,6 +113,12 @@ def _task(arguments: argparse.Namespace, what: str, done: str) -> None:
     print(json.dumps(view) if arguments.json else printable(text))
 
 
+def _backup(arguments: argparse.Namespace) -> None:
+    view = client.call("POST", f"{_path(arguments)}/backup", {})
+    text = f"{view['ucloud']}/{view['name']} has all that {view['copy_of']} has"
+    print(json.dumps(view) if arguments.json else printable(text))
+
+
 def _delete(arguments: argparse.Namespace) -> None:
     """Wait until it is gone."""
     path = _path(arguments)
@@ -131,6 +152,8 @@ def _path(arguments: argparse.Namespace) -> str:
     return named.path(KIND, arguments.volume, arguments.ucloud)
 
 
+_MORE: Columns = ((("READ", "WRITTEN"), _rates), ((REPLICAS,), _replicas))
+"""Columns that are shown when one of the rows has something in them."""
 _WITH_SNAPSHOT = ("snapshot", "revert", "forget-snapshot")
 _ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
     "list": _list,
@@ -138,6 +161,7 @@ _ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
     "snapshot": _snapshot,
     "revert": _revert,
     "forget-snapshot": _forget,
+    "backup": _backup,
     "delete": _delete,
     "accept": _accept,
     "rotate-key": _rotate_key,

@@ -17,7 +17,7 @@ from supercloud.control.documents import (
     UCloudDocument,
     VolumeWish,
 )
-from supercloud.control.homes import check_volumes, homes_of
+from supercloud.control.homes import check_volumes, homes_of, with_clones
 from supercloud.control.kept import Place
 from supercloud.control.offers import Offer
 from supercloud.control.stores import check_names, check_store, store_of
@@ -86,7 +86,7 @@ def decide(
 
     Raises NoResources, saying of each host why not; Invalid and Unsupported for volumes.
     """
-    kept, moves = kept or {}, moves or {}
+    kept, moves = with_clones(spec, kept or {}), moves or {}
     check_volumes(spec, offers, kept)
     check_store(spec, offers, kept_store)
     platforms = before.platforms if before else {}

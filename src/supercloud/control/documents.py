@@ -193,7 +193,7 @@ class EnvironmentDocument:
 
 @dataclass(slots=True, kw_only=True)
 class Task:
-    """Something that the user asked for once: ``snapshot``, ``revert`` or ``forget``.
+    """Something that the user asked for once: ``snapshot``, ``revert``, ``forget``, ``backup``.
 
     ``done`` when it was tried; ``error`` says why it failed.
     """
@@ -235,7 +235,8 @@ class VolumeDocument:
     under the U-Cloud's wrapping key. ``opened``: its host may have it open. ``halted`` says why it
     is not opened any more until its user acts; ``found`` is the seal that the host showed then.
     ``slot`` is of its attachment to that ``incarnation`` of ``platform``. ``reverted`` is the mark
-    of the restore for which it was last taken back to its snapshot.
+    of the restore for which it was last taken back to its snapshot. ``copied`` is the number of the
+    last copy into it that is done, ``copying`` of the last that was begun.
 
     One that is kept on several hosts has the ``others`` beside the replica that is where it is
     used, whose ``replica`` name, ``in_sync`` and ``kept`` are here. Its record: the ``generation``
@@ -257,6 +258,10 @@ class VolumeDocument:
     seal: Seal = field(default_factory=Seal)
     sealed_s: float = 0.0
     given: Volume | None = None  # what the host was last told
+    waits: str = ""  # for what, when it is not as it is to be
+    copied: int = 0
+    copied_s: float = 0.0
+    copying: int = 0
     opened: bool = False
     platform: str = ""
     incarnation: int = 0

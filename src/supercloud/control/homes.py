@@ -30,6 +30,30 @@ def check_volumes(spec: UCloud, offers: Sequence[Offer], kept: Mapping[str, Volu
             _reachable(environment, offers, kept)
 
 
+def with_clones(spec: UCloud, kept: Mapping[str, VolumeWish]) -> dict[str, VolumeWish]:
+    """``kept``, and with it the clones that are new: they are where what they are clones of is."""
+    found = dict(kept)
+    for volume in spec.volumes:
+        if volume.clone is None or volume.name in kept:
+            continue
+        where, source = f"volumes.{volume.name}.clone.of", kept.get(volume.clone.of)
+        if source is None or source.others:
+            raise Invalid(
+                f"found {volume.clone.of!r}, allowed is a volume that there is, on one host",
+                where=where,
+                hint="supercloud volumes lists them; make it, and its snapshot, before the clone",
+            )
+        if volume.size_bytes != source.spec.size_bytes:
+            raise Invalid(
+                f"found a size of {format_size(volume.size_bytes)}, allowed is "
+                f"{format_size(source.spec.size_bytes)}, which {volume.clone.of} has",
+                where=f"volumes.{volume.name}.size",
+                hint="it can grow once it is made",
+            )
+        found[volume.name] = VolumeWish(spec=volume, provider=source.provider, host=source.host)
+    return found
+
+
 def homes_of(
     spec: UCloud,
     offers: Sequence[Offer],
@@ -61,6 +85,10 @@ def homes_of(
             others = others_of(volume, (provider, host), offers)
             home = VolumeWish(spec=volume, provider=entries[provider], host=host, others=others)
             homes[volume.name] = home
+    for volume in spec.volumes:  # nothing uses a backup: it is where what it is of is
+        home_of = homes.get(volume.copy_of)
+        if volume.backup and home_of is not None and volume.name not in homes:
+            homes[volume.name] = replace(home_of, spec=volume, others=[])
     return homes
 
 
@@ -151,13 +179,6 @@ def _changes(new: Volume, old: Volume) -> None:
             f"found {new.replicas}, allowed is {old.replicas}, which the volume has",
             where=f"{where}.replicas",
             hint="copy what is in it to a new one",
-        )
-    if new.replicas > 1 and new.size_bytes != old.size_bytes:
-        raise Invalid(
-            f"found {format_size(new.size_bytes)}, allowed is {format_size(old.size_bytes)}: a "
-            "volume that is kept on several hosts does not grow yet",
-            where=f"{where}.size",
-            hint="copy what is in it to a new, larger one",
         )
     if new.format != old.format:
         raise Invalid(

@@ -190,7 +190,9 @@ def _volume_details(wish: VolumeWish) -> list[str]:
     spec = wish.spec
     others = [f"and at {other.provider.name}/{other.host}" for other in wish.others]
     home = f"at {wish.provider.name}/{wish.host}"
-    return [size_text(spec.size_bytes), spec.format, home, *others]
+    origin = [f"a clone of {spec.clone.of} at {spec.clone.snapshot}"] if spec.clone else []
+    origin += [f"a backup of {spec.backup.of}"] if spec.backup else []
+    return [size_text(spec.size_bytes), spec.format, home, *others, *origin]
 
 
 def _volume_differences(old: VolumeWish, new: VolumeWish) -> list[str]:

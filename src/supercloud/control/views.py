@@ -19,6 +19,7 @@ from supercloud.control.documents import (
     environment_key,
 )
 from supercloud.control.kept import KeptCheckpoint
+from supercloud.control.rates import LATEST_S
 from supercloud.control.seals import WINDOW_S
 from supercloud.control.specs import host_port
 from supercloud.model.errors import BadState, to_wire
@@ -150,6 +151,8 @@ def volume_view(
         purposes=held.purposes(volume, checkpoints),
         wrapping_key=volume.wrapped_key.partition(":")[0],
         generation=volume.generation,
+        copy_of=volume.spec.copy_of,
+        copied_s=volume.copied_s,
         waits_for=seen.status.mirror.closed_by if seen and seen.status.mirror else "",
         steps=[_step(f"volume/{volume.name}", "volume", step, -1.0) for step in volume.steps],
     )
@@ -162,7 +165,7 @@ def _volume_fields(
         "ucloud": volume.ucloud,
         "name": volume.name,
         "state": volume.state,
-        "reason": volume.reason,
+        "reason": volume.reason or volume.waits,
         "size_bytes": volume.spec.size_bytes,
         "format": volume.spec.format,
         "provider": volume.provider.name,
@@ -177,7 +180,15 @@ def _volume_fields(
         "evidence": volume.evidence,
         "created_s": volume.created_s,
         "replicas": replica_rows(volume, seen.status.mirror if seen else None),
+        "rates": rates_of(volume, seen),
     }
+
+
+def rates_of(volume: VolumeDocument, seen: Seen | None) -> api.VolumeRates | None:
+    """What goes through it; None when that is not known (any more)."""
+    if seen is None or seen.gauge is None or not volume.opened:
+        return None
+    return seen.gauge.rates if time.time() - seen.time_s <= LATEST_S else None
 
 
 def replica_rows(volume: VolumeDocument, told: MirrorStatus | None) -> list[api.ReplicaRow]:
@@ -366,6 +377,7 @@ def mounted(
                 seal_age_s=age_s,
                 undetected_rollback=rollback_text(age_s),
                 replicas=replica_rows(volume, _mirror_in(seen.get(id_of(volume)))),
+                rates=rates_of(volume, seen.get(id_of(volume))),
             )
         )
     return found

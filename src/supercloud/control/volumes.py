@@ -87,7 +87,10 @@ class VolumeService:
     # -- changing
 
     async def task(self, ucloud: str, name: str, what: str, snapshot: str) -> api.VolumeView:
-        """``snapshot``, ``revert`` or ``forget``; waits until it is done. Busy, BadState."""
+        """``snapshot``, ``revert``, ``forget`` or ``backup``; waits until it is done.
+
+        Busy, BadState.
+        """
         volume = await self._volume(ucloud, name)
         task = Task(what=what, snapshot=snapshot)
 
@@ -224,6 +227,13 @@ def _check_task(volume: VolumeDocument, task: Task) -> None:
         raise BadState(f"volume {volume.name} is being deleted")
     if volume.halted:
         raise BadState(f"volume {volume.name} is halted: {volume.halted}")
+    if waits(volume.task):
+        raise Busy(f"volume {volume.name}: a {volume.task and volume.task.what} is under way")
+    if what == "backup":
+        if volume.spec.backup is None:
+            hint = "say so in the manifest: volumes[].backup: {of: NAME}"
+            raise BadState(f"volume {volume.name} is a backup of nothing", hint=hint)
+        return
     if not volume.seal.root:
         raise BadState(f"volume {volume.name} was never opened yet")
     if volume.spec.format != "qcow2":
@@ -233,8 +243,6 @@ def _check_task(volume: VolumeDocument, task: Task) -> None:
             f"volume {volume.name} is in use: nothing is reverted under that",
             hint=f"supercloud down {volume.ucloud}, revert, then up again",
         )
-    if waits(volume.task):
-        raise Busy(f"volume {volume.name}: a {volume.task and volume.task.what} is under way")
 
 
 def _check_accept(volume: VolumeDocument, root: str) -> None:

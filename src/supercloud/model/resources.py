@@ -8,7 +8,8 @@ Numbers are in the units of their names; ``cpus`` are processors, 0.5 is half of
 from dataclasses import dataclass
 from typing import Literal
 
-from supercloud.model.rules import NAME, Rule, declared
+from supercloud.model.copies import Backup, Clone
+from supercloud.model.rules import NAME, SHORT_LABEL, SHORT_NAME, Rule, declared
 
 API_VERSION = "supercloud.dev/v1"
 KIND = "UCloud"
@@ -22,11 +23,8 @@ RESERVED = ("services", "isolation", "mobility", "survive")
 TRANSPORTS = ("oci", "docker-archive", "docker")
 
 LABEL = "lower case letters, digits and '-', at most 63, not '-' at either end"
-# Shorter than a label: replicas and generated names add to it.
-SHORT_NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
 BUCKET_NAME = r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]"
 BUCKET_LABEL = "3 to 63 lower case letters, digits and '-', not '-' at either end"
-SHORT_LABEL = "a letter, then lower case letters, digits and '-', at most 40, not '-' at the end"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +183,14 @@ class Volume:
         ),
         1,
     )
+    clone: Clone | None = declared(Rule(doc="what it begins as; if not given it is empty"), None)
+    backup: Backup | None = declared(Rule(doc="what it is a backup of"), None)
+
+    @property
+    def copy_of(self) -> str:
+        """The volume that it is copied from, if any."""
+        origin = self.clone or self.backup
+        return origin.of if origin else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

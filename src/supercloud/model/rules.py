@@ -8,6 +8,9 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 NAME = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"  # RFC 1123 label
+# Shorter than a label: replicas and generated names add to it.
+SHORT_NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
+SHORT_LABEL = "a letter, then lower case letters, digits and '-', at most 40, not '-' at the end"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,7 @@ from supercloud.wire.objects import (
     ServiceStatus,
 )
 from supercloud.wire.tunnel import PeerHost, TunnelApply
-from supercloud.wire.volumes import VolumeOpen, VolumeSpec, VolumeStatus
+from supercloud.wire.volumes import VolumeCopy, VolumeOpen, VolumeSpec, VolumeStatus
 
 Accept = Callable[[StreamReader, StreamWriter], Awaitable[None]]
 """Given the raw byte stream to an agent, which is about to send a TLS ClientHello over it."""
@@ -189,6 +189,10 @@ class Volumes(Protocol):
 
     async def forget(self, host: str, name: str, snapshot: str) -> VolumeStatus:
         """Delete a snapshot. Gone already is fine."""
+        ...
+
+    async def fill(self, host: str, asked: VolumeCopy) -> VolumeStatus:
+        """Have it hold what another one there holds; see ``wire.volumes``. Permanent: it failed."""
         ...
 
     async def list(self) -> list[tuple[str, VolumeStatus]]:

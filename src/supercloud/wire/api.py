@@ -75,13 +75,29 @@ class ReplicaRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeRates:
+    """What went through a volume in the last ``interval_s``, as its protected device counts it.
+
+    ``*_latency_us`` are means of the requests of that time; 0 when there were none.
+    """
+
+    interval_s: float
+    read_bytes_per_s: float = 0.0
+    write_bytes_per_s: float = 0.0
+    reads_per_s: float = 0.0
+    writes_per_s: float = 0.0
+    read_latency_us: float = 0.0
+    write_latency_us: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeRow:
     """One volume, a row of ``volumes``: the answer to ``GET /v1/volumes`` is a list of these.
 
     ``state`` is one of ``model.states.KEPT_VOLUME``; ``used_by`` are EEs. ``seal_age_s`` is how
     long ago its host showed its seal, -1 when it is not open; ``stored_bytes`` are on the
     provider's disk, ``evidence`` blocks that were not what had been written. ``replicas`` is empty
-    for one that is kept on one host.
+    for one that is kept on one host, ``rates`` None while nobody knows what goes through it.
     """
 
     ucloud: str
@@ -102,6 +118,7 @@ class VolumeRow:
     evidence: int = 0
     created_s: float = 0.0
     replicas: list[ReplicaRow] = field(default_factory=list)
+    rates: VolumeRates | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +139,8 @@ class VolumeView(VolumeRow):
     wrapping_key: str = ""  # its name
     generation: int = 0  # of its mirror
     waits_for: str = ""  # why its mirror answers nothing now
+    copy_of: str = ""  # the volume that it began as a clone of, or is a backup of
+    copied_s: float = 0.0  # when that was last copied
     steps: list["Step"] = field(default_factory=list)
 
 
@@ -139,6 +158,7 @@ class Mounted:
     seal_age_s: float = -1.0
     undetected_rollback: str = ""
     replicas: list[ReplicaRow] = field(default_factory=list)
+    rates: VolumeRates | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,7 @@ from supercloud.wire.quota import Bytes, Quota
 from supercloud.wire.tunnel import TunnelApply
 from supercloud.wire.volumes import (
     VolumeAttach,
+    VolumeCopy,
     VolumeList,
     VolumeOpen,
     VolumeServe,
@@ -195,6 +196,7 @@ HOST = {
         Method("volume.snapshot", VolumeSnapshot, VolumeStatus),
         Method("volume.revert", VolumeSnapshot, VolumeStatus, doc="while it is not attached"),
         Method("volume.forget", VolumeSnapshot, VolumeStatus, doc="delete a snapshot"),
+        Method("volume.copy", VolumeCopy, VolumeStatus, doc="have it hold what another one holds"),
         Method("objects.apply", ObjectsApply, ObjectsStatus, doc="what the store is to be"),
         Method("objects.state", Empty, ObjectsStatus),
         Method("objects.credentials", ObjectsCredentials, ObjectsSecret, doc="of one who uses it"),

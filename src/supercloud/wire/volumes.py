@@ -92,6 +92,22 @@ class VolumeSnapshot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeCopy:
+    """Have a volume that nobody uses hold what ``of``, open on the same host, holds.
+
+    With a ``snapshot`` that; without one a backup, of which every one but the first copies what has
+    changed since the one before. Answered at once: asked again with the same ``number`` it
+    says how far it is (``VolumeStatus.copied`` and ``copying``), and is begun anew if it was cut
+    off. A volume that is copied into holds neither the old nor the new before that is done.
+    """
+
+    name: Name
+    of: Name
+    number: Annotated[int, Limit(ge=1, le=1 << 31)]
+    snapshot: Annotated[str, Limit(pattern=r"([a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?)?")] = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeFigures:
     """What went through it since it was opened; ``*_latency_us`` are means."""
 
@@ -128,6 +144,8 @@ class VolumeStatus:
     tag: str = ""
     mirror: MirrorStatus | None = None  # of the source
     shared: Shared | None = None  # of another replica
+    copied: int = 0  # the number of the last copy into it that is done
+    copying: str = ""  # in words, what is being copied into it; told by ``volume.copy``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -140,6 +140,8 @@ class Routes:
                   doc="go back to a snapshot; while nobody uses the volume"),
             Route(method="POST", path=volume + "/forget", params=OfSnapshot,
                   result=api.VolumeView, handle=self._forget, doc="delete a snapshot"),
+            Route(method="POST", path=volume + "/backup", result=api.VolumeView,
+                  handle=self._backup, doc="make a backup into it"),
             Route(method="POST", path=volume + "/delete", handle=self._delete,
                   doc="with all that is in it"),
             Route(method="POST", path=volume + "/accept", params=Accepted,
@@ -230,6 +232,9 @@ class Routes:
 
     async def _forget(self, asked: Asked[OfSnapshot]) -> api.VolumeView:
         return await self._task(asked, "forget")
+
+    async def _backup(self, asked: Asked[Nothing]) -> api.VolumeView:
+        return await self.service.volumes.task(*_volume_of(asked), "backup", "")
 
     async def _task(self, asked: Asked[OfSnapshot], what: str) -> api.VolumeView:
         volumes = self.service.volumes

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 
 from supercloud.control.controllers import learning
-from supercloud.control.controllers.plane import Plane, Seen
+from supercloud.control.controllers.plane import Plane
 from supercloud.control.controllers.platform import tag_of
 from supercloud.control.documents import VolumeDocument, platform_key, volume_key
 from supercloud.model.errors import Unsupported, UserError
@@ -96,7 +96,7 @@ class HostCalls:
 
         volume = await self._plane.state.change(volume, taken)
         if valid():
-            self._plane.seen[volume.ucloud, volume.name] = Seen(status)
+            self._plane.sees(volume, status)
         for code, message, severity in learning.news(before, volume, status):
             self._plane.tell(volume, f"volume.{code}", message, severity)
         self._look(before, volume)

@@ -30,6 +30,8 @@ def take(volume: VolumeDocument, status: VolumeStatus) -> None:
         return
     if (seal := seals.newest(volume.seal, status.seal)) != volume.seal:
         volume.seal, volume.sealed_s = seal, time.time()
+    if status.copied > volume.copied:
+        volume.copied, volume.copied_s = status.copied, time.time()
     volume.stored_bytes = status.stored_bytes
     if status.state in ("served", "attached") and status.seal.root:  # else its host cannot know
         volume.snapshots = list(status.snapshots)

@@ -9,12 +9,13 @@ from typing import Any
 from supercloud.control.agents import Agents
 from supercloud.control.authorities import Authorities
 from supercloud.control.bootdata import Tokens
-from supercloud.control.documents import KINDS, AnyDocument, UCloudDocument
+from supercloud.control.documents import KINDS, AnyDocument, UCloudDocument, VolumeDocument
 from supercloud.control.effects import Seam
 from supercloud.control.events import EventLog
 from supercloud.control.images import Images
 from supercloud.control.kept import Restore
 from supercloud.control.pool import ProviderPool
+from supercloud.control.rates import Gauge, next_gauge
 from supercloud.control.state import State
 from supercloud.model.events import Event, Severity
 from supercloud.trust.wrapping import VolumeKeys
@@ -56,6 +57,7 @@ class Seen:
     """What a host last said of a volume, and when."""
 
     status: VolumeStatus
+    gauge: Gauge | None = None
     time_s: float = field(default_factory=time.time)
 
 
@@ -89,6 +91,12 @@ class Plane:
     stores: dict[str, SeenStore] = field(default_factory=dict)  # by U-Cloud
     seen: dict[tuple[str, str], Seen] = field(default_factory=dict)  # by U-Cloud and volume
     mirrors: dict[tuple[str, str], MirrorStatus] = field(default_factory=dict)  # likewise
+
+    def sees(self, volume: VolumeDocument, status: VolumeStatus) -> None:
+        """Its host has just said that of it."""
+        before = self.seen.get((volume.ucloud, volume.name))
+        gauge = next_gauge(before.gauge if before else None, status, time.monotonic())
+        self.seen[volume.ucloud, volume.name] = Seen(status, gauge)
 
     async def restoring(self, ucloud: str, name: str) -> Restore | None:
         """The restore of an EE or platform that is decided, and that it has not come up from."""

@@ -144,7 +144,7 @@ class Replication:
             raise Temporary(f"volume {name} is {volume.state}: {volume.reason}")
 
         def served(fresh: VolumeDocument) -> None:
-            fresh.given = spec
+            fresh.given, fresh.waits = spec, ""
             step_end(fresh.steps, OPEN)
 
         await self._change(volume, served)

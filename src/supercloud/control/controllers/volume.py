@@ -17,6 +17,7 @@ from typing import Any
 
 from supercloud.control import held
 from supercloud.control.controllers import learning
+from supercloud.control.controllers.copying import Copying, is_asked_for, is_under_way
 from supercloud.control.controllers.hostcalls import HostCalls, wire_spec
 from supercloud.control.controllers.leasing import lease_key
 from supercloud.control.controllers.plane import Plane
@@ -54,6 +55,7 @@ class VolumeController:
         self.calls = HostCalls(plane)
         self._act = self.calls.act
         self.replication = Replication(plane, self.calls)
+        self.copying = Copying(plane, self.calls)
         self.sealing = Sealing(plane, self.calls, self.replication.others)
 
     async def reconcile(self, ucloud: str, name: str) -> float | None:
@@ -77,12 +79,17 @@ class VolumeController:
                 self._plane.look(key, self._plane.pace.seal_s)
         if volume.mirroring:
             self._plane.look(lease_key(volume), self._plane.pace.lease_s)
-        wanted = usage.wanted or learning.waits(volume.task) or bool(await self._unclaimed(volume))
+        wanted = (
+            usage.wanted
+            or learning.waits(volume.task)
+            or bool(await self._unclaimed(volume))
+            or await self.copying.holds(volume)
+        )
         if volume.state in USABLE:
             return await self._use(volume, usage, wanted=wanted)
         if wanted:
             return await self._open(volume)
-        return await self._close(volume) if volume.opened else None
+        return await (self._close(volume) if volume.opened else self.copying.next_s(volume))
 
     # -- towards use
 
@@ -126,38 +133,66 @@ class VolumeController:
         await self._act(volume, "serve", lambda host: host.serve(volume.host, volume.name, epoch))
 
         def served(fresh: VolumeDocument) -> None:
-            fresh.given = spec
+            fresh.given, fresh.waits = spec, ""
             step_end(fresh.steps, OPEN)
 
         await self._change(volume, served)
         return 0.0
 
     async def _use(self, volume: VolumeDocument, usage: Usage, *, wanted: bool) -> float | None:
+        if is_under_way(volume):
+            return await self.copying.go_on(volume, volume.copying)
         if volume.given != volume.spec:
-            return await self._grow(volume)
+            waiting = await self._grow(volume)
+            if waiting is None:
+                return 0.0
+            volume = waiting
         if back := await self._back(volume):
             return await self._go_back(volume, usage, back)
-        if learning.waits(volume.task):
+        if learning.waits(volume.task) and not is_asked_for(volume.task):
             return await self._task(volume)
         if unclaimed := await self._unclaimed(volume):
             return await self._forget(volume, unclaimed)
+        if not volume.platform and (number := await self.copying.due(volume)):
+            return await self.copying.go_on(volume, number)
         if volume.platform:
             if usage.attached(volume):
-                return None
+                return self._plane.pace.lost_observe_s if volume.waits else None
             return await self._detach(volume) if usage.free else self._plane.pace.release_s
         if usage.platform is not None and usage.platform.state == "ready":
             return await self._attach(volume, usage.platform)
         return None if wanted else await self._close(volume)
 
-    async def _grow(self, volume: VolumeDocument) -> float:
-        spec = volume.spec
-        await self._act(volume, "change", lambda host: host.change(volume.host, wire_spec(volume)))
+    async def _grow(self, volume: VolumeDocument) -> VolumeDocument | None:
+        """None when it has grown; one that cannot under its user waits, and is as it was."""
+        if volume.others and volume.given and volume.given.size_bytes < volume.spec.size_bytes:
+            return await self._reopen(volume)
+        spec, asked = volume.spec, wire_spec(volume)
+        try:
+            await self._act(volume, "change", lambda host: host.change(volume.host, asked))
+        except (BadState, Busy) as refused:
+            if not volume.platform:
+                raise
+            return await self._waits(volume, refused.message)
 
         def given(fresh: VolumeDocument) -> None:
-            fresh.given = spec
+            fresh.given, fresh.waits = spec, ""
 
         await self._change(volume, given)
-        return 0.0
+        return None
+
+    async def _reopen(self, volume: VolumeDocument) -> VolumeDocument | None:
+        """One that is kept on several hosts grows when it is opened, before it is mirrored."""
+        if volume.platform:
+            why = "it is kept on several hosts, and grows once nothing uses it"
+            return await self._waits(volume, f"{why}: supercloud down, then up again")
+        await self._close(volume)
+        return None
+
+    async def _waits(self, volume: VolumeDocument, why: str) -> VolumeDocument:
+        if volume.waits != why:
+            self._plane.tell(volume, "volume.waits", why, severity="warning")
+        return await self._change(volume, lambda fresh: setattr(fresh, "waits", why))
 
     async def _attach(self, volume: VolumeDocument, platform: PlatformDocument) -> float:
         def attaching(fresh: VolumeDocument) -> None:
@@ -208,7 +243,9 @@ class VolumeController:
         return None
 
     async def _delete(self, volume: VolumeDocument, usage: Usage) -> float | None:
-        if not usage.free:
+        if is_under_way(volume):
+            return await self.copying.go_on(volume, volume.copying)
+        if not usage.free or await self.copying.is_under_way(volume):
             return self._plane.pace.release_s
         volume = await self._change(volume, lambda fresh: learning.move(fresh, "deleting"))
         if volume.opened or volume.seal.root:  # otherwise its host never heard of it

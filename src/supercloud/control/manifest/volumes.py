@@ -1,10 +1,11 @@
 """What is wrong with the volumes of a manifest, and of its environments."""
 
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from supercloud.control.manifest.problems import Problems
 from supercloud.model.resources import Environment, Volume, VolumeUse
+from supercloud.model.sizes import format_size
 from supercloud.wire.volumes import LIMITS, SIZE_UNIT_BYTES
 
 SERIAL_MAX = 20
@@ -38,6 +39,46 @@ def check_volume(path: str, volume: Volume, problems: Problems) -> None:
         if found and not least <= found <= most:
             message = f"found {found}, allowed is 0 (no limit), or {least} to {most}"
             problems.at_path(f"{path}.{key}", message)
+
+
+def check_copies(
+    volumes: Sequence[tuple[int, Volume]],
+    environments: Sequence[tuple[int, Environment]],
+    problems: Problems,
+) -> None:
+    """Note what cannot be a copy, or cannot be copied."""
+    by_name = {volume.name: volume for _, volume in volumes}
+    used = {use.name: item.name for _, item in environments for use in item.volumes}
+    for index, volume in volumes:
+        path, source = f"volumes[{index}]", by_name.get(volume.copy_of)
+        if not volume.copy_of:
+            continue
+        if volume.clone and volume.backup:
+            problems.at_path(f"{path}.backup", "found beside clone, allowed is one of them")
+        if volume.copy_of == volume.name:
+            problems.at_path(path, f"found {volume.name!r} as a copy of itself")
+        if volume.replicas > 1 or (source is not None and source.replicas > 1):
+            message = "is not for volumes that are kept on several hosts"
+            problems.at_path(f"{path}.{'clone' if volume.clone else 'backup'}", message)
+        if volume.backup:
+            _backup(f"{path}.backup", volume, source, used, problems)
+
+
+def _backup(
+    path: str, volume: Volume, source: Volume | None, used: Mapping[str, str], problems: Problems
+) -> None:
+    if source is None:
+        message = f"found {volume.copy_of!r}, allowed is a volume of this manifest"
+        problems.at_path(f"{path}.of", message)
+    elif source.size_bytes != volume.size_bytes:
+        found, wanted = format_size(volume.size_bytes), format_size(source.size_bytes)
+        problems.at_path(
+            path, f"found a size of {found}, allowed is {wanted}, which {source.name} has"
+        )
+    if volume.name in used:
+        message = f"found {volume.name!r}, which environment {used[volume.name]!r} uses"
+        hint = "let it use a volume that is a clone of a snapshot of this one"
+        problems.at_path(path, message, hint=hint)
 
 
 def _paths(path: str, environment: Environment, problems: Problems) -> None:

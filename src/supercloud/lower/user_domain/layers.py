@@ -7,6 +7,8 @@ The names of the methods are those of ``services.protection`` and ``services.blo
 import asyncio
 import contextlib
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 from supercloud.lower.user_domain.channel import Channel
@@ -14,6 +16,7 @@ from supercloud.lower.user_domain.mirrors import Mirrors
 from supercloud.lower.user_domain.services import Services
 from supercloud.model.errors import (
     BadState,
+    Busy,
     Exists,
     NotFound,
     Permanent,
@@ -24,11 +27,13 @@ from supercloud.services.block import capacity
 from supercloud.services.protection.format import BLOCK, backing_blocks
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.mirrors import Mirror, MirrorStatus
+from supercloud.wire.portal import Reply
 from supercloud.wire.volumes import Seal, VolumeFigures, VolumeSpec
 
 PROTECTION: Final = "protection"
 BLOCKS: Final = "block"
 TIMEOUT_S: Final = 90.0
+REACH_BYTES: Final = 8 << 40  # as far as a device can ever grow
 CACHE_BYTES: Final = 16 << 20  # of the tree over a device: 2 GiB of blocks at hand
 UNPLUG_TRIES: Final = 5  # a guest that boots does not listen
 UNPLUG_LOOKS: Final = 40
@@ -46,6 +51,15 @@ def device_bytes(spec: VolumeSpec) -> int:
 
 def _backing_bytes(size: int) -> int:
     return backing_blocks(size // BLOCK) * BLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """The machine that has a volume, and how (vhost-user-blk | nbd)."""
+
+    platform: str
+    machine: Channel
+    mode: str
 
 
 class Layers:
@@ -134,6 +148,9 @@ class Layers:
             await self._mirrors.check_open(spec.name, mirror.generation)
         how = "volume.create" if new else "volume.open"
         await self._open_volume(how, spec, mirrored=mirror is not None)
+        if mirror is not None and spec.format != "raw":  # its devices may have grown before
+            asked = {"volume": spec.name, "size_bytes": spec.size_bytes}
+            await self._ask(BLOCKS, "volume.grow", asked)
         await self._throttle(spec)
 
     async def share(self, name: str) -> int:
@@ -213,24 +230,66 @@ class Layers:
             f"the platform does not let go of volume {name}: it does when nothing there uses it"
         )
 
-    async def change(self, old: VolumeSpec, new: VolumeSpec, *, attached: bool) -> None:
-        """Grow every layer from below, and throttle. BadState: attached, it cannot grow."""
-        name, size = new.name, device_bytes(new)
+    async def change(self, old: VolumeSpec, new: VolumeSpec, user: User | None) -> None:
+        """Grow every layer from below, and throttle; what was done already is done.
+
+        ``user`` has it meanwhile. BadState when it cannot grow under that.
+        """
         if new.size_bytes > old.size_bytes:
-            if attached:  # the block service's connection to the device has the device's old size
-                raise BadState(f"volume {name} is attached", hint="it grows when nothing uses it")
-            asked = {"use": "volume", "name": name, "size_bytes": _backing_bytes(size)}
-            await self._disk.result("disk.grow", asked)
-            with contextlib.suppress(NotFound):  # it was closed by an attempt that failed
-                await self._ask(BLOCKS, "volume.close", {"volume": name})
-            try:
-                await self._ask(PROTECTION, "device.grow", {"device": name, "size_bytes": size})
-            finally:
-                await self._open_volume("volume.open", old, mirrored=False)
-            if new.format != "raw":  # a raw volume is its device
-                asked = {"volume": name, "size_bytes": new.size_bytes}
-                await self._ask(BLOCKS, "volume.grow", asked)
+            if user is not None:
+                await self._may_grow(new, user)
+            await self.grow_device(new)
+            if user is not None and user.mode == "nbd":
+                await self._grow_held(old, new, user)
+            else:
+                await self._grow(old, new)
         await self._throttle(new)
+
+    async def grow_device(self, spec: VolumeSpec) -> None:
+        """Its backing file and its device, which is open; what was done already is done."""
+        size = device_bytes(spec)
+        asked = {"use": "volume", "name": spec.name, "size_bytes": _backing_bytes(size)}
+        await self._disk.result("disk.grow", asked)
+        await self._ask(PROTECTION, "device.grow", {"device": spec.name, "size_bytes": size})
+
+    async def _may_grow(self, spec: VolumeSpec, user: User) -> None:
+        """QEMU 10's block layer changes no raw node's size under an export."""
+        if spec.format == "raw" and user.mode != "nbd":
+            hint = "it grows when nothing uses it: supercloud down, then up again"
+            raise BadState(f"volume {spec.name} is raw, and in use", hint=hint)
+        if words := await self.copying(spec.name):
+            raise Busy(f"volume {spec.name}: {words} is under way")
+
+    async def _grow(self, old: VolumeSpec, new: VolumeSpec) -> None:
+        if new.format == "raw":
+            await self._grow_raw(old)
+            return
+        asked = {"volume": new.name, "size_bytes": new.size_bytes}
+        asked["device_bytes"] = device_bytes(new)
+        await self._ask(BLOCKS, "volume.grow", asked)
+
+    async def _grow_held(self, old: VolumeSpec, new: VolumeSpec, user: User) -> None:
+        """NBD tells a machine the size only once: it stands still, and gets a new connection.
+
+        Cut short anywhere this is done again: the machine is held for long enough.
+        """
+        name = {"volume": new.name}
+        await user.machine.call("machine.hold", name, timeout_s=TIMEOUT_S)
+        try:
+            await self._ask(BLOCKS, "volume.detach", name)
+            await self._grow(old, new)
+        finally:
+            asked = name | {"machine": user.platform, "mode": "nbd", "ram_shared": False}
+            reply = await self._reply(BLOCKS, "volume.attach", asked)
+            with passing(reply.descriptors):
+                size = {"size_bytes": reply.result["size_bytes"], "export": new.name}
+                await user.machine.call("machine.renew", name | size, reply.descriptors)
+
+    async def _grow_raw(self, old: VolumeSpec) -> None:
+        """A raw volume is its device, and the block service learns its size when it is opened."""
+        with contextlib.suppress(NotFound):  # it was closed by an attempt that failed
+            await self._ask(BLOCKS, "volume.close", {"volume": old.name})
+        await self._open_volume("volume.open", old, mirrored=False)
 
     async def of_snapshot(self, what: str, name: str, snapshot: str) -> None:
         """``snapshot``, ``revert`` or ``forget``."""
@@ -242,14 +301,32 @@ class Layers:
             if what != "snapshot":  # one that is there is kept
                 raise
 
+    async def copying(self, name: str) -> str:
+        """What is being copied out of it or into it, in words; empty when nothing is."""
+        return str((await self._ask(BLOCKS, "volume.stats", {"volume": name}))["copying"])
+
+    async def copy(self, of: str, to: str, snapshot: str) -> None:
+        """Begin to copy a snapshot, or without one what the last backup there has not."""
+        asked = {"volume": of, "to": to}
+        if not snapshot:
+            await self._ask(BLOCKS, "volume.backup", asked | {"bitmap": to})
+            return
+        given = await self._call(PROTECTION, "device.connect", {"device": of})
+        with passing(given):
+            await self._ask(BLOCKS, "volume.clone", asked | {"snapshot": snapshot}, given)
+
     async def _open_volume(self, method: str, spec: VolumeSpec, *, mirrored: bool) -> None:
         name = spec.name
+        asked = {"volume": name, "format": spec.format, "size_bytes": spec.size_bytes}
         if mirrored:
             connected = [await self._mirrors.connect(name)]
-        else:
+        elif spec.format == "raw":
             connected = await self._call(PROTECTION, "device.connect", {"device": name})
+        else:  # it may grow while it is open
+            reaching = {"device": name, "reach_bytes": REACH_BYTES}
+            connected = await self._call(PROTECTION, "device.connect", reaching)
+            asked["device_bytes"] = device_bytes(spec)
         try:
-            asked = {"volume": name, "format": spec.format, "size_bytes": spec.size_bytes}
             await self._call(BLOCKS, method, asked, connected)
         finally:
             for descriptor in connected:
@@ -264,17 +341,30 @@ class Layers:
     ) -> Any:
         channel = self._services.start(kind)
         reply = await channel.call(method, parameters, given, timeout_s=TIMEOUT_S)
-        for descriptor in reply.descriptors:
-            os.close(descriptor)
-        return reply.result
+        with passing(reply.descriptors):
+            return reply.result
 
     async def _call(
         self, kind: str, method: str, parameters: dict[str, Any], given: list[int] | None = None
     ) -> list[int]:
         """A call that brings descriptors: the caller's to close."""
+        return (await self._reply(kind, method, parameters, given)).descriptors
+
+    async def _reply(
+        self, kind: str, method: str, parameters: dict[str, Any], given: list[int] | None = None
+    ) -> Reply:
         channel = self._services.start(kind)
-        reply = await channel.call(method, parameters, given, timeout_s=TIMEOUT_S)
-        return reply.descriptors
+        return await channel.call(method, parameters, given, timeout_s=TIMEOUT_S)
+
+
+@contextlib.contextmanager
+def passing(descriptors: list[int]) -> Iterator[None]:
+    """They are of no use here afterwards."""
+    try:
+        yield
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 async def _plugged(machine: Channel) -> dict[str, int]:

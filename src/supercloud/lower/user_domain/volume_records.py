@@ -9,7 +9,7 @@ from supercloud.wire.codec import decode, encode
 from supercloud.wire.mirrors import Shared
 from supercloud.wire.volumes import Seal, VolumeSpec, VolumeStatus
 
-_KEPT = ("state", "reason", "platform", "slot", "mode", "used", "mirrored", "streamed")
+_KEPT = ("state", "reason", "platform", "slot", "mode", "used", "mirrored", "streamed", "copied")
 
 
 @dataclass(slots=True)
@@ -19,7 +19,8 @@ class Volume:
     ``wanted`` is what it becomes when it is served, in the epoch that was ``promised``, as it was
     opened; a restart in between forgets them, and it is opened again. ``mirrored``: it is the
     source of a mirror. ``shared``: another host's mirror may have its device, once: ``streamed``.
-    ``last`` is the seal with which it was closed in order, until it is opened again.
+    ``last`` is the seal with which it was closed in order, until it is opened again. ``copied`` is
+    the number of the last copy into it that is done.
     """
 
     spec: VolumeSpec
@@ -32,6 +33,7 @@ class Volume:
     mirrored: bool = False
     shared: Shared | None = None
     streamed: bool = False
+    copied: int = 0
     last: Seal = field(default_factory=Seal)
     wanted: VolumeSpec | None = None
     promised: int = 0
@@ -57,7 +59,7 @@ class Volume:
         return VolumeStatus(
             name=spec.name, state=self.state, size_bytes=spec.size_bytes, format=spec.format,
             platform=self.platform, slot=self.slot, mode=self.mode, reason=self.reason,
-            tag=spec.tag, shared=self.shared, **more,
+            tag=spec.tag, shared=self.shared, copied=self.copied, **more,
         )  # fmt: skip
 
 

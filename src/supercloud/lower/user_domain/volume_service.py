@@ -40,6 +40,7 @@ def volume_methods(volumes: Volumes) -> dict[str, Implementation]:
         "volume.snapshot": volumes.snapshot,
         "volume.revert": volumes.revert,
         "volume.forget": volumes.forget,
+        "volume.copy": volumes.copies.copy,
     }
     return {name: shielded(function) for name, function in functions.items()}
 

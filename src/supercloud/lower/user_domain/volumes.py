@@ -21,6 +21,8 @@ from supercloud.lower.user_domain.mirrors import KIND as REPLICATION
 from supercloud.lower.user_domain.mirrors import Mirrors
 from supercloud.lower.user_domain.services import Services
 from supercloud.lower.user_domain.volume_checks import check_alike, check_spec, key_of
+from supercloud.lower.user_domain.volume_copies import Copies
+from supercloud.lower.user_domain.volume_growth import Growth
 from supercloud.lower.user_domain.volume_records import Volume, VolumeRecords
 from supercloud.model.errors import (
     BadState,
@@ -75,6 +77,8 @@ class Volumes:
         services.told |= dict.fromkeys(KINDS, self._told)
         self._layers, self._mirrors = Layers(hub.join("disk"), services, mirrors), mirrors
         mirrors.over = self._mirror_over
+        self._growth = Growth(self._layers, machine, self._records, self._lock)
+        self.copies = Copies(self._layers, self._found, self._status, self._copied)
 
     # -- what is
 
@@ -161,6 +165,8 @@ class Volumes:
         new = not volume.used if asked.mirror is None else asked.mirror.new
         try:
             await self._layers.begin(volume.spec.name, volume.promised)
+            if asked.mirror is not None or asked.shared is not None:
+                await self._growth.replica(volume)
             if asked.mirror is not None and not volume.mirrored:
                 await self._mirror(volume, asked.mirror)
                 return False
@@ -309,10 +315,8 @@ class Volumes:
     async def _change(self, volume: Volume, spec: VolumeSpec) -> None:
         if volume.spec == spec:
             return
-        if volume.mirrored and spec.size_bytes != volume.spec.size_bytes:
-            raise Unsupported("a volume that is kept on several hosts does not grow yet")
         try:
-            await self._layers.change(volume.spec, spec, attached=volume.state == "attached")
+            await self._growth.change(volume, spec)
         except SupercloudError:
             self._in_background(self._look_after(volume))
             raise
@@ -409,6 +413,9 @@ class Volumes:
             self._warn(volume, "evidence", f"the provider's disk gave back a wrong {where}")
         elif method == "volume.damaged":
             self._warn(volume, "damaged", reason)
+        elif method == "volume.copied":
+            error = str(untrusted.get("error", ""))[:1000]
+            self.copies.ended(str(untrusted.get("to")), error)
         elif method == "volume.lost" and volume.state in IN_USE:
             self._in_background(self._lost(volume, f"its storage daemon ended: {reason}"))
 
@@ -457,6 +464,11 @@ class Volumes:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _copied(self, volume: Volume, number: int) -> None:
+        volume.copied = number
+        self._records.put(volume)
+        self._say(volume, "copied")
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())

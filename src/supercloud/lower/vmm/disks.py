@@ -4,17 +4,21 @@ A volume comes as a connected socket of the user's block service: vhost-user-blk
 shared, else NBD. Its *slot* (1..) is the root port ``free0``.. that it is in; the guest finds it by
 that, since vhost-user disks have no serial of their own.
 
+NBD tells a client the size only once. So that a disk grows while it is used, its machine is *held*,
+and goes on with a new connection (``renew``); a disk by vhost-user-blk grows by itself.
+
 A disk that QEMU itself reads and writes (NBD, and the machine's own) stops the machine when there
 is no room for a write; nothing is lost, the write is tried again until there is.
 """
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final, Literal
 
 from supercloud.model.errors import (
     BadState,
+    Busy,
     Exists,
     Invalid,
     NoResources,
@@ -27,9 +31,11 @@ from supercloud.wire.codec import Limit, Name, decode
 from supercloud.wire.places import VOLUME_SLOTS
 from supercloud.wire.portal import Request
 from supercloud.wire.qmp import Qmp, Refused
-from supercloud.wire.reactor import Reactor
+from supercloud.wire.reactor import Reactor, Timer
 
 FULL_RETRY_S: Final = 2.0
+HOLD_S: Final = 30.0
+"""Longer than a user's domain takes to be there again, and to be asked again."""
 _SERIAL_LENGTH: Final = 20
 
 log = logging.getLogger("supercloud.lower.vmm")
@@ -55,6 +61,12 @@ class Disk:
     plug: Plug
     slot: int
     state: str = "attached"
+    renewed: int = 0
+
+    @property
+    def node(self) -> str:
+        """QEMU's name for what is behind the device, by NBD."""
+        return f"volume{self.slot}-{self.renewed}"
 
     def status(self) -> dict[str, Any]:
         """``{volume, slot, mode, state}``."""
@@ -75,6 +87,7 @@ class Disks:
         self._ram_shared = ram_shared
         self._disks: dict[int, Disk] = {}
         self._is_full = False
+        self._held: tuple[str, Timer] | None = None  # for which volume, and until when
 
     def attach(self, request: Request) -> dict[str, Any]:
         """``Plug`` and the socket: its status. Unsupported: vhost-user-blk onto private RAM."""
@@ -109,6 +122,73 @@ class Disks:
         """``{disks: [status]}``."""
         return {"disks": [disk.status() for disk in self._disks.values()]}
 
+    # -- a disk by NBD that grows
+
+    def hold(self, request: Request) -> dict[str, Any]:
+        """``{volume}``: nothing of the machine is under way from here on, until ``renew``.
+
+        It goes on by itself after ``HOLD_S``. BadState when it stands still for another reason,
+        Busy when it is held for another volume.
+        """
+        disk = self._by_nbd(request)
+        if self._held is not None:  # whoever asked before has died meanwhile
+            volume, timer = self._held
+            if volume != disk.plug.volume:
+                raise Busy(f"the machine is held for volume {volume}")
+            timer.cancel()
+        elif self._qmp.ask("query-status").get("status") != "running":
+            raise BadState("the machine stands still already: a disk is full, or it is ending")
+        self._held = (disk.plug.volume, self._reactor.after(HOLD_S, self._go_on))
+        try:
+            self._qmp.ask("stop")
+        except SupercloudError:
+            self._go_on()
+            raise
+        return disk.status()
+
+    def renew(self, request: Request) -> dict[str, Any]:
+        """``{volume, size_bytes, export}`` and the socket: go on with that. BadState: not held."""
+        disk, size_bytes = self._by_nbd(request), request.number("size_bytes", 0, 1 << 44)
+        if len(request.descriptors) != 1:
+            raise Invalid("the volume's descriptor is missing")
+        if self._held is None or self._held[0] != disk.plug.volume:
+            raise BadState("the machine is not held")
+        new = replace(disk, renewed=disk.renewed + 1)
+        new.plug = replace(disk.plug, export=request.text("export", most=255))
+        try:
+            self._add_node(new, request.descriptors[0])
+            self._replace(disk, new)
+            self._qmp.ask("block_resize", {"node-name": new.node, "size": size_bytes})
+        finally:
+            self._go_on()
+        return new.status()
+
+    def _replace(self, old: Disk, new: Disk) -> None:
+        """The device, which its guest keeps, is over another connection from now on."""
+        drive = {"path": f"/machine/peripheral/disk{old.slot}", "property": "drive"}
+        try:
+            self._qmp.ask("qom-set", drive | {"value": new.node})
+        except SupercloudError:
+            self._qmp.command("blockdev-del", {"node-name": new.node})
+            raise
+        self._disks[old.slot] = new
+        self._qmp.command("blockdev-del", {"node-name": old.node})
+
+    def _go_on(self) -> None:
+        if self._held is not None:
+            self._held[1].cancel()
+            self._held = None
+        self._qmp.command("cont")
+
+    def _by_nbd(self, request: Request) -> Disk:
+        name = request.name("volume")
+        disk = self._of(name)
+        if disk is None or disk.state != "attached":
+            raise NotFound(f"volume {name} is not attached", where="volume")
+        if disk.plug.mode != "nbd":
+            raise BadState(f"volume {name} is attached by {disk.plug.mode}: it grows by itself")
+        return disk
+
     # -- what must hold
 
     def _may(self, plug: Plug) -> None:
@@ -135,19 +215,22 @@ class Disks:
     # -- QEMU
 
     def _plug_nbd(self, disk: Disk, descriptor: int) -> None:
+        self._add_node(disk, descriptor)
+        serial = disk.plug.volume[:_SERIAL_LENGTH]
+        device = {"driver": "virtio-blk-pci", "drive": disk.node, "serial": serial}
+        self._plug(disk, device | {"werror": "enospc", "rerror": "report"})
+
+    def _add_node(self, disk: Disk, descriptor: int) -> None:
         name, plug = self._pass(disk, descriptor), disk.plug
         node = {
             "driver": "nbd",
-            "node-name": f"volume{disk.slot}",
+            "node-name": disk.node,
             "server": {"type": "fd", "str": name},
             "export": plug.export,
             "read-only": plug.read_only,
             "discard": "unmap",
         }
         self._ask("blockdev-add", node, name)
-        serial = plug.volume[:_SERIAL_LENGTH]
-        device = {"driver": "virtio-blk-pci", "drive": f"volume{disk.slot}", "serial": serial}
-        self._plug(disk, device | {"werror": "enospc", "rerror": "report"})
 
     def _plug_vhost(self, disk: Disk, descriptor: int) -> None:
         name = self._pass(disk, descriptor)
@@ -185,7 +268,7 @@ class Disks:
     def _let_go(self, disk: Disk) -> None:
         """Of what was behind the device."""
         if disk.plug.mode == "nbd":
-            self._qmp.command("blockdev-del", {"node-name": f"volume{disk.slot}"})
+            self._qmp.command("blockdev-del", {"node-name": disk.node})
         else:
             self._qmp.command("chardev-remove", {"id": f"vhost{disk.slot}"})
 
@@ -219,7 +302,7 @@ class Disks:
 
     def _full(self, data: dict[str, Any]) -> None:
         node = str(data.get("node-name", ""))
-        disk = next((d for d in self._disks.values() if f"volume{d.slot}" == node), None)
+        disk = next((d for d in self._disks.values() if d.node == node), None)
         if not self._is_full:  # a machine has several writes under way: one is enough to tell
             self._is_full = True
             what = disk.status() if disk else {"volume": "", "slot": 0, "mode": node}

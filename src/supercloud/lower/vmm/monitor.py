@@ -1,11 +1,11 @@
 """Process 1 of a machine's domain: starts QEMU, watches over it, tells the user's domain.
 
 It is asked over the channel ``control``: ``machine.start``, ``machine.stop``, ``machine.status``,
-``machine.attach``, ``machine.detach``, ``machine.disks``, ``console.attach``, and what
-``checkpoint`` has; it tells ``machine.state`` and ``machine.disk`` there. RAM, kernel, initrd,
-root, config and the network's streams are capabilities in this domain's own table; the scratch
-disk's descriptor comes with ``machine.start``. A restarted user's domain finds the machine running
-and asks its status.
+``machine.attach``, ``machine.detach``, ``machine.disks``, ``machine.hold``, ``machine.renew``,
+``console.attach``, and what ``checkpoint`` has; it tells ``machine.state`` and ``machine.disk``
+there. RAM, kernel, initrd, root, config and the network's streams are capabilities in this domain's
+own table; the scratch disk's descriptor comes with ``machine.start``. A restarted user's domain
+finds the machine running and asks its status.
 
 A machine that is to become a template ends, its RAM is sealed, and it is told of as
 ``template.saved`` with the devices' state; a clone is ``running`` once its agent has confirmed its
@@ -69,6 +69,8 @@ class Monitor(Component):
                 "machine.attach": self._with_disks(lambda disks: disks.attach),
                 "machine.detach": self._with_disks(lambda disks: disks.detach),
                 "machine.disks": self._with_disks(lambda disks: disks.list),
+                "machine.hold": self._with_disks(lambda disks: disks.hold),
+                "machine.renew": self._with_disks(lambda disks: disks.renew),
                 "console.attach": self.attach,
                 "machine.extent": self._with_capture(lambda capture: capture.estimate),
                 "machine.checkpoint": self._with_capture(lambda capture: capture.begin),

@@ -8,11 +8,10 @@
 What a user would have written is a list of words, so that a test can see whether it is lost.
 """
 
-import hashlib
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from supercloud.model.errors import (
@@ -26,6 +25,7 @@ from supercloud.model.errors import (
 from supercloud.model.states import VOLUME, step
 from supercloud.providers.fake.files import write_private
 from supercloud.providers.fake.mirrors import Member, Mirrored
+from supercloud.providers.fake.volume import OPEN, Volume, check, fill, hash_of
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.mirrors import (
     Mirror,
@@ -39,7 +39,7 @@ from supercloud.wire.places import VOLUME_SLOTS
 from supercloud.wire.tunnel import PeerHost
 from supercloud.wire.volumes import (
     Seal,
-    VolumeFigures,
+    VolumeCopy,
     VolumeOpen,
     VolumeSpec,
     VolumeStatus,
@@ -47,51 +47,6 @@ from supercloud.wire.volumes import (
 
 if TYPE_CHECKING:
     from supercloud.providers.fake.cloud import FakeCloud
-
-OPEN = ("opened", "served", "attached")
-
-
-@dataclass(slots=True, kw_only=True)
-class Volume:
-    """A volume; ``used`` once it was served. ``words`` is what is on it."""
-
-    host: str
-    spec: VolumeSpec
-    key_sha256: str
-    state: str = "closed"
-    epoch: int = 0
-    sequence: int = 0
-    used: bool = False
-    platform: str = ""
-    slot: int = 0
-    words: list[str] = field(default_factory=list)
-    snapshots: dict[str, list[Any]] = field(default_factory=dict)
-    evidence: int = 0
-    reason: str = ""
-    shared: Shared | None = None
-    streamed: bool = False
-    in_order: bool = False  # it was closed so, and not opened since
-    mirror: Mirrored | None = None
-
-    @property
-    def seal(self) -> Seal:
-        """Covers all that is on it; the epoch is beside it."""
-        content = json.dumps([self.spec.name, self.sequence, self.words, self.snapshots])
-        root = hashlib.sha256(content.encode()).hexdigest()
-        return Seal(epoch=self.epoch, sequence=self.sequence, root=root)
-
-    def status(self) -> VolumeStatus:
-        """As its host shows it."""
-        written = sum(map(len, self.words))
-        return VolumeStatus(
-            name=self.spec.name, state=self.state, size_bytes=self.spec.size_bytes,
-            format=self.spec.format, platform=self.platform, slot=self.slot,
-            mode="vhost-user-blk" if self.slot else "", seal=self.seal,
-            stored_bytes=written, snapshots=list(self.snapshots),
-            figures=VolumeFigures(written_bytes=written, writes=len(self.words)),
-            evidence=self.evidence, reason=self.reason, tag=self.spec.tag, shared=self.shared,
-            mirror=self.mirror.status() if self.mirror else None,
-        )  # fmt: skip
 
 
 class FakeVolumes:
@@ -112,12 +67,12 @@ class FakeVolumes:
         if volume is None:
             volume = self._make(host, asked)
         else:
-            _check(volume, asked)
+            check(volume, asked)
         if volume.state in ("served", "attached"):
             return volume.status()
         volume.spec = asked.spec
         volume.epoch = max(volume.epoch, asked.seal.epoch) + 1
-        volume.in_order = False
+        volume.in_order, volume.filling = False, None
         return self._to(volume, "opened")
 
     async def serve(
@@ -285,6 +240,9 @@ class FakeVolumes:
         volume = await self._find("change", host, spec.name)
         if spec.size_bytes < volume.spec.size_bytes or spec.format != volume.spec.format:
             raise Invalid(f"volume {spec.name} can grow only, and stays {volume.spec.format}")
+        grows = spec.size_bytes > volume.spec.size_bytes
+        if grows and spec.format == "raw" and volume.state == "attached":
+            raise BadState(f"volume {spec.name} is raw, and in use")
         volume.spec = spec
         return self._to(volume, volume.state)
 
@@ -313,6 +271,16 @@ class FakeVolumes:
         if volume.snapshots.pop(snapshot, None) is not None:
             volume.sequence += 1
         return self._to(volume, volume.state)
+
+    async def fill(self, host: str, asked: VolumeCopy) -> VolumeStatus:
+        """Have it hold what another one there holds."""
+        target = await self._find("copy", host, asked.name)
+        source = self.volumes.get(self.key_of(host, asked.of))
+        if source is None or source is target:
+            raise NotFound(f"host {host} has no other volume {asked.of}")
+        status = fill(target, source, asked)
+        self.save(target)
+        return status
 
     async def list(self) -> list[tuple[str, VolumeStatus]]:
         """All of them."""
@@ -400,7 +368,7 @@ class FakeVolumes:
         self.creations[name] += 1
         with open(os.path.join(self._directory, "creations.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps({"name": name}) + "\n")
-        volume = Volume(host=host, spec=asked.spec, key_sha256=_hash(asked.key_base64))
+        volume = Volume(host=host, spec=asked.spec, key_sha256=hash_of(asked.key_base64))
         self.volumes[name] = volume
         return volume
 
@@ -461,30 +429,3 @@ def _mirror_of(volume: Volume, generation: int) -> Mirrored:
     if volume.mirror.generation != generation:
         raise Denied(f"this is generation {volume.mirror.generation}, not {generation}")
     return volume.mirror
-
-
-def _check(volume: Volume, asked: VolumeOpen) -> None:
-    """Whether it is the one that its owner means: the state kept, or a later one."""
-    if volume.key_sha256 != _hash(asked.key_base64):
-        message = f"volume {volume.spec.name} was made with another key"
-        raise Denied(message, details={"evidence": "not_a_device"})
-    kept, found = asked.seal, volume.seal
-    if not kept.root:
-        if volume.used:
-            raise Denied(f"volume {volume.spec.name} was used, which its owner does not know")
-        return
-    if found.sequence < kept.sequence:
-        raise Denied(
-            f"volume {volume.spec.name} is at epoch {found.epoch}, state {found.sequence}, and was "
-            f"at epoch {kept.epoch}, state {kept.sequence} already: it was rolled back",
-            details={"found": encode(found)},
-        )
-    if found.sequence == kept.sequence and found.root != kept.root:
-        raise Denied(
-            f"volume {volume.spec.name} has another state {found.sequence} than it had",
-            details={"found": encode(found)},
-        )
-
-
-def _hash(key: str) -> str:
-    return hashlib.sha256(b"pretended" + key.encode()).hexdigest()

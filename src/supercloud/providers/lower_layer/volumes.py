@@ -15,6 +15,7 @@ from supercloud.wire.mirrors import (
 )
 from supercloud.wire.volumes import (
     VolumeAttach,
+    VolumeCopy,
     VolumeList,
     VolumeOpen,
     VolumeServe,
@@ -101,6 +102,10 @@ class HostVolumes:
     async def forget(self, host: str, name: str, snapshot: str) -> VolumeStatus:
         """Delete a snapshot."""
         return await self._of_snapshot(host, "volume.forget", name, snapshot)
+
+    async def fill(self, host: str, asked: VolumeCopy) -> VolumeStatus:
+        """Have it hold what another one holds."""
+        return await self._status(host, "volume.copy", asked)
 
     async def list(self) -> list[tuple[str, VolumeStatus]]:
         """All that the user domain has."""

@@ -38,6 +38,6 @@ def require(device: int, needed: int, what: str) -> None:
     if needed > device:
         raise NoResources(
             f"{what} needs a device of {needed} bytes in the worst case, this one has {device}",
-            hint="grow the device and open the volume again, or delete snapshots",
+            hint="grow the device, or delete snapshots",
             details={"device_bytes": device, "needed_bytes": needed},
         )

@@ -2,7 +2,9 @@
 
 Both are jobs of the source's daemon, which sees the target as an NBD disk that the target's daemon
 exports; so the target may have any format, and it is protected as every volume is. A clone of a
-snapshot is made by ``qemu-img``, since the storage daemon opens no snapshot; the source rests then.
+snapshot is made by ``qemu-img``, since the storage daemon opens no snapshot. It reads the device
+over a connection of its own while the source goes on: what belongs to a snapshot is written no more
+for as long as that is there, and it is deleted by nobody while it is copied.
 """
 
 import logging
@@ -37,6 +39,7 @@ class Copy:
         self._finished = False
         self._address = target.daemon.serve_nbd(names.LIMITED, target.name, writable=True)
         source.copying = target.copying = words
+        target.receiving = True
 
     @property
     def address(self) -> str:
@@ -46,6 +49,7 @@ class Copy:
     def abandon(self) -> None:
         """It did not even start."""
         self.source.copying = self.target.copying = ""
+        self.target.receiving = False
         try:
             self.target.daemon.end_nbd()
         except SupercloudError as trouble:  # it is gone, which is told by itself
@@ -149,11 +153,15 @@ def concluded(copy: Copy) -> None:
     copy.finish(str(in_our_words(said)) if said else "")
 
 
-def clone_snapshot(copy: Copy, snapshot: str, programs: Programs, children: Children) -> None:
-    """Copy a snapshot while the source is out of use; it is in use again when this has ended."""
-    aside = copy.source.put_aside()
-    address = aside.__enter__()
-    options = names.image_options(address, "qcow2")
+def clone_snapshot(
+    copy: Copy,
+    snapshot: str,
+    options: str,
+    device: int,
+    programs: Programs,
+    children: Children,
+) -> None:
+    """Copy a snapshot; ``options`` are of the source's image over the connection ``device``."""
     to = names.raw_options(copy.address, copy.target.name)
     argv = [
         *(*programs.image, "convert", "-n", "-l", f"snapshot.name={snapshot}"),
@@ -161,15 +169,6 @@ def clone_snapshot(copy: Copy, snapshot: str, programs: Programs, children: Chil
     ]
 
     def ended(status: int) -> None:
-        error = "" if status == 0 else f"qemu-img: {how_it_ended(status)}"
-        try:
-            aside.__exit__(None, None, None)
-        except SupercloudError as trouble:
-            error = error or str(trouble)
-        copy.finish(error)
+        copy.finish("" if status == 0 else f"qemu-img: {how_it_ended(status)}")
 
-    try:
-        children.start(argv, [], ended)
-    except BaseException as error:
-        aside.__exit__(type(error), error, None)
-        raise
+    children.start(argv, [device], ended)

@@ -50,7 +50,7 @@ class Programs:
 
 
 class Daemon:
-    """A running daemon with the node ``device``. ``ended`` gets in words why it is gone."""
+    """A running daemon with the node ``wire``. ``ended`` gets in words why it is gone."""
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 import secrets
 from typing import Any, Final
 
+WIRE: Final = "wire"
 DEVICE: Final = "device"
 VOLUME: Final = "volume"
 LIMITED: Final = "limited"
@@ -13,10 +14,16 @@ CLUSTER_BYTES: Final = 64 << 10
 CACHE_BYTES: Final = 8 << 20  # of tables, at most: enough for 64 GiB in use at a time
 
 
-def device(descriptor: int, export: str) -> dict[str, Any]:
-    """The protected device, a connected NBD socket that the daemon inherits."""
+def wire(descriptor: int, export: str) -> dict[str, Any]:
+    """The way to the protected device, a connected NBD socket that the daemon inherits."""
     server = {"type": "fd", "str": str(descriptor)}
-    return {"driver": "nbd", "node-name": DEVICE, "server": server} | _export(export)
+    return {"driver": "nbd", "node-name": WIRE, "server": server} | _export(export)
+
+
+def device(size_bytes: int) -> dict[str, Any]:
+    """The protected device: as much of what its way announces as there is now."""
+    node: dict[str, Any] = {"driver": "raw", "node-name": DEVICE, "file": WIRE}
+    return node | {"size": size_bytes, "discard": "unmap"}
 
 
 def target(address: str, export: str) -> dict[str, Any]:
@@ -65,6 +72,12 @@ def image_options(address: str, image_format: str) -> str:
     """What ``qemu-img --image-opts`` takes for an image on an exported device."""
     server = f"server.type=unix,file.server.path={address},file.server.abstract=on"
     return f"driver={image_format},file.driver=nbd,file.{server},file.export={DEVICE}"
+
+
+def image_on(descriptor: int, export: str) -> str:
+    """What ``qemu-img --image-opts`` takes for a qcow2 image on a connected device."""
+    server = f"server.type=fd,file.server.str={descriptor}"
+    return f"driver=qcow2,file.driver=nbd,file.{server},file.export={export}"
 
 
 def raw_options(address: str, export: str) -> str:

@@ -96,9 +96,10 @@ class BlockService:
     # -- opening and closing
 
     def create(self, request: Request) -> dict[str, Any]:
-        """``{volume, format, size_bytes, export?}`` + device: make the image and open it.
+        """``{volume, format, size_bytes, export?, device_bytes?}`` + device: make and open it.
 
-        Asked again it opens what it made. Exists when the device holds another volume.
+        Asked again it opens what it made. Exists when the device holds another volume. The device
+        has ``device_bytes``, if what it announces is more: then it can grow while it is open.
         """
         size_bytes = _size(request)
         volume = self._start(request)
@@ -106,7 +107,7 @@ class BlockService:
         return {"created": made, **volume.status()}
 
     def open(self, request: Request) -> dict[str, Any]:
-        """``{volume, format, export?}`` + device: check the image and open it."""
+        """``{volume, format, export?, device_bytes?}`` + device: check the image and open it."""
         volume = self._start(request)
         self._opened(volume, volume.open)
         return volume.status()
@@ -123,13 +124,13 @@ class BlockService:
             self._reactor,
             self._children,
             self._programs,
-            lambda number: names.device(number, export),
+            lambda number: names.wire(number, export),
             device,
             lambda why: self._lost(name, why),
         )
         daemon.on_event = lambda event, data: self._on_event(name, event, data)
         try:
-            return Volume(name, image_format, daemon, self._programs)
+            return Volume(name, image_format, daemon, self._programs, _device_bytes(request))
         except SupercloudError:
             daemon.quit()
             raise
@@ -160,9 +161,12 @@ class BlockService:
     # -- what it holds
 
     def grow(self, request: Request) -> dict[str, Any]:
-        """``{volume, size_bytes}``; a machine that has it by vhost-user sees it at once."""
+        """``{volume, size_bytes, device_bytes?}``; by vhost-user a machine sees it at once.
+
+        ``device_bytes`` is what the device has grown to before. Done already is done.
+        """
         volume = self._legal(request)
-        volume.grow(_size(request))
+        volume.grow(_size(request), _device_bytes(request))
         return volume.status()
 
     def snapshot(self, request: Request) -> dict[str, Any]:
@@ -196,18 +200,24 @@ class BlockService:
         return begun
 
     def clone(self, request: Request) -> dict[str, Any]:
-        """``{volume, to, snapshot?}``: its content, or a snapshot's, into an open volume."""
+        """``{volume, to, snapshot?}``: its content, or a snapshot's, into an open volume.
+
+        With a snapshot comes another connection to the volume's device, of which only that is read.
+        """
         volume = self._legal(request)
         if "snapshot" not in request.untrusted:
             copy = self._copy(request, volume, f"clone to {request.name('to')}")
             return self._started(copy, lambda: copies.clone(copy)) or {}
-        snapshot = request.name("snapshot")
+        snapshot, device = request.name("snapshot"), _device(request)
+        export = request.text("export", most=255) if "export" in request.untrusted else ""
         volume.need_snapshot(snapshot)
-        if volume.attachment is not None:
-            hint = "detach it, or clone what it holds now"
-            raise BadState(f"volume {volume.name} is attached", hint=hint)
         copy = self._copy(request, volume, f"clone of {snapshot} to {request.name('to')}")
-        start = lambda: copies.clone_snapshot(copy, snapshot, self._programs, self._children)  # noqa: E731
+        options = names.image_on(device, export)
+        programs, children = self._programs, self._children
+
+        def start() -> None:
+            copies.clone_snapshot(copy, snapshot, options, device, programs, children)
+
         return self._started(copy, start) or {}
 
     def _copy(self, request: Request, volume: Volume, words: str) -> Copy:
@@ -249,7 +259,7 @@ class BlockService:
         have = volume.attachment
         if have is not None and have.machine != machine:
             raise BadState(f"volume {volume.name} is attached to {have.machine}")
-        if have is None and volume.copying:
+        if have is None and volume.receiving:
             raise Busy(f"volume {volume.name}: {volume.copying} is under way")
         sock: socket.socket = volume.attach(Attachment(machine, mode, read_only))
         return Reply({"export": volume.name, **volume.status()}, [sock.detach()])
@@ -344,6 +354,13 @@ def _size(request: Request) -> int:
     if size_bytes % SIZE_UNIT_BYTES:
         raise Invalid(f"size_bytes must be a multiple of {SIZE_UNIT_BYTES}", where="size_bytes")
     return size_bytes
+
+
+def _device_bytes(request: Request) -> int:
+    """0: as much as it announces."""
+    if "device_bytes" not in request.untrusted:
+        return 0
+    return request.number("device_bytes", SIZE_UNIT_BYTES, MAX_SIZE_BYTES)
 
 
 def _limit(request: Request, name: str, least: int, most: int) -> int:

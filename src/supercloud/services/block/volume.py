@@ -40,14 +40,24 @@ class Attachment:
 class Volume:
     """A volume whose daemon runs. Whoever calls has checked that it may be done now."""
 
-    def __init__(self, name: str, image_format: str, daemon: Daemon, programs: Programs) -> None:
+    def __init__(
+        self,
+        name: str,
+        image_format: str,
+        daemon: Daemon,
+        programs: Programs,
+        device_bytes: int = 0,
+    ) -> None:
         self.name, self.format = name, image_format
         self.daemon, self._programs = daemon, programs
         self.attachment: Attachment | None = None
         self.limits: dict[str, int] = {}
         self.copying = ""  # what is being copied, in words; nothing when nothing is
+        self.receiving = False  # the copy is into this one
         self.size_bytes = self._end_bytes = 0
-        self.device_bytes = int(self.daemon.nodes()[names.DEVICE]["image"]["virtual-size"])
+        announced = int(self.daemon.nodes()[names.WIRE]["image"]["virtual-size"])
+        self.device_bytes = device_bytes or announced
+        self.daemon.ask("blockdev-add", names.device(self.device_bytes))
 
     # -- making and opening
 
@@ -210,19 +220,24 @@ class Volume:
     def revert(self, snapshot: str) -> list[str]:
         """Go back to a snapshot. The bitmaps that are so lost: what follows them is a full backup.
 
+        It stays as large as it is, though it may have been smaller when the snapshot was taken.
         A bitmap knows nothing of what changes by going back, so an increment by it would be wrong.
         """
         self.need_snapshot(snapshot)
-        lost = [bitmap["name"] for bitmap in self.bitmaps()]
+        lost, size_bytes = [bitmap["name"] for bitmap in self.bitmaps()], self.size_bytes
         for bitmap in lost:
             self.remove_bitmap(bitmap)
         with self.put_aside() as address:
             options = names.image_options(address, "qcow2")
             self._tool("snapshot", "-q", "-a", snapshot, "--image-opts", options)
+        self.grow(max(size_bytes, self.size_bytes))
         return lost
 
-    def grow(self, size_bytes: int) -> None:
-        """Make it larger. BadState over NBD, whose clients can't be told."""
+    def grow(self, size_bytes: int, device_bytes: int = 0) -> None:
+        """Make it larger, on a device that has grown. BadState over NBD: its clients can't be told.
+
+        QEMU takes no other size of a raw node that has one; so a raw volume is opened again.
+        """
         if size_bytes < self.size_bytes:
             raise Invalid(f"volume {self.name} has {self.size_bytes} bytes and can only grow")
         if size_bytes == self.size_bytes:
@@ -232,11 +247,18 @@ class Volume:
             raise Unsupported("a raw volume is as large as its device", hint=hint)
         if self.attachment is not None and self.attachment.mode == "nbd":
             raise BadState(f"volume {self.name} is attached by NBD", hint="detach it, then grow it")
+        self._see(device_bytes)
         used = self.end_bytes if self.snapshots() else 0
         needed = capacity.image_bytes(size_bytes, used_bytes=used)
         capacity.require(self.device_bytes, needed, f"volume {self.name} of {size_bytes} bytes")
         self.daemon.ask("block_resize", {"node-name": names.LIMITED, "size": size_bytes})
         self._measure()
+
+    def _see(self, device_bytes: int) -> None:
+        """Use all of the device, which has grown."""
+        if device_bytes > self.device_bytes:
+            self.daemon.ask("blockdev-reopen", {"options": [names.device(device_bytes)]})
+            self.device_bytes = device_bytes
 
     def _need_qcow2(self, what: str) -> None:
         if self.format != "qcow2":

@@ -155,7 +155,7 @@ def library() -> ctypes.CDLL:
             c_int, backing, data, c_char_p, root, c_uint64, POINTER(pointer), root,
         ],
         "serve": [pointer, c_uint32, root],
-        "connect": [pointer, c_int],
+        "connect": [pointer, c_int, c_uint64],
         "read": [pointer, c_uint64, data, c_uint64],
         "write": [pointer, c_uint64, data, c_uint64],
         "zero": [pointer, c_uint64, c_uint64],
@@ -316,9 +316,13 @@ class Device:
         check(self._engine.sc_serve(self._handle, epoch, byref(root)))
         return _seal(root)
 
-    def connect(self, descriptor: int) -> None:
-        """Serve NBD on a connected stream socket, which is the engine's from then on."""
-        check(self._engine.sc_connect(self._handle, descriptor))
+    def connect(self, descriptor: int, reach_bytes: int = 0) -> None:
+        """Serve NBD on a connected stream socket, which is the engine's from then on.
+
+        NBD tells a size only once. Told ``reach_bytes``, which may be more than there is, the
+        client can follow when the device grows; what is behind the device's end is refused.
+        """
+        check(self._engine.sc_connect(self._handle, descriptor, reach_bytes))
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes of the device; Permanent (EIO) where the provider did not keep them."""
@@ -339,7 +343,7 @@ class Device:
         check(self._engine.sc_flush(self._handle, checkpoint))
 
     def grow(self, device_bytes: int) -> None:
-        """Use a backing file that has grown; later connections see it."""
+        """Use a backing file that has grown; connections see it as far as they reach."""
         check(self._engine.sc_grow(self._handle, device_bytes))
 
     @property

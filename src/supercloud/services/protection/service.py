@@ -29,6 +29,7 @@ from supercloud.wire.volumes import Seal
 SEAL_EVERY_S: Final = 2.0
 MAX_DEVICES: Final = 64
 MAX_CACHE_BYTES: Final = 1 << 30
+MAX_REACH_BYTES: Final = 1 << 44
 _BUFFER_BYTES: Final = 1 << 20
 
 Phase = Literal["prepared", "open"]
@@ -137,13 +138,18 @@ class ProtectionService:
         }  # fmt: skip
 
     def connect(self, request: Request) -> Reply:
-        """``{device}``: a connected NBD socket of its own."""
-        held = self._legal(request)
+        """``{device, reach_bytes?}``: a connected NBD socket of its own.
+
+        It announces ``reach_bytes``, if those are more than there are: see ``engine.connect``.
+        """
+        held, reach = self._legal(request), 0
+        if "reach_bytes" in request.untrusted:
+            reach = request.number("reach_bytes", 0, MAX_REACH_BYTES)
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         try:
-            held.device.connect(ours.detach())
+            held.device.connect(ours.detach(), reach)
         except SupercloudError:
             theirs.close()
             raise

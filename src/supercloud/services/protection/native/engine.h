@@ -115,7 +115,8 @@ struct device {
     uint8_t key[KEY_BYTES], id[ID_BYTES];
     uint32_t epoch, found_epoch;
     _Atomic uint64_t counter; /* nonces of this epoch */
-    uint64_t blocks, slots_end;
+    _Atomic uint64_t blocks; /* changed under both locks: a device may grow under its users */
+    uint64_t slots_end;
     /* slots.c */
     uint64_t *used;
     uint64_t free_slots, reserve, hint, page_hint;

@@ -12,6 +12,7 @@
 
 #define API __attribute__((visibility("default")))
 #define MAX_CONNECTIONS 8u
+#define MAX_REACH_BYTES (1ull << 44)
 enum { CMD_READ, CMD_WRITE, CMD_DISC, CMD_FLUSH, CMD_TRIM, CMD_CACHE, CMD_ZEROES, CMD_STATUS };
 #define FLAG_FUA 1u
 #define FLAG_REQ_ONE 8u
@@ -179,9 +180,10 @@ static bool take_write(struct worker *w, struct connection *c, const struct requ
 static int check(const struct connection *c, const struct request *r)
 {
     bool ranged = r->type != CMD_FLUSH && r->type != CMD_DISC;
+    uint64_t there = c->device->blocks * BLOCK, size = c->size < there ? c->size : there;
     if (r->type > CMD_STATUS || r->type == CMD_CACHE || (r->type == CMD_STATUS && !c->status))
         return EINVAL;
-    if (ranged && (r->offset > c->size || r->length > c->size - r->offset))
+    if (ranged && (r->offset > size || r->length > size - r->offset))
         return r->type == CMD_WRITE || r->type == CMD_ZEROES ? ENOSPC : EINVAL;
     if (ranged && !r->length)
         return EINVAL;
@@ -300,19 +302,24 @@ static void *begin(void *argument)
     return NULL;
 }
 
-/* Serves a connected stream socket, which is the engine's from then on (also on an error). */
-API int sc_connect(struct device *d, int fd)
+/* Serves a connected stream socket, which is the engine's from then on (also on an error). NBD tells
+ * a client the size once, and has no word for its change; so one that is to see the device grow is
+ * announced ``reach`` bytes, of which those behind the device's end are errors until it has grown. */
+API int sc_connect(struct device *d, int fd, uint64_t reach)
 {
     struct connection *c = calloc(1, sizeof *c);
     pthread_t thread;
     int error = c && (c->ahead = aligned(READ_AHEAD_BYTES)) ? 0 : ENOMEM;
     pthread_mutex_lock(&d->lock);
+    if (!error && (reach % BLOCK || reach > MAX_REACH_BYTES))
+        error = EINVAL;
     if (!error && d->closing)
         error = SC_CLOSED;
     if (!error && d->connection_count >= MAX_CONNECTIONS)
         error = EBUSY;
     if (!error) {
-        c->device = d, c->socket = fd, c->size = d->blocks * BLOCK;
+        uint64_t there = d->blocks * BLOCK;
+        c->device = d, c->socket = fd, c->size = reach > there ? reach : there;
         c->flags = (uint16_t)(EXPORT_FLAGS | (d->serving ? 0 : FLAG_READ_ONLY));
         pthread_mutex_init(&c->receiving, NULL);
         pthread_mutex_init(&c->sending, NULL);

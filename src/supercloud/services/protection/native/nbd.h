@@ -18,7 +18,7 @@ struct connection {
     unsigned thread_count, running;
     pthread_mutex_t receiving, sending;
     bool structured, status, over;
-    uint64_t size;
+    uint64_t size; /* as it was announced: more than there is, when it may grow into that */
     uint16_t flags;
     uint8_t *ahead;
     size_t ahead_at, ahead_end;

@@ -10,6 +10,7 @@ from typing import Annotated, Final, Literal
 
 from supercloud.model.records import dataclass, field
 from supercloud.wire.codec import Limit, Name, Text
+from supercloud.wire.places import VOLUME_SLOTS
 
 BUCKET: Final = "supercloud-checkpoints"
 """The bucket of all checkpoints of a U-Cloud; no manifest may name it."""
@@ -20,6 +21,7 @@ Root = Annotated[str, Limit(pattern=r"[0-9a-f]{64}")]
 Count = Annotated[int, Limit(ge=0, le=1 << 62)]
 SnapshotName = Annotated[str, Limit(pattern=r"(supercloud-[0-9a-f]{16})?")]
 """Of the snapshots that belong to a checkpoint; nobody else's may be called so."""
+Slot = Annotated[int, Limit(ge=1, le=VOLUME_SLOTS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,8 @@ class CheckpointTake:
     """Take one of EE (or platform) ``name``, after ``head``. BadState unless it runs.
 
     ``uid`` is the EE's; another one than is running is refused (NotFound). ``snapshot`` is what the
-    volumes that it writes to are to have by that name: asked for by ``CheckpointSnapshot``.
+    volumes that it writes to are to have by that name: asked for by ``CheckpointSnapshot``; those
+    that are attached to a platform get it from its host, in the same pause.
     """
 
     name: Name
@@ -75,7 +78,8 @@ class CheckpointTaken:
     """A whole checkpoint, in the store. ``new_bytes`` is what the store grew by.
 
     ``dirty_bytes``: memory written since the base, 0 where the whole memory was written
-    (``base``). ``pause_ms``: how long its processes stood still.
+    (``base``). ``pause_ms``: how long its processes stood still. ``slots``: the volumes that were
+    attached to the platform, each of which has the snapshot that was asked for.
     """
 
     head: Head
@@ -88,19 +92,31 @@ class CheckpointTaken:
     disk_bytes: Count
     new_bytes: Count
     details: dict[str, Text] = field(default_factory=dict)
+    slots: dict[str, Slot] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoesBack:
+    """A volume that a platform is restored with: it goes back to ``snapshot``, into ``slot``."""
+
+    volume: Name
+    slot: Slot
+    snapshot: SnapshotName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreFrom:
     """In an EE's or platform's specification: it starts as that checkpoint left it.
 
-    ``ee`` is whose it was. ``sequence`` None is that of ``head``; else an older one.
+    ``ee`` is whose it was. ``sequence`` None is that of ``head``; else an older one. ``volumes``
+    are a platform's: served, and attached to nobody, whenever it is made from that.
     """
 
     ee: Name
     store: StoreAccess
     head: Head
     sequence: Sequence | None = None
+    volumes: Annotated[list[GoesBack], Limit(max_length=VOLUME_SLOTS)] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

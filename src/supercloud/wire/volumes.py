@@ -77,10 +77,14 @@ class VolumeServe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeAttach:
-    """Give a volume that is served to a running platform."""
+    """Give a volume that is served to a running platform.
+
+    ``restorable``: as a disk that the platform has again when it goes on from a checkpoint.
+    """
 
     name: Name
     platform: Name
+    restorable: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,7 +48,7 @@ async def serve(core: Core) -> None:
     objects.elsewhere = tunnels.object_client_elsewhere
     platforms.on_object_client = objects.client
     sessions = Sessions(services, objects.client, lambda: identity.ucloud or birth.user)
-    checkpoints = Checkpoints(hub, sessions, platforms, feed)
+    checkpoints = Checkpoints(hub, sessions, platforms, volumes, feed)
 
     async def platform_ended(name: str) -> None:
         await checkpoints.platform_ended(name)

@@ -46,6 +46,7 @@ class Assembly:
         self._accelerator, self._told = accelerator, told
         self._disk, self._uplink = hub.join("disk"), hub.join("uplink")
         self.agent_connected: Told = told
+        self._plugs: dict[str, list[tuple[dict[str, Any], int]]] = {}
 
     # -- names in this domain's table
 
@@ -103,8 +104,10 @@ class Assembly:
             uplink = await self._make_uplink(spec)
             link = self._join(name, vmm, uplink.domain)
             machine = self._machine(spec) | {"start": origin.start if origin else "boot"}
+            plugs = self._plugs.get(name, [])
+            machine["disks"], given = [plug for plug, _ in plugs], [d for _, d in plugs]
             starting = asyncio.ensure_future(
-                control.call("machine.start", machine, [scratch], timeout_s=START_TIMEOUT_S)
+                control.call("machine.start", machine, [scratch, *given], timeout_s=START_TIMEOUT_S)
             )
             try:
                 await asyncio.sleep(0)  # it is sent
@@ -115,7 +118,16 @@ class Assembly:
                 await starting
         finally:
             os.close(scratch)
+            self._drop_plugs(name)
         return uplink
+
+    def plug(self, platform: str, plugs: list[tuple[dict[str, Any], int]]) -> None:
+        """What it has plugged in when it is made, and the streams to that: closed then."""
+        self._plugs[platform] = plugs
+
+    def _drop_plugs(self, platform: str) -> None:
+        for _, descriptor in self._plugs.pop(platform, []):
+            os.close(descriptor)
 
     async def make_disk(self, spec: PlatformSpec) -> int:
         """Its scratch disk, made or found: a descriptor, the caller's."""
@@ -196,6 +208,7 @@ class Assembly:
 
     async def dismantle(self, platform: str) -> None:
         """End and give back whatever there is of it."""
+        self._drop_plugs(platform)
         for name in (self.vmm(platform), self.link(platform)):
             with contextlib.suppress(NotFound):
                 self._core.destroy(self._core.lookup(name).selector)

@@ -3,7 +3,8 @@
 A machine's monitor does what the machine has to stand still for (``vmm.checkpoint``); the scratch
 disk is read while the machine writes elsewhere, and what it wrote there is put back afterwards.
 Room for all of that is booked on the user's quota before anything stands still. What is captured is
-given to the checkpointing service (``checkpoint_sessions``).
+given to the checkpointing service (``checkpoint_sessions``). Its volumes get a snapshot of the same
+moment (``platform_volumes``).
 """
 
 import asyncio
@@ -23,8 +24,10 @@ from supercloud.lower.user_domain.channel import Channel
 from supercloud.lower.user_domain.checkpoint_sessions import Session, Sessions
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.hub import Hub
+from supercloud.lower.user_domain.platform_volumes import Moment, go_back
 from supercloud.lower.user_domain.platforms import Platforms
 from supercloud.lower.user_domain.records import KEPT_HEADS, Record
+from supercloud.lower.user_domain.volumes import Volumes
 from supercloud.lower.vmm.machine import Descriptors, command_line
 from supercloud.lower.vmm.template import MAX_STATE_BYTES, Inputs, machine_of
 from supercloud.model.errors import (
@@ -65,18 +68,30 @@ log = logging.getLogger("supercloud.lower.user_domain.checkpoints")
 
 @dataclass(slots=True)
 class _Still:
-    """A checkpoint of one platform under way: what its monitor is waited for."""
+    """A checkpoint of one platform under way: what its monitor is waited for.
+
+    ``moment``: its volumes have a part in it.
+    """
 
     captured: asyncio.Future[tuple[dict[str, Any], list[int]]]
+    moment: Moment | None = None
     over: asyncio.Event = field(default_factory=asyncio.Event)
     spoil: Callable[[SupercloudError], None] = lambda _error: None
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """Of the volumes that have a snapshot of it."""
+        return self.moment.slots if self.moment else {}
 
 
 class Checkpoints:
     """All of them; ``sessions`` give the service."""
 
-    def __init__(self, hub: Hub, sessions: Sessions, platforms: Platforms, feed: Feed) -> None:
+    def __init__(
+        self, hub: Hub, sessions: Sessions, platforms: Platforms, volumes: Volumes, feed: Feed
+    ) -> None:
         self._core, self._platforms, self._feed = hub.core, platforms, feed
+        self._volumes = volumes
         self._sessions = sessions
         self._still: dict[str, _Still] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -95,7 +110,8 @@ class Checkpoints:
         machine = await self._platforms.machine(name)
         if name in self._still:
             raise Busy(f"another checkpoint of {name} is being taken")
-        self._still[name] = _Still(asyncio.get_running_loop().create_future())
+        moment = Moment(self._volumes, name, asked.snapshot) if asked.snapshot else None
+        self._still[name] = _Still(asyncio.get_running_loop().create_future(), moment)
         try:
             taken = await self._take(asked, machine, self._platforms.record(name))
         except SupercloudError as error:
@@ -103,6 +119,8 @@ class Checkpoints:
             raise
         finally:
             del self._still[name]
+            if moment is not None:
+                moment.close()
         shown = {k: v for k, v in encode(taken).items() if k != "head"}
         self._say(name, "taken", f"number {taken.head.sequence}", details=shown)
         return taken
@@ -124,10 +142,10 @@ class Checkpoints:
     async def _take(
         self, asked: CheckpointTake, machine: Channel, record: Record
     ) -> CheckpointTaken:
-        if (await machine.result("machine.disks"))["disks"]:
+        if not asked.snapshot and (await machine.result("machine.disks"))["disks"]:
             raise Unsupported(
-                f"platform {asked.name} has volumes, which a checkpoint of it does not hold",
-                hint="take checkpoints of the environments that have none",
+                f"platform {asked.name} has volumes, and no snapshots of them are asked for",
+                hint="a newer control plane asks for them",
             )
         async with self._sessions.open(asked.store) as session:
             if asked.head is not None:  # what it lies over is there and whole
@@ -141,7 +159,7 @@ class Checkpoints:
         head = decode(Head, result["head"], "head", ignore_unknown=True)
         record.heads = [*record.heads, [head.sequence, head.root]][-KEPT_HEADS:]
         self._platforms.put(record)
-        return _taken(record, head, figures, result["parts"])
+        return _taken(record, head, figures, result["parts"], self._still[asked.name].slots)
 
     async def _store(
         self,
@@ -170,7 +188,9 @@ class Checkpoints:
                 "engine": ENGINE,
                 "head": encode(asked.head) if asked.head else None,
                 "parts": described,
-                "details": expected_of(self._platforms.inputs_of(record.spec)),
+                "details": expected_of(
+                    self._platforms.inputs_of(record.spec), self._still[asked.name].slots
+                ),
             }
             return await session.job("checkpoint.take", parameters, [*passed, disk])
 
@@ -200,7 +220,11 @@ class Checkpoints:
         overlay, size = await self._overlay(record.spec)
         try:
             order = {**await self._room(record.spec, machine), "overlay_bytes": size}
-            await machine.call("machine.checkpoint", order, [overlay])
+            given = [overlay]
+            if still.moment is not None:
+                order["volumes"] = True
+                given.append(still.moment.theirs.fileno())
+            await machine.call("machine.checkpoint", order, given)
             figures, files = await asyncio.wait_for(still.captured, CAPTURE_S)
             try:
                 yield figures, files
@@ -305,6 +329,9 @@ class Checkpoints:
             if sizes != (parts.whole_pages(spec.scratch_bytes), True):
                 raise Invalid(f"the checkpoint of {restore.ee} has a disk of another size")
             parts.sealed_memory(core, origins.restored_state(spec.name), content, SCHEDULING)
+        # only now: a checkpoint that is no good costs nothing of what is on them
+        plugs = await go_back(self._volumes, spec.name, restore.volumes)
+        self._platforms.assembly.plug(spec.name, plugs)
         self._say(spec.name, "read", f"number {restore.sequence or restore.head.sequence}")
 
     # -- what a monitor tells
@@ -323,8 +350,11 @@ class Checkpoints:
             return
         if method == "checkpoint.over":
             still.over.set()
+        elif method == "checkpoint.still" and still.moment is not None:
+            self._in_background(still.moment.take(untrusted))
         elif method == "checkpoint.failed":
-            self._spoiled(still, from_wire(untrusted.get("error")))
+            known = still.moment.error if still.moment else None
+            self._spoiled(still, known or from_wire(untrusted.get("error")))
         elif method == "checkpoint.full":
             more = "more was written in between than the disk quota has room for"
             self._spoiled(still, NoResources(f"the checkpoint was given up: {more}"))
@@ -371,11 +401,12 @@ class Checkpoints:
         task.add_done_callback(self._tasks.discard)
 
 
-def expected_of(inputs: Inputs) -> dict[str, str]:
+def expected_of(inputs: Inputs, slots: dict[str, int]) -> dict[str, str]:
     """What a checkpoint says of its machine, and a machine must be alike to go on from it.
 
-    ``machine`` is QEMU's command line. Its build is not among them, nor is the host's kernel: QEMU
-    itself refuses a state that it does not understand.
+    ``machine`` is QEMU's command line; ``volumes`` are plugged in beside that, in ``slots``. Its
+    build is not among them, nor is the host's kernel: QEMU itself refuses a state that it does not
+    understand.
     """
     numbers = range(3, 3 + len(Descriptors.__slots__))
     given = Descriptors(**dict(zip(Descriptors.__slots__, numbers, strict=True)))
@@ -387,6 +418,7 @@ def expected_of(inputs: Inputs) -> dict[str, str]:
         "scratch_bytes": str(inputs.scratch_bytes),
         "accelerator": inputs.accelerator,
         "machine": hashlib.sha256(json.dumps(line).encode()).hexdigest(),
+        "volumes": ",".join(f"{name}:{slot}" for name, slot in sorted(slots.items())),
     }
 
 
@@ -396,12 +428,16 @@ def _asked(restore: RestoreFrom, inputs: Inputs) -> dict[str, Any]:
         "head": encode(restore.head),
         "sequence": restore.sequence,
         "parts": [DEVICE, MEMORY, DISK],
-        "expected": expected_of(inputs),
+        "expected": expected_of(inputs, {item.volume: item.slot for item in restore.volumes}),
     }
 
 
 def _taken(
-    record: Record, head: Head, figures: dict[str, Any], stored: dict[str, Any]
+    record: Record,
+    head: Head,
+    figures: dict[str, Any],
+    stored: dict[str, Any],
+    slots: dict[str, int],
 ) -> CheckpointTaken:
     base = not stored[MEMORY]["incremental"]
     return CheckpointTaken(
@@ -419,6 +455,7 @@ def _taken(
             "captured_bytes": str(int(figures["memory_bytes"])),
             "started_from": record.started_from,
         },
+        slots=slots,
     )
 
 

@@ -184,11 +184,16 @@ class Layers:
         self._mirrors.forget(name)
         await self._disk.result("disk.delete", {"use": "volume", "name": name})
 
-    async def attach(self, name: str, platform: str, machine: Channel, slot: int) -> str:
-        """Into the machine's slot; how it is joined to it (vhost-user-blk | nbd)."""
+    async def attach(
+        self, name: str, platform: str, machine: Channel, slot: int, *, restorable: bool = False
+    ) -> str:
+        """Into the machine's slot; how it is joined to it (vhost-user-blk | nbd).
+
+        ``restorable``: as what a machine can have whose RAM is private, as a restored one's is.
+        """
         status = await machine.result("machine.status")
         shared = status.get("ram_shared") is True
-        mode = "vhost-user-blk" if shared else "nbd"
+        mode = "vhost-user-blk" if shared and not restorable else "nbd"
         asked = {"volume": name, "machine": platform, "mode": mode, "ram_shared": shared}
         joined = await self._call(BLOCKS, "volume.attach", asked)
         try:
@@ -202,6 +207,12 @@ class Layers:
             for descriptor in joined:
                 os.close(descriptor)
         return mode
+
+    async def connect(self, name: str, platform: str) -> int:
+        """A socket for a machine that is yet to be, by NBD: the caller's to close."""
+        asked = {"volume": name, "machine": platform, "mode": "nbd", "ram_shared": False}
+        (descriptor,) = await self._call(BLOCKS, "volume.attach", asked)
+        return descriptor
 
     async def slots_beside(self, name: str, machine: Channel) -> set[int]:
         """What is taken in the machine, once what an earlier attachment left of it is out."""

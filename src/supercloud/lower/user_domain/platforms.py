@@ -204,6 +204,7 @@ class Platforms:
             uplink = await self._start(record, config, template)
         except BaseException as error:
             self._records.remove(spec.name)
+            await self.on_end(spec.name)
             self._feed.say(
                 f"platform/{spec.name}", "host.platform.refused", str(error), severity="error"
             )

@@ -35,6 +35,7 @@ from supercloud.model.errors import (
     Unsupported,
 )
 from supercloud.model.events import Severity
+from supercloud.wire.checkpoints import GoesBack
 from supercloud.wire.mirrors import Mirror, MirrorStatus, Shared
 from supercloud.wire.places import VOLUME_SLOTS
 from supercloud.wire.volumes import (
@@ -263,10 +264,34 @@ class Volumes:
             async with self._lock(f"slots of {asked.platform}"):
                 there = await self._layers.slots_beside(asked.name, machine)
                 slot = self._free_slot(asked.platform, there)
-                mode = await self._layers.attach(asked.name, asked.platform, machine, slot)
+                mode = await self._layers.attach(
+                    asked.name, asked.platform, machine, slot, restorable=asked.restorable
+                )
                 volume.platform, volume.slot, volume.mode = asked.platform, slot, mode
                 self._go(volume, "attached")
             return await self._status(volume)
+
+    async def go_back(self, wanted: GoesBack, platform: str) -> int:
+        """To a snapshot, and then to a platform that is about to be restored, in that slot.
+
+        A socket by NBD, the caller's. BadState when it is not free, NotFound: no such snapshot.
+        """
+        name = wanted.volume
+        async with self._found(name) as volume:
+            if volume.state != "served" or not volume.in_use or volume.spec.format == "raw":
+                raise BadState(f"volume {name} is {volume.state}: {platform} cannot have it back")
+            await self._layers.of_snapshot("revert", name, wanted.snapshot)
+            self._say(volume, f"revert.{wanted.snapshot}")
+            descriptor = await self._layers.connect(name, platform)
+            volume.platform, volume.slot, volume.mode = platform, wanted.slot, "nbd"
+            self._go(volume, "attached")
+            return descriptor
+
+    def check_in(self, name: str, platform: str, slot: int) -> None:
+        """BadState unless that platform has the volume in that slot."""
+        volume = self._records.by_name.get(name)
+        if volume is None or (volume.platform, volume.slot) != (platform, slot):
+            raise BadState(f"{platform} has a volume {name} of no record in slot {slot}")
 
     def _free_slot(self, platform: str, taken: set[int]) -> int:
         taken |= {v.slot for v in self._records.by_name.values() if v.platform == platform}

@@ -5,6 +5,7 @@
     overlay prepared                      (runs)
     agent: everything nested is still     (runs; without its word there is no checkpoint)
     stop
+      volumes   snapshots of them, which the user's domain has taken (``moment``)
       disk      its writes go to an overlay from here on; what is below stays as it is
       devices   their state, some hundred KiB
       memory    the pages that differ from the file it was started from; all of it after a boot
@@ -31,6 +32,7 @@ from typing import Annotated, Any, Final
 
 from supercloud.lower.vmm.identity import IdentityPort
 from supercloud.lower.vmm.machine import Machine
+from supercloud.lower.vmm.moment import Moment, Statuses
 from supercloud.lower.vmm.precopy import Precopy, settle
 from supercloud.model.errors import (
     BadState,
@@ -68,15 +70,20 @@ class Order:
     """``room_bytes``: for a copy of memory, at most. The overlay's file has ``overlay_bytes``.
 
     ``live``: the whole memory, while the machine runs; shared memory is never copied otherwise.
+    ``volumes``: they get snapshots, and a stream on which that is said is given, too.
     """
 
     live: bool = False
+    volumes: bool = False
     room_bytes: Annotated[int, Limit(ge=0, le=1 << 42)]
     overlay_bytes: Annotated[int, Limit(ge=1 << 20, le=1 << 46)]
 
 
 class Capture:
-    """One machine's. ``ram`` opens its memory's object; ``tell`` is to the user's domain."""
+    """One machine's. ``ram`` opens its memory's object; ``tell`` is to the user's domain.
+
+    ``disks`` are its volumes, as they are now.
+    """
 
     def __init__(
         self,
@@ -87,9 +94,11 @@ class Capture:
         machine: Machine,
         pid: int,
         ram: Callable[[], int],
+        disks: Statuses,
     ) -> None:
         self._reactor, self._qmp, self._identity, self._tell = reactor, qmp, identity, tell
-        self._machine, self._pid, self._ram = machine, pid, ram
+        self._machine, self._pid, self._ram, self._disks = machine, pid, ram, disks
+        self._moment = Moment(disks, tell, None)
         self._order: Order | None = None  # while its agent has not answered
         self._prepared = ExitStack()  # and what is open for it till then
         self._asked_s = 0.0
@@ -126,11 +135,14 @@ class Capture:
         ``checkpoint.failed``; and ``checkpoint.full`` when the overlay is: end it then.
         """
         order = decode(Order, request.untrusted, "checkpoint", ignore_unknown=True)
-        if len(request.descriptors) != 1:
-            raise Invalid("the overlay's descriptor is missing")
-        if self._has_nodes or self._order is not None:
+        if len(request.descriptors) != 1 + order.volumes:
+            raise Invalid("the overlay's descriptor is missing, or the stream's")
+        if self.is_under_way:
             raise Busy("another checkpoint of this platform is not over yet")
         self._order = order
+        stream = request.descriptors[1] if order.volumes else None
+        self._moment = Moment(self._disks, self._tell, stream)
+        self._prepared.callback(self._moment.close)
         try:
             self._add_nodes(order, request.descriptors[0])
             self._prepare(order)
@@ -150,6 +162,11 @@ class Capture:
         elif not self._has_nodes:
             self._tell("checkpoint.over", {}, [])
         return {}
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether one is being taken, or is not over yet."""
+        return self._has_nodes or self._order is not None
 
     # -- what its agent says
 
@@ -249,6 +266,7 @@ class Capture:
             self._qmp.ask("stop")
             self._split()
             told["memory_bytes"] = self._capture()
+            self._moment.end()
         return {**told, "incremental": True}
 
     def _stands_still(self) -> None:
@@ -271,6 +289,7 @@ class Capture:
                 raise
             if not self._machine.ram_shared:
                 runs = self._written()
+            self._moment.end()
         size_bytes = self._machine.memory_bytes
         image = settle(self._copy, size_bytes)
         if runs is not None:
@@ -296,7 +315,8 @@ class Capture:
         return memory
 
     def _split(self) -> None:
-        """The disk and the devices, of the moment at which the machine stands still."""
+        """The disks and the devices, of the moment at which the machine stands still."""
+        self._moment.begin()
         self._qmp.ask("blockdev-snapshot", {"node": _DISK, "overlay": _OVERLAY})
         self._is_split = True
         self._save_devices(self._state)

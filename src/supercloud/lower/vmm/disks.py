@@ -12,8 +12,8 @@ is no room for a write; nothing is lost, the write is tried again until there is
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Final, Literal
 
 from supercloud.model.errors import (
@@ -52,6 +52,13 @@ class Plug:
     read_only: bool = False
     export: Annotated[str, Limit(max_length=255)] = ""
     slot: Annotated[int, Limit(ge=0, le=VOLUME_SLOTS)] = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plugs:
+    """Those that a machine that is restored has from its start, beside what it is."""
+
+    disks: Annotated[list[Plug], Limit(max_length=VOLUME_SLOTS)] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -95,12 +102,14 @@ class Disks:
         if len(request.descriptors) != 1:
             raise Invalid("the volume's descriptor is missing")
         self._may(plug)
+        return self.plug(plug, request.descriptors[0]).status()
+
+    def plug(self, plug: Plug, descriptor: int) -> Disk:
+        """Into a machine that runs, or that is about to load a state which knows it there."""
         disk = Disk(plug, self._free_slot(plug.slot))
-        {"nbd": self._plug_nbd, "vhost-user-blk": self._plug_vhost}[plug.mode](
-            disk, request.descriptors[0]
-        )
+        {"nbd": self._plug_nbd, "vhost-user-blk": self._plug_vhost}[plug.mode](disk, descriptor)
         self._disks[disk.slot] = disk
-        return disk.status()
+        return disk
 
     def detach(self, request: Request) -> dict[str, Any]:
         """``{volume}``: ask the guest to let go; ``machine.disk`` tells when it has.
@@ -120,7 +129,11 @@ class Disks:
 
     def list(self, _request: Request) -> dict[str, Any]:
         """``{disks: [status]}``."""
-        return {"disks": [disk.status() for disk in self._disks.values()]}
+        return {"disks": [*self.statuses()]}
+
+    def statuses(self) -> Sequence[dict[str, Any]]:
+        """Of all that are plugged in."""
+        return [disk.status() for disk in self._disks.values()]
 
     # -- a disk by NBD that grows
 

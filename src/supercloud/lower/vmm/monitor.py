@@ -23,12 +23,12 @@ from supercloud.lower.component import Component
 from supercloud.lower.vmm import template
 from supercloud.lower.vmm.checkpoint import Capture
 from supercloud.lower.vmm.console import Console
-from supercloud.lower.vmm.disks import Disks
+from supercloud.lower.vmm.disks import Disks, Plug, Plugs
 from supercloud.lower.vmm.gather import Gathered, gather
 from supercloud.lower.vmm.identity import IdentityPort
 from supercloud.lower.vmm.lifecycle import Lifecycle, Patience, Watchdog
 from supercloud.lower.vmm.machine import PRIVATE, Machine, command_line
-from supercloud.model.errors import BadState, SupercloudError
+from supercloud.model.errors import BadState, Busy, Invalid, SupercloudError
 from supercloud.wire import portal
 from supercloud.wire.children import Children, how_it_ended
 from supercloud.wire.codec import decode
@@ -57,6 +57,7 @@ class Monitor(Component):
         self._given: Gathered | None = None
         self._identity: IdentityPort | None = None
         self._sequence: template.Sequence | None = None
+        self._plugs: list[tuple[Plug, int]] = []  # until the machine has them
         self._is_saved = False
         self._pid = 0
         self._why = ""
@@ -69,7 +70,7 @@ class Monitor(Component):
                 "machine.attach": self._with_disks(lambda disks: disks.attach),
                 "machine.detach": self._with_disks(lambda disks: disks.detach),
                 "machine.disks": self._with_disks(lambda disks: disks.list),
-                "machine.hold": self._with_disks(lambda disks: disks.hold),
+                "machine.hold": self._with_disks(self._hold),
                 "machine.renew": self._with_disks(lambda disks: disks.renew),
                 "console.attach": self.attach,
                 "machine.extent": self._with_capture(lambda capture: capture.estimate),
@@ -83,14 +84,18 @@ class Monitor(Component):
     def start(self, request: Request) -> dict[str, Any]:
         """``Machine`` and the scratch disk's descriptor (a template may do with a blank one).
 
+        One that is restored is given its volumes, too: ``Plugs``, and as many connected sockets.
         BadState when there was a machine.
         """
         machine = decode(Machine, request.untrusted, "machine", ignore_unknown=True)
+        disks = decode(Plugs, request.untrusted, "machine", ignore_unknown=True).disks
         if self._life.state != "creating":
             raise BadState(f"the machine is {self._life.state}")
         self._life.go("starting")
         try:
-            self._launch(machine, request.descriptors)
+            own = len(request.descriptors) - len(disks)
+            self._take_plugs(machine, disks, request.descriptors[own:])
+            self._launch(machine, request.descriptors[:own])
         except (OSError, SupercloudError) as error:
             self._life.go("failed", f"QEMU could not be started: {error}")
             raise
@@ -128,6 +133,12 @@ class Monitor(Component):
 
         return handler
 
+    def _hold(self, disks: Disks) -> Handler:
+        """Busy while a checkpoint is taken, which sees to it that the machine goes on."""
+        if self._capture is not None and self._capture.is_under_way:
+            raise Busy("a checkpoint of the platform is being taken")
+        return disks.hold
+
     def _with_capture(self, method: Callable[[Capture], Handler]) -> Handler:
         """A call about checkpoints of the machine; BadState when it does not run."""
 
@@ -152,7 +163,9 @@ class Monitor(Component):
         self._qmp = qmp = Qmp(self.reactor, given.qmp, self._on_qmp, lambda: None)
         self._disks = Disks(self.reactor, qmp, self._tell, ram_shared=machine.ram_shared)
         identity, ram = self._identity, self._open_ram
-        self._capture = Capture(self.reactor, qmp, identity, self._tell, machine, self._pid, ram)
+        self._capture = Capture(
+            self.reactor, qmp, identity, self._tell, machine, self._pid, ram, self._disks.statuses
+        )
         self.reactor.after(self._patience.start_s, self._give_up_starting)
 
     def _open_ram(self) -> int:
@@ -161,7 +174,7 @@ class Monitor(Component):
     def _on_qmp(self, name: str, data: dict[str, Any]) -> None:
         if name == "GREETING" and self._qmp is not None and self._machine is not None:
             if self._machine.start in PRIVATE:
-                self._sequence = template.load(self._qmp, self._loaded, self._broken)
+                self.reactor.after(0, self._load)  # whoever reads this is not asked from here
             else:
                 self._running()
         elif self._disks is not None:
@@ -185,6 +198,31 @@ class Monitor(Component):
             )
 
     # -- templates and clones
+
+    def _take_plugs(self, machine: Machine, plugs: list[Plug], descriptors: list[int]) -> None:
+        if plugs and (machine.start != "restore" or len(descriptors) != len(plugs)):
+            raise Invalid("volumes for a machine that does not know them, or without their streams")
+        for plug, descriptor in zip(plugs, descriptors, strict=True):
+            self._plugs.append((plug, os.dup(descriptor)))
+
+    def _plug_in(self, disks: Disks) -> None:
+        plugs, self._plugs = self._plugs, []
+        with ExitStack() as opened:
+            for _, descriptor in plugs:
+                opened.callback(os.close, descriptor)
+            for plug, descriptor in plugs:
+                disks.plug(plug, descriptor)
+
+    def _load(self) -> None:
+        """Its volumes first: what it loads knows them, in these places."""
+        if self._qmp is None or self._disks is None or not self._qmp.is_open:
+            return
+        try:
+            self._plug_in(self._disks)
+        except SupercloudError as error:
+            self._broken(f"a volume could not be plugged in: {error}")
+            return
+        self._sequence = template.load(self._qmp, self._loaded, self._broken)
 
     def _loaded(self) -> None:
         """The clone is told who it is before its processors run."""

@@ -13,10 +13,17 @@ from typing import Any
 import pytest
 
 from supercloud.control import bootdata
-from supercloud.model.errors import Denied, NoResources, SupercloudError, Temporary, Unsupported
+from supercloud.model.errors import (
+    Denied,
+    NoResources,
+    NotFound,
+    SupercloudError,
+    Temporary,
+    Unsupported,
+)
 from supercloud.providers.lower_layer.rendezvous import Rendezvous
-from supercloud.wire.messages import Apply, Exec, Logs
-from support.checkpoints import Checkpointing
+from supercloud.wire.messages import Apply, Exec, Logs, VolumeMount
+from support.checkpoints import KEY, Checkpointing
 from support.inside import inside, with_shell
 from support.link import Link
 from support.lower import ControlPlane, RunningHost, pids_of_session, running_host
@@ -28,6 +35,7 @@ USER, NAME = "demo", "p1"
 MIB, GIB = 1 << 20, 1 << 30
 SHAPE = {"memory_bytes": 1536 * MIB, "scratch_bytes": GIB, "cpus": 1}
 QUOTA = {"cpu_permille": 2000, "memory_bytes": 5 * GIB, "disk_bytes": 6 * GIB, "vms": 2}
+SNAPSHOT = "supercloud-0123456789abcdef"
 # a counter and a hash over all of its values, in nothing but the memory of a shell
 LOOP = (
     "n=0; h=x; while :; do n=$((n+1)); h=$(echo $h $n | sha256sum | cut -c1-16); "
@@ -74,6 +82,26 @@ class Cloud:
             while (found := await self.plane.call("template.prepare", shape))["state"] != "ready":
                 assert found["state"] == "making", found
                 await asyncio.sleep(0.3)
+
+    async def volume(self, name: str) -> int:
+        """One that is attached as what can be restored; its slot."""
+        spec = {"name": name, "size_bytes": 64 * MIB}
+        seal = {"epoch": 0, "sequence": 0, "root": ""}
+        asked = {"spec": spec, "key_base64": KEY, "seal": seal}
+        epoch = (await self.plane.call("volume.open", asked))["seal"]["epoch"]
+        await self.plane.call("volume.serve", {"name": name, "epoch": epoch})
+        wanted = {"name": name, "platform": NAME, "restorable": True}
+        status = await self.plane.call("volume.attach", wanted)
+        assert status["mode"] == "nbd"
+        return int(status["slot"])
+
+    def restore(self, taken: dict[str, Any]) -> dict[str, Any]:
+        """``PlatformSpec.restore``, with its volumes."""
+        back = [
+            {"volume": volume, "slot": slot, "snapshot": SNAPSHOT}
+            for volume, slot in taken["slots"].items()
+        ]
+        return {**self.checkpoints.restore(NAME), "volumes": back}
 
     async def session(self) -> Any:
         async with asyncio.timeout(90):
@@ -124,6 +152,47 @@ def checked(said: bytes, least: int = 1) -> int:
     assert found == digest, f"{count}: {found}, not {digest}"
     assert count >= least
     return count
+
+
+class Writing:
+    """A container that counts, and writes every number to a volume."""
+
+    def __init__(self, cloud: Cloud, example_images: Path, slot: int) -> None:
+        self.cloud = cloud
+        place = cloud.directory / "machine"
+        place.mkdir()
+        around: Any = SimpleNamespace(examples=example_images, directory=place, link=cloud.link)
+        mount = VolumeMount(volume="data", path="/data", slot=slot)
+        self.spec = web(around, volumes=[mount])
+
+    async def start(self) -> None:
+        session = await self.cloud.session()
+        await session.apply(Apply(generation=1, environments=[self.spec], names={}))
+        async with asyncio.timeout(120):
+            while [e.state for e in (await session.list()).environments] != ["serving"]:
+                await asyncio.sleep(0.3)
+        loop = "n=0; while :; do n=$((n+1)); echo $n >> /data/all; sleep 0.2; done"
+        await self.execute(f"({loop}) & sleep 0.1", wait_s=2)
+
+    async def execute(self, command: str, wait_s: float = 20) -> bytes:
+        out, argv = b"", ["sh", "-c", command]
+        async with (await self.cloud.session()).exec(Exec(name="web", argv=argv)) as stream:
+            stream.signal(eof=True)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    async for chunk in stream.chunks():
+                        out += chunk
+        return out
+
+    async def written(self, least: int) -> int:
+        """The last number, once it is so large; none is missing before it, and none there twice."""
+        async with asyncio.timeout(60):
+            while True:
+                words = (await self.execute("cat /data/all")).split()
+                assert words == [b"%d" % n for n in range(1, len(words) + 1)], words
+                if len(words) >= least:
+                    return len(words)
+                await asyncio.sleep(0.3)
 
 
 class Environments:
@@ -283,6 +352,43 @@ async def test_what_is_not_the_checkpoint_that_was_taken_is_refused_and_nothing_
             assert secret.encode() not in text, path
     await cloud.delete()
     assert cloud.held() == before
+
+
+@pytest.mark.parametrize("how", ["boot", pytest.param("memory", marks=pytest.mark.long)])
+async def test_its_volumes_go_back_to_the_same_moment_as_its_memory(
+    cloud: Cloud, example_images: Path, how: str
+) -> None:
+    if how == "memory":
+        await cloud.template()
+    assert (await cloud.create())["started_from"] == how
+    slot = await cloud.volume("data")
+    environments = Writing(cloud, example_images, slot)
+    await environments.start()
+    await environments.written(3)
+
+    first = await cloud.checkpoints.take(NAME, snapshot=SNAPSHOT)
+    assert first["slots"] == {"data": slot}
+    at_first = await environments.written(1)
+    await environments.written(at_first + 5)
+    await cloud.delete()
+
+    for _ in range(2):  # what is written after it went on is lost the second time
+        made = await cloud.create(restore=cloud.restore(first))
+        assert made["started_from"] == "checkpoint"
+        (status,) = (await cloud.plane.call("volume.list"))["volumes"]
+        assert (status["platform"], status["slot"], status["mode"]) == (NAME, slot, "nbd")
+        await cloud.session()
+        assert await environments.written(1) < at_first + 60
+        await environments.written(at_first + 5)
+        await inside(cloud.plane, NAME, "sync; echo 3 > /proc/sys/vm/drop_caches")
+        await environments.written(at_first + 7)
+        await cloud.delete()
+    wrong = cloud.restore(first)
+    wrong["volumes"][0]["snapshot"] = "supercloud-ffffffffffffffff"
+    with pytest.raises(NotFound):
+        await cloud.create(restore=wrong)
+    (status,) = (await cloud.plane.call("volume.list"))["volumes"]
+    assert status["state"] == "served", "it is nobody's again"
 
 
 @pytest.mark.long

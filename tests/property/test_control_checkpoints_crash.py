@@ -71,7 +71,9 @@ class Story:
             wish = manifest(self.world, [WRITES], volumes=[{"name": "data", "size": "1MiB"}])
         if self.whole:
             platform, one = {"checkpoint": {"keep": 3}}, {"hosts": "1"}
-            wish = manifest(self.world, [PLAIN], platform=platform, options=one)
+            uses = {"volumes": WRITES["volumes"]} if self.disk else {}
+            more = {"volumes": [{"name": "data", "size": "1MiB"}]} if self.disk else {}
+            wish = manifest(self.world, [{**PLAIN, **uses}], platform=platform, options=one, **more)
         await self.world.app.service.up(wish)
         await self.world.ready()
         if self.whole and not self.world.seam.dead.is_set():
@@ -248,11 +250,14 @@ def test_any_story_of_checkpoints_and_kills_ends_as_wished(chapters, disk):
         run(_tell(Path(directory), chapters, disk=disk))
 
 
+@pytest.mark.parametrize("disk", [False, True])
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("what", [TAKE, BACK])
-def test_every_single_effect_on_checkpoints_of_a_platform_may_be_the_last(after, what, tmp_path):
+def test_every_single_effect_on_checkpoints_of_a_platform_may_be_the_last(
+    after, what, disk, tmp_path
+):
     async def count():
-        story = Story(tmp_path / "count", whole=True)
+        story = Story(tmp_path / "count", whole=True, disk=disk)
         await story.chapter(TAKE, [])
         return await story.chapter(what, [])
 
@@ -260,11 +265,11 @@ def test_every_single_effect_on_checkpoints_of_a_platform_may_be_the_last(after,
     life = run(count())
     assert ("provider.checkpoint" in life) == (what is TAKE)
     assert ("provider.ensure_platform" in life) == (what is BACK)
-    for number in range(1, len(life) + 1, 1 if LONG else 3):
+    for number in range(1, len(life) + 1, 1 if LONG else 3 + disk):
         directory = tmp_path / str(number)
         directory.mkdir()
         story = [(TAKE, []), (what, [(number, after)]), (TAKE, []), (BACK, [])]
-        run(_tell(directory, story, whole=True))
+        run(_tell(directory, story, whole=True, disk=disk))
 
 
 @pytest.mark.parametrize("after", [False, True])

@@ -103,11 +103,17 @@ def test_an_environment_that_writes_to_a_raw_volume_is_refused_with_the_reason(m
     read(reads)
 
 
-def test_platforms_are_not_checkpointed_where_volumes_are_used():
-    text = "platform: {checkpoint: {}}\n" + web("", ", volumes: [{name: data, path: /d}]")
+@pytest.mark.parametrize("how", ["", ", read_only: true"])
+def test_platforms_are_not_checkpointed_where_raw_volumes_are_used(monkeypatch, how):
+    uses = web("", f", volumes: [{{name: data, path: /d{how}}}]")
+    text = "platform: {checkpoint: {}}\n" + uses
+    read(text)
+    monkeypatch.setitem(globals(), "HEAD", HEAD.replace("1MiB}", "1MiB, format: raw}"))
+    read(uses)
     error = problem(text)
     assert isinstance(error, Unsupported)
     assert "platform.checkpoint" in error.where
+    assert "'data', which 'web' uses and which is raw" in error.message
 
 
 def test_the_bucket_of_checkpoints_is_nobodys():

@@ -12,8 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from supercloud.control import specs
-from supercloud.control.documents import CheckpointsDocument, EnvironmentDocument, VolumeDocument
+from supercloud.control.documents import (
+    CheckpointsDocument,
+    EnvironmentDocument,
+    PlatformDocument,
+    VolumeDocument,
+)
 from supercloud.model.resources import Environment
+from supercloud.wire.checkpoints import GoesBack
 
 PREFIX = "supercloud-"
 _OURS = re.compile(rf"{PREFIX}[0-9a-f]{{16}}")
@@ -67,6 +73,23 @@ def purposes(volume: VolumeDocument, documents: Iterable[CheckpointsDocument]) -
         for kept in document.kept
         if volume.name in kept.snapshots
     }
+
+
+def going_with(
+    platform: PlatformDocument, documents: Iterable[CheckpointsDocument]
+) -> list[GoesBack]:
+    """What goes back with a platform that is being made from a checkpoint."""
+    restore = platform.restore
+    if restore is None or platform.deleting or platform.restoring <= platform.restored:
+        return []
+    return [
+        GoesBack(volume=name, slot=kept.slots[name], snapshot=snapshot)
+        for document in documents
+        if (document.name, document.of) == (platform.name, "platform")
+        for kept in document.kept
+        if kept.sequence == restore.sequence
+        for name, snapshot in sorted(kept.snapshots.items())
+    ]
 
 
 def going_back(

@@ -48,7 +48,8 @@ class KeptCheckpoint:
 
     ``shape`` names what it is of: only the same can go on from it. An EE's comes with its ``place``
     in the network, a platform's with the pin of its key, ``pin``, and its ``image``. ``snapshots``
-    are those of the volumes that the EE wrote to, by volume, of the same instant.
+    are those of the volumes that the EE wrote to, or that the platform had, by volume, of the same
+    instant; ``slots`` where it had them.
     """
 
     sequence: int
@@ -69,6 +70,7 @@ class KeptCheckpoint:
     pin: str = ""
     image: str = ""
     snapshots: dict[str, str] = field(default_factory=dict)
+    slots: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -73,7 +73,29 @@ class RestoreService:
             raise BadState(f"there is no platform {document.name} any more")
         if kept.shape != specs.platform_shape(platform):
             raise _other(document, kept)
+        await self._volumes(owner, kept, to)
+        await self._reachable(owner, platform, kept)
         return platform
+
+    async def _reachable(
+        self, owner: UCloudDocument, platform: PlatformDocument, kept: KeptCheckpoint
+    ) -> None:
+        """Whether its volumes are where it is, and nobody's elsewhere."""
+        place = (platform.wish.provider.name, platform.wish.host)
+        for name in kept.snapshots:
+            volume = await self._plane.state.volume(owner.name, name)
+            if volume is not None and (volume.provider.name, volume.host) != place:
+                raise Unsupported(
+                    f"checkpoint {kept.sequence} goes back with volume {name}, which is on host "
+                    f"{volume.host} of {volume.provider.name} by now"
+                )
+        for item in await self._plane.state.environments(owner.name):
+            shared = {use.name for use in item.spec.volumes} & kept.snapshots.keys()
+            if shared and item.assignment.platform != platform.name and not item.deleting:
+                raise BadState(
+                    f"checkpoint {kept.sequence} goes back with volume {min(shared)}, which "
+                    f"{item.name} uses on {item.assignment.platform}"
+                )
 
     async def _environment(
         self, owner: UCloudDocument, document: CheckpointsDocument, kept: KeptCheckpoint, to: str

@@ -403,8 +403,8 @@ class Platform(PlatformSize):
 
     checkpoint: Checkpointing | None = declared(
         Rule(
-            doc="checkpoints are taken of whole platforms, with all that runs in them; not where "
-            "volumes are used"
+            doc="checkpoints are taken of whole platforms, with all that runs in them, and with "
+            "what they have on volumes (not with raw ones)"
         ),
         None,
     )

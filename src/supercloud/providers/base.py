@@ -159,8 +159,10 @@ class Volumes(Protocol):
         """A mirror of an older generation there never answers again."""
         ...
 
-    async def attach(self, host: str, name: str, platform: str) -> VolumeStatus:
-        """Give it to a running platform."""
+    async def attach(
+        self, host: str, name: str, platform: str, *, restorable: bool = False
+    ) -> VolumeStatus:
+        """Give it to a running platform; ``restorable``: in a way that checkpoints of it allow."""
         ...
 
     async def detach(self, host: str, name: str) -> VolumeStatus:

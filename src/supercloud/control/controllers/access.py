@@ -13,7 +13,7 @@ from supercloud.control.kept import Restore
 from supercloud.model.errors import Temporary
 from supercloud.trust.names import SERVICE, Identity
 from supercloud.trust.wrapping import VolumeKeys
-from supercloud.wire.checkpoints import BUCKET, RestoreFrom, StoreAccess
+from supercloud.wire.checkpoints import BUCKET, GoesBack, RestoreFrom, StoreAccess
 from supercloud.wire.messages import Apply, ObjectAccess
 from supercloud.wire.objects import STORE, Access
 
@@ -108,17 +108,24 @@ async def checkpoint_access(plane: Plane, ucloud: str, taker: str) -> StoreAcces
 
 
 async def restore_from(
-    plane: Plane, ucloud: str, name: str, platform: str, restore: Restore
+    plane: Plane,
+    ucloud: str,
+    name: str,
+    platform: str,
+    restore: Restore,
+    volumes: Sequence[GoesBack] = (),
 ) -> RestoreFrom:
     """What an EE or a platform begins from that is to be restored. Temporary until it can be said.
 
-    Its newest checkpoint vouches for the one that was chosen.
+    Its newest checkpoint vouches for the one that was chosen. ``volumes`` go back with a platform.
     """
     kept = await plane.state.checkpoints_of(ucloud, name)
     if kept is None or kept.head is None:
         raise Temporary(f"the checkpoints of {name} are not there", delay_s=STORE_WAIT_S)
     store = await checkpoint_access(plane, ucloud, taker_of(platform))
-    return RestoreFrom(ee=name, store=store, head=kept.head, sequence=restore.sequence)
+    return RestoreFrom(
+        ee=name, store=store, head=kept.head, sequence=restore.sequence, volumes=[*volumes]
+    )
 
 
 async def apply_of(

@@ -137,7 +137,7 @@ class CheckpointController:
     async def _taken(
         self, document: CheckpointsDocument, subject: Subject, store: StoreAccess
     ) -> float:
-        snapshot = held.new_name() if subject.volumes else ""
+        snapshot = held.new_name() if subject.volumes or subject.whole else ""
 
         def taking(fresh: CheckpointsDocument) -> None:
             _move(fresh, "taking")
@@ -156,6 +156,7 @@ class CheckpointController:
         standstill = Standstill(self._plane, self._calls, subject, snapshot)
         with standstill.expected():
             taken = await self._plane.seam(subject.effect, lambda: subject.call(asked))
+        await standstill.told(taken.slots)
         kept = _kept(taken, subject, asked_ms, standstill.taken)
         if document.head is not None and kept.sequence <= document.head.sequence:
             raise Permanent(f"checkpoint {kept.sequence} was said to follow {document.head}")
@@ -335,6 +336,7 @@ def _kept(
         pin=subject.pin,
         image=subject.image,
         snapshots=snapshots,
+        slots={name: taken.slots[name] for name in snapshots} if subject.whole else {},
     )
 
 

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 from supercloud.control import bootdata, specs
 from supercloud.control.controllers.access import STORE_WAIT_S, apply_of, restore_from
 from supercloud.control.controllers.plane import Plane
+from supercloud.control.controllers.returning import are_known, coming_with, reserve
 from supercloud.control.documents import (
     PlatformDocument,
     UCloudDocument,
@@ -16,9 +17,18 @@ from supercloud.control.documents import (
     step_begin,
     step_end,
     ucloud_key,
+    volume_key,
 )
 from supercloud.control.kept import KeptCheckpoint, Restore
-from supercloud.model.errors import Exists, NoResources, NotFound, SupercloudError, Temporary
+from supercloud.model.errors import (
+    BadState,
+    Busy,
+    Exists,
+    NoResources,
+    NotFound,
+    SupercloudError,
+    Temporary,
+)
 from supercloud.model.states import PLATFORM, step
 from supercloud.providers.base import PlatformObservation, PlatformRequest, Provider
 from supercloud.upper.platform.link.owner import token_hash
@@ -108,7 +118,8 @@ class PlatformController:
         kept, restore = await self._kept(platform), None
         if kept is not None and platform.restore is not None:
             name = platform.name
-            restore = await restore_from(self._plane, ucloud, name, name, platform.restore)
+            volumes = await reserve(self._plane, platform)
+            restore = await restore_from(self._plane, ucloud, name, name, platform.restore, volumes)
         return PlatformRequest(
             name=platform.name,
             host=wish.host,
@@ -151,6 +162,10 @@ class PlatformController:
         except Exists as error:  # of another time, with another shape
             await self._remove_machine(platform)
             raise Temporary(f"{error}; it was removed", delay_s=0.2) from error
+        except (BadState, Busy) as error:
+            if request.restore is None or not request.restore.volumes:
+                raise
+            raise Temporary(f"its volumes are not free yet: {error}") from error
         except NoResources as error:
             others = await self._plane.state.platforms(platform.ucloud)
             if any(other.deleting for other in others):
@@ -208,6 +223,7 @@ class PlatformController:
 
         platform = await self._change(platform, next_one)
         await self._look_at_environments(platform)
+        await self._look_at_volumes(platform)
         return 0.0
 
     async def _anew(self, platform: PlatformDocument, reason: str) -> float:
@@ -239,6 +255,8 @@ class PlatformController:
 
     async def _serve(self, platform: PlatformDocument, session: AgentSession) -> float | None:
         if platform.state != "ready":
+            if not await are_known(self._plane, platform):
+                return self._plane.pace.release_s
 
             def ready(document: PlatformDocument) -> None:
                 _move(document, "ready")
@@ -325,6 +343,10 @@ class PlatformController:
         self, platform: PlatformDocument, mutate: Callable[[PlatformDocument], None]
     ) -> PlatformDocument:
         return await self._plane.state.change(platform, mutate)
+
+    async def _look_at_volumes(self, platform: PlatformDocument) -> None:
+        for item in await coming_with(self._plane, platform):
+            self._plane.look(volume_key(platform.ucloud, item.volume), 0.0)
 
     async def _look_at_environments(self, platform: PlatformDocument) -> None:
         for item in await self._plane.state.environments(platform.ucloud):

@@ -1,12 +1,13 @@
-"""The snapshots of an EE's volumes, taken while it stands still for its checkpoint.
+"""The snapshots of volumes, taken while an EE or a platform stands still for its checkpoint.
 
 Its agent asks for them in the middle of its own call, when what the EE wrote is on the disks. The
-EE waits for the answer, so there is nothing here but the hosts' calls, all at once.
+EE waits for the answer, so there is nothing here but the hosts' calls, all at once. Those of a
+platform are taken by its host, which says of which volumes.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from supercloud.control.controllers.hostcalls import HostCalls
 from supercloud.control.controllers.plane import Plane
@@ -37,10 +38,18 @@ class Standstill:
             if waiting.get(key) == self._snapshot:
                 del waiting[key]
 
+    async def told(self, names: Iterable[str]) -> None:
+        """A platform's host has taken snapshots of these; asked once more it says that they are."""
+        if not self._subject.whole:
+            return
+        volumes = [await self._volume(name) for name in names]
+        await asyncio.gather(*map(self._one, volumes))
+        self._taken = {volume.name: self._name for volume in volumes}
+
     @property
     def taken(self) -> dict[str, str]:
         """The snapshots' names by volume. Permanent when they were never asked for."""
-        if not self._subject.volumes:
+        if not self._subject.volumes and not self._subject.whole:
             return {}
         if self._taken is None:
             raise Permanent("its agent has not asked for snapshots of its volumes")

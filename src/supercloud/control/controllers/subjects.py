@@ -16,7 +16,8 @@ from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
 class Subject:
     """``call`` takes one of ``uid``, on ``platform``; the rest is noted with it (``Kept``).
 
-    ``volumes`` are those that it writes to, which get a snapshot of the same instant.
+    ``volumes`` are those that it writes to, which get a snapshot of the same instant. ``whole``: it
+    is a platform, whose host says which it has.
     """
 
     uid: str
@@ -28,6 +29,7 @@ class Subject:
     pin: str = ""
     image: str = ""
     volumes: tuple[str, ...] = ()
+    whole: bool = False
 
 
 async def subject_of(plane: Plane, document: CheckpointsDocument) -> Subject:
@@ -80,4 +82,5 @@ async def _platform(plane: Plane, document: CheckpointsDocument) -> Subject:
         effect="provider.checkpoint",
         pin=platform.enrolled_pin,
         image=platform.image or platform.wish.image,
+        whole=True,
     )

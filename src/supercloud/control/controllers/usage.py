@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from supercloud.control import specs
 from supercloud.control.controllers.access import apply_of
 from supercloud.control.controllers.plane import Plane
+from supercloud.control.controllers.returning import coming_with
 from supercloud.control.documents import EnvironmentDocument, PlatformDocument, VolumeDocument
 
 
@@ -13,12 +14,14 @@ from supercloud.control.documents import EnvironmentDocument, PlatformDocument, 
 class Usage:
     """``wanted``: an EE is to have it, on ``platform`` (None: not there yet, or going).
 
-    ``free``: nothing in the platform that it is attached to uses it any more.
+    ``free``: nothing in the platform that it is attached to uses it any more. ``coming``: its
+    platform is being made with it, from a checkpoint, and has it from its host.
     """
 
     wanted: bool
     platform: PlatformDocument | None
     free: bool
+    coming: bool = False
 
     def attached(self, volume: VolumeDocument) -> bool:
         """Whether it is attached where it is wanted."""
@@ -41,6 +44,9 @@ def users_of(volume: str, environments: Sequence[EnvironmentDocument]) -> list[E
 async def usage_of(plane: Plane, volume: VolumeDocument) -> Usage:
     """The usage as the documents and the agents' reports have it."""
     environments = await plane.state.environments(volume.ucloud)
+    if (coming := await _coming(plane, volume)) is not None:
+        free = await _free(plane, volume, environments)
+        return Usage(wanted=True, platform=coming, free=free, coming=True)
     users = users_of(volume.name, environments)
     platform = None
     if users:
@@ -49,6 +55,16 @@ async def usage_of(plane: Plane, volume: VolumeDocument) -> Usage:
         platform = None
     free = await _free(plane, volume, environments)
     return Usage(wanted=bool(users), platform=platform, free=free)
+
+
+async def _coming(plane: Plane, volume: VolumeDocument) -> PlatformDocument | None:
+    """The platform that is being made with it."""
+    for platform in await plane.state.platforms(volume.ucloud):
+        if platform.restoring > platform.restored and _place(platform) == _home(volume):
+            wanted = await coming_with(plane, platform)
+            if any(item.volume == volume.name for item in wanted):
+                return platform
+    return None
 
 
 def _place(platform: PlatformDocument) -> tuple[str, str]:

@@ -142,6 +142,8 @@ class VolumeController:
     async def _use(self, volume: VolumeDocument, usage: Usage, *, wanted: bool) -> float | None:
         if is_under_way(volume):
             return await self.copying.go_on(volume, volume.copying)
+        if usage.coming:
+            return await self._come(volume, usage)
         if volume.given != volume.spec:
             waiting = await self._grow(volume)
             if waiting is None:
@@ -201,10 +203,31 @@ class VolumeController:
 
         volume = await self._change(volume, attaching)
         name = platform.name
-        await self._act(volume, "attach", lambda host: host.attach(volume.host, volume.name, name))
+        restorable = await self._is_restorable(platform)
+        await self._act(
+            volume,
+            "attach",
+            lambda host: host.attach(volume.host, volume.name, name, restorable=restorable),
+        )
         await self._change(volume, lambda fresh: step_end(fresh.steps, ATTACH))
         self._plane.look(platform_key(volume.ucloud, name), 0.0)
         return 0.0
+
+    async def _is_restorable(self, platform: PlatformDocument) -> bool:
+        """Whether checkpoints are to be taken of the platform."""
+        found = await self._plane.state.checkpoints_of(platform.ucloud, platform.name)
+        return found is not None and found.of == "platform" and found.policy is not None
+
+    async def _come(self, volume: VolumeDocument, usage: Usage) -> float | None:
+        """Free, then untouched while its platform is made with it; then it is known to have it."""
+        platform = usage.platform
+        if platform is None or usage.attached(volume):
+            return None
+        if volume.platform:
+            return await self._detach(volume) if usage.free else self._plane.pace.release_s
+        if platform.state in ("booting", "ready"):
+            return await self._attach(volume, platform)
+        return None
 
     # -- away from use
 

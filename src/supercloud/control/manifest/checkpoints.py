@@ -25,11 +25,13 @@ def check(
             path = f"environments[{index}].checkpoint"
             hint = "use a volume of format qcow2, or read_only: true, or take no checkpoints of it"
             problems.at_path(path, message, hint=hint, unsupported=True)
-    using = [item for _, item in environments if item.volumes]
+    using = [(item.name, use.name) for _, item in environments for use in item.volumes]
+    using = [(name, volume) for name, volume in using if volume in raw]
     if using and platforms:
         message = (
-            f"found it with volumes, which {using[0].name!r:.80} uses: a platform that goes back "
-            "in time would meet disks that its machine does not know in that state"
+            f"found it with the volume {using[0][1]!r:.80}, which {using[0][0]!r:.80} uses and "
+            "which is raw: that one cannot be taken back to the same moment, for it has no "
+            "snapshots"
         )
-        hint = "take checkpoints of the environments instead: their volumes go back with them"
+        hint = "use a volume of format qcow2, or take checkpoints of the environments"
         problems.at_path("platform.checkpoint", message, hint=hint, unsupported=True)

@@ -15,7 +15,7 @@ import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from supercloud.model.errors import BadState, Denied, NotFound, Temporary, Unsupported
@@ -76,7 +76,8 @@ class FakeCheckpoints:
             raise BadState(f"platform {asked.name} is {platform.state}")
         files = {suffix: _text(self._cloud.path(asked.name, suffix)) for suffix in (".key", ".pem")}
         content = {"platform": encode(platform), "files": files}
-        return await self._take(host, asked, "qemu/tcg", content)
+        slots = self._cloud.volumes.still(asked.name, asked.snapshot)
+        return replace(await self._take(host, asked, "qemu/tcg", content), slots=slots)
 
     async def take_environment(
         self,

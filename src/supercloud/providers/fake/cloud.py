@@ -184,10 +184,13 @@ class FakeCloud:
             return there
         self._check(request)
         platform = self._new(request, shape)
+        returning = request.restore.volumes if request.restore is not None else []
         if request.restore is not None:
             self._restore(platform, self.checkpoints.read(request.host, request.restore))
+            self.volumes.check_back(request.host, returning)
         self.hook("before", "create", request.name)
         self._count(request.name)
+        self.volumes.go_back(request.host, request.name, returning)
         self.platforms[request.name] = platform
         self.save(platform)
         self._announce()

@@ -34,6 +34,7 @@ class Volume:
     used: bool = False
     platform: str = ""
     slot: int = 0
+    mode: str = ""
     words: list[str] = field(default_factory=list)
     snapshots: dict[str, list[Any]] = field(default_factory=dict)
     evidence: int = 0
@@ -58,7 +59,7 @@ class Volume:
         return VolumeStatus(
             name=self.spec.name, state=self.state, size_bytes=self.spec.size_bytes,
             format=self.spec.format, platform=self.platform, slot=self.slot,
-            mode="vhost-user-blk" if self.slot else "", seal=self.seal,
+            mode=self.mode if self.slot else "", seal=self.seal,
             stored_bytes=written, snapshots=list(self.snapshots),
             figures=VolumeFigures(written_bytes=written, writes=len(self.words)),
             evidence=self.evidence, reason=self.reason, tag=self.spec.tag, shared=self.shared,

@@ -11,6 +11,7 @@ What a user would have written is a list of words, so that a test can see whethe
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,13 @@ from supercloud.model.errors import (
     NoResources,
     NotFound,
     Temporary,
+    Unsupported,
 )
 from supercloud.model.states import VOLUME, step
 from supercloud.providers.fake.files import write_private
 from supercloud.providers.fake.mirrors import Member, Mirrored
 from supercloud.providers.fake.volume import OPEN, Volume, check, fill, hash_of
+from supercloud.wire.checkpoints import GoesBack
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.mirrors import (
     Mirror,
@@ -185,7 +188,9 @@ class FakeVolumes:
         wanted = Shared(host=volume.host, generation=generation)
         return other if served and other is not None and other.shared == wanted else None
 
-    async def attach(self, host: str, name: str, platform: str) -> VolumeStatus:
+    async def attach(
+        self, host: str, name: str, platform: str, *, restorable: bool = False
+    ) -> VolumeStatus:
         """Give it to a running platform."""
         volume = await self._find("attach", host, name)
         machine = self._cloud.platforms.get(platform)
@@ -199,8 +204,38 @@ class FakeVolumes:
             raise BadState(f"volume {name} is used by {volume.shared.host}")
         step(VOLUME, volume.state, "attached")
         volume.slot = self._free_slot(platform)
-        volume.platform = platform
+        volume.platform, volume.mode = platform, "nbd" if restorable else "vhost-user-blk"
         return self._to(volume, "attached")
+
+    def still(self, platform: str, snapshot: str) -> dict[str, int]:
+        """The platform stands still: its volumes get that snapshot; their slots."""
+        there = [volume for volume in self.volumes.values() if volume.platform == platform]
+        for volume in there:
+            if volume.mode != "nbd" or not snapshot:
+                raise Unsupported(f"volume {volume.spec.name} could not be restored with it")
+        for volume in there:
+            volume.snapshots[snapshot] = list(volume.words)
+            volume.sequence += 1
+            self.save(volume)
+        return {volume.spec.name: volume.slot for volume in there}
+
+    def check_back(self, host: str, wanted: Sequence[GoesBack]) -> None:
+        """BadState, NotFound: a platform could not have them back."""
+        for item in wanted:
+            volume = self.volumes.get(self.key_of(host, item.volume))
+            if volume is None or item.snapshot not in volume.snapshots:
+                raise NotFound(f"volume {item.volume} has no snapshot {item.snapshot}")
+            if volume.state != "served" or volume.shared is not None:
+                raise BadState(f"volume {item.volume} is {volume.state}")
+
+    def go_back(self, host: str, platform: str, wanted: Sequence[GoesBack]) -> None:
+        """They are the platform's, as the snapshots have them."""
+        for item in wanted:
+            volume = self.volumes[self.key_of(host, item.volume)]
+            volume.words = list(volume.snapshots[item.snapshot])
+            volume.sequence += 1
+            volume.platform, volume.slot, volume.mode = platform, item.slot, "nbd"
+            self._to(volume, "attached")
 
     async def detach(self, host: str, name: str) -> VolumeStatus:
         """Take it from its platform."""

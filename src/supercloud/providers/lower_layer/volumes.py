@@ -70,9 +70,12 @@ class HostVolumes:
         self._check(host)
         await self._ask("volume.fence", asked, LEASE_TIMEOUT_S)
 
-    async def attach(self, host: str, name: str, platform: str) -> VolumeStatus:
+    async def attach(
+        self, host: str, name: str, platform: str, *, restorable: bool = False
+    ) -> VolumeStatus:
         """Give it to a running platform."""
-        return await self._status(host, "volume.attach", VolumeAttach(name=name, platform=platform))
+        asked = VolumeAttach(name=name, platform=platform, restorable=restorable)
+        return await self._status(host, "volume.attach", asked)
 
     async def detach(self, host: str, name: str) -> VolumeStatus:
         """Take it from its platform."""

@@ -390,8 +390,9 @@ async def test_refusals_come_before_any_effect_and_name_their_place(world):
         await service.up(manifest(world, checkpoint={"capacity": "1TiB"}))
     assert "checkpoint.capacity" in refused.value.where
     writing = environment("web", volumes=[{"name": "data", "path": "/d"}])
-    whole = {"volumes": [{"name": "data", "size": "1MiB"}], "platform": {"checkpoint": {}}}
-    with pytest.raises(Unsupported, match="disks that its machine does not know"):
+    raw = {"name": "data", "size": "1MiB", "format": "raw"}
+    whole = {"volumes": [raw], "platform": {"checkpoint": {}}}
+    with pytest.raises(Unsupported, match="it has no snapshots"):
         await service.up(manifest(world, [writing], **whole))
     with pytest.raises(Invalid, match="store's own"):
         await service.up(manifest(world, buckets=[{"name": BUCKET, "quota": "1MiB"}]))

@@ -3,6 +3,7 @@
 import pytest
 
 from supercloud.model.errors import BadState, NoResources, Temporary, Unsupported
+from supercloud.upper.platform.link.session import AgentSession
 from support import checkpointed
 from support.checkpointed import cloud, document, restore, take, told, until
 from support.control import World, environment
@@ -90,23 +91,34 @@ async def test_its_volumes_go_back_with_it_into_their_slots(world):
         assert volume.incarnation == (await platform_of(world)).incarnation
 
 
-async def test_its_agent_is_told_nothing_before_it_is_known_where_its_volumes_are(world):
+async def test_its_agent_is_told_nothing_before_it_is_known_where_its_volumes_are(
+    world, monkeypatch
+):
     platform = await up(world)
     await take(world, platform.name)
-    pretended, given = await cloud(world), []
-    real = pretended.volumes.attach
+    pretended, given, told_of = await cloud(world), [], []
+    attach, apply = pretended.volumes.attach, AgentSession.apply
 
-    async def slow(host, name, of, **more):
+    async def unknown():
+        raise Temporary("not yet", delay_s=0.01)
+
+    async def late(host, name, of, **more):
         given.append(name)
         if len(given) < 4:
-            raise Temporary("not yet", delay_s=0.01)
-        specs = pretended.platforms[platform.name].specs
-        assert all(mount.slot for spec in specs for mount in spec.volumes)
-        return await real(host, name, of, **more)
+            await unknown()
+        return await attach(host, name, of, **more)
 
-    pretended.volumes.attach = slow
+    async def told_to(session, asked, **more):
+        told_of.extend(mount.slot for spec in asked.environments for mount in spec.volumes)
+        return await apply(session, asked, **more)
+
+    monkeypatch.setattr(AgentSession, "apply", told_to)
+    monkeypatch.setattr(pretended.volumes, "attach", late)
+    monkeypatch.setattr(pretended.volumes, "list", unknown)
     await restore(world, name=platform.name)
     assert len(given) >= 4
+    assert told_of
+    assert all(told_of)
 
 
 async def test_a_restored_platform_that_fails_before_it_is_ready_gets_its_volumes_back_again(world):

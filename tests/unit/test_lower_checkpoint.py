@@ -6,17 +6,17 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from supercloud.lower.vmm import checkpoint
+from supercloud.lower.vmm import checkpoint, moment
 from supercloud.lower.vmm.checkpoint import Capture, is_inside_guest
 from supercloud.lower.vmm.identity import IdentityPort
 from supercloud.lower.vmm.machine import Machine
 from supercloud.lower.vmm.precopy import extents, settle
-from supercloud.model.errors import BadState, Busy
+from supercloud.model.errors import BadState, Busy, Invalid
 from supercloud.wire.portal import Request
 from supercloud.wire.qmp import Qmp
 from supercloud.wire.reactor import Reactor
@@ -150,9 +150,13 @@ class Bench:
             name="m", cpus=1, memory_bytes=MEMORY, accelerator="tcg",
             uplink_mac="02:5c:00:00:00:01", link_mac="02:5c:77:00:00:01",
         )  # fmt: skip
+        self.disks: list[dict[str, Any]] = []
+        self.stream, self.monitors = socket.socketpair()
+        self.on_still: Callable[[], object] = lambda: self.stream.send(b"1")
         self.capture = Capture(
-            self.reactor, self.qmp, self.port, self._tell, machine, 1, lambda: os.dup(self.ram)
-        )
+            self.reactor, self.qmp, self.port, self._tell, machine, 1,
+            lambda: os.dup(self.ram), lambda: self.disks,
+        )  # fmt: skip
 
     def _event(self, name: str, data: dict[str, Any]) -> None:
         self.capture.on_qmp(name, data)
@@ -162,13 +166,16 @@ class Bench:
 
     def _tell(self, method: str, parameters: Any, files: list[int]) -> None:
         contents = [os.pread(file, 2 * MEMORY, 0) for file in files]
+        if method == "checkpoint.still":
+            self.on_still()
         self.told.append((method, dict(parameters), contents))
 
-    def begin(self, room_bytes: int = MEMORY) -> None:
+    def begin(self, room_bytes: int = MEMORY, *, volumes: bool = False) -> None:
         overlay = os.memfd_create("overlay")
-        asked = {"room_bytes": room_bytes, "overlay_bytes": 1 << 20}
+        given = [overlay, self.monitors.fileno()] if volumes else [overlay]
+        asked = {"room_bytes": room_bytes, "overlay_bytes": 1 << 20, "volumes": volumes}
         try:
-            self.capture.begin(Request("t", "machine.checkpoint", asked, [overlay]))
+            self.capture.begin(Request("t", "machine.checkpoint", asked, given))
         finally:
             os.close(overlay)
 
@@ -213,6 +220,80 @@ def bench() -> Iterator[Bench]:
     made.agent.close()
     made.qmp.close()
     made.qemu.end.close()
+    made.stream.close()
+    made.monitors.close()
+
+
+def disk(volume: str, mode: str = "nbd", state: str = "attached") -> dict[str, Any]:
+    return {"volume": volume, "slot": 1, "mode": mode, "state": state}
+
+
+def test_it_goes_on_when_its_volumes_have_snapshots_of_where_it_stands_still(bench: Bench) -> None:
+    bench.disks = [disk("data")]
+    still: list[list[str]] = []
+
+    def snapshot() -> None:
+        still.append(list(bench.qemu.names))
+        bench.stream.send(b"1")
+
+    bench.on_still = snapshot
+    bench.begin(volumes=True)
+    bench.answer("paused")
+    assert bench.codes() == ["checkpoint.still", "checkpoint.captured"]
+    assert bench.told[0][1] == {"disks": bench.disks}
+    (names,) = still
+    assert "cont" not in names
+    assert "blockdev-snapshot" not in names, "the service works while this domain does"
+    assert bench.qemu.names[-1] != "stop"
+
+
+@pytest.mark.parametrize("word", [b"", b"0", None])
+def test_without_all_of_its_volumes_snapshots_there_is_no_checkpoint_and_it_goes_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, word: bytes | None
+) -> None:
+    monkeypatch.setattr(moment, "ANSWER_S", 0.05)
+    bench.disks = [disk("data")]
+    if word is None:
+        bench.on_still = lambda: None  # nobody ever says anything
+    else:
+        bench.on_still = lambda: (word and bench.stream.send(word), bench.stream.shutdown(1))
+    bench.begin(volumes=True)
+    bench.answer("paused")
+    assert bench.codes()[:2] == ["checkpoint.still", "checkpoint.failed"]
+    assert "not all given a snapshot" in bench.told[1][1]["error"]["message"]
+    assert "cont" in bench.qemu.names[bench.qemu.names.index("blockdev-snapshot") :]
+    bench.turn()
+    assert bench.codes()[-1] == "checkpoint.over"
+
+
+@pytest.mark.parametrize(
+    ("there", "volumes", "why"),
+    [
+        (disk("data", "vhost-user-blk"), True, "could not be restored with it"),
+        (disk("data", state="detaching"), True, "plugged in or out"),
+        (disk("data"), False, "plugged in or out"),
+    ],
+)
+def test_volumes_that_are_not_of_the_moment_are_no_checkpoint(
+    bench: Bench, there: dict[str, Any], volumes: bool, why: str
+) -> None:
+    bench.begin(volumes=volumes)
+    bench.disks = [there]  # by when it stands still
+    bench.answer("paused")
+    assert bench.codes() == ["checkpoint.failed"]
+    assert why in bench.told[0][1]["error"]["message"]
+    assert "cont" in bench.qemu.names
+    bench.disks = []
+    bench.begin(volumes=True)
+
+
+def test_a_stream_that_was_promised_is_given(bench: Bench) -> None:
+    asked = {"room_bytes": MEMORY, "overlay_bytes": 1 << 20, "volumes": True}
+    overlay = os.memfd_create("overlay")
+    with pytest.raises(Invalid, match="stream"):
+        bench.capture.begin(Request("t", "machine.checkpoint", asked, [overlay]))
+    os.close(overlay)
+    assert bench.qemu.names == []
 
 
 def test_memory_and_devices_are_captured_between_stop_and_cont_and_its_agent_is_told(

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from supercloud.model.errors import NotFound, SupercloudError
+from supercloud.model.errors import NotFound, SupercloudError, Unsupported
 from supercloud.trust.names import SERVICE, Identity
 from supercloud.wire.checkpoints import (
     BUCKET,
     CheckpointCollect,
     CheckpointTake,
+    GoesBack,
     Head,
     Kept,
     RestoreFrom,
@@ -21,10 +22,12 @@ from supercloud.wire.checkpoints import (
 )
 from supercloud.wire.messages import Apply, EnvironmentSpec, ImageRef
 from supercloud.wire.objects import STORE, BucketSpec, ObjectsApply, ObjectsCredentials
+from supercloud.wire.volumes import Seal, VolumeOpen, VolumeSpec
 from support.link import at_rendezvous
 from support.providers import KINDS, PRETENDED
 
 MIB = 1 << 20
+SNAPSHOT = "supercloud-0123456789abcdef"
 ENVIRONMENT = EnvironmentSpec(
     name="web", uid="web-1", kind="container", image=ImageRef(format="erofs", blobs={})
 )
@@ -80,8 +83,8 @@ async def running(provider, ask, link):
         yield asked, await link.owner.until("connected")
 
 
-async def take(provider, asked, store, head=None):
-    wanted = CheckpointTake(name=asked.name, uid="i1", store=store, head=head)
+async def take(provider, asked, store, head=None, snapshot=""):
+    wanted = CheckpointTake(name=asked.name, uid="i1", store=store, head=head, snapshot=snapshot)
     return await provider.checkpoints.take(asked.host, wanted)
 
 
@@ -148,6 +151,41 @@ async def test_a_platform_goes_on_from_one(provider, running, store, link):
     again = await link.owner.until("connected")
     assert again.pin == session.pin, "it has its key with it"
     assert [item.uid for item in (await again.list()).environments] == ["web-1"]
+
+
+async def test_its_volumes_go_back_with_it_into_their_slots(provider, running, store):
+    asked, _ = running
+    volumes, names = provider.volumes, ("data", "more")
+    for name in names:
+        spec = VolumeSpec(name=name, size_bytes=16 * MIB)
+        key = base64.b64encode(bytes(32)).decode()
+        opened = await volumes.open(asked.host, VolumeOpen(spec=spec, key_base64=key, seal=Seal()))
+        await volumes.serve(asked.host, name, opened.seal.epoch)
+    attached = [await volumes.attach(asked.host, n, asked.name, restorable=True) for n in names]
+    slots = {status.name: status.slot for status in attached}
+    assert [status.mode for status in attached] == ["nbd", "nbd"]
+    with pytest.raises(Unsupported):
+        await take(provider, asked, store)
+    taken = await take(provider, asked, store, snapshot=SNAPSHOT)
+    assert taken.slots == slots
+    assert await there(volumes) == {n: ("attached", slots[n], [SNAPSHOT]) for n in names}
+    await provider.delete_platform(asked.name)
+    assert await there(volumes) == {n: ("served", 0, [SNAPSHOT]) for n in names}
+    back = [GoesBack(volume=n, slot=slots[n], snapshot=SNAPSHOT) for n in reversed(names)]
+    restore = RestoreFrom(ee=asked.name, store=store, head=taken.head, volumes=back)
+    wrong = replace(restore, volumes=[back[0], replace(back[1], snapshot=SNAPSHOT[:-1] + "0")])
+    with pytest.raises(NotFound):
+        await provider.ensure_platform(replace(asked, restore=wrong))
+    assert await there(volumes) == {n: ("served", 0, [SNAPSHOT]) for n in names}
+    for _ in range(2):
+        await provider.ensure_platform(replace(asked, restore=restore))
+        assert await there(volumes) == {n: ("attached", slots[n], [SNAPSHOT]) for n in names}
+
+
+async def there(volumes):
+    """State, slot and snapshots of all."""
+    listed = await volumes.list()
+    return {status.name: (status.state, status.slot, status.snapshots) for _, status in listed}
 
 
 async def test_an_older_one_is_restored_and_one_that_is_not_vouched_for_is_refused(

@@ -259,7 +259,8 @@ def volume_calls(volumes: FakeVolumes, host: str) -> dict[str, Any]:
         return Empty()
 
     async def attached(_call: Call, asked: VolumeAttach) -> VolumeStatus:
-        return await volumes.attach(host, asked.name, asked.platform)
+        more = {"restorable": asked.restorable}
+        return await volumes.attach(host, asked.name, asked.platform, **more)
 
     async def detached(_call: Call, asked: ByName) -> VolumeStatus:
         return await volumes.detach(host, asked.name)

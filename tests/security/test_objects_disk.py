@@ -81,7 +81,7 @@ def test_neither_contents_nor_names_are_on_the_providers_disk_or_in_the_log(tmp_
 
 
 def test_that_search_finds_what_plain_weed_shows(tmp_path: Path) -> None:
-    with plain_weed(tmp_path / "plain", 31_000) as (endpoint, secret):
+    with plain_weed(tmp_path / "plain") as (endpoint, secret):
         s3 = client_of(endpoint, secret)
         eventually(lambda: s3.create_bucket(Bucket=BUCKET))
         eventually(lambda: s3.put_object(Bucket=BUCKET, Key="ready", Body=b"1"))

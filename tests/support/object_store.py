@@ -221,8 +221,11 @@ def object_store(place: Path, **start: Any) -> Iterator[ObjectStore]:
 
 
 @contextlib.contextmanager
-def plain_weed(place: Path, shift: int) -> Iterator[tuple[str, dict[str, str]]]:
-    """``weed mini`` as it comes, without anything of ours: (endpoint, root's credentials)."""
+def plain_weed(place: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """``weed mini`` as it comes, without anything of ours: (endpoint, root's credentials).
+
+    Its ports are none that connections are made from, nor those of hosts.
+    """
     from supercloud.services.objects.weed import Ports
 
     (place / "data").mkdir(parents=True)
@@ -230,7 +233,7 @@ def plain_weed(place: Path, shift: int) -> Iterator[tuple[str, dict[str, str]]]:
     keys = [{"accessKey": "plain", "secretKey": secret["secret_key"]}]
     identities = [{"name": "plain", "credentials": keys, "actions": ["Admin"]}]
     (place / "s3.json").write_text(json.dumps({"identities": identities}))
-    ports = Ports.shifted(shift)
+    ports = Ports.shifted(random.randrange(-4000, 300))
     flags = [f"-{name}.port={getattr(ports, name)}" for name in vars(ports)]
     flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={place}/data", "-webdav=false"]
     flags += [f"-s3.config={place}/s3.json", "-s3.port.iceberg=0", "-s3.port.lance=0"]

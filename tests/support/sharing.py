@@ -12,6 +12,19 @@ from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
 _ROOT = Path(__file__).parents[2]
+# The longest of few tests come first, so that no process waits at the end for the other's last.
+_LONG = (
+    "tests/system/test_checkpoints.py",
+    "tests/system/test_volumes.py",
+    "tests/system/test_platform_checkpoint.py",
+    "tests/component/test_agent_volumes.py",
+    "tests/system/test_template.py",
+    "tests/component/test_image_build.py",
+    "tests/security/test_objects_disk.py",
+    "tests/property/test_control_crash.py",
+    "tests/component/test_lower_replicas.py",
+    "tests/system/test_two_hosts.py",  # two machines at a time: while the other has none
+)
 
 
 @cache
@@ -21,12 +34,11 @@ def has_machines(file: str) -> bool:
 
 
 class Sharing(LoadFileScheduling):
-    """The files in order of their size, those of each kind to the process that prefers it."""
+    """The files by how long they take, those of each kind to the process that prefers it."""
 
     def _assign_work_unit(self, node: WorkerController) -> None:
         machines = node.gateway.id == "gw0"
-        for file in self.workqueue:
-            if has_machines(file) == machines:
-                self.workqueue.move_to_end(file, last=False)
-                break
+        files = [*filter(self.workqueue.__contains__, _LONG), *self.workqueue]
+        chosen = next((file for file in files if has_machines(file) == machines), files[0])
+        self.workqueue.move_to_end(chosen, last=False)
         super()._assign_work_unit(node)

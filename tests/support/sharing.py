@@ -11,9 +11,9 @@ from pathlib import Path
 from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
-_ROOT = Path(__file__).parents[2]
-# The longest of few tests come first, so that no process waits at the end for the other's last.
-_LONG = (
+ROOT = Path(__file__).parents[2]
+# These take longest: begun last, one of them would be waited for by a process with nothing to do.
+FIRST = (
     "tests/system/test_checkpoints.py",
     "tests/system/test_volumes.py",
     "tests/system/test_platform_checkpoint.py",
@@ -30,7 +30,7 @@ _LONG = (
 @cache
 def has_machines(file: str) -> bool:
     """Whether tests of this file, named from the root of the repository, boot machines."""
-    return "mark.vm" in (_ROOT / file).read_text()
+    return "mark.vm" in (ROOT / file).read_text()
 
 
 class Sharing(LoadFileScheduling):
@@ -38,7 +38,7 @@ class Sharing(LoadFileScheduling):
 
     def _assign_work_unit(self, node: WorkerController) -> None:
         machines = node.gateway.id == "gw0"
-        files = [*filter(self.workqueue.__contains__, _LONG), *self.workqueue]
+        files = [*filter(self.workqueue.__contains__, FIRST), *self.workqueue]
         chosen = next((file for file in files if has_machines(file) == machines), files[0])
         self.workqueue.move_to_end(chosen, last=False)
         super()._assign_work_unit(node)

@@ -209,6 +209,21 @@ def test_another_key_an_altered_and_an_older_journal_are_refused(tmp_path: Path)
         store.kill()
 
 
+def test_no_start_goes_on_from_an_earlier_raft_state(tmp_path: Path) -> None:
+    """It would be the provider's to alter, and now and then takes long to take up again."""
+    with object_store(tmp_path) as store:
+        s3 = client(store)
+        s3.put_object(Bucket=BUCKET, Key="k", Body=b"1")
+        store.kill()
+        (raft,) = (store.data / "volumes").glob("m[0-9]*")
+        planted = raft / "planted"
+        planted.write_bytes(b"")
+        store.launch()
+        store.start()
+        assert not planted.exists()
+        assert s3.get_object(Bucket=BUCKET, Key="k")["Body"].read() == b"1"
+
+
 def test_only_the_s3_port_can_be_reached(tmp_path: Path) -> None:
     """The filer answers without credentials, but nobody outside gets at it."""
     import socket

@@ -1,7 +1,10 @@
 """Fixtures that every suite shares."""
 
 import signal
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,3 +21,19 @@ def vm_lock() -> Iterator[None]:
     """At most as many virtual machines at a time, over all runs, as two cores bear."""
     with vm_slots():
         yield
+
+
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A directory that other users may enter, unlike ``tmp_path``."""
+    with tempfile.TemporaryDirectory(prefix="supercloud-open-") as place:
+        Path(place).chmod(0o755)
+        yield Path(place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n 2 --dist loadfile``: see ``support.sharing``."""
+    from support.sharing import Sharing
+
+    return Sharing(config, log) if config.getvalue("dist") == "loadfile" else None

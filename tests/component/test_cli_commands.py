@@ -322,11 +322,8 @@ def test_without_a_control_plane_it_says_so(tmp_path):
 
 
 @pytest.mark.root
-def test_a_socket_that_is_somebody_elses(tmp_path):
-    line = CommandLine(tmp_path)
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)
+def test_a_socket_that_is_somebody_elses(open_place):
+    line = CommandLine(open_place)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(line.socket))
         listener.listen()
@@ -390,11 +387,9 @@ def test_up_bears_a_control_plane_that_is_killed_and_comes_back(tmp_path):
 
 
 @pytest.mark.root
-def test_two_commands_at_once_start_one_control_plane(tmp_path):
+def test_two_commands_at_once_start_one_control_plane(open_place):
     """As an ordinary user, for it never runs as root."""
-    for directory in (tmp_path, *tmp_path.parents[:2]):
-        directory.chmod(0o755)
-    home = tmp_path / "home"
+    home = open_place / "home"
     home.mkdir()
     os.chown(home, 65534, 65534)
     line = CommandLine(home, {"SUPERCLOUD_LISTEN": ""})

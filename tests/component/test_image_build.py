@@ -5,9 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,14 +61,6 @@ def run_build(
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), time.monotonic() - begun_s
-
-
-@pytest.fixture
-def open_place() -> Iterator[Path]:
-    """A directory that other users may enter, unlike ``tmp_path``."""
-    with tempfile.TemporaryDirectory(prefix="image-build-") as place:
-        Path(place).chmod(0o755)
-        yield Path(place)
 
 
 @pytest.mark.root

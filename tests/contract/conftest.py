@@ -23,10 +23,8 @@ def real_host(tmp_path_factory):
 
 
 @pytest.fixture
-async def ask(request, provider, link):
+async def ask(provider, link):
     """Makes requests that fit the first host."""
-    if request.node.get_closest_marker("vm"):
-        request.getfixturevalue("vm_lock")
     host = (await provider.hosts())[0]
 
     def make(name="p1", **changes):

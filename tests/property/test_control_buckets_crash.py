@@ -1,54 +1,38 @@
 """Killed at any effect and started again, the control plane makes a store once and loses nothing."""
 
-import asyncio
-import contextlib
-import os
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from supercloud.model.errors import NotFound
 from supercloud.wire.objects import ObjectsSecret
-from support.control import Kill, World, environment, manifest_of
+from support.control import World, environment, manifest_of
+from support.crashes import PURGE, each_effect, kills, lives, purge, run, stories, unless_dead
 
-LONG = bool(os.environ.get("SUPERCLOUD_LONG"))
 BUCKETS = [{"name": "photos", "quota": "64MiB"}, {"name": "notes", "quota": "8MiB"}]
 USING = [environment("web", buckets=[{"name": "photos"}])]
 OTHER = [environment("web", buckets=[{"name": "photos"}, {"name": "notes", "access": "read"}])]
-PURGE = "purge"
-
-kills = st.builds(lambda at, after: (at, after), st.integers(1, 50), st.booleans())
-
-
-def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 120))
 
 
 async def _reach(world, wish):
     """Ask for the wish, and wait until it is so or the control plane is dead."""
     if wish is PURGE:
-        await _unless_dead(world, _purge(world))
+        await unless_dead(world, purge(world))
         await world.gone()
         await world.until(lambda: _no_store(world), "no store is left")
     elif wish is None:
         if await world.app.service.uclouds():
-            await _unless_dead(world, world.app.service.down("test"))
+            await unless_dead(world, world.app.service.down("test"))
         await world.gone()
     else:
         asked = manifest_of(world.directory, wish, buckets=BUCKETS)
-        await _unless_dead(world, world.app.service.up(asked))
+        await unless_dead(world, world.app.service.up(asked))
         await world.ready()
         await world.until(lambda: _granted(world, wish), "who uses buckets is known")
-
-
-async def _purge(world):
-    with contextlib.suppress(NotFound):
-        await world.app.service.purge("test")
 
 
 async def _no_store(world):
@@ -63,27 +47,8 @@ async def _granted(world, wish):
     }
 
 
-async def _unless_dead(world, work):
-    task = asyncio.ensure_future(work)
-    dying = asyncio.ensure_future(world.seam.dead.wait())
-    await asyncio.wait({task, dying}, return_when=asyncio.FIRST_COMPLETED)
-    dying.cancel()
-    if task.done():
-        task.result()
-    else:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
 async def _chapter(world, wish, points):
-    """Pursue a wish through all these deaths, and then in peace. The effects of the last life."""
-    for at, after in points:
-        await world.start(Kill(at, after=after))
-        await _reach(world, wish)
-        await world.stop()
-    await world.start()
-    await _reach(world, wish)
-    return world.seam
+    return await lives(world, points, lambda: _reach(world, wish))
 
 
 def _stores(directory):
@@ -142,16 +107,10 @@ async def _story(directory, chapters):
     await world.stop()
 
 
-@settings(
-    max_examples=100 if LONG else 10,
-    deadline=None,
-    derandomize=not LONG,
-    suppress_health_check=list(HealthCheck),
-    phases=(Phase.explicit, Phase.generate),
-)
+@stories(10, 100)
 @given(
     st.lists(
-        st.tuples(st.sampled_from([USING, OTHER, None, PURGE]), st.lists(kills, max_size=2)),
+        st.tuples(st.sampled_from([USING, OTHER, None, PURGE]), kills(50)),
         min_size=2,
         max_size=4,
     )
@@ -172,20 +131,15 @@ def test_every_single_effect_on_stores_may_be_the_last(after, end, tmp_path):
         await world.stop()
         down = await _chapter(world, end, [])
         await world.stop()
-        return up.seen, down.seen
+        return up, down
 
     (tmp_path / "count").mkdir()
     up, down = run(count())
     assert {what for what in up if "provider.objects" in what} == {
         "provider.objects_apply", "provider.objects_credentials",
     }  # fmt: skip
-    points = [(n, up) for n in range(1, len(up) + 1)] + [(n, down) for n in range(1, len(down) + 1)]
-    for index, (number, life) in enumerate(points):
-        if "objects" not in life[number - 1]:
-            continue
-        directory = tmp_path / str(index)
-        directory.mkdir()
-        kill = [(number, after)]
-        story = [(USING, kill), (end, [])] if life is up else [(USING, []), (end, kill)]
-        run(_story(directory, [*story, (USING, [])]))
-        assert _creations(directory) == (2 if end is PURGE else 1), (number, life)
+    for effect, directory, at_up, at_down in each_effect(
+        tmp_path, up, down, after=after, of="objects"
+    ):
+        run(_story(directory, [(USING, at_up), (end, at_down), (USING, [])]))
+        assert _creations(directory) == (2 if end is PURGE else 1), effect

@@ -1,35 +1,27 @@
 """Killed at any effect and started again, the control plane loses no checkpoint, and what it was
 told to restore comes back as it was, once."""
 
-import asyncio
 import contextlib
-import os
 import tempfile
 from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from supercloud.model.errors import NotFound, SupercloudError
+from supercloud.model.errors import SupercloudError
 from support.checkpointed import PLAIN, WEB, cloud, document, manifest
-from support.control import Kill, World
+from support.control import World
+from support.crashes import LONG, PURGE, kills, lives, purge, run, stories, unless_dead
 
-LONG = bool(os.environ.get("SUPERCLOUD_LONG"))
-UP, DOWN, PURGE, TAKE, BACK = "up", "down", "purge", "take", "back"
+UP, DOWN, TAKE, BACK = "up", "down", "take", "back"
 NAME = "web"
 
 WRITES = {**WEB, "volumes": [{"name": "data", "path": "/data"}]}
 
 REVOKED = [(TAKE, []), (DOWN, [(6, True), (7, False)]), (BACK, [(7, True)])]
 """The host revoked keys, and nobody wrote down that they are no good any more."""
-
-kills = st.builds(lambda at, after: (at, after), st.integers(1, 40), st.booleans())
-
-
-def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 120))
 
 
 class Story:
@@ -50,20 +42,15 @@ class Story:
 
     async def chapter(self, what, points):
         """Pursue it through all these deaths, and then in peace. The effects of the last life."""
-        for at, after in points:
-            await self.world.start(Kill(at, after=after))
-            await self._reach(what)
-            await self.world.stop()
-        await self.world.start()
-        await self._reach(what)
+        seen = await lives(self.world, points, lambda: self._reach(what))
         await self._settle(what)
         await self.world.stop()
-        return self.world.seam.seen
+        return seen
 
     # -- doing it
 
     async def _reach(self, what):
-        await _unless_dead(self.world, getattr(self, f"_{what}")())
+        await unless_dead(self.world, getattr(self, f"_{what}")())
 
     async def _up(self):
         wish = manifest(self.world, [WEB])
@@ -85,8 +72,7 @@ class Story:
         await self.world.gone()
 
     async def _purge(self):
-        with contextlib.suppress(NotFound):
-            await self.world.app.service.purge("test")
+        await purge(self.world)
         await self.world.gone()
         await self.world.until(self._nothing_kept, "nothing is kept")
 
@@ -186,18 +172,6 @@ class Story:
         return not kept.stale and len(kept.kept) <= kept.policy.keep
 
 
-async def _unless_dead(world, work):
-    task = asyncio.ensure_future(work)
-    dying = asyncio.ensure_future(world.seam.dead.wait())
-    await asyncio.wait({task, dying}, return_when=asyncio.FIRST_COMPLETED)
-    dying.cancel()
-    if task.done():
-        task.result()
-    else:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
 def _stored(directory):
     """The words of all that is in stores, by root."""
     found = {}
@@ -226,18 +200,12 @@ async def _rows(story):
     return rows
 
 
-@settings(
-    max_examples=100 if LONG else 8,
-    deadline=None,
-    derandomize=not LONG,
-    suppress_health_check=list(HealthCheck),
-    phases=(Phase.explicit, Phase.generate),
-)
+@stories(8, 100)
 @given(
     st.lists(
         st.tuples(
             st.sampled_from([UP, TAKE, TAKE, TAKE, BACK, BACK, DOWN, PURGE]),
-            st.lists(kills, max_size=2),
+            kills(40),
         ),
         min_size=3,
         max_size=6,

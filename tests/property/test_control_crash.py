@@ -1,21 +1,17 @@
 """Killed at any effect and started again, the control plane converges: nothing is made twice,
 nothing is left over."""
 
-import asyncio
-import contextlib
-import os
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from supercloud.model.errors import NotFound
-from support.control import Kill, World, environment, manifest_of
+from support.control import World, environment, manifest_of
+from support.crashes import PURGE, each_effect, kills, lives, purge, run, stories, unless_dead
 
-LONG = bool(os.environ.get("SUPERCLOUD_LONG"))
 SMALL = [environment("web"), environment("db", kind="vm", image="vm")]
 LARGER = [
     environment("web", replicas=3, placement={"spread": "host"}),
@@ -32,62 +28,31 @@ SWAPPED = [
     environment("web", volumes=[{"name": "shared", "path": "/s"}]),
     environment("other", volumes=[{"name": "data", "path": "/d"}]),
 ]
-PURGE = "purge"
-
-kills = st.builds(lambda at, after: (at, after), st.integers(1, 60), st.booleans())
-
-
-def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 120))
 
 
 async def _reach(world, wish):
     """Ask for the wish, and wait until it is so or the control plane is dead."""
     if wish is PURGE:
-        await _unless_dead(world, _purge(world))
+        await unless_dead(world, purge(world))
         await world.gone()
         await world.until(lambda: _no_volumes(world), "no volume is left")
     elif wish is None:
         views = await world.app.service.uclouds()
         if views:
-            await _unless_dead(world, world.app.service.down("test"))
+            await unless_dead(world, world.app.service.down("test"))
         await world.gone()
     else:
         asked = manifest_of(world.directory, wish, volumes=VOLUMES)
-        await _unless_dead(world, world.app.service.up(asked))
+        await unless_dead(world, world.app.service.up(asked))
         await world.ready()
-
-
-async def _purge(world):
-    with contextlib.suppress(NotFound):
-        await world.app.service.purge("test")
 
 
 async def _no_volumes(world):
     return not await world.app.service.volumes.rows()
 
 
-async def _unless_dead(world, work):
-    task = asyncio.ensure_future(work)
-    dying = asyncio.ensure_future(world.seam.dead.wait())
-    await asyncio.wait({task, dying}, return_when=asyncio.FIRST_COMPLETED)
-    dying.cancel()
-    if task.done():
-        task.result()
-    else:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
 async def _with_kills(world, wish, points):
-    """Pursue a wish through all these deaths, and then in peace. The effects of the last life."""
-    for at, after in points:
-        await world.start(Kill(at, after=after))
-        await _reach(world, wish)
-        await world.stop()
-    await world.start()
-    await _reach(world, wish)
-    return world.seam
+    return await lives(world, points, lambda: _reach(world, wish))
 
 
 def _expected(world, wish):
@@ -165,32 +130,20 @@ async def _story(directory, chapters):
     return Counter(world.creations())
 
 
-@settings(
-    max_examples=150 if LONG else 12,
-    deadline=None,
-    derandomize=not LONG,
-    suppress_health_check=list(HealthCheck),
-    phases=(Phase.explicit, Phase.generate),
-)
-@given(st.lists(kills, max_size=3), st.lists(kills, max_size=3))
+@stories(12, 150)
+@given(kills(60, 3), kills(60, 3))
 def test_a_kill_at_any_effect_of_up_and_down_leaves_nothing_behind(up_kills, down_kills):
     with tempfile.TemporaryDirectory() as directory:
         creations = run(_story(Path(directory), [(SMALL, up_kills), (None, down_kills)]))
     assert set(creations.values()) == {1}, creations
 
 
-@settings(
-    max_examples=100 if LONG else 8,
-    deadline=None,
-    derandomize=not LONG,
-    suppress_health_check=list(HealthCheck),
-    phases=(Phase.explicit, Phase.generate),
-)
+@stories(8, 100)
 @given(
     st.lists(
         st.tuples(
             st.sampled_from([SMALL, LARGER, OTHER, STORED, SWAPPED, None, PURGE]),
-            st.lists(kills, max_size=2),
+            kills(60),
         ),
         min_size=2,
         max_size=4,
@@ -201,15 +154,9 @@ def test_any_story_of_wishes_and_kills_ends_as_wished(chapters):
         run(_story(Path(directory), chapters))
 
 
-@settings(
-    max_examples=100 if LONG else 10,
-    deadline=None,
-    derandomize=not LONG,
-    suppress_health_check=list(HealthCheck),
-    phases=(Phase.explicit, Phase.generate),
-)
+@stories(10, 100)
 @given(
-    st.lists(kills, max_size=2), st.lists(kills, max_size=2), st.lists(kills, max_size=2),
+    kills(60), kills(60), kills(60),
     st.sampled_from([None, SMALL, SWAPPED]),
 )  # fmt: skip
 def test_volumes_are_made_once_and_lose_nothing_by_kills(first, second, third, between):
@@ -230,24 +177,20 @@ def test_every_single_effect_on_volumes_may_be_the_last(after, end, tmp_path):
         await world.stop()
         down = await _with_kills(world, end, [])
         await world.stop()
-        return up.seen, down.seen
+        return up, down
 
     (tmp_path / "count").mkdir()
     up, down = run(count())
     assert [what for what in up if "provider.volume_" in what] == [
         "provider.volume_open", "provider.volume_serve", "provider.volume_attach",
     ]  # fmt: skip
-    points = [(n, up) for n in range(1, len(up) + 1)] + [(n, down) for n in range(1, len(down) + 1)]
-    for index, (number, life) in enumerate(points):
-        if "volume" not in life[number - 1]:
-            continue  # the test below walks through the others
-        directory = tmp_path / str(index)
-        directory.mkdir()
-        kill = [(number, after)]
-        story = [(wish, kill), (end, [])] if life is up else [(wish, []), (end, kill)]
-        run(_story(directory, [*story, (wish, [])]))
+    # the test below walks through the others
+    for effect, directory, at_up, at_down in each_effect(
+        tmp_path, up, down, after=after, of="volume"
+    ):
+        run(_story(directory, [(wish, at_up), (end, at_down), (wish, [])]))
         made = Counter(World(directory).volume_creations())
-        assert made == {"data": 2 if end is PURGE else 1}, (number, life)
+        assert made == {"data": 2 if end is PURGE else 1}, effect
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -258,14 +201,10 @@ def test_every_single_effect_of_up_and_down_may_be_the_last(after, tmp_path):
         await world.stop()
         down = await _with_kills(world, None, [])
         await world.stop()
-        return len(up.seen), len(down.seen)
+        return up, down
 
     (tmp_path / "count").mkdir()
     up, down = run(count())
-    for number in range(1, up + down + 1):
-        directory = tmp_path / str(number)
-        directory.mkdir()
-        point = [(number if number <= up else number - up, after)]
-        story = [(SMALL, point), (None, [])] if number <= up else [(SMALL, []), (None, point)]
-        creations = run(_story(directory, story))
-        assert set(creations.values()) == {1}, (number, creations)
+    for effect, directory, at_up, at_down in each_effect(tmp_path, up, down, after=after):
+        creations = run(_story(directory, [(SMALL, at_up), (None, at_down)]))
+        assert set(creations.values()) == {1}, (effect, creations)

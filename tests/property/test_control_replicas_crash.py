@@ -2,26 +2,19 @@
 volume on several hosts has answered is there, and only one of its hosts answers."""
 
 import asyncio
-import os
 import tempfile
 from pathlib import Path
 
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from supercloud.model.errors import BadState, NotFound, Temporary
-from support.control import Kill, World, environment, manifest_of
+from support.control import World, environment, manifest_of
+from support.crashes import kills, lives, run, stories, unless_dead
 
-LONG = bool(os.environ.get("SUPERCLOUD_LONG"))
 USER = environment("db", volumes=[{"name": "data", "path": "/data"}])
 VOLUMES = [{"name": "data", "size": "1MiB", "replicas": 2}]
 HOSTS = ("east", "west")
-
-kills = st.builds(lambda at, after: (at, after), st.integers(1, 60), st.booleans())
-
-
-def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 240))
 
 
 class Kept:
@@ -33,22 +26,11 @@ class Kept:
 
     async def pursue(self, begin, reached, points):
         """Through all these deaths, then in peace."""
-        for at, after in points:
-            await self.world.start(Kill(at, after=after))
-            await self._life(begin, reached)
-            await self.world.stop()
-        await self.world.start()
-        await self._life(begin, reached)
+        await lives(self.world, points, lambda: self._life(begin, reached))
 
     async def _life(self, begin, reached):
         if begin is not None:
-            task, dying = asyncio.ensure_future(begin()), self.world.seam.dead.wait()
-            dying = asyncio.ensure_future(dying)
-            await asyncio.wait({task, dying}, return_when=asyncio.FIRST_COMPLETED)
-            dying.cancel()
-            if not task.done():
-                task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await unless_dead(self.world, begin())
         try:
             await self.world.until(reached, "what was wished for")
         except TimeoutError:
@@ -153,17 +135,11 @@ async def chapters(directory, points, *, cut):
         await kept.world.stop()
 
 
-@settings(
-    max_examples=60 if LONG else 5,
-    deadline=None,
-    derandomize=not LONG,
-    suppress_health_check=list(HealthCheck),
-    phases=(Phase.explicit, Phase.generate),
-)
+@stories(5, 60)
 @given(
-    points=st.tuples(*(st.lists(kills, max_size=2) for _ in range(3))),
+    points=st.tuples(*(kills(60) for _ in range(3))),
     cut=st.booleans(),
 )
 def test_nothing_that_was_answered_is_lost_and_only_one_answers(points, cut):
     with tempfile.TemporaryDirectory() as directory:
-        run(chapters(directory, points, cut=cut))
+        run(chapters(directory, points, cut=cut), 240)

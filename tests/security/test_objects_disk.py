@@ -30,9 +30,9 @@ BUCKET = "ledger-of-the-red-house"
 USER = "clerk-of-the-red-house"
 
 
-def client(store: ObjectStore, bucket: str = BUCKET) -> Any:
+def client(store: ObjectStore, bucket: str = BUCKET, **more: Any) -> Any:
     store.call("bucket.apply", {"name": bucket, "quota_bytes": 256 * MIB, "versioning": False})
-    return store.client(store.credentials(USER, {bucket: "write"}))
+    return store.client(store.credentials(USER, {bucket: "write"}), **more)
 
 
 def store_known_objects(s3: Any) -> None:
@@ -81,7 +81,7 @@ def test_neither_contents_nor_names_are_on_the_providers_disk_or_in_the_log(tmp_
 
 
 def test_that_search_finds_what_plain_weed_shows(tmp_path: Path) -> None:
-    with plain_weed(tmp_path / "plain", 31_000) as (endpoint, secret):
+    with plain_weed(tmp_path / "plain") as (endpoint, secret):
         s3 = client_of(endpoint, secret)
         eventually(lambda: s3.create_bucket(Bucket=BUCKET))
         eventually(lambda: s3.put_object(Bucket=BUCKET, Key="ready", Body=b"1"))
@@ -167,7 +167,7 @@ def _flushes_of(place: Path, durable: bool) -> tuple[int, int, int]:
 
 def test_what_the_provider_alters_is_refused(tmp_path: Path) -> None:
     with object_store(tmp_path) as store:
-        s3 = client(store)
+        s3 = client(store, attempts=1)  # weed itself reads again, for a while
         body = os.urandom(MIB)
         s3.put_object(Bucket=BUCKET, Key="k", Body=body)
         store.stop()
@@ -207,6 +207,21 @@ def test_another_key_an_altered_and_an_older_journal_are_refused(tmp_path: Path)
             (journal / name).write_bytes(content)
         store.start(least=reached)
         store.kill()
+
+
+def test_no_start_goes_on_from_an_earlier_raft_state(tmp_path: Path) -> None:
+    """It would be the provider's to alter, and now and then takes long to take up again."""
+    with object_store(tmp_path) as store:
+        s3 = client(store)
+        s3.put_object(Bucket=BUCKET, Key="k", Body=b"1")
+        store.kill()
+        (raft,) = (store.data / "volumes").glob("m[0-9]*")
+        planted = raft / "planted"
+        planted.write_bytes(b"")
+        store.launch()
+        store.start()
+        assert not planted.exists()
+        assert s3.get_object(Bucket=BUCKET, Key="k")["Body"].read() == b"1"
 
 
 def test_only_the_s3_port_can_be_reached(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class MemoryOwner:
 
     async def until(self, what: str, platform: str = "") -> object:
         """The next ``what`` (of ``platform``), dropping whatever comes before it."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(90):
             while True:
                 kind, name, value = await self.seen.get()
                 if kind == what and platform in ("", name):

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import socket
@@ -134,19 +135,21 @@ class ObjectStore:
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
         return f"https://127.0.0.1:{listener.getsockname()[1]}"
 
-    def client(self, secret: dict[str, str]) -> Any:
+    def client(self, secret: dict[str, str], attempts: int = 2) -> Any:
         """A boto3 client."""
-        return client_of(self.endpoint(), secret, str(self.identity))
+        return client_of(self.endpoint(), secret, str(self.identity), attempts)
 
     def kill(self) -> None:
         """As a machine that dies: both at once, nothing is told."""
         weed = self.call("objects.state")["pid"]
+        ended = os.pidfd_open(weed) if weed else -1
         os.kill(self.process.pid, signal.SIGSTOP)  # so that it starts no other
         if weed:
             os.kill(weed, signal.SIGKILL)
         self.end()
-        while weed and Path(f"/proc/{weed}").exists():
-            time.sleep(0.01)
+        if weed:  # until its last thread has let go; whoever inherited it may reap it late
+            assert select.select([ended], [], [], 60)[0]
+            os.close(ended)
 
     def end(self) -> None:
         if self.process.poll() is None:
@@ -221,8 +224,11 @@ def object_store(place: Path, **start: Any) -> Iterator[ObjectStore]:
 
 
 @contextlib.contextmanager
-def plain_weed(place: Path, shift: int) -> Iterator[tuple[str, dict[str, str]]]:
-    """``weed mini`` as it comes, without anything of ours: (endpoint, root's credentials)."""
+def plain_weed(place: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """``weed mini`` as it comes, without anything of ours: (endpoint, root's credentials).
+
+    Its ports are none that connections are made from, nor those of hosts.
+    """
     from supercloud.services.objects.weed import Ports
 
     (place / "data").mkdir(parents=True)
@@ -230,7 +236,7 @@ def plain_weed(place: Path, shift: int) -> Iterator[tuple[str, dict[str, str]]]:
     keys = [{"accessKey": "plain", "secretKey": secret["secret_key"]}]
     identities = [{"name": "plain", "credentials": keys, "actions": ["Admin"]}]
     (place / "s3.json").write_text(json.dumps({"identities": identities}))
-    ports = Ports.shifted(shift)
+    ports = Ports.shifted(random.randrange(-4000, 300))
     flags = [f"-{name}.port={getattr(ports, name)}" for name in vars(ports)]
     flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={place}/data", "-webdav=false"]
     flags += [f"-s3.config={place}/s3.json", "-s3.port.iceberg=0", "-s3.port.lance=0"]
@@ -249,12 +255,15 @@ def plain_weed(place: Path, shift: int) -> Iterator[tuple[str, dict[str, str]]]:
         process.wait()
 
 
-def client_of(endpoint: str, secret: dict[str, str], verify: str | bool = True) -> Any:
+def client_of(
+    endpoint: str, secret: dict[str, str], verify: str | bool = True, attempts: int = 2
+) -> Any:
     """A boto3 client."""
     import boto3
     from botocore.config import Config
 
-    options = {"retries": {"max_attempts": 1}, "read_timeout": 120, "max_pool_connections": 16}
+    retries = {"total_max_attempts": attempts}
+    options = {"retries": retries, "read_timeout": 120, "max_pool_connections": 16}
     return boto3.client(
         "s3",
         endpoint_url=endpoint,

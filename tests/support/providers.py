@@ -29,7 +29,12 @@ async def _wire(_request, tmp_path, link):
 
 @contextlib.asynccontextmanager
 async def _real(request, _tmp_path, link):
-    """A host that really runs; every test is a user of its own there."""
+    """A host that really runs; every test is a user of its own there.
+
+    Who asks for platforms waits for a machine's turn first: not later, with connections open.
+    """
+    if "ask" in request.fixturenames:
+        request.getfixturevalue("vm_lock")
     host = request.getfixturevalue("real_host")
     user = f"u{secrets.token_hex(3)}"
     host.admin("user.add", user=user, ca_pem=link.authority.root_pem, quota={})

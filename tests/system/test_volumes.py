@@ -206,9 +206,9 @@ def test_a_disk_put_back_to_an_older_state_is_refused_until_its_user_accepts(
     stored.sh("echo newer > /srv/pages/secret; sync")
     stored.stack.cli("down", "stored")
     pages.write_bytes(old.read_bytes())
-    stored.up("--timeout", "20", status=None)
+    stored.up("--no-wait")
+    wait_for(lambda: stored.volumes()["pages"]["state"] == "failed", 90, stored.stack.logs)
     row = stored.volumes()["pages"]
-    assert row["state"] == "failed", row
     assert "rolled back" in row["reason"]
     refused = stored.stack.cli("volumes", "accept", "stored/pages", status=None)
     assert refused.returncode != 0

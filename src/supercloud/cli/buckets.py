@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from supercloud.cli import client, named
-from supercloud.cli.failure import printable
-from supercloud.cli.table import age, rounded, table, tree
+from supercloud.cli.table import age, rounded, table
 from supercloud.model.errors import Invalid
 from supercloud.model.sizes import format_size
 
@@ -73,23 +72,11 @@ def _row(row: dict[str, Any], *, several: bool) -> tuple[str, ...]:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    shown = client.get(_path(arguments))
-    print(json.dumps(shown, indent=2) if arguments.json else "\n".join(tree(shown)))
+    named.inspect(KIND, arguments.bucket, arguments)
 
 
 def _delete(arguments: argparse.Namespace) -> None:
-    """Wait until it is gone."""
-    path = _path(arguments)
-    client.call("POST", f"{path}/delete", {})
-    named.await_gone(path, arguments.bucket)
-    if arguments.json:
-        print(json.dumps({"bucket": arguments.bucket, "state": "gone"}))
-    else:
-        print(printable(f"{arguments.bucket} is gone, with all that was in it"))
-
-
-def _path(arguments: argparse.Namespace) -> str:
-    return named.path(KIND, arguments.bucket, arguments.ucloud)
+    named.delete(KIND, arguments.bucket, arguments)
 
 
 _ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -1,8 +1,12 @@
 """What is kept beside the U-Clouds, by name: volumes, buckets, checkpoints."""
 
+import argparse
+import json
 import time
 
 from supercloud.cli import client
+from supercloud.cli.failure import printable
+from supercloud.cli.table import tree
 from supercloud.model.errors import NotFound, Temporary
 
 LOOK_AGAIN_S = 0.1
@@ -35,6 +39,23 @@ def path(kind: Kind, given: str, ucloud: str) -> str:
         )
     hint = f"supercloud {kind.plural} lists them"
     raise NotFound(f"no {kind.noun} {name!r:.80}", hint=hint)
+
+
+def inspect(kind: Kind, given: str, arguments: argparse.Namespace) -> None:
+    """Show all that is known of what is named."""
+    shown = client.get(path(kind, given, arguments.ucloud))
+    print(json.dumps(shown, indent=2) if arguments.json else "\n".join(tree(shown)))
+
+
+def delete(kind: Kind, given: str, arguments: argparse.Namespace) -> None:
+    """Delete what is named, with its content; wait until it is gone."""
+    found = path(kind, given, arguments.ucloud)
+    client.call("POST", f"{found}/delete", {})
+    await_gone(found, given)
+    if arguments.json:
+        print(json.dumps({kind.noun: given, "state": "gone"}))
+    else:
+        print(printable(f"{given} is gone, with all that was in it"))
 
 
 def await_gone(path: str, name: str) -> None:

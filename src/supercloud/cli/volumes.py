@@ -8,7 +8,7 @@ from typing import Any
 
 from supercloud.cli import client, named
 from supercloud.cli.failure import printable
-from supercloud.cli.table import rounded, table, tree
+from supercloud.cli.table import rounded, table
 from supercloud.model.errors import Invalid
 from supercloud.model.sizes import format_size
 
@@ -90,8 +90,7 @@ def _row(row: dict[str, Any], *, several: bool) -> tuple[str, ...]:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    shown = client.get(_path(arguments))
-    print(json.dumps(shown, indent=2) if arguments.json else "\n".join(tree(shown)))
+    named.inspect(KIND, arguments.volume, arguments)
 
 
 def _snapshot(arguments: argparse.Namespace) -> None:
@@ -120,14 +119,7 @@ def _backup(arguments: argparse.Namespace) -> None:
 
 
 def _delete(arguments: argparse.Namespace) -> None:
-    """Wait until it is gone."""
-    path = _path(arguments)
-    client.call("POST", f"{path}/delete", {})
-    named.await_gone(path, arguments.volume)
-    if arguments.json:
-        print(json.dumps({"volume": arguments.volume, "state": "gone"}))
-    else:
-        print(printable(f"{arguments.volume} is gone, with all that was in it"))
+    named.delete(KIND, arguments.volume, arguments)
 
 
 def _accept(arguments: argparse.Namespace) -> None:

@@ -9,13 +9,13 @@ signs; the structures around are few and fixed, and are written here.
 
 import base64
 import ctypes
-import functools
 from contextlib import ExitStack
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_void_p
 from typing import Any, Final, Self
 
 from supercloud.model.errors import Permanent
 from supercloud.trust.names import PLATFORM, Identity, parse_uri
+from supercloud.wire.native import Library
 
 _NUMBER_BYTES: Final = 32
 _KEY_BYTES, _BLOCK_BYTES = 32, 16
@@ -28,45 +28,34 @@ _SUBJECT_ALT_NAME: Final = bytes.fromhex("0603551d11")
 _INTEGER, _BITS, _OCTETS, _UTF8, _SEQUENCE, _SET = 0x02, 0x03, 0x04, 0x0C, 0x30, 0x31
 _ATTRIBUTES, _PUBLIC, _DNS, _URI = 0xA0, 0xA1, 0x82, 0x86  # context-specific
 
-# name -> (type of the result, types of the arguments); see the manual pages of OpenSSL 3
-_FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
-    "EVP_PKEY_Q_keygen": (c_void_p, c_void_p, c_char_p, c_char_p, c_char_p),
-    "EVP_PKEY_free": (None, c_void_p),
-    "EVP_PKEY_get1_encoded_public_key": (c_size_t, c_void_p, POINTER(c_void_p)),
-    "EVP_PKEY_get_bn_param": (c_int, c_void_p, c_char_p, POINTER(c_void_p)),
-    "BN_bn2binpad": (c_int, c_void_p, c_char_p, c_int),
-    "BN_clear_free": (None, c_void_p),
-    "CRYPTO_free": (None, c_void_p, c_char_p, c_int),
-    "EVP_sha256": (c_void_p,),
-    "EVP_MD_CTX_new": (c_void_p,),
-    "EVP_MD_CTX_free": (None, c_void_p),
-    "EVP_DigestSignInit": (c_int, *[c_void_p] * 5),
-    "EVP_CIPHER_CTX_new": (c_void_p,),
-    "EVP_CIPHER_CTX_free": (None, c_void_p),
-    "EVP_aes_256_ctr": (c_void_p,),
-    "EVP_DecryptInit_ex": (c_int, c_void_p, c_void_p, c_void_p, c_char_p, c_char_p),
-    "EVP_DecryptUpdate": (c_int, c_void_p, c_void_p, POINTER(c_int), c_void_p, c_int),
-    "EVP_DigestSign": (c_int, c_void_p, c_char_p, POINTER(c_size_t), c_char_p, c_size_t),
-}
-
-
-@functools.cache
-def _library() -> Any:
-    """The functions; OSError or AttributeError where there is no such libcrypto."""
-    library = ctypes.CDLL("libcrypto.so.3")
-    for name, (result, *arguments) in _FUNCTIONS.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
+# see the manual pages of OpenSSL 3
+_LIBRARY: Final = Library(
+    "libcrypto.so.3",
+    {
+        "EVP_PKEY_Q_keygen": (c_void_p, c_void_p, c_char_p, c_char_p, c_char_p),
+        "EVP_PKEY_free": (None, c_void_p),
+        "EVP_PKEY_get1_encoded_public_key": (c_size_t, c_void_p, POINTER(c_void_p)),
+        "EVP_PKEY_get_bn_param": (c_int, c_void_p, c_char_p, POINTER(c_void_p)),
+        "BN_bn2binpad": (c_int, c_void_p, c_char_p, c_int),
+        "BN_clear_free": (None, c_void_p),
+        "CRYPTO_free": (None, c_void_p, c_char_p, c_int),
+        "EVP_sha256": (c_void_p,),
+        "EVP_MD_CTX_new": (c_void_p,),
+        "EVP_MD_CTX_free": (None, c_void_p),
+        "EVP_DigestSignInit": (c_int, *[c_void_p] * 5),
+        "EVP_CIPHER_CTX_new": (c_void_p,),
+        "EVP_CIPHER_CTX_free": (None, c_void_p),
+        "EVP_aes_256_ctr": (c_void_p,),
+        "EVP_DecryptInit_ex": (c_int, c_void_p, c_void_p, c_void_p, c_char_p, c_char_p),
+        "EVP_DecryptUpdate": (c_int, c_void_p, c_void_p, POINTER(c_int), c_void_p, c_int),
+        "EVP_DigestSign": (c_int, c_void_p, c_char_p, POINTER(c_size_t), c_char_p, c_size_t),
+    },
+)
 
 
 def is_there() -> bool:
     """Whether this can be used here; the ``openssl`` command is the other way."""
-    try:
-        _library()
-    except (OSError, AttributeError):
-        return False
-    return True
+    return _LIBRARY.is_there()
 
 
 def make_key_and_request(uri: str) -> tuple[bytes, str]:
@@ -74,7 +63,7 @@ def make_key_and_request(uri: str) -> tuple[bytes, str]:
 
     Invalid when ``uri`` is no identity of ours.
     """
-    identity, lib = parse_uri(uri), _library()
+    identity, lib = parse_uri(uri), _LIBRARY.load()
     with ExitStack() as owned:
         key = _made(lib.EVP_PKEY_Q_keygen(None, None, b"EC", b"P-256"))
         owned.callback(lib.EVP_PKEY_free, key)
@@ -91,7 +80,7 @@ class Deciphering:
     def __init__(self, key: bytes) -> None:
         if len(key) != _KEY_BYTES:
             raise Permanent(f"a key of {len(key)} bytes")
-        self._lib = _library()
+        self._lib = _LIBRARY.load()
         self._context = _made(self._lib.EVP_CIPHER_CTX_new())
         start, cipher = self._lib.EVP_DecryptInit_ex, self._lib.EVP_aes_256_ctr()
         try:
@@ -116,7 +105,8 @@ class Deciphering:
 
 def rehearse() -> None:
     """Look up what OpenSSL looks up once, and Python compiles or caches; no key is made."""
-    _library().EVP_MD_CTX_free(_library().EVP_MD_CTX_new())
+    lib = _LIBRARY.load()
+    lib.EVP_MD_CTX_free(lib.EVP_MD_CTX_new())
     _request_info(Identity("rehearsal", PLATFORM, "nobody"), bytes(65))
 
 

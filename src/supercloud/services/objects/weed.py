@@ -2,8 +2,8 @@
 
 Everything but the volumes is in memory: ``run`` is a directory on a tmpfs that holds sockets,
 configuration and keys. On the provider's directory are volumes, whose chunks weed encrypts, and
-its raft state, which has no names. Ports are on loopback of the domain's own network namespace.
-Flags and file names are those of SeaweedFS 4.48.
+while it runs its raft state, which has no names. Ports are on loopback of the domain's own network
+namespace. Flags and file names are those of SeaweedFS 4.48.
 """
 
 import base64
@@ -89,7 +89,9 @@ class Weed:
 
     def prepare(self, identities: Sequence[Mapping[str, Any]]) -> None:
         """Write what it reads at start; take away what it must not find."""
-        for name in _NOT_THE_DISKS:
+        # Its master is the only one and learns of the volumes from their server. One that goes on
+        # from an earlier raft state may have nobody write for 5 or 15 s, as for an election.
+        for name in (*_NOT_THE_DISKS, f"m{self.ports.master}"):
             path = f"{self.data}/{name}"
             if os.path.isdir(path) and not os.path.islink(path):
                 shutil.rmtree(path)

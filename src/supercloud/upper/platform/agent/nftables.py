@@ -4,46 +4,34 @@ Under emulation ``nft`` costs some 200 ms, most of it for being loaded. It is in
 way here: each call has a context, and so a netlink socket, of its own.
 """
 
-import ctypes
-import functools
 from ctypes import c_char_p, c_int, c_uint32, c_void_p
-from typing import Any, Final
+from typing import Final
 
 from supercloud.model.errors import Permanent
+from supercloud.wire.native import Library
 
 MAX_COMPLAINT: Final = 500
-# name -> (type of the result, types of the arguments); see libnftables(3)
-_FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
-    "nft_ctx_new": (c_void_p, c_uint32),
-    "nft_ctx_free": (None, c_void_p),
-    "nft_ctx_buffer_error": (c_int, c_void_p),
-    "nft_ctx_get_error_buffer": (c_char_p, c_void_p),
-    "nft_run_cmd_from_buffer": (c_int, c_void_p, c_char_p),
-}
-
-
-@functools.cache
-def _library() -> Any:
-    """The functions; OSError or AttributeError where there is no such library."""
-    library = ctypes.CDLL("libnftables.so.1")
-    for name, (result, *arguments) in _FUNCTIONS.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
+# see libnftables(3)
+_LIBRARY: Final = Library(
+    "libnftables.so.1",
+    {
+        "nft_ctx_new": (c_void_p, c_uint32),
+        "nft_ctx_free": (None, c_void_p),
+        "nft_ctx_buffer_error": (c_int, c_void_p),
+        "nft_ctx_get_error_buffer": (c_char_p, c_void_p),
+        "nft_run_cmd_from_buffer": (c_int, c_void_p, c_char_p),
+    },
+)
 
 
 def is_there() -> bool:
     """Whether this can be used here; the ``nft`` command is the other way."""
-    try:
-        _library()
-    except (OSError, AttributeError):
-        return False
-    return True
+    return _LIBRARY.is_there()
 
 
 def apply(text: str) -> None:
     """Do what ``nft -f`` would, all or nothing; Permanent with its complaint. Blocking."""
-    library = _library()
+    library = _LIBRARY.load()
     context = library.nft_ctx_new(0)
     if not context:
         raise Permanent("libnftables gives no context")

@@ -31,7 +31,7 @@ READ_DISK = (
     "sync; echo 3 > /proc/sys/vm/drop_caches; echo is-$MEM-$(cat /tmp/f)-$(head -c 3 /dev/vda)"
 )
 BODY = """\
-platform: {{memory: 1GiB}}
+platform: {{memory: 1GiB, checkpoint: {{keep: 1}}}}
 volumes: [{{name: links, size: 64MiB}}, {{name: blocks, size: 16MiB}}]
 environments:
   - name: chain
@@ -174,6 +174,37 @@ def test_a_nested_machine_goes_back_with_its_memory(kept: Kept) -> None:
     wait_for(kept.has_the_time, 60)
     wait_for(lambda: kept.rows()["machine"]["state"] == "serving", 60)
     assert one["memory_bytes"] > 0
+
+
+def test_a_platform_goes_back_with_all_its_volumes_and_what_runs_in_it(kept: Kept) -> None:
+    kept.shell("MEM=kept-in-memory; echo one > /tmp/f; echo one > /dev/vda", r"#")
+    kept.shell(READ_DISK, r"is-kept-in-memory-one-one")
+    before = kept.rows()
+    platform = before["chain"]["platform"]
+    said = kept.stack.cli("checkpoint", f"kept/{platform}").stdout
+    assert "stood still for" in said
+    at, listed = kept.number(), kept.listed()
+    (one,) = kept.of(platform)["checkpoints"]
+    assert set(one["snapshots"]) == {"links", "blocks"}
+    wanted = f"checkpoint {one['number']} of {platform}"
+    assert wanted in kept.snapshots("links")
+    assert wanted in kept.snapshots("blocks")
+    kept.shell("MEM=changed; echo two > /tmp/f; echo two > /dev/vda", r"#")
+    kept.shell(READ_DISK, r"is-changed-two-two")
+    kept.stack.cli("exec", "kept/chain", "--", "sh", "-c", ": > /links/later")
+    wait_for(lambda: kept.listed() > listed + 50, 120)
+    done = kept.stack.cli("restore", f"kept/{platform}").stdout
+    assert "its volumes (blocks, links): what was written to them since is lost" in done
+    wait_for(lambda: kept.rows()["chain"]["state"] == "serving", 60)
+    assert kept.listed() < listed + 50
+    assert kept.number() < at + 150
+    assert "later" not in kept.stack.cli("exec", "kept/chain", "--", "ls", "/links").stdout
+    kept.shell(READ_DISK, r"is-kept-in-memory-one-one")
+    now, listed = kept.number(), kept.listed()
+    wait_for(lambda: kept.number() > now, 60)
+    wait_for(lambda: kept.listed() > listed, 60)
+    after = kept.rows()
+    assert {n: row["uid"] for n, row in after.items()} == {n: r["uid"] for n, r in before.items()}
 
 
 def test_the_providers_disk_has_neither_what_was_in_memory_nor_names(kept: Kept) -> None:

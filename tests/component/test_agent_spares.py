@@ -82,12 +82,16 @@ async def kill_agent(platform: Platform) -> None:
             await asyncio.sleep(0.1)
 
 
-async def test_the_next_start_is_from_memory_and_each_is_another(platform: Platform) -> None:
+async def test_who_starts_again_and_again_does_from_memory_and_each_is_another(
+    platform: Platform,
+) -> None:
     await platform.apply(told(platform))
     assert (await serving(platform)).started_from == "boot"
+    assert await spares(platform) == [], "a first start is not held up"
+    assert (await restart(platform, 1)).started_from == "boot"
     numbers = [await drawn(platform)]
     assert len(await spares(platform)) == 1
-    for count in (1, 2):
+    for count in (2, 3):
         assert (await restart(platform, count)).started_from == "memory"
         numbers.append(await drawn(platform))
     assert len(set.union(*numbers)) == 6, "no two share a random number"
@@ -107,7 +111,9 @@ async def test_a_spare_outlives_the_agent_and_its_environment(platform: Platform
 
 async def test_another_machine_does_not_start_from_it(platform: Platform) -> None:
     await platform.apply(told(platform, uid="machine-3", nics=[nic(12)]))
-    assert (await serving(platform, uid="machine-3")).started_from == "boot"
+    before = await serving(platform, uid="machine-3")
+    assert (before.started_from, len(await spares(platform))) == ("boot", 1)
+    assert (await restart(platform, before.restarts + 1)).started_from == "boot"
     assert len(await spares(platform)) == 2
 
 

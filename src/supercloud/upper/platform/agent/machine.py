@@ -63,6 +63,7 @@ class Machine:
         self.console: Console | None = None
         self.started_from = ""
         self._keeping: asyncio.Task[None] | None = None
+        self._has_ended = False  # who did once does again, and is kept; a first start is quick
         self._port = GuestPort(f"{self.places.run}/identity")
         self._qmp: Qmp | None = None
         self._shut_down = False
@@ -227,13 +228,13 @@ class Machine:
         source = self._source()
         with ExitStack() as undo:
             ram = -1
-            if spare_machine.is_possible(self.spec) or self.spec.checkpoints or source != "boot":
+            if self.spec.checkpoints or source != "boot":  # else as QEMU has it: quicker to boot
                 ram = frozen_machine.make_ram(_memory_mib(self.spec) * MIB)
                 undo.callback(os.close, ram)
             process = await self._spawn(source, ram)
             self.started_from = source
-            if source == "boot" and spare_machine.is_possible(self.spec):
-                self._keeping = asyncio.ensure_future(self._keep_spare(os.dup(ram)))
+            if self._has_ended and source == "boot" and spare_machine.is_possible(self.spec):
+                self._keeping = asyncio.ensure_future(self._keep_spare(process.pid))
             elif self.spec.image.identity:
                 self._port.tell()
         return process
@@ -246,16 +247,16 @@ class Machine:
             return "boot"
         return "memory" if self._services.spares.has(spare_machine.key_of(self)) else "boot"
 
-    async def _keep_spare(self, ram: int) -> None:
+    async def _keep_spare(self, pid: int) -> None:
         """For the next start, where it waits; then it is told, whatever came of that."""
         try:
             await self._port.until_waiting(WAITING_TIMEOUT_S)
-            is_kept = await spare_machine.keep(self, self._services.spares, ram)
+            size_bytes = _memory_mib(self.spec) * MIB
+            is_kept = await spare_machine.keep(self, self._services.spares, pid, size_bytes)
             log.info("%s %s for its next start", self.spec.name, "kept" if is_kept else "not kept")
         except (SupercloudError, OSError) as error:
             log.info("%s is not kept for its next start: %s", self.spec.name, error)
         finally:
-            os.close(ram)
             with contextlib.suppress(SupercloudError):
                 self._port.tell()
 
@@ -403,6 +404,7 @@ class Machine:
 
     async def ended(self) -> None:
         """Close what led to QEMU, remove its cgroup, give back its volumes."""
+        self._has_ended = True
         await self._clear()
         await self._services.volumes.release(self.spec.uid, self.places.run)
 

@@ -9,8 +9,8 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import signal
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from supercloud.upper.platform.agent.machine import Machine
 
 FILL_S: Final = 30.0
-_LOOK_S: Final = 0.005
+SLACK_BYTES: Final = 4 << 20  # the devices' state, and what is touched in between
 _MAX_PIECE_BYTES: Final = 16 << 20
+_PIECE_BYTES: Final = 1 << 20
+_PAGE_BYTES: Final = 4096
 
 
 def is_possible(spec: EnvironmentSpec) -> bool:
@@ -42,10 +44,11 @@ def key_of(machine: "Machine") -> str:
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
 
 
-async def keep(machine: "Machine", spares: Spares, ram: int) -> bool:
+async def keep(machine: "Machine", spares: Spares, pid: int, size_bytes: int) -> bool:
     """Stop it where it waits, keep it if there is room, let it go on. Whether it was kept."""
-    key, status = key_of(machine), os.fstat(ram)
-    if not spares.has_room(status.st_blocks * 512):
+    key, start = key_of(machine), _address(pid, size_bytes)
+    has_bytes = sum(end - at for at, end in _touched(pid, start, size_bytes))
+    if not spares.has_room(has_bytes + SLACK_BYTES):
         return False
     place = spares.new(key)
     qmp = machine.qmp
@@ -54,8 +57,8 @@ async def keep(machine: "Machine", spares: Spares, ram: int) -> bool:
         await _save_devices(qmp, f"{place}/{STATE}.part")
         into = os.open(f"{place}/{RAM}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(into, status.st_size)
-            await asyncio.to_thread(copy, ram, into)
+            os.ftruncate(into, size_bytes)
+            await asyncio.to_thread(_copy_out, pid, start, size_bytes, into)
         finally:
             os.close(into)
         os.rename(f"{place}/{STATE}.part", f"{place}/{STATE}")
@@ -65,6 +68,39 @@ async def keep(machine: "Machine", spares: Spares, ram: int) -> bool:
     finally:
         await qmp.call("cont")
     return True
+
+
+def _address(pid: int, size_bytes: int) -> int:
+    """Where a process has its guest's memory: the one mapping that is as large."""
+    found = []
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            start, _, end = line.split(" ", 1)[0].partition("-")
+            if " rw-" in line and int(end, 16) - int(start, 16) == size_bytes:
+                found.append(int(start, 16))
+    if len(found) != 1:
+        raise Temporary(f"{len(found)} mappings are as large as the machine's memory")
+    return found[0]
+
+
+def _touched(pid: int, start: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+    """What there is of it, as offsets: eight bytes a page, present and swapped in the last."""
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+        table = os.pread(pagemap.fileno(), size_bytes // _PAGE_BYTES * 8, start // _PAGE_BYTES * 8)
+    for run in re.finditer(rb"[\x40-\xff]+", table[7::8]):
+        yield run.start() * _PAGE_BYTES, run.end() * _PAGE_BYTES
+
+
+def _copy_out(pid: int, start: int, size_bytes: int, into: int) -> None:
+    """The memory of a machine that stands still, into an empty file."""
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for begin, end in _touched(pid, start, size_bytes):
+            at = begin
+            while at < end:
+                data = os.pread(memory.fileno(), min(end - at, _PIECE_BYTES), start + at)
+                if not data:
+                    raise Temporary("a machine's memory went away while it was copied")
+                at += os.pwrite(into, data, at)
 
 
 async def _save_devices(qmp: Qmp, path: str) -> None:
@@ -91,16 +127,12 @@ async def fill(machine: "Machine", spares: Spares, ram: int) -> int:
 
 async def _in_its_group(uid: str, source: int, ram: int) -> None:
     """Copy in a child, whose group is charged for what it fills."""
-    child, limit_s = os.fork(), time.monotonic() + FILL_S
+    child = os.fork()
     if not child:
         _child(uid, source, ram)
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)  # noqa: ASYNC222 -- does not wait
-        if done:
-            break
-        if time.monotonic() > limit_s:
-            os.kill(child, signal.SIGKILL)
-        await asyncio.sleep(_LOOK_S)
+    patience = asyncio.get_running_loop().call_later(FILL_S, os.kill, child, signal.SIGKILL)
+    _, status = await asyncio.to_thread(os.waitpid, child, 0)
+    patience.cancel()
     if status:
         raise Temporary("a machine's memory could not be filled from its spare")
 

@@ -38,6 +38,7 @@ class Bench:
         await self.platform.until("machine", "serving", timeout_s=120)
         await (await self.platform.session()).restart("machine")
         self.restarts += 1
+        await self.platform.until("machine", "serving", timeout_s=120, restarts=1)
 
     def boot(self) -> float:
         return self.runner.run(self._restart("boot"))
@@ -46,7 +47,7 @@ class Bench:
         return self.runner.run(self._restart("memory"))
 
     async def _restart(self, how: str) -> float:
-        while not await self.platform.shell(f"ls {SPARES}"):  # noqa: ASYNC110 -- inside it
+        while not await self.platform.shell(f"ls {SPARES}/*/state 2>/dev/null"):  # noqa: ASYNC110 -- inside it
             await asyncio.sleep(0.2)
         if how == "boot":
             await self.platform.shell(f"rm -r {SPARES}/*")

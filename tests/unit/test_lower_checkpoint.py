@@ -12,15 +12,18 @@ from typing import Any
 import pytest
 
 from supercloud.lower.vmm import checkpoint
-from supercloud.lower.vmm.checkpoint import Capture, Touched, extents, is_inside_guest
+from supercloud.lower.vmm.checkpoint import Capture, is_inside_guest
 from supercloud.lower.vmm.identity import IdentityPort
 from supercloud.lower.vmm.machine import Machine
-from supercloud.model.errors import Busy, NoResources, Temporary
+from supercloud.lower.vmm.precopy import extents, settle
+from supercloud.model.errors import BadState, Busy
 from supercloud.wire.portal import Request
 from supercloud.wire.qmp import Qmp
 from supercloud.wire.reactor import Reactor
 
 PAGE = 4096
+MEMORY = 64 << 20
+BITMAP, PAGES = 136, 1 << 20  # where QEMU puts them
 MAKE = {"id": "checkpoint", "status": "concluded"}
 
 
@@ -30,13 +33,32 @@ def processor(flags: int) -> bytes:
     return head + bytes(16 * 8 + 8 + 8) + struct.pack(">I", flags) + bytes(64)
 
 
-class Qemu(threading.Thread):
-    """Answers every command; ``refuses`` with an error. Writes ``state`` where it is told to."""
+def write_image(into: int, ram: int) -> None:
+    """What QEMU writes with ``mapped-ram``: a header, which pages are not zero, and these."""
+    os.pwrite(into, b"QEVM" + bytes(60) + b"\x03ram", 0)
+    os.pwrite(into, struct.pack(">QIQQQ", MEMORY, 1, PAGE, BITMAP, PAGES), 68)
+    bitmap = bytearray(MEMORY // PAGE // 8)
+    for start, end in extents(ram, 0, MEMORY):
+        for page in range(start // PAGE, end // PAGE):
+            if any(data := os.pread(ram, PAGE, page * PAGE)):
+                os.pwrite(into, data, PAGES + page * PAGE)
+                bitmap[page // 8] |= 1 << page % 8
+    os.pwrite(into, bitmap, BITMAP)
+    os.pwrite(into, b"devices", PAGES + MEMORY)
 
-    def __init__(self, end: socket.socket) -> None:
+
+class Qemu(threading.Thread):
+    """Answers every command; ``refuses`` with an error. Writes ``state`` where it is told to.
+
+    It copies ``ram`` when it has been told to end that; ``ends_early`` when it was told to begin.
+    """
+
+    def __init__(self, end: socket.socket, ram: int) -> None:
         super().__init__(daemon=True)
+        self.ram, self.ends_early, self.last_pages = ram, 0, "completed"
+        self._into = -1
         self.end, self.refuses, self.names = end, set[str](), list[str]()
-        self.status = "running"
+        self.status, self.unfinished = "running", 0
         self.state, self._file = b"QEVM" + processor(0x18C0C2B0), -1
 
     def run(self) -> None:
@@ -65,22 +87,44 @@ class Qemu(threading.Thread):
             result = [MAKE]
         elif name == "query-status":
             result = {"status": self.status}
+        elif name == "query-migrate":
+            result = {"status": "active", "ram": {"remaining": PAGE}}
         elif name == "add-fd" and arguments["fdset-id"] == 21:
             self._file = os.dup(descriptors[0])
+        elif name == "add-fd" and arguments["fdset-id"] == 22:
+            self._into = os.dup(descriptors[0])
         elif name == "xen-save-devices-state":
             os.write(self._file, self.state)
         elif name == "remove-fd" and arguments["fdset-id"] == 21:
             os.close(self._file)
-        answer = {"error": {"desc": "no"}} if name in self.refuses else {"return": result}
+        is_refused = name in self.refuses
+        if name == "cont" and self.unfinished:
+            self.unfinished, is_refused = self.unfinished - 1, True
+        answer = {"error": {"desc": "no"}} if is_refused else {"return": result}
         self._send({"id": command["id"], **answer})
         if name in self.refuses:
             return
+        self._copies(name, arguments)
         if name == "blockdev-create":
             self.happens("JOB_STATUS_CHANGE", MAKE)
         elif name == "block-commit":
             self.happens("BLOCK_JOB_READY", {"device": "checkpoint"})
         elif name == "job-complete":
             self.happens("BLOCK_JOB_COMPLETED", {"device": "checkpoint"})
+
+    def _copies(self, name: str, arguments: dict[str, Any]) -> None:
+        is_ending = bool(arguments.get("avail-switchover-bandwidth"))
+        if name == "migrate" and self.ends_early:
+            self.ends_early -= 1
+            is_ending = True
+        if name == "migrate-continue":
+            write_image(self._into, self.ram)
+            self.happens("MIGRATION", {"status": self.last_pages})
+        elif name == "migrate_cancel":
+            self.happens("MIGRATION", {"status": "cancelled"})
+        elif is_ending:
+            self.happens("STOP", {})
+            self.happens("MIGRATION", {"status": "pre-switchover"})
 
     def happens(self, name: str, data: dict[str, Any]) -> None:
         self._send({"event": name, "data": data})
@@ -94,19 +138,19 @@ class Bench:
 
     def __init__(self) -> None:
         self.reactor = Reactor()
+        self.ram = os.memfd_create("ram")
+        os.ftruncate(self.ram, MEMORY)
+        os.pwrite(self.ram, b"touched", 5 * PAGE)
         ours, theirs = socket.socketpair()
-        self.qemu = Qemu(theirs)
+        self.qemu = Qemu(theirs, self.ram)
         self.qemu.start()
         self.told: list[tuple[str, dict[str, Any], list[bytes]]] = []
         self.qmp = Qmp(self.reactor, ours, self._event, lambda: None)
         port, self.agent = socket.socketpair()
         self.agent.settimeout(5)
         self.port = IdentityPort(self.reactor, port, self._said)
-        self.ram = os.memfd_create("ram")
-        os.ftruncate(self.ram, 1 << 20)
-        os.pwrite(self.ram, b"touched", 5 * PAGE)
         machine = Machine(
-            name="m", cpus=1, memory_bytes=64 << 20, accelerator="tcg",
+            name="m", cpus=1, memory_bytes=MEMORY, accelerator="tcg",
             uplink_mac="02:5c:00:00:00:01", link_mac="02:5c:77:00:00:01",
         )  # fmt: skip
         self.capture = Capture(
@@ -120,10 +164,10 @@ class Bench:
         self.capture.said(word)
 
     def _tell(self, method: str, parameters: Any, files: list[int]) -> None:
-        contents = [os.pread(file, 1 << 22, 0) for file in files]
+        contents = [os.pread(file, 2 * MEMORY, 0) for file in files]
         self.told.append((method, dict(parameters), contents))
 
-    def begin(self, room_bytes: int = 1 << 20) -> None:
+    def begin(self, room_bytes: int = MEMORY) -> None:
         overlay = os.memfd_create("overlay")
         asked = {"room_bytes": room_bytes, "overlay_bytes": 1 << 20}
         try:
@@ -131,8 +175,13 @@ class Bench:
         finally:
             os.close(overlay)
 
+    def copy(self) -> int:
+        """The file that memory is copied into."""
+        return self.capture._copy
+
     def asked(self) -> dict[str, Any]:
         """What its agent is asked next."""
+        self.turn(0.05)
         line = b""
         while not line.endswith(b"\n"):
             line += self.agent.recv(1)
@@ -179,11 +228,14 @@ def test_memory_and_devices_are_captured_between_stop_and_cont_and_its_agent_is_
     ((method, figures, (state, memory)),) = bench.told
     assert method == "checkpoint.captured"
     assert state == bench.qemu.state
-    assert memory[5 * PAGE : 5 * PAGE + 7] == b"touched"
-    assert (len(memory), figures["memory_bytes"]) == (1 << 20, PAGE)
+    at = figures["memory_offset"]
+    assert memory[at : at + MEMORY] == os.pread(bench.ram, MEMORY, 0)
+    assert (figures["memory_bytes"], figures["incremental"]) == (PAGE, False)
     assert 0 < figures["pause_ms"] <= figures["quiet_ms"]
-    still = bench.qemu.names[bench.qemu.names.index("stop") : bench.qemu.names.index("cont") + 1]
-    assert still == ["stop", "blockdev-snapshot", "xen-save-devices-state", "cont"]
+    names = [name for name in bench.qemu.names if name != "query-migrate"]
+    still = names[names.index("blockdev-snapshot") : names.index("cont") + 1]
+    assert still == ["blockdev-snapshot", "xen-save-devices-state", "migrate-continue", "cont"]
+    assert "stop" not in names, "QEMU stops it, when little is left"
     bench.end()
     assert bench.codes()[1:] == ["checkpoint.over"]
     assert bench.qemu.names[-3:] == ["blockdev-del", "blockdev-del", "remove-fd"]
@@ -204,7 +256,8 @@ def test_without_its_agents_word_it_is_never_stopped(
     bench.agent.send(f"paused {nonce}\n".encode())  # too late
     bench.turn()
     assert bench.codes() == ["checkpoint.failed"]
-    assert "stop" not in bench.qemu.names
+    assert bench.qemu.names.count("migrate_cancel") == 1
+    assert "migrate-continue" not in bench.qemu.names
 
 
 @pytest.mark.parametrize("word", ["refused", "paused 0123456789abcdef paused", "ready"])
@@ -212,7 +265,7 @@ def test_another_word_than_its_agents_yes_is_none(bench: Bench, word: str) -> No
     bench.begin()
     bench.answer(word)
     assert "checkpoint.captured" not in bench.codes()
-    assert "stop" not in bench.qemu.names
+    assert "migrate-continue" not in bench.qemu.names
 
 
 def test_a_nested_machine_that_runs_though_the_agent_denies_it_is_found_out(bench: Bench) -> None:
@@ -221,35 +274,90 @@ def test_a_nested_machine_that_runs_though_the_agent_denies_it_is_found_out(benc
     bench.answer("paused")
     assert "checkpoint.captured" not in bench.codes()
     assert "nested VM runs" in bench.told[0][1]["error"]["message"]
-    assert bench.qemu.names.count("cont") == 1
+    assert bench.qemu.names[-1] != "stop"
+    assert "cont" in bench.qemu.names
     bench.turn()
     assert bench.codes() == ["checkpoint.failed", "checkpoint.over"]
 
 
-@pytest.mark.parametrize("refused", ["blockdev-snapshot", "xen-save-devices-state", "stop"])
+@pytest.mark.parametrize(
+    "refused", ["blockdev-snapshot", "xen-save-devices-state", "migrate-continue"]
+)
 def test_what_fails_half_way_goes_on_and_is_taken_back(bench: Bench, refused: str) -> None:
     bench.qemu.refuses.add(refused)
     bench.begin()
     bench.answer("paused")
     assert bench.codes()[0] == "checkpoint.failed"
-    assert bench.qemu.names.count("cont") == 1
+    after = bench.qemu.names[bench.qemu.names.index(refused) :]
+    assert after.index("migrate_cancel") < after.index("cont")
     assert bench.asked()["do"] == "resume"
     bench.turn()
     committed = "block-commit" in bench.qemu.names
-    assert committed == (refused == "xen-save-devices-state")
+    assert committed == (refused != "blockdev-snapshot")
     assert "blockdev-del" in bench.qemu.names
     bench.qemu.refuses.clear()
     bench.begin()
 
 
-def test_more_memory_than_was_booked_is_refused_before_it_stands_still(bench: Bench) -> None:
-    os.pwrite(bench.ram, bytes(range(1, 201)) * 300, 0)
-    with pytest.raises(NoResources):
-        bench.begin(room_bytes=PAGE)
-    assert "stop" not in bench.qemu.names
-    bench.begin()
+def test_more_memory_than_was_booked_is_given_up_before_it_stands_still(bench: Bench) -> None:
+    bench.begin(room_bytes=0)
     with pytest.raises(Busy):
         bench.begin()
+    os.pwrite(bench.copy(), bytes(PAGE), 0)
+    bench.turn()
+    ((method, figures, _),) = bench.told
+    assert method == "checkpoint.failed"
+    assert "bytes of memory are in use" in figures["error"]["message"]
+    assert "blockdev-snapshot" not in bench.qemu.names
+    bench.begin()
+
+
+def test_memory_that_is_copied_before_anybody_looked_is_copied_again_and_held(bench: Bench) -> None:
+    bench.qemu.ends_early = 1
+    bench.begin()
+    bench.turn()
+    while bench.port._nonce != (asked := bench.asked())["nonce"]:
+        pass  # it may have been asked in between
+    bench.agent.send(f"paused {asked['nonce']}\n".encode())
+    bench.turn()
+    assert bench.codes() == ["checkpoint.captured"]
+    names = bench.qemu.names
+    assert names.count("migrate") == 2
+    assert names.index("migrate_cancel") < names.index("cont") < names.index("blockdev-snapshot")
+
+
+@pytest.mark.parametrize("end", ["failed", "cancelled"])
+def test_last_pages_that_are_not_copied_are_no_checkpoint(bench: Bench, end: str) -> None:
+    bench.qemu.last_pages = end
+    bench.begin()
+    bench.answer("paused")
+    assert bench.codes()[0] == "checkpoint.failed"
+    assert bench.qemu.names[-1] != "stop"
+    assert "cont" in bench.qemu.names
+
+
+@pytest.mark.parametrize("end", ["completed", "failed"])
+def test_a_machine_goes_on_though_its_migration_is_not_finished_at_once(
+    bench: Bench, end: str
+) -> None:
+    bench.qemu.last_pages, bench.qemu.unfinished = end, 3
+    bench.begin()
+    bench.answer("paused")
+    assert ("checkpoint.captured" in bench.codes()) == (end == "completed")
+    assert bench.qemu.unfinished == 0
+    assert bench.qemu.names.count("cont") > 3
+
+
+def test_given_up_while_memory_is_copied_it_runs_on_and_may_be_taken_again(bench: Bench) -> None:
+    bench.begin()
+    bench.turn()
+    bench.end()
+    assert bench.codes()[0] == "checkpoint.failed"
+    assert "migrate_cancel" in bench.qemu.names
+    bench.begin()
+    bench.asked()
+    bench.asked()  # to go on, and to be still again
+    assert bench.codes().count("checkpoint.failed") == 1
 
 
 def test_an_overlay_that_is_full_is_told_of_and_written_back_when_nobody_reads_below(
@@ -281,10 +389,15 @@ def test_a_writing_back_that_fails_is_tried_again(
 
 def test_a_disk_that_stands_still_already_is_no_moment_for_a_checkpoint(bench: Bench) -> None:
     bench.qemu.status = "io-error"
+    with pytest.raises(BadState):
+        bench.begin()
+    assert "migrate" not in bench.qemu.names
+    bench.qemu.status = "running"
     bench.begin()
+    bench.qemu.status = "io-error"
     bench.answer("paused")
     assert bench.codes() == ["checkpoint.failed"]
-    assert "stop" not in bench.qemu.names
+    assert "blockdev-snapshot" not in bench.qemu.names
 
 
 def test_the_flag_of_a_guest_is_looked_for_in_every_processor() -> None:
@@ -294,25 +407,56 @@ def test_the_flag_of_a_guest_is_looked_for_in_every_processor() -> None:
     assert not is_inside_guest(b"")
 
 
-def test_only_what_was_touched_is_copied_and_copied_again() -> None:
-    source, into = os.memfd_create("source"), os.memfd_create("into")
+def image(content: dict[int, bytes]) -> tuple[int, int]:
+    """A memory with these pages, and QEMU's file of it."""
+    ram, file = os.memfd_create("ram"), os.memfd_create("image")
+    os.ftruncate(ram, MEMORY)
+    for page, data in content.items():
+        os.pwrite(ram, data * PAGE, page * PAGE)
+    write_image(file, ram)
+    return ram, file
+
+
+def test_a_page_that_became_zero_while_it_was_copied_is_zero() -> None:
+    last = MEMORY // PAGE - 1
+    ram, file = image({0: b"a", 7: b"b", 8: b"c", 9: b"d", last: b"e"})
+    for page in (1, 2, 10, last - 1):  # as they were before
+        os.pwrite(file, b"x" * PAGE, PAGES + page * PAGE)
+    found = settle(file, MEMORY)
+    assert found == (PAGES, 5 * PAGE)
+    assert os.pread(file, MEMORY, PAGES) == os.pread(ram, MEMORY, 0)
+    for descriptor in (ram, file):
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [(64, b"\x03rom"), (79, b"\x02"), (86, b"\x20"), (100, b"\xff"), (92, b"\xff")],
+)
+def test_memory_in_another_way_than_is_understood_is_refused(at: int, value: bytes) -> None:
+    ram, file = image({3: b"a"})
+    os.pwrite(file, value, at)
+    with pytest.raises(BadState, match="QEMU wrote memory"):
+        settle(file, MEMORY)
+    for descriptor in (ram, file):
+        os.close(descriptor)
+
+
+def test_only_what_is_there_between_two_offsets_is_found() -> None:
+    source = os.memfd_create("source")
     os.ftruncate(source, 64 * PAGE)
     os.pwrite(source, b"a" * PAGE, 0)
     os.pwrite(source, b"b" * 2 * PAGE, 40 * PAGE)
-    assert [*extents(source)] == [(0, PAGE), (40 * PAGE, 42 * PAGE)]
-    with Touched(source, into) as touched:
-        assert touched.copy(3 * PAGE) == 3 * PAGE
-        os.pwrite(source, b"c" * PAGE, 41 * PAGE)
-        assert touched.copy(3 * PAGE) == 3 * PAGE
-        with pytest.raises(NoResources):
-            touched.copy(2 * PAGE)
-    assert os.pread(into, 64 * PAGE, 0) == os.pread(source, 64 * PAGE, 0)
-    assert os.fstat(into).st_blocks * 512 == 3 * PAGE
-    for file in (source, into):
-        os.close(file)
+    assert [*extents(source, 0, 64 * PAGE)] == [(0, PAGE), (40 * PAGE, 42 * PAGE)]
+    assert [*extents(source, PAGE, 41 * PAGE)] == [(40 * PAGE, 41 * PAGE)]
+    assert [*extents(source, 42 * PAGE, 64 * PAGE)] == []
+    os.close(source)
 
 
 def test_a_machine_that_is_not_there_has_no_checkpoint(bench: Bench) -> None:
     bench.port.close()
-    with pytest.raises(Temporary, match="agent"):
-        bench.begin()
+    bench.begin()
+    bench.turn()
+    ((method, figures, _),) = bench.told
+    assert method == "checkpoint.failed"
+    assert "agent" in figures["error"]["message"]

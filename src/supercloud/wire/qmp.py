@@ -43,6 +43,7 @@ class Qmp:
         self._last_id = 0
         self._waiting: dict[int, Answered] = {}
         self.is_open = True
+        self.event_s = 0.0  # when what is told as an event was, by QEMU's clock
         sock.setblocking(False)
         reactor.watch(sock, self._read)
 
@@ -133,8 +134,17 @@ class Qmp:
         if "QMP" in message:
             self.command("qmp_capabilities", answered=lambda _: self._on_event("GREETING", {}))
         elif "event" in message:
+            self.event_s = _seconds(message.get("timestamp"))
             self._on_event(str(message["event"]), message.get("data") or {})
         else:
             answered = self._waiting.pop(message.get("id", 0), None)
             if answered is not None:
                 answered(message)
+
+
+def _seconds(timestamp: Any) -> float:
+    """Of an event; now, if it does not say."""
+    try:
+        return float(timestamp["seconds"]) + float(timestamp["microseconds"]) / 1e6
+    except (TypeError, KeyError, ValueError):
+        return time.time()

@@ -50,12 +50,14 @@ from supercloud.wire.host import PlatformSpec
 
 ENGINE: Final = "qemu"
 DEVICE, MEMORY, DISK = "device", "memory", "disk:scratch"
-CAPTURE_S: Final = 60.0
+CAPTURE_S: Final = 180.0
 OVER_S: Final = 600.0
 OVERLAY_BYTES: Final = (1 << 30, 64 << 20)
 """For what is written while the disk is read: as much as that, if need be as little as that."""
 ROOM_BYTES: Final = 32 << 20
 """Beyond what was seen of memory a moment before, which may be a quarter more by then."""
+LIVE_BYTES: Final = 24 << 20
+"""More than that is not copied in a pause: all memory is, while the machine runs."""
 GIVE_BACK_TRIES: Final = 10
 
 log = logging.getLogger("supercloud.lower.user_domain.checkpoints")
@@ -150,12 +152,16 @@ class Checkpoints:
         files: list[int],
     ) -> dict[str, Any]:
         state, copy = files
-        described = [{"name": DEVICE, "kind": "file"}]
+        described: list[dict[str, Any]] = [{"name": DEVICE, "kind": "file"}]
         with ExitStack() as opened:
-            passed, memory = [state, copy], {"name": MEMORY, "kind": "file"}
+            passed: list[int] = [state, copy]
+            memory: dict[str, Any] = {"name": MEMORY, "kind": "file"}
             if figures["incremental"]:
                 memory |= {"kind": "dirty", **self._base(asked, record)}
                 passed.append(self._origin_file(record, opened))
+            else:
+                at, size = int(figures.get("memory_offset", 0)), record.spec.memory_bytes
+                memory |= {"offset_bytes": at, "size_bytes": size}
             described += [memory, {"name": DISK, "kind": "file"}]
             disk = await self._platforms.assembly.make_disk(record.spec)  # it is there
             opened.callback(os.close, disk)
@@ -193,8 +199,7 @@ class Checkpoints:
         still.spoil = session.spoil
         overlay, size = await self._overlay(record.spec)
         try:
-            room = await self._room(record.spec, machine)
-            order = {"room_bytes": room, "overlay_bytes": size}
+            order = {**await self._room(record.spec, machine), "overlay_bytes": size}
             await machine.call("machine.checkpoint", order, [overlay])
             figures, files = await asyncio.wait_for(still.captured, CAPTURE_S)
             try:
@@ -224,10 +229,21 @@ class Checkpoints:
                     ) from error
             size = max(least, parts.whole_pages(size // 4))
 
-    async def _room(self, spec: PlatformSpec, machine: Channel) -> int:
-        """Book what its memory's copy will take. NoResources."""
-        seen = int((await machine.result("machine.extent"))["memory_bytes"])
-        room = min(seen + seen // 4, spec.memory_bytes) + ROOM_BYTES
+    async def _room(self, spec: PlatformSpec, machine: Channel) -> dict[str, Any]:
+        """Book what its memory's copy will take: of all, or of what was written. NoResources."""
+        seen = await machine.result("machine.extent")
+        whole, dirty = int(seen["memory_bytes"]), seen.get("dirty_bytes")
+        if dirty is None or dirty > LIVE_BYTES:
+            try:
+                return {"live": True, "room_bytes": self._give_room(spec, whole, dirty or 0)}
+            except NoResources:
+                if dirty is None:
+                    raise
+        return {"live": False, "room_bytes": self._give_room(spec, int(dirty))}
+
+    def _give_room(self, spec: PlatformSpec, *seen: int) -> int:
+        """For copies of what was seen, each of which may have grown."""
+        room = sum(min(part + part // 4, spec.memory_bytes) for part in seen) + ROOM_BYTES
         try:
             self._platforms.assembly.give_room(spec, room)
         except NoResources as error:

@@ -12,15 +12,14 @@
     what was captured is told             (runs; others store it, and read the disk below)
     end: the overlay is written back, and goes
 
-A machine out of a template or a checkpoint has private memory, whose written pages the kernel can
-tell (``services.checkpoint.pages``). One that was booted has it shared, and what was written since
-a moment cannot be told (soft-dirty bits are not in every kernel, and go with a page that is swapped
-out): all that was ever touched is copied.
+Where memory is private the kernel can tell the pages that were written since the machine started
+(``services.checkpoint.pages``). While they are few, they are copied in the pause. When they are
+more, or memory is shared, all of it is copied while the machine runs (``precopy``), and in the
+pause what was written last: the agent is asked when little is left, and QEMU stops the machine.
 """
 
 import contextlib
 import logging
-import mmap
 import os
 import re
 import struct
@@ -28,20 +27,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final
 
 from supercloud.lower.vmm.identity import IdentityPort
 from supercloud.lower.vmm.machine import Machine
+from supercloud.lower.vmm.precopy import Precopy, go_on, settle
 from supercloud.model.errors import (
     BadState,
     Busy,
     Invalid,
-    NoResources,
     SupercloudError,
     Temporary,
     to_wire,
 )
-from supercloud.services.checkpoint.pages import PAGE_BYTES, Memory
+from supercloud.services.checkpoint.pages import PAGE_BYTES, Memory, Run, capture_of, is_rebase_due
 from supercloud.wire.codec import Limit, decode
 from supercloud.wire.portal import Request
 from supercloud.wire.qmp import Qmp, Refused
@@ -52,7 +51,6 @@ RETRY_S: Final = 2.0
 _DISK, _OVERLAY, _FILE, _JOB = "scratch", "overlay", "overlay-file", "checkpoint"
 _OVERLAY_SET, _STATE_SET = 20, 21
 _MAX_STATE_BYTES: Final = 32 << 20
-_PIECE_BYTES: Final = 16 << 20
 
 # A processor's section in QEMU's stream: full section, number, "cpu", instance, version; then its
 # registers, instruction pointer and flags, and the emulator's own flags (target/i386/machine.c).
@@ -67,8 +65,12 @@ Tell = Callable[[str, Mapping[str, Any], list[int]], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """``room_bytes``: for a copy of memory, at most. The overlay's file has ``overlay_bytes``."""
+    """``room_bytes``: for a copy of memory, at most. The overlay's file has ``overlay_bytes``.
 
+    ``live``: the whole memory, while the machine runs; shared memory is never copied otherwise.
+    """
+
+    live: bool = False
     room_bytes: Annotated[int, Limit(ge=0, le=1 << 42)]
     overlay_bytes: Annotated[int, Limit(ge=1 << 20, le=1 << 46)]
 
@@ -94,14 +96,28 @@ class Capture:
         self._waiting: Timer | None = None
         self._state = self._copy = -1
         self._capture: Callable[[], int] = lambda: 0
+        self._precopy: Precopy | None = None
+        self._stopped_s = 0.0
         self._has_nodes = self._is_split = self._is_made = self._is_ending = False
 
     # -- what may be asked
 
     def estimate(self, _request: Request) -> dict[str, Any]:
-        """``{memory_bytes}``: what a copy of its memory would take now."""
+        """``{memory_bytes, dirty_bytes}``: what a copy of its memory would take now.
+
+        All of it, and of what was written since it started; the latter is null where nobody knows.
+        """
         with ExitStack() as opened:
-            return {"memory_bytes": self._extent(opened)}
+            ram = self._ram()
+            opened.callback(os.close, ram)
+            touched_bytes = os.fstat(ram).st_blocks * 512
+            if self._machine.ram_shared:
+                return {"memory_bytes": touched_bytes, "dirty_bytes": None}
+            memory = Memory(self._pid, ram)
+            opened.callback(memory.close)
+            dirty_bytes = sum(run.length for run in memory.dirty()) * PAGE_BYTES
+        whole_bytes = min(touched_bytes + dirty_bytes, self._machine.memory_bytes)
+        return {"memory_bytes": whole_bytes, "dirty_bytes": dirty_bytes}
 
     def begin(self, request: Request) -> dict[str, Any]:
         """``Order`` and the overlay's file: answers at once.
@@ -114,16 +130,14 @@ class Capture:
             raise Invalid("the overlay's descriptor is missing")
         if self._has_nodes or self._order is not None:
             raise Busy("another checkpoint of this platform is not over yet")
+        self._order = order
         try:
             self._add_nodes(order, request.descriptors[0])
             self._prepare(order)
-            self._identity.pause()
         except (SupercloudError, OSError):
+            self._settled()
             self._remove_nodes()
-            self._prepared.close()
             raise
-        self._order, self._asked_s = order, time.monotonic()
-        self._waiting = self._reactor.after(QUIET_S, self._no_answer)
         return {}
 
     def end(self, _request: Request) -> dict[str, Any]:
@@ -147,9 +161,25 @@ class Capture:
             self._fail(BadState("the platform's agent could not stop what runs inside it"))
             return
         try:
-            told, files = self._taken()
-            self._tell("checkpoint.captured", told, files)
-            self._settled()
+            if self._precopy is None:
+                self._captured(self._taken())
+            elif self._precopy.is_held:  # or it is asked again
+                self._check_running()
+                self._precopy.finish()
+        except (SupercloudError, OSError) as error:
+            self._fail(error)
+
+    def _ask(self) -> None:
+        """Its agent's word is what is missing now."""
+        self._identity.pause()
+        self._asked_s = time.monotonic()
+        if self._waiting is not None:
+            self._waiting.cancel()
+        self._waiting = self._reactor.after(QUIET_S, self._no_answer)
+
+    def _ask_while_held(self) -> None:
+        try:
+            self._ask()
         except (SupercloudError, OSError) as error:
             self._fail(error)
 
@@ -161,10 +191,14 @@ class Capture:
             )
         )
 
+    def _captured(self, told: dict[str, Any]) -> None:
+        self._tell("checkpoint.captured", told, [self._state, self._copy])
+        self._settled()
+
     def _settled(self) -> None:
         """Its agent has had its time."""
-        self._order = None
         self._prepared.close()
+        self._order = self._precopy = None
         if self._waiting is not None:
             self._waiting.cancel()
 
@@ -189,50 +223,108 @@ class Capture:
         opened = self._prepared
         self._state = self._memory_file("state", opened)
         self._copy = self._memory_file("memory", opened)
-        ram = self._ram()
-        opened.callback(os.close, ram)
-        if self._machine.ram_shared:
-            touched = opened.enter_context(Touched(ram, self._copy))
-            touched.copy(order.room_bytes)
-            self._capture = lambda: touched.copy(order.room_bytes)
-        else:
-            memory = Memory(self._pid, ram)
-            opened.callback(memory.close)
-            room = memory.make_room(self._copy, order.room_bytes)
-            self._capture = lambda: memory.capture(self._copy, order.room_bytes, room)
+        self._give_state(self._state, opened)
+        if order.live or self._machine.ram_shared:
+            self._check_running()
+            self._precopy = precopy = Precopy(
+                self._reactor, self._qmp, self._ask_while_held, self._stands_still, self._fail
+            )
+            opened.callback(precopy.close)
+            precopy.start(self._copy, order.room_bytes)
+            return
+        memory = self._private_memory(opened)
+        room = memory.make_room(self._copy, order.room_bytes)
+        self._capture = lambda: memory.capture(self._copy, order.room_bytes, room)
+        self._ask()
 
-    def _taken(self) -> tuple[dict[str, Any], list[int]]:
-        state = self._state
+    def _check_running(self) -> None:
         if self._qmp.ask("query-status").get("status") != "running":
             raise BadState("the machine stands still already: its disk is full, or it is ending")
-        self._give_state(state)
-        try:
-            self._qmp.ask("stop")
-            stopped_s, taken_ms = time.monotonic(), time.time_ns() // 1_000_000
-            self._qmp.ask("blockdev-snapshot", {"node": _DISK, "overlay": _OVERLAY})
-            self._is_split = True
-            self._save_devices(state)
-            captured = self._capture()
-        finally:
-            self._qmp.ask("cont")
-            went_on_s = time.monotonic()
-            self._identity.resume()
-            self._qmp.command("remove-fd", {"fdset-id": _STATE_SET})
-        told = {
-            "pause_ms": round((went_on_s - stopped_s) * 1000, 3),
-            "quiet_ms": round((went_on_s - self._asked_s) * 1000, 3),
-            "taken_ms": taken_ms,
-            "memory_bytes": captured,
-            "incremental": not self._machine.ram_shared,
-        }
-        return told, [state, self._copy]
 
-    def _give_state(self, state: int) -> None:
+    def _taken(self) -> dict[str, Any]:
+        """Stop the machine, take all of it, let it go on."""
+        self._check_running()
+        with self._goes_on() as told:
+            self._stopped_s = time.monotonic()
+            self._qmp.ask("stop")
+            self._split()
+            told["memory_bytes"] = self._capture()
+        return {**told, "incremental": True}
+
+    def _stands_still(self) -> None:
+        """QEMU stopped it, as what is left of the memory is little."""
+        try:
+            self._captured(self._taken_live())
+        except (SupercloudError, OSError) as error:
+            self._fail(error)
+
+    def _taken_live(self) -> dict[str, Any]:
+        if self._precopy is None:
+            raise BadState("nobody copies its memory")
+        runs: list[Run] | None = None
+        with self._goes_on() as told:
+            try:
+                self._split()
+                self._precopy.complete()
+            except BaseException:
+                self._precopy.close()
+                raise
+            if not self._machine.ram_shared:
+                runs = self._written()
+        size_bytes = self._machine.memory_bytes
+        image = settle(self._copy, size_bytes)
+        if runs is not None:
+            written = self._memory_file("written", self._prepared)
+            count = capture_of(self._copy, image.offset, size_bytes, runs, written)
+            self._copy = written
+            return {**told, "memory_bytes": count, "incremental": True}
+        told |= {"memory_bytes": image.filled_bytes, "memory_offset": image.offset}
+        return {**told, "incremental": False}
+
+    def _written(self) -> list[Run] | None:
+        """Of a private memory; None when it is time for the whole again."""
+        with ExitStack() as opened:
+            runs = self._private_memory(opened).dirty()
+        dirty_bytes = sum(run.length for run in runs) * PAGE_BYTES
+        return None if is_rebase_due(dirty_bytes, self._machine.memory_bytes) else runs
+
+    def _private_memory(self, opened: ExitStack) -> Memory:
+        ram = self._ram()
+        opened.callback(os.close, ram)
+        memory = Memory(self._pid, ram)
+        opened.callback(memory.close)
+        return memory
+
+    def _split(self) -> None:
+        """The disk and the devices, of the moment at which the machine stands still."""
+        self._qmp.ask("blockdev-snapshot", {"node": _DISK, "overlay": _OVERLAY})
+        self._is_split = True
+        self._save_devices(self._state)
+
+    @contextlib.contextmanager
+    def _goes_on(self) -> Iterator[dict[str, Any]]:
+        """Whatever happens, the machine does, and all inside it; how long it stood still."""
+        told: dict[str, Any] = {}
+        try:
+            yield told
+        finally:
+            go_on(self._qmp)
+            went_on_s, now_ms = time.monotonic(), time.time_ns() // 1_000_000
+            self._identity.resume()
+        pause_ms = (went_on_s - self._stopped_s) * 1000
+        told |= {
+            "pause_ms": round(pause_ms, 3),
+            "quiet_ms": round((went_on_s - self._asked_s) * 1000, 3),
+            "taken_ms": now_ms - round(pause_ms),
+        }
+
+    def _give_state(self, state: int, opened: ExitStack) -> None:
         again = os.open(f"/proc/self/fd/{state}", os.O_WRONLY | os.O_CLOEXEC)
         try:
             self._qmp.ask("add-fd", {"fdset-id": _STATE_SET}, descriptors=[again])
         finally:
             os.close(again)
+        opened.callback(self._qmp.command, "remove-fd", {"fdset-id": _STATE_SET})
 
     def _save_devices(self, state: int) -> None:
         arguments = {"filename": f"/dev/fdset/{_STATE_SET}", "live": False}
@@ -242,15 +334,6 @@ class Capture:
             raise BadState(f"the devices' state has {size} bytes")
         if self._machine.accelerator == "tcg" and is_inside_guest(os.pread(state, size, 0)):
             raise BadState("a nested VM runs, though the agent said that nothing does")
-
-    def _extent(self, opened: ExitStack) -> int:
-        ram = self._ram()
-        opened.callback(os.close, ram)
-        if self._machine.ram_shared:
-            return os.fstat(ram).st_blocks * 512
-        memory = Memory(self._pid, ram)
-        opened.callback(memory.close)
-        return sum(run.length for run in memory.dirty()) * PAGE_BYTES
 
     @staticmethod
     def _memory_file(name: str, opened: ExitStack) -> int:
@@ -298,7 +381,11 @@ class Capture:
 
     def on_qmp(self, name: str, data: dict[str, Any]) -> None:
         """An event of QEMU's."""
-        if name == "JOB_STATUS_CHANGE" and data.get("id") == _JOB:
+        if self._precopy is not None:
+            self._precopy.on_qmp(name, data)
+        if name == "STOP":
+            self._stopped_s = time.monotonic() - max(0.0, time.time() - self._qmp.event_s)
+        elif name == "JOB_STATUS_CHANGE" and data.get("id") == _JOB:
             self._is_made = self._is_made or data.get("status") == "concluded"
         elif name == "BLOCK_JOB_READY" and data.get("device") == _JOB:
             self._qmp.command("job-complete", {"id": _JOB})
@@ -327,48 +414,3 @@ def is_inside_guest(state: bytes) -> bool:
         if flags & _IN_GUEST:
             return True
     return False
-
-
-class Touched:
-    """All that a sparse memory file ``source`` has in it, into the empty one ``into``.
-
-    What is copied once before the pause has its pages then, so that it takes a fifth of the time.
-    """
-
-    def __init__(self, source: int, into: int) -> None:
-        size = os.fstat(source).st_size
-        os.ftruncate(into, size)
-        self._source, self._target = source, mmap.mmap(into, size)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._target.close()
-
-    def copy(self, most_bytes: int) -> int:
-        """Copy it, again or for the first time; how many bytes. NoResources: they are more."""
-        copied = 0
-        with memoryview(self._target) as view:
-            for at, end in extents(self._source):
-                copied += end - at
-                if copied > most_bytes:
-                    raise NoResources(f"more than {most_bytes} bytes of memory are in use")
-                self._copy(view[:end], at)
-        return copied
-
-    def _copy(self, view: memoryview, at: int) -> None:
-        while at < len(view):
-            at += os.preadv(self._source, [view[at : at + _PIECE_BYTES]], at)
-
-
-def extents(file: int) -> Iterator[tuple[int, int]]:
-    """Where a sparse file has anything."""
-    end = 0
-    while True:
-        try:
-            start = os.lseek(file, end, os.SEEK_DATA)
-        except OSError:  # nothing but a hole up to the end
-            return
-        end = os.lseek(file, start, os.SEEK_HOLE)
-        yield start, end

@@ -127,8 +127,7 @@ class Memory:
         header = _HEADER.pack(_MAGIC, self.size_bytes // PAGE_BYTES, len(runs), pages)
         with room, memoryview(room) as view:
             self._copy(runs, view[data:size])
-            table = array("I", [number for run in runs for number in run]).tobytes()
-            view[: len(header) + len(table)] = header + table
+            _begin(view, header, runs)
         os.ftruncate(into, size)
         return pages * PAGE_BYTES
 
@@ -158,6 +157,24 @@ class Memory:
             while where >= offset + end - start:
                 start, end, offset = next(mappings_)
             yield start + where - offset, run.length * PAGE_BYTES
+
+
+def capture_of(image: int, offset: int, size_bytes: int, runs: list[Run], into: int) -> int:
+    """As ``capture``, of the pages of an image that lies in a file from ``offset`` on."""
+    pages = sum(run.length for run in runs)
+    data = _data_offset(len(runs))
+    os.ftruncate(into, data + pages * PAGE_BYTES)
+    header = _HEADER.pack(_MAGIC, size_bytes // PAGE_BYTES, len(runs), pages)
+    with mmap.mmap(into, data + pages * PAGE_BYTES) as room, memoryview(room) as view:
+        at = data
+        for run in runs:
+            length = run.length * PAGE_BYTES
+            with view[at : at + length] as piece:
+                if os.preadv(image, [piece], offset + run.page * PAGE_BYTES) != length:
+                    raise BadState("an image of memory is cut short")
+            at += length
+        _begin(view, header, runs)
+    return pages * PAGE_BYTES
 
 
 class Captured:
@@ -283,6 +300,12 @@ _DIRTY: Final = bytes(map(_flags, range(256)))
 
 def _identity(match: re.Match[str]) -> tuple[int, int, int]:
     return int(match[5], 16), int(match[6], 16), int(match[7])
+
+
+def _begin(view: memoryview, header: bytes, runs: list[Run]) -> None:
+    """Header and table: last of all, so that what is cut short has none."""
+    table = array("I", [number for run in runs for number in run]).tobytes()
+    view[: len(header) + len(table)] = header + table
 
 
 def _data_offset(runs: int) -> int:

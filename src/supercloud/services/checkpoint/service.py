@@ -37,7 +37,7 @@ from supercloud.services.checkpoint.directory import Directory
 from supercloud.services.checkpoint.jobs import Jobs
 from supercloud.services.checkpoint.keys import Keys
 from supercloud.services.checkpoint.manifest import MAX_PARTS, PART_NAME, Head, Part, Sequence
-from supercloud.services.checkpoint.pages import Captured, is_rebase_due
+from supercloud.services.checkpoint.pages import MAX_IMAGE_BYTES, Captured, is_rebase_due
 from supercloud.services.checkpoint.reader import Reader
 from supercloud.services.checkpoint.s3 import S3, Bucket
 from supercloud.services.checkpoint.store import Checkpoint, Store
@@ -77,11 +77,16 @@ class Base:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TakePart:
-    """A part; ``dirty`` needs a ``base``, and is written whole when that is due or is missing."""
+    """A part; ``dirty`` needs a ``base``, and is written whole when that is due or is missing.
+
+    Of a file that holds more, it is ``size_bytes`` from ``offset_bytes`` on.
+    """
 
     name: PartName
     kind: Literal["stream", "file", "dirty"]
     base: Base | None = None
+    offset_bytes: Annotated[int, Limit(ge=0, le=MAX_IMAGE_BYTES)] = 0
+    size_bytes: Annotated[int, Limit(ge=1, le=MAX_IMAGE_BYTES)] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,8 +286,10 @@ def _write(writer: Writer, part: TakePart, files: list[int], base: Checkpoint | 
     if part.kind == "stream":
         writer.write(part.name, partial(os.read, file))
     elif part.kind == "file":
-        size_bytes = os.fstat(file).st_size
-        writer.write_at(part.name, size_bytes, partial(_read_at, file), _filled(file, size_bytes))
+        offset = part.offset_bytes
+        size_bytes = part.size_bytes or os.fstat(file).st_size - offset
+        read_at = partial(_read_from, file, offset)
+        writer.write_at(part.name, size_bytes, read_at, _filled(file, offset, size_bytes))
     else:
         _write_dirty(writer, part.name, Captured(file), files.pop(0), base)
 
@@ -334,17 +341,19 @@ def _is_fixed(file: int) -> bool:
         return False
 
 
-def _filled(file: int, size_bytes: int) -> Iterator[int]:
-    """The offsets of a sparse file's batches that have anything in them; for ``write_at``."""
+def _filled(file: int, offset: int, size_bytes: int) -> Iterator[int]:
+    """Where in a part of a sparse file the batches are that have anything; for ``write_at``."""
     at = 0
     while at < size_bytes:
         try:
-            at = os.lseek(file, at, os.SEEK_DATA) // BATCH_BYTES * BATCH_BYTES
+            found = os.lseek(file, offset + at, os.SEEK_DATA) - offset
         except OSError as error:
             if error.errno == errno.ENXIO:  # nothing but a hole up to the end
                 return
             raise
-        yield at
+        at = found // BATCH_BYTES * BATCH_BYTES
+        if at < size_bytes:
+            yield at
         at += BATCH_BYTES
 
 
@@ -361,6 +370,10 @@ def _read_at(descriptor: int, offset: int, size: int) -> bytes:
     if len(data) != size:
         raise Invalid("a file became shorter while it was read")
     return data
+
+
+def _read_from(descriptor: int, start: int, offset: int, size: int) -> bytes:
+    return _read_at(descriptor, start + offset, size)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
@@ -19,9 +18,10 @@ from supercloud.upper.platform.agent import (
     cgroups,
     credentials,
     frozen_machine,
+    hardware,
     spare_machine,
 )
-from supercloud.upper.platform.agent.accelerator import KVM, KVM_GROUP
+from supercloud.upper.platform.agent.accelerator import KVM_GROUP
 from supercloud.upper.platform.agent.blobs import path_of
 from supercloud.upper.platform.agent.console import Console
 from supercloud.upper.platform.agent.container import remove_places
@@ -40,9 +40,7 @@ from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
 from supercloud.wire.messages import EnvironmentSpec, VolumeUsage
 
 ENGINE_BYTES = 192 << 20  # QEMU's own memory beside the guest's, with its translation cache
-TRANSLATION_CACHE_MIB = 64
 MAX_PIDS = 256
-SERIAL_BYTES = 20
 CONSOLE_TIMEOUT_S = 30.0
 WAITING_TIMEOUT_S = 60.0
 FIRST_VOLUME_FDSET = 3  # after an image's two
@@ -52,9 +50,7 @@ QUICK_BOOT = (
     "tsc=reliable no_timer_check noreplace-smp cryptomgr.notests rcupdate.rcu_expedited=1 "
     "i8042.direct=1 i8042.dumbkbd=1 i8042.nopnp=1 i8042.noaux=1 pci=lastbus=0"
 )
-MIB = 1 << 20
 log = logging.getLogger("supercloud.agent.machine")
-_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
 class Machine:
@@ -78,6 +74,10 @@ class Machine:
     def name(self) -> str:
         """The engine with the accelerator that it really uses."""
         return f"qemu/{self._services.accelerator.name}"
+
+    @property
+    def _ram_bytes(self) -> int:
+        return hardware.memory_mib(self.spec) << 20
 
     @property
     def disk(self) -> str:
@@ -147,8 +147,10 @@ class Machine:
 
     async def attach(self, waiting: Callable[[str], None]) -> None:
         """Its volumes are there, and nobody's but its."""
-        if len({serial(mount.volume) for mount in self.spec.volumes}) < len(self.spec.volumes):
-            raise Invalid(f"two volumes begin with the same {SERIAL_BYTES} bytes",
+        if len({hardware.serial(mount.volume) for mount in self.spec.volumes}) < len(
+            self.spec.volumes
+        ):
+            raise Invalid(f"two volumes begin with the same {hardware.SERIAL_BYTES} bytes",
                           hint="a VM knows them by these: name them otherwise")  # fmt: skip
         await self._services.volumes.claim(self, self.places.run, waiting)
         await self._services.volumes.settled(self.spec.uid)
@@ -159,7 +161,7 @@ class Machine:
 
     async def _grown(self, claim: Claim, size_bytes: int) -> None:
         if self._qmp:
-            node = {"node-name": _node(claim)}
+            node = {"node-name": hardware.node(claim)}
             await self._qmp.call("block_resize", **node, size=size_bytes)
 
     async def returned(self) -> None:
@@ -239,7 +241,7 @@ class Machine:
         with ExitStack() as undo:
             ram = -1
             if self.spec.checkpoints or source != "boot":  # else as QEMU has it: quicker to boot
-                ram = frozen_machine.make_ram(_memory_mib(self.spec) * MIB)
+                ram = frozen_machine.make_ram(self._ram_bytes)
                 undo.callback(os.close, ram)
             process = await self._spawn(source, ram)
             self.started_from = source
@@ -261,7 +263,7 @@ class Machine:
         """For the next start, where it waits; then it is told, whatever came of that."""
         try:
             await self._port.until_waiting(WAITING_TIMEOUT_S)
-            size_bytes = _memory_mib(self.spec) * MIB
+            size_bytes = self._ram_bytes
             is_kept = await spare_machine.keep(self, self._services.spares, pid, size_bytes)
             log.info("%s %s for its next start", self.spec.name, "kept" if is_kept else "not kept")
         except (SupercloudError, OSError) as error:
@@ -318,7 +320,7 @@ class Machine:
 
     async def _own_ram(self, undo: ExitStack, source: str, ram: int) -> tuple[list[str], list[int]]:
         """QEMU's arguments for RAM in a memory file, filled if it is to go on from something."""
-        arguments = frozen_machine.ram_arguments(ram, _memory_mib(self.spec) * MIB)
+        arguments = frozen_machine.ram_arguments(ram, self._ram_bytes)
         if source == "boot":
             return arguments, [ram]
         self._group()
@@ -354,7 +356,7 @@ class Machine:
             descriptors.append(descriptor)
             return descriptor
 
-        arguments = [*_base(spec, self._services.accelerator.name)]
+        arguments = [*hardware.base(spec, self._services.accelerator.name)]
         sockets = ("qmp", "serial", *(["identity"] if spec.image.identity else []))
         for name in sockets:
             number = give(_listen(f"{self.places.run}/{name}"))
@@ -364,7 +366,7 @@ class Machine:
         arguments += credentials.arguments(spec, give)
         arguments += self._boot(give)
         for index, claim in enumerate(self._services.volumes.of(spec.uid)):
-            arguments += _volume(claim, give, FIRST_VOLUME_FDSET + index)
+            arguments += hardware.volume(claim, give, FIRST_VOLUME_FDSET + index)
         for index, nic in enumerate(spec.nics):
             tap = give(self._services.networks.open_tap(spec.uid, index, nic))
             arguments += ["-netdev", f"tap,id=net{index},fd={tap}", "-device",
@@ -453,49 +455,3 @@ def _listen(path: str) -> int:
     os.chmod(path, 0o600)
     listener.listen(4)
     return listener.detach()
-
-
-def serial(volume: str) -> str:
-    """How a guest knows a volume: all of the name that a virtio disk's serial takes."""
-    return volume.encode()[:SERIAL_BYTES].decode("utf-8", "ignore")
-
-
-def _node(claim: Claim) -> str:
-    """QEMU's name for it, which has at most 31 bytes."""
-    return f"volume-{serial(claim.volume)}"
-
-
-def _volume(claim: Claim, give: Callable[[int], int], fdset: int) -> list[str]:
-    """A disk of the platform as one of the machine, past the platform's cache."""
-    # alone with it if it may write: the kernel then lets nobody mount it meanwhile
-    access = os.O_RDONLY if claim.read_only else os.O_RDWR | os.O_EXCL
-    disk = give(os.open(claim.disk.device, access | os.O_DIRECT | os.O_CLOEXEC))
-    name, read_only = _node(claim), "on" if claim.read_only else "off"
-    node = f"driver=host_device,node-name={name},filename=/dev/fdset/{fdset}"
-    return [
-        "-add-fd", f"fd={disk},set={fdset}",
-        "-blockdev", f"{node},read-only={read_only},cache.direct=on,discard=unmap",
-        "-device", f"virtio-blk-pci,drive={name},serial={serial(claim.volume)}",
-    ]  # fmt: skip
-
-
-def _memory_mib(spec: EnvironmentSpec) -> int:
-    return max(spec.memory_bytes // MIB, 16)
-
-
-def _base(spec: EnvironmentSpec, accelerator: str) -> list[str]:
-    """The machine without its disks and networks."""
-    if accelerator == KVM:
-        engine = ["-accel", "kvm", "-cpu", "host"]
-    else:
-        engine = ["-accel", f"tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"]
-        engine += ["-cpu", "max,erms=off,fsrm=off"]  # see EMULATED_CPU of lower/vmm/machine
-    return [
-        "qemu-system-x86_64", "-name", spec.name, "-nodefaults", "-no-user-config",
-        "-display", "none", "-L", "/usr/share/qemu", "-L", "/usr/share/seabios",
-        "-machine", "pc,usb=off,hpet=off,vmport=off", *engine,
-        "-smp", str(max(1, math.ceil(spec.cpus))), "-m", f"{_memory_mib(spec)}M",
-        # out of the kernel's generator: QEMU's own would be the same in all clones of a template
-        "-object", "rng-random,id=random,filename=/dev/urandom",
-        "-device", "virtio-rng-pci,rng=random", "-sandbox", _SANDBOX,
-    ]  # fmt: skip

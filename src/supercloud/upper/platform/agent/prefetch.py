@@ -23,7 +23,6 @@ ENROLMENT = (
     "/usr/bin/openssl", f"{_LIBRARIES}/libcrypto.so.3", f"{_LIBRARIES}/libssl.so.3",
     "/usr/bin/busybox",
 )  # fmt: skip
-MACHINES = ("/usr/bin/qemu-system-x86_64", "/usr/share/seabios/bios-256k.bin")
 
 
 def prefetch(*files: str) -> int:

@@ -137,6 +137,25 @@ def test_room_that_was_made_before_is_used_or_made_larger(process, image, more):
     memory.close()
 
 
+def test_pages_out_of_a_copy_of_all_memory_are_as_those_that_were_captured():
+    offset, size = 1 << 20, 64 * PAGE_BYTES
+    copy, into = os.memfd_create("copy"), os.memfd_create("captured")
+    os.pwrite(copy, os.urandom(size), offset)
+    runs = [Run(0, 1), Run(7, 3), Run(63, 1)]
+    assert pages.capture_of(copy, offset, size, runs, into) == 5 * PAGE_BYTES
+    captured = Captured(into)
+    assert (captured.runs, captured.size_bytes) == (runs, size)
+    for run in runs:
+        at, length = run.page * PAGE_BYTES, run.length * PAGE_BYTES
+        assert captured.read_at(at, length) == os.pread(copy, length, offset + at)
+    with pytest.raises(BadState):
+        pages.capture_of(copy, offset, size + PAGE_BYTES, [Run(64, 1)], into)
+    with pytest.raises(Invalid):
+        Captured(into)
+    for file in (copy, into):
+        os.close(file)
+
+
 def test_the_process_may_go_on_and_the_copy_stays(process, image):
     process.tell("write", [5])
     captured = captured_of(process, image)

@@ -290,6 +290,35 @@ def test_a_sparse_file_is_read_where_it_has_anything(caller):
     os.close(kept)
 
 
+@pytest.mark.parametrize("more", [0, 1 << 20])
+def test_a_part_of_a_sparse_file_is_that_part(caller, more):
+    file, offset, size = memory_file(b"head"), 3 << 20, 20 << 20
+    os.ftruncate(file, offset + size + more)
+    content = {0: b"first", (9 << 20) - 3: b"between", size - 4: b"last"}
+    for at, data in content.items():
+        os.pwrite(file, data, offset + at)
+    os.pwrite(file, b"x" * min(more, 5), offset + size)
+    part = {"name": "memory", "kind": "file", "offset_bytes": offset, "size_bytes": size}
+    taken = caller.job("checkpoint.take", {"ee": "vm", "engine": "qemu", "parts": [part]}, [file])
+    assert taken["parts"]["memory"]["size_bytes"] == size
+    expected = bytearray(size)
+    for at, data in content.items():
+        expected[at : at + len(data)] = data
+    into = memory_file()
+    kept = os.dup(into)
+    asked = {"ee": "vm", "head": taken["head"], "parts": ["memory"]}
+    caller.job("checkpoint.restore", asked, [into])
+    assert os.pread(kept, size + 1, 0) == expected
+    os.close(kept)
+
+
+def test_a_part_that_is_longer_than_its_file_is_refused(caller):
+    part = {"name": "memory", "kind": "file", "offset_bytes": 8, "size_bytes": 1 << 20}
+    asked = {"ee": "vm", "engine": "qemu", "parts": [part]}
+    error = caller.job("checkpoint.take", asked, [memory_file(b"x" * (1 << 20))])
+    assert "shorter" in error["message"]
+
+
 def test_what_is_to_stay_may_be_said_by_sequence(caller):
     heads = [taken_file(caller, os.urandom(4096))["head"]]
     for _ in range(3):

@@ -204,7 +204,9 @@ def test_a_platform_goes_back_with_all_its_volumes_and_what_runs_in_it(kept: Kep
     wait_for(lambda: kept.number() > now, 60)
     wait_for(lambda: kept.listed() > listed, 60)
     after = kept.rows()
-    assert {n: row["uid"] for n, row in after.items()} == {n: r["uid"] for n, r in before.items()}
+    places = [{n: row["address"] for n, row in rows.items()} for rows in (before, after)]
+    assert places[0] == places[1]
+    print(kept.of(platform), kept.stack.logs())
 
 
 def test_the_providers_disk_has_neither_what_was_in_memory_nor_names(kept: Kept) -> None:

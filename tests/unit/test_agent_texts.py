@@ -19,8 +19,8 @@ from supercloud.upper.platform.agent import (
     uplink,
     users,
 )
-from supercloud.upper.platform.agent.machine import check_qcow2
 from supercloud.upper.platform.agent.networks import Network
+from supercloud.upper.platform.agent.qcow2 import check_qcow2
 from supercloud.wire.messages import (
     Blob,
     EnvironmentSpec,

@@ -11,7 +11,7 @@ import pytest
 from supercloud.model.errors import Invalid
 from supercloud.upper.platform.agent import filesystem, oci, paths, volumes
 from supercloud.upper.platform.agent.disks import Disk, Disks, slot_number
-from supercloud.upper.platform.agent.machine import serial
+from supercloud.upper.platform.agent.hardware import serial
 from supercloud.upper.platform.agent.volumes import Absent, Broken, Claim, Volumes
 from supercloud.upper.platform.image.tools import ToolTree
 from supercloud.wire.codec import decode, encode

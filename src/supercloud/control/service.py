@@ -250,6 +250,7 @@ class Service:
             "accelerator": platform.accelerator if platform else "",
             "memory_used_bytes": status.memory_bytes if status else 0,
             "cpu_used_s": status.cpu_s if status else 0.0,
+            "started_from": status.started_from if status else "",
             "volumes": await self.volumes.mounted(document),
             "buckets": {use.name: use.access for use in document.spec.buckets},
             "checkpoints": await self.checkpoints.view(ucloud, name) if checkpoints else None,

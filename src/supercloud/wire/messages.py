@@ -246,6 +246,7 @@ class EnvironmentStatus:
     memory_bytes: int = 0
     cpu_s: float = 0.0
     volumes: list[VolumeUsage] = field(default_factory=list)  # of containers that run
+    started_from: str = ""  # of VMs: boot, memory, checkpoint; empty where nobody says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

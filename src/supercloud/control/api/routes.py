@@ -78,6 +78,7 @@ class Inspected(api.EnvironmentRow):
     accelerator: str = ""
     memory_used_bytes: int = 0
     cpu_used_s: float = 0.0
+    started_from: str = ""
     volumes: list[api.Mounted] = field(default_factory=list)
     buckets: dict[str, str] = field(default_factory=dict)  # read or write
     checkpoints: api.CheckpointsView | None = None

@@ -33,7 +33,7 @@ from typing import Annotated, Any, Final
 from supercloud.lower.vmm.identity import IdentityPort
 from supercloud.lower.vmm.machine import Machine
 from supercloud.lower.vmm.moment import Moment, Statuses
-from supercloud.lower.vmm.precopy import Precopy, settle
+from supercloud.lower.vmm.precopy import Precopy, go_on, settle
 from supercloud.model.errors import (
     BadState,
     Busy,
@@ -328,7 +328,7 @@ class Capture:
         try:
             yield told
         finally:
-            self._qmp.ask("cont")
+            go_on(self._qmp)
             went_on_s, now_ms = time.monotonic(), time.time_ns() // 1_000_000
             self._identity.resume()
         pause_ms = (went_on_s - self._stopped_s) * 1000

@@ -22,12 +22,13 @@ import logging
 import os
 import re
 import struct
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 from supercloud.model.errors import BadState, NoResources, SupercloudError, Temporary
 from supercloud.model.states import Transitions, step
-from supercloud.wire.qmp import Qmp
+from supercloud.wire.qmp import Qmp, Refused
 from supercloud.wire.reactor import Reactor
 
 LEFT_BYTES: Final = 64 << 20
@@ -37,6 +38,7 @@ COPY_S: Final = 120.0
 END_S: Final = 1.0
 """For an end with little left; then with whatever is left."""
 ANSWER_S: Final = 10.0
+AGAIN_S: Final = 0.0005
 _FAST, _HELD, _SUPPOSED = 64 << 30, 64 << 10, 400 << 20  # bytes a second
 _SHORT_MS, _LONG_MS = 10, 2000
 _FILE_SET: Final = 22
@@ -228,7 +230,21 @@ class Precopy:
             self._qmp.ask("migrate_cancel")
             if not self._qmp.wait(lambda: self._status in ends, ANSWER_S):
                 raise Temporary("QEMU goes on copying memory")
-        self._qmp.ask("cont")
+        go_on(self._qmp)
+
+
+def go_on(qmp: Qmp) -> None:
+    """Have the machine run; a migration that is over is not finished yet for some milliseconds."""
+    deadline_s = time.monotonic() + ANSWER_S
+    while True:
+        try:
+            qmp.ask("cont")
+        except Refused:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(AGAIN_S)
+        else:
+            return
 
 
 def settle(file: int, memory_bytes: int) -> Image:

@@ -163,8 +163,6 @@ class Agent:
                 await step()
             except (SupercloudError, OSError) as error:
                 log.warning("%s: %s", step.__qualname__, error)
-        if not self._cloned:
-            await asyncio.to_thread(lambda: prefetch.prefetch(*prefetch.machine_files()))
         found = f"{self._accelerator.name} {self._accelerator.reason}".strip()
         log.info("nested VMs: %s", found)
         self._event("platform", "agent.accelerator.probed", found, "info", {})

@@ -41,6 +41,7 @@ class Container:
         self.spec, self._services, self.base_id = spec, services, base_id
         self.places = Places(spec.uid)
         self.log: Log | None = None
+        self.started_from = ""
         self._fifo: Fifo | None = None
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from supercloud.model.errors import Permanent, SupercloudError, Temporary, UserError
-from supercloud.model.records import dataclass
+from supercloud.model.records import dataclass, field
 from supercloud.upper.platform.agent import paths
 from supercloud.upper.platform.agent.accelerator import Accelerator
 from supercloud.upper.platform.agent.blobs import Blobs
@@ -14,6 +14,7 @@ from supercloud.upper.platform.agent.logs import Log
 from supercloud.upper.platform.agent.networks import Networks
 from supercloud.upper.platform.agent.processes import Watched
 from supercloud.upper.platform.agent.scratch import Scratch
+from supercloud.upper.platform.agent.spares import Spares
 from supercloud.upper.platform.agent.standstill import Ask
 from supercloud.upper.platform.agent.volumes import Volumes
 from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
@@ -47,16 +48,19 @@ class Services:
     volumes: Volumes
     ucloud: str
     snapshot: Ask
+    spares: Spares = field(default_factory=Spares)
 
 
 class Engine(Protocol):
     """One EE's engine. Every method may be repeated after it failed or the agent was restarted.
 
-    ``name`` is as in ``EnvironmentStatus.engine``; ``log`` is there after ``prepare``/``resume``.
+    ``name`` and ``started_from`` are as in ``EnvironmentStatus``; ``log`` is there after
+    ``prepare``/``resume``.
     """
 
     spec: EnvironmentSpec
     log: Log | None
+    started_from: str
 
     @property
     def name(self) -> str:

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-import math
+import logging
 import os
 import signal
 import socket
@@ -14,8 +14,14 @@ from contextlib import ExitStack
 from typing import Any
 
 from supercloud.model.errors import BadState, Invalid, Permanent, SupercloudError
-from supercloud.upper.platform.agent import cgroups, credentials, frozen_machine
-from supercloud.upper.platform.agent.accelerator import KVM, KVM_GROUP
+from supercloud.upper.platform.agent import (
+    cgroups,
+    credentials,
+    frozen_machine,
+    hardware,
+    spare_machine,
+)
+from supercloud.upper.platform.agent.accelerator import KVM_GROUP
 from supercloud.upper.platform.agent.blobs import path_of
 from supercloud.upper.platform.agent.console import Console
 from supercloud.upper.platform.agent.container import remove_places
@@ -25,6 +31,7 @@ from supercloud.upper.platform.agent.guestport import DEVICES, GuestPort
 from supercloud.upper.platform.agent.logs import Log
 from supercloud.upper.platform.agent.namespaces import IDS_PER_ENVIRONMENT
 from supercloud.upper.platform.agent.processes import Watched, run
+from supercloud.upper.platform.agent.qcow2 import check_qcow2
 from supercloud.upper.platform.agent.qmp import Qmp, shout
 from supercloud.upper.platform.agent.rootfs import mount_image
 from supercloud.upper.platform.agent.state import write_private
@@ -33,10 +40,9 @@ from supercloud.wire.checkpoints import CheckpointTake, CheckpointTaken
 from supercloud.wire.messages import EnvironmentSpec, VolumeUsage
 
 ENGINE_BYTES = 192 << 20  # QEMU's own memory beside the guest's, with its translation cache
-TRANSLATION_CACHE_MIB = 64
 MAX_PIDS = 256
-SERIAL_BYTES = 20
 CONSOLE_TIMEOUT_S = 30.0
+WAITING_TIMEOUT_S = 60.0
 FIRST_VOLUME_FDSET = 3  # after an image's two
 # What a kernel need not try in a virtual machine: a fifth of its boot under nested emulation.
 # The image's own arguments come after these, and win.
@@ -44,26 +50,7 @@ QUICK_BOOT = (
     "tsc=reliable no_timer_check noreplace-smp cryptomgr.notests rcupdate.rcu_expedited=1 "
     "i8042.direct=1 i8042.dumbkbd=1 i8042.nopnp=1 i8042.noaux=1 pci=lastbus=0"
 )
-MIB = 1 << 20
-_QCOW2 = struct.Struct(">4sIQI")
-_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-
-
-def check_qcow2(untrusted_head: bytes) -> int:
-    """The virtual size of a qcow2 image; Invalid for one that names other files of the platform."""
-    if len(untrusted_head) < 104:
-        raise Invalid("no qcow2 image: too short")
-    magic, version, backing, _ = _QCOW2.unpack_from(untrusted_head)
-    size_bytes = int(struct.unpack_from(">Q", untrusted_head, 24)[0])
-    if magic != b"QFI\xfb" or version not in (2, 3):
-        raise Invalid("no qcow2 image")
-    if backing:
-        raise Invalid("a qcow2 image with a backing file", hint="flatten it: qemu-img convert")
-    if version == 3 and struct.unpack_from(">Q", untrusted_head, 72)[0] & 4:
-        raise Invalid("a qcow2 image with an external data file")
-    if not 0 < size_bytes <= 1 << 46:
-        raise Invalid(f"a disk of {size_bytes} bytes")
-    return size_bytes
+log = logging.getLogger("supercloud.agent.machine")
 
 
 class Machine:
@@ -75,6 +62,9 @@ class Machine:
         self.places = Places(spec.uid)
         self.log: Log | None = None
         self.console: Console | None = None
+        self.started_from = ""
+        self._keeping: asyncio.Task[None] | None = None
+        self._has_ended = False  # who did once does again, and is kept; a first start is quick
         self._port = GuestPort(f"{self.places.run}/identity")
         self._qmp: Qmp | None = None
         self._shut_down = False
@@ -84,6 +74,10 @@ class Machine:
     def name(self) -> str:
         """The engine with the accelerator that it really uses."""
         return f"qemu/{self._services.accelerator.name}"
+
+    @property
+    def _ram_bytes(self) -> int:
+        return hardware.memory_mib(self.spec) << 20
 
     @property
     def disk(self) -> str:
@@ -115,6 +109,8 @@ class Machine:
 
     async def checkpoint(self, wanted: CheckpointTake, process: Watched) -> CheckpointTaken:
         """Take one while it runs."""
+        if self._keeping:
+            await asyncio.wait({self._keeping})
         return await frozen_machine.take(self, wanted, self._services, process)
 
     def refusal(self) -> str:
@@ -151,8 +147,10 @@ class Machine:
 
     async def attach(self, waiting: Callable[[str], None]) -> None:
         """Its volumes are there, and nobody's but its."""
-        if len({serial(mount.volume) for mount in self.spec.volumes}) < len(self.spec.volumes):
-            raise Invalid(f"two volumes begin with the same {SERIAL_BYTES} bytes",
+        if len({hardware.serial(mount.volume) for mount in self.spec.volumes}) < len(
+            self.spec.volumes
+        ):
+            raise Invalid(f"two volumes begin with the same {hardware.SERIAL_BYTES} bytes",
                           hint="a VM knows them by these: name them otherwise")  # fmt: skip
         await self._services.volumes.claim(self, self.places.run, waiting)
         await self._services.volumes.settled(self.spec.uid)
@@ -163,7 +161,7 @@ class Machine:
 
     async def _grown(self, claim: Claim, size_bytes: int) -> None:
         if self._qmp:
-            node = {"node-name": _node(claim)}
+            node = {"node-name": hardware.node(claim)}
             await self._qmp.call("block_resize", **node, size=size_bytes)
 
     async def returned(self) -> None:
@@ -219,6 +217,7 @@ class Machine:
     async def _wake(self) -> None:
         """It goes on as itself, at once; then there is time for its log, which is on scratch."""
         self._port.tell()
+        self.started_from = "memory"
         await shout(f"{self.places.run}/qmp", "cont")
         os.unlink(self._waiting)
         await self._services.scratch.ready()
@@ -238,20 +237,49 @@ class Machine:
 
     async def start(self) -> Watched:
         """Spawn QEMU; running when its control socket answers."""
-        process = await self._spawn()
-        if self.spec.image.identity:
-            self._port.tell()
+        source = self._source()
+        with ExitStack() as undo:
+            ram = -1
+            if self.spec.checkpoints or source != "boot":  # else as QEMU has it: quicker to boot
+                ram = frozen_machine.make_ram(self._ram_bytes)
+                undo.callback(os.close, ram)
+            process = await self._spawn(source, ram)
+            self.started_from = source
+            if self._has_ended and source == "boot" and spare_machine.is_possible(self.spec):
+                self._keeping = asyncio.ensure_future(self._keep_spare(process.pid))
+            elif self.spec.image.identity:
+                self._port.tell()
         return process
 
-    async def _spawn(self) -> Watched:
+    def _source(self) -> str:
+        """What it starts from: a checkpoint that it is to go on from, memory, or its image."""
+        if frozen_machine.is_due(self):
+            return "checkpoint"
+        if not spare_machine.is_possible(self.spec):
+            return "boot"
+        return "memory" if self._services.spares.has(spare_machine.key_of(self)) else "boot"
+
+    async def _keep_spare(self, pid: int) -> None:
+        """For the next start, where it waits; then it is told, whatever came of that."""
+        try:
+            await self._port.until_waiting(WAITING_TIMEOUT_S)
+            size_bytes = self._ram_bytes
+            is_kept = await spare_machine.keep(self, self._services.spares, pid, size_bytes)
+            log.info("%s %s for its next start", self.spec.name, "kept" if is_kept else "not kept")
+        except (SupercloudError, OSError) as error:
+            log.info("%s is not kept for its next start: %s", self.spec.name, error)
+        finally:
+            with contextlib.suppress(SupercloudError):
+                self._port.tell()
+
+    async def _spawn(self, source: str = "boot", ram: int = -1) -> Watched:
         await self._clear()
-        launched_s, spec = time.monotonic(), self.spec
+        launched_s = time.monotonic()
         self._shut_down = False
         with ExitStack() as undo:
-            is_restored = frozen_machine.is_due(self)
             own: tuple[list[str], list[int]] = [], []
-            if spec.checkpoints or is_restored:  # first, as it puts the disk in place
-                own = await self._own_ram(undo, is_restored=is_restored)
+            if ram >= 0:  # first, as a checkpoint puts the disk in place
+                own = await self._own_ram(undo, source, ram)
             arguments, descriptors = self._arguments(undo)
             error_file = undo.enter_context(open(f"{self.places.run}/qemu.log", "wb"))
             process = subprocess.Popen(  # noqa: ASYNC220 -- vfork and exec, a millisecond
@@ -266,38 +294,41 @@ class Machine:
             cgroups.enter(self._group(), process.pid)
             try:
                 await self._connect()
-                if is_restored:
-                    await self._go_on()
+                if source != "boot":
+                    await self._go_on(source)
             except BaseException as error:
+                if source == "memory":  # it may be its fault: the next start is by its image
+                    self._services.spares.drop(spare_machine.key_of(self))
                 watched.send(signal.SIGKILL)
                 await watched.ended_within(5.0)
                 watched.close()
                 if isinstance(error, SupercloudError):
-                    lost = is_restored and isinstance(error, Permanent)
+                    lost = source == "checkpoint" and isinstance(error, Permanent)
                     failure = NotRestored if lost else Permanent
                     raise failure(self._complaint() or str(error)) from error
                 raise
         return watched
 
-    async def _go_on(self) -> None:
-        """From the checkpoint that it has been given; nothing that it says is lost."""
+    async def _go_on(self, source: str) -> None:
+        """From the state that it has been given; nothing that it says is lost."""
         if self.console:
             async with asyncio.timeout(CONSOLE_TIMEOUT_S):
                 await self.console.connected()
         await frozen_machine.load(self.qmp)
-        frozen_machine.done(self)
+        if source == "checkpoint":
+            frozen_machine.done(self)
 
-    async def _own_ram(self, undo: ExitStack, *, is_restored: bool) -> tuple[list[str], list[int]]:
-        """RAM in a memory file, filled if it is to go on from a checkpoint."""
-        size_bytes = _memory_mib(self.spec) * MIB
-        ram = frozen_machine.make_ram(size_bytes)
-        undo.callback(os.close, ram)
-        arguments = frozen_machine.ram_arguments(ram, size_bytes)
-        if not is_restored:
+    async def _own_ram(self, undo: ExitStack, source: str, ram: int) -> tuple[list[str], list[int]]:
+        """QEMU's arguments for RAM in a memory file, filled if it is to go on from something."""
+        arguments = frozen_machine.ram_arguments(ram, self._ram_bytes)
+        if source == "boot":
             return arguments, [ram]
         self._group()
-        with not_restored():
-            state = await frozen_machine.fetch(self, self._services.ucloud, ram)
+        if source == "memory":
+            state = await spare_machine.fill(self, self._services.spares, ram)
+        else:
+            with not_restored():
+                state = await frozen_machine.fetch(self, self._services.ucloud, ram)
         undo.callback(os.close, state)
         return [*arguments, *frozen_machine.incoming_arguments(state)], [ram, state]
 
@@ -325,7 +356,7 @@ class Machine:
             descriptors.append(descriptor)
             return descriptor
 
-        arguments = [*_base(spec, self._services.accelerator.name)]
+        arguments = [*hardware.base(spec, self._services.accelerator.name)]
         sockets = ("qmp", "serial", *(["identity"] if spec.image.identity else []))
         for name in sockets:
             number = give(_listen(f"{self.places.run}/{name}"))
@@ -335,7 +366,7 @@ class Machine:
         arguments += credentials.arguments(spec, give)
         arguments += self._boot(give)
         for index, claim in enumerate(self._services.volumes.of(spec.uid)):
-            arguments += _volume(claim, give, FIRST_VOLUME_FDSET + index)
+            arguments += hardware.volume(claim, give, FIRST_VOLUME_FDSET + index)
         for index, nic in enumerate(spec.nics):
             tap = give(self._services.networks.open_tap(spec.uid, index, nic))
             arguments += ["-netdev", f"tap,id=net{index},fd={tap}", "-device",
@@ -386,10 +417,15 @@ class Machine:
 
     async def ended(self) -> None:
         """Close what led to QEMU, remove its cgroup, give back its volumes."""
+        self._has_ended = True
         await self._clear()
         await self._services.volumes.release(self.spec.uid, self.places.run)
 
     async def _clear(self) -> None:
+        if self._keeping:
+            self._keeping.cancel()
+            await asyncio.wait({self._keeping})
+            self._keeping = None
         self._port.close()
         if self._qmp:
             self._qmp.close()
@@ -419,49 +455,3 @@ def _listen(path: str) -> int:
     os.chmod(path, 0o600)
     listener.listen(4)
     return listener.detach()
-
-
-def serial(volume: str) -> str:
-    """How a guest knows a volume: all of the name that a virtio disk's serial takes."""
-    return volume.encode()[:SERIAL_BYTES].decode("utf-8", "ignore")
-
-
-def _node(claim: Claim) -> str:
-    """QEMU's name for it, which has at most 31 bytes."""
-    return f"volume-{serial(claim.volume)}"
-
-
-def _volume(claim: Claim, give: Callable[[int], int], fdset: int) -> list[str]:
-    """A disk of the platform as one of the machine, past the platform's cache."""
-    # alone with it if it may write: the kernel then lets nobody mount it meanwhile
-    access = os.O_RDONLY if claim.read_only else os.O_RDWR | os.O_EXCL
-    disk = give(os.open(claim.disk.device, access | os.O_DIRECT | os.O_CLOEXEC))
-    name, read_only = _node(claim), "on" if claim.read_only else "off"
-    node = f"driver=host_device,node-name={name},filename=/dev/fdset/{fdset}"
-    return [
-        "-add-fd", f"fd={disk},set={fdset}",
-        "-blockdev", f"{node},read-only={read_only},cache.direct=on,discard=unmap",
-        "-device", f"virtio-blk-pci,drive={name},serial={serial(claim.volume)}",
-    ]  # fmt: skip
-
-
-def _memory_mib(spec: EnvironmentSpec) -> int:
-    return max(spec.memory_bytes // MIB, 16)
-
-
-def _base(spec: EnvironmentSpec, accelerator: str) -> list[str]:
-    """The machine without its disks and networks."""
-    if accelerator == KVM:
-        engine = ["-accel", "kvm", "-cpu", "host"]
-    else:
-        engine = ["-accel", f"tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"]
-        engine += ["-cpu", "max,erms=off,fsrm=off"]  # see EMULATED_CPU of lower/vmm/machine
-    return [
-        "qemu-system-x86_64", "-name", spec.name, "-nodefaults", "-no-user-config",
-        "-display", "none", "-L", "/usr/share/qemu", "-L", "/usr/share/seabios",
-        "-machine", "pc,usb=off,hpet=off,vmport=off", *engine,
-        "-smp", str(max(1, math.ceil(spec.cpus))), "-m", f"{_memory_mib(spec)}M",
-        # out of the kernel's generator: QEMU's own would be the same in all clones of a template
-        "-object", "rng-random,id=random,filename=/dev/urandom",
-        "-device", "virtio-rng-pci,rng=random", "-sandbox", _SANDBOX,
-    ]  # fmt: skip

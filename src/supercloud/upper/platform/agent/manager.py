@@ -7,11 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 from supercloud.model.errors import Invalid, NotFound, SupercloudError
-from supercloud.upper.platform.agent import cgroups, paths, rootfs, saving, standstill, volumes
+from supercloud.upper.platform.agent import (
+    cgroups,
+    paths,
+    rootfs,
+    saving,
+    spare_machine,
+    standstill,
+    volumes,
+)
 from supercloud.upper.platform.agent.container import Container
 from supercloud.upper.platform.agent.engine import Places, Services, digests, make_places
 from supercloud.upper.platform.agent.firewall import Firewall, Publication, StoreWay, ruleset
-from supercloud.upper.platform.agent.machine import Machine
+from supercloud.upper.platform.agent.machine import ENGINE_BYTES, Machine
 from supercloud.upper.platform.agent.names import Names
 from supercloud.upper.platform.agent.namespaces import IDS_PER_ENVIRONMENT
 from supercloud.upper.platform.agent.networks import check_nic, gateways, sweep_devices
@@ -63,6 +71,7 @@ class Manager:
                 self._find_unwanted({spec.uid for spec in desired.environments})
             write_json(paths.DESIRED, encode(desired))
             self._services.networks.ensure(self._all_specs(desired.environments))
+            self._services.spares.limit(taken_bytes(self._all_specs(desired.environments)))
             self._services.networks.settled.clear()
             self._network_changed.set()
             self._converge(desired)
@@ -106,6 +115,7 @@ class Manager:
         cgroups.prepare()
         standstill.thaw_all()
         self._services.volumes.start()
+        self._services.spares.sweep()
         saving.sweep()
         self._tasks = [
             asyncio.ensure_future(task) for task in (self._keep_network(), self._keep_tidy())
@@ -230,12 +240,23 @@ class Manager:
         names = self._names.apply(found, specs, desired.names)
         await asyncio.gather(self._firewall.apply(text), names)
 
+    def _spares_in_use(self) -> set[str]:
+        engines = [worker.engine for worker in self._workers.values()]
+        return {spare_machine.key_of(each) for each in engines if isinstance(each, Machine)}
+
     def _collect(self) -> None:
         specs = self._all_specs(self._desired.environments if self._desired else [])
         used = [digest for spec in specs for digest in digests(spec)]
+        self._services.spares.tidy(self._spares_in_use())
         rootfs.collect_images(used)
         for name in self._services.blobs.collect(used):
             log.info("blob %s is not used any more", name)
+
+
+def taken_bytes(specs: list[EnvironmentSpec]) -> int:
+    """What EEs may use of the platform's memory, all together."""
+    engines = sum(ENGINE_BYTES for spec in specs if spec.kind == "vm")
+    return engines + sum(spec.memory_bytes for spec in specs)
 
 
 def publications(specs: list[EnvironmentSpec]) -> list[Publication]:

@@ -18,6 +18,7 @@ CERTIFICATE: Final = f"{RUN}/identity/cert.pem"
 BOOT: Final = f"{RUN}/boot"
 IDENTIFIED: Final = f"{RUN}/identified"
 PREPARED: Final = f"{RUN}/prepared"
+SPARES: Final = f"{RUN}/spares"
 
 BLOBS: Final = f"{DATA}/blobs"
 LAYERS: Final = f"{DATA}/ee"

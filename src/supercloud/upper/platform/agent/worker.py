@@ -97,6 +97,7 @@ class Worker:
             exit_status=self.exit_status, restarts=self.restarts, started_s=self.started_s,
             reason=self.reason, memory_bytes=memory_bytes, cpu_s=cpu_s,
             volumes=self.engine.usage() if self.spec.volumes else [],
+            started_from=self.engine.started_from,
         )  # fmt: skip
 
     def check_running(self) -> None:
@@ -160,6 +161,7 @@ class Worker:
         self.restarts = saved["restarts"]
         self.started_s = saved["started_s"] or time.time()  # it waited in the template
         self.exit_status = saved["exit_status"]
+        self.engine.started_from = saved.get("started_from", "")
         if saved.get("held"):
             self.state, self.reason = "failed", saved["reason"]
             await self._hold()
@@ -366,4 +368,5 @@ class Worker:
             "ticks": process.start_ticks if process else 0,
             "launched_s": process.launched_s if process else 0.0, "state": self.state,
             "reason": self.reason, "exit_status": self.exit_status, "held": held,
+            "started_from": self.engine.started_from,
         })  # fmt: skip

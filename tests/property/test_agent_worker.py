@@ -60,6 +60,7 @@ class Engine:
 
     name = "fake"
     log: Log | None = None
+    started_from = ""
 
     def __init__(self, failures: Iterator[int], lives: Iterator[tuple[float, int]]) -> None:
         self.spec = SPEC

@@ -383,3 +383,20 @@ async def test_one_that_cannot_grow_goes_on(system: System, tmp_path: Path) -> N
     await when(lambda: calls)
     assert not losing.done()
     losing.cancel()
+
+
+async def test_a_disk_that_the_kernel_still_has_for_itself_is_waited_for(
+    system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system.plug(1, "vdd", 5)
+    store = begun(system)
+    await claimed(store, spec("a", mount("v", 1)), tmp_path)
+    answers, asked = iter([False, False, True]), list[str]()
+
+    def is_free(device: str) -> bool:
+        asked.append(device)
+        return next(answers)
+
+    monkeypatch.setattr(filesystem, "is_free", is_free)
+    await store.settled("a-1")
+    assert asked == ["/dev/vdd"] * 3

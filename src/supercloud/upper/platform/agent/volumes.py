@@ -223,6 +223,7 @@ class Volumes:
         if os.path.ismount(place):
             return
         os.makedirs(place, mode=0o700, exist_ok=True)
+        await self._wait_until_free(claim)
         hard = self._disks.is_read_only(claim.disk)
         alone = not any(other.kind == "vm" for other in self._claims_of(claim.volume))
         found = await asyncio.to_thread(filesystem.look, device)
@@ -271,14 +272,18 @@ class Volumes:
         syscalls.unmount(place)
 
     async def _wait_until_free(self, claim: Claim) -> None:
-        """The kernel lets go of a file system a moment after its last mount has gone."""
+        """The kernel has a disk for itself a moment longer than one thinks.
+
+        After its last mount has gone, and while it looks for partitions on one that was just
+        plugged in, which is in its slot already.
+        """
         for _ in range(FREE_TRIES):
             if not self._disks.is_present(claim.disk):
                 return
             if await asyncio.to_thread(filesystem.is_free, claim.disk.device):
                 return
             await asyncio.sleep(FREE_RETRY_S)
-        raise Temporary(f"volume {claim.volume} is still mounted somewhere")
+        raise Temporary(f"volume {claim.volume} is still in use by somebody")
 
     async def settled(self, uid: str) -> None:
         """When nobody works on the disks that the EE has claimed."""
@@ -287,7 +292,8 @@ class Volumes:
             return
 
         for claim in self.of(uid):
-            await self._alone(claim, nothing, filesystem.CHECK_TIMEOUT_S)
+            work = nothing if claim.read_only else partial(self._wait_until_free, claim)
+            await self._alone(claim, work, filesystem.CHECK_TIMEOUT_S)
 
     async def _alone(
         self, claim: Claim, work: Callable[[], Awaitable[None]], limit_s: float

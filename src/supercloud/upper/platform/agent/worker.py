@@ -248,10 +248,11 @@ class Worker:
     async def _next_look(self) -> None:
         """A moment later; for a guest that has not sent anything yet, as soon as it has."""
         tap = networks.device_name("tp", self.spec.uid, 0) if self.spec.kind == "vm" else ""
-        limit_s = time.monotonic() + readiness.SILENT_S
+        loop = asyncio.get_running_loop()
+        limit_s = loop.time() + readiness.SILENT_S
         while True:
             await asyncio.sleep(readiness.STARTING_S)
-            if not tap or readiness.has_spoken(tap) or time.monotonic() > limit_s:
+            if not tap or readiness.has_spoken(tap) or loop.time() > limit_s:
                 return
 
     async def _ended(self, status: int | None) -> None:

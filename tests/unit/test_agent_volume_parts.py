@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from supercloud.model.errors import Invalid
+from supercloud.model.errors import Invalid, Temporary
 from supercloud.upper.platform.agent import filesystem, oci, paths, volumes
 from supercloud.upper.platform.agent.disks import Disk, Disks, slot_number
 from supercloud.upper.platform.agent.hardware import serial
@@ -400,3 +400,22 @@ async def test_a_disk_that_the_kernel_still_has_for_itself_is_waited_for(
     monkeypatch.setattr(filesystem, "is_free", is_free)
     await store.settled("a-1")
     assert asked == ["/dev/vdd"] * 3
+
+
+async def test_a_disk_that_is_taken_again_between_a_look_and_the_mount_is_tried_again(
+    system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system.plug(1, "vdd", 5)
+    store = begun(system)
+    await claimed(store, spec("a", mount("v", 1)), tmp_path)
+    answers = iter([filesystem.InUse("by a child"), OSError(5, "not ours to try again")])
+    clean = filesystem.Superblock(size_bytes=MIB, is_clean=True, was_mounted=True)
+
+    def mounted(*_: object) -> None:
+        raise next(answers)
+
+    monkeypatch.setattr(filesystem, "is_free", lambda _: True)
+    monkeypatch.setattr(filesystem, "look", lambda _: clean)
+    monkeypatch.setattr(filesystem, "mount", mounted)
+    with pytest.raises(Temporary, match="not ours to try again"):
+        await store.mount("a-1", str(tmp_path), (0, 0), print)

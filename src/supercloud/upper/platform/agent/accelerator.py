@@ -15,7 +15,7 @@ import time
 
 from supercloud.model.errors import SupercloudError
 from supercloud.upper.platform.agent import paths
-from supercloud.upper.platform.agent.processes import run
+from supercloud.upper.platform.agent.processes import fork, run
 from supercloud.upper.platform.agent.state import read_json, write_json
 
 TIMEOUT_S = 5.0
@@ -79,9 +79,7 @@ async def run_guest() -> str:
     """Empty when the guest ran; else what went wrong."""
     if not os.path.exists("/dev/kvm"):
         return "the kernel offers no /dev/kvm"
-    child = os.fork()
-    if not child:
-        _child()
+    child = fork(_guest)
     limit_s = time.monotonic() + TIMEOUT_S
     while True:
         done, status = os.waitpid(child, os.WNOHANG)  # noqa: ASYNC222 -- does not wait
@@ -93,14 +91,6 @@ async def run_guest() -> str:
     if os.WIFSIGNALED(status):
         return f"a guest did not come back within {TIMEOUT_S:g} s"
     return "" if os.waitstatus_to_exitcode(status) == _MAGIC else "a guest did not run as it should"
-
-
-def _child() -> None:
-    code = 1
-    try:
-        code = _guest()
-    finally:
-        os._exit(code)
 
 
 def _guest() -> int:

@@ -9,10 +9,12 @@ import asyncio
 import errno
 import os
 import struct
+from collections.abc import Collection
 from typing import BinaryIO
 
 from supercloud.model.errors import Invalid, Permanent, Temporary
 from supercloud.model.records import dataclass
+from supercloud.upper.platform.agent import syscalls
 from supercloud.upper.platform.agent.processes import run
 
 BLANK_BYTES = 1 << 20
@@ -22,7 +24,12 @@ _BLOCK_BYTES = 4096
 MARK = b"supercloud: a file system is being made on this disk\n".ljust(_BLOCK_BYTES, b"\0")
 _SUPERBLOCK_AT, _SUPERBLOCK_BYTES, _MAGIC = 1024, 1024, 0xEF53
 _IS_CLEAN, _HAS_ERRORS, _NEEDS_RECOVERY, _64BIT = 1, 2, 4, 0x80
+_IN_USE = (" in use", "resource busy")
 _CORRECTED = 1  # e2fsck's exit status: it found something and mended it
+
+
+class InUse(Temporary):
+    """Somebody has the disk for himself: a tool, the kernel, or a child that is just starting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,7 @@ def superblock(untrusted: bytes) -> Superblock | None:
 def look(device: str) -> Superblock | None:
     """The file system on a disk; None when one is to be made there.
 
-    Invalid for a disk that has something else; Temporary while somebody has it open for himself.
+    Invalid for a disk that has something else; InUse while somebody has it open for himself.
     """
     with _open(device, os.O_RDONLY) as file:
         head = file.read(BLANK_BYTES)
@@ -83,16 +90,36 @@ def _open(device: str, flags: int) -> BinaryIO:
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
-        raise Temporary("the disk is still in use") from error
+        raise InUse("the disk is still in use") from error
 
 
 def is_free(device: str) -> bool:
     """Whether nothing has it mounted, here or in any container."""
     try:
         _open(device, os.O_RDONLY).close()
-    except Temporary:
+    except InUse:
         return False
     return True
+
+
+def mount(device: str, place: str, flags: int, options: str) -> None:
+    """InUse as for ``look``; OSError for the rest."""
+    try:
+        syscalls.mount(device, place, "ext4", flags, options)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        raise InUse("the disk is still in use") from error
+
+
+async def _tool(*argv: str, timeout_s: float, accept: Collection[int] = (0,)) -> None:
+    """InUse when it says so: their exit status does not."""
+    try:
+        await run(*argv, timeout_s=timeout_s, accept=accept)
+    except Permanent as error:
+        if any(words in str(error) for words in _IN_USE):
+            raise InUse("the disk is still in use") from error
+        raise
 
 
 def _tail_at(file: BinaryIO) -> int:
@@ -122,15 +149,15 @@ async def make(device: str, owner: tuple[int, int]) -> None:
     """A new file system; ``owner`` (uid, gid) is whom its root directory belongs to."""
     await asyncio.to_thread(_write_mark, device)
     options = f"nodiscard,root_owner={owner[0]}:{owner[1]}"
-    await run("mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-E", options, device,
-              timeout_s=MAKE_TIMEOUT_S)  # fmt: skip
+    await _tool("mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-E", options, device,
+                timeout_s=MAKE_TIMEOUT_S)  # fmt: skip
     await asyncio.to_thread(_erase_mark, device)
 
 
 async def check(device: str) -> None:
     """Replay its journal and mend what can be mended without asking; Permanent for the rest."""
     try:
-        await run("e2fsck", "-p", device, timeout_s=CHECK_TIMEOUT_S, accept=(0, _CORRECTED))
+        await _tool("e2fsck", "-p", device, timeout_s=CHECK_TIMEOUT_S, accept=(0, _CORRECTED))
     except Permanent as error:
         raise Permanent(
             f"its file system is damaged; go back to a snapshot, or repair it from a VM: {error}"

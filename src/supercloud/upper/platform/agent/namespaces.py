@@ -8,10 +8,12 @@ view of the image, and both outlive restarts of the container and of the agent.
 import os
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TypeVar
 
 from supercloud.upper.platform.agent import syscalls
 from supercloud.upper.platform.agent.netlink import Netlink
+from supercloud.upper.platform.agent.processes import fork
 
 IDS_PER_ENVIRONMENT = 65536
 KINDS = ("user", "net")
@@ -27,9 +29,7 @@ def create(base_id: int, place: str) -> None:
     remove(place)
     ready_read, ready_write = os.pipe()
     go_read, go_write = os.pipe()
-    child = os.fork()
-    if not child:
-        _hold_namespaces(ready_write, go_read, go_write)
+    child = fork(partial(_hold_namespaces, ready_write, go_read), (ready_write, go_read))
     try:
         os.close(ready_write)
         complaint = os.read(ready_read, 200)
@@ -47,17 +47,15 @@ def create(base_id: int, place: str) -> None:
         os.waitpid(child, 0)
 
 
-def _hold_namespaces(ready_write: int, go_read: int, go_write: int) -> None:
+def _hold_namespaces(ready_write: int, go_read: int) -> int:
     """The child: single-threaded after the fork, as a new user namespace demands."""
     try:
-        os.close(go_write)
         syscalls.unshare(syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNET)
         os.write(ready_write, b"ready")
         os.read(go_read, 1)
     except OSError as error:
         os.write(ready_write, str(error).encode()[:200])
-    finally:
-        os._exit(0)
+    return 0
 
 
 def remove(place: str) -> None:

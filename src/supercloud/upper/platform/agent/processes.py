@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from supercloud.model.errors import Permanent, Temporary
@@ -47,6 +47,27 @@ async def run(
         complaint = (err or out or b"").decode("utf-8", "replace").strip()[-MAX_COMPLAINT:]
         raise Permanent(f"{argv[0]} failed with {process.returncode}: {complaint}")
     return out or b""
+
+
+def fork(body: Callable[[], int], keep: Collection[int] = ()) -> int:
+    """The pid of a child that does ``body``, whose return is its exit status; 1 when it raises.
+
+    Of our descriptors it has ``keep`` and the first three. Copies of others would outlive what we
+    do with ours: a disk that a thread of ours has just closed would still be in use.
+    """
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        first = 3
+        for descriptor in sorted(keep):
+            os.closerange(first, descriptor)
+            first = descriptor + 1
+        os.closerange(first, 1 << 30)
+        code = body()
+    finally:
+        os._exit(code)
 
 
 async def load_modules(*names: str) -> None:

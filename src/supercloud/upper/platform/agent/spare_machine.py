@@ -12,11 +12,13 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from supercloud.model.errors import Temporary
 from supercloud.upper.platform.agent import cgroups
 from supercloud.upper.platform.agent.frozen_machine import DEVICE_SET, fingerprint
+from supercloud.upper.platform.agent.processes import fork
 from supercloud.upper.platform.agent.qmp import Qmp
 from supercloud.upper.platform.agent.spares import RAM, STATE, Spares
 from supercloud.wire.messages import EnvironmentSpec
@@ -131,9 +133,7 @@ async def fill(machine: "Machine", spares: Spares, ram: int) -> int:
 
 async def _in_its_group(uid: str, source: int, ram: int) -> None:
     """Copy in a child, whose group is charged for what it fills."""
-    child = os.fork()
-    if not child:
-        _child(uid, source, ram)
+    child = fork(partial(_copy_charged, uid, source, ram), (source, ram))
     patience = asyncio.get_running_loop().call_later(FILL_S, os.kill, child, signal.SIGKILL)
     _, status = await asyncio.to_thread(os.waitpid, child, 0)
     patience.cancel()
@@ -141,14 +141,10 @@ async def _in_its_group(uid: str, source: int, ram: int) -> None:
         raise Temporary("a machine's memory could not be filled from its spare")
 
 
-def _child(uid: str, source: int, ram: int) -> None:
-    code = 1
-    try:
-        cgroups.enter(cgroups.path_of(uid), os.getpid())
-        copy(source, ram)
-        code = 0
-    finally:
-        os._exit(code)
+def _copy_charged(uid: str, source: int, ram: int) -> int:
+    cgroups.enter(cgroups.path_of(uid), os.getpid())
+    copy(source, ram)
+    return 0
 
 
 def copy(source: int, into: int) -> None:

@@ -14,6 +14,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Protocol
@@ -29,6 +30,7 @@ WAIT_S = 20.0
 LOOK_S = 5.0
 WORK_TIMEOUT_S = 60.0
 FREE_TRIES, FREE_RETRY_S = 200, 0.05
+MOUNT_TRIES = 5
 _FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOATIME
 
 log = logging.getLogger("supercloud.agent.volumes")
@@ -219,11 +221,20 @@ class Volumes:
     async def _mount(
         self, claim: Claim, owner: tuple[int, int], waiting: Callable[[str], None]
     ) -> None:
-        place, device = _mounted_at(claim.volume), claim.disk.device
-        if os.path.ismount(place):
+        if os.path.ismount(_mounted_at(claim.volume)):
             return
-        os.makedirs(place, mode=0o700, exist_ok=True)
-        await self._wait_until_free(claim)
+        os.makedirs(_mounted_at(claim.volume), mode=0o700, exist_ok=True)
+        for _ in range(MOUNT_TRIES):
+            await self._wait_until_free(claim)
+            with suppress(filesystem.InUse):  # a copy of a descriptor of ours, for a moment
+                await self._mount_free(claim, owner, waiting)
+                return
+        raise Temporary("the disk is still in use")
+
+    async def _mount_free(
+        self, claim: Claim, owner: tuple[int, int], waiting: Callable[[str], None]
+    ) -> None:
+        device = claim.disk.device
         hard = self._disks.is_read_only(claim.disk)
         alone = not any(other.kind == "vm" for other in self._claims_of(claim.volume))
         found = await asyncio.to_thread(filesystem.look, device)
@@ -236,7 +247,7 @@ class Volumes:
             await filesystem.check(device)
         flags = _FLAGS | (syscalls.MS_RDONLY if claim.read_only else 0)
         options = "errors=remount-ro" + (",noload" if hard else "")
-        await asyncio.to_thread(syscalls.mount, device, place, "ext4", flags, options)
+        await asyncio.to_thread(filesystem.mount, device, _mounted_at(claim.volume), flags, options)
 
     async def grow(self, claim: Claim, size_bytes: int) -> None:
         """Make the mounted file system as big as its disk."""

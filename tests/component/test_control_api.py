@@ -343,3 +343,17 @@ async def test_garbage_instead_of_http_is_answered_and_closed(client, process):
         await asyncio.wait_for(reader.read(), 5)
         writer.close()
     assert (await client.get("/v1/version"))["protocol"] == 1
+
+
+async def test_who_waits_for_another_state_is_answered_when_it_comes(client):
+    await client.up(TWO)
+    path = "/v1/uclouds/test/state"
+    assert (await client.get(f"{path}?state=applying&wait_ms=20000"))["state"] == "ready"
+    assert (await client.get(f"{path}?state=ready&wait_ms=50"))["state"] == "ready"
+    assert (await client.get(f"{path}?state=applying"))["state"] == "ready"
+    waiting = asyncio.ensure_future(client.get(f"{path}?state=ready&wait_ms=20000"))
+    await asyncio.sleep(0.05)
+    await client.ask("POST", "/v1/uclouds/test/down")
+    assert (await waiting)["state"] in ("deleting", "gone")
+    status, _ = await client.ask("GET", "/v1/uclouds/none/state?state=ready&wait_ms=20000")
+    assert status == 404

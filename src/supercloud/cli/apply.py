@@ -142,7 +142,20 @@ def _views(name: str, timeout_s: float) -> Iterator[dict[str, Any] | None]:
         if time.monotonic() > end_s:
             raise _too_late(name, view, timeout_s)
         # A large U-Cloud takes longer to describe: leave the control plane time to work on it.
-        time.sleep(max(POLL_S, 2 * (time.monotonic() - asked_s)))
+        _pause(name, view, max(POLL_S, 2 * (time.monotonic() - asked_s)))
+
+
+def _pause(name: str, view: dict[str, Any] | None, pause_s: float) -> None:
+    """So long, or until the control plane says that the U-Cloud's state has changed."""
+    end_s = time.monotonic() + pause_s
+    state = view["state"] if view else ""
+    wanted = client.path("uclouds", name, "state", state=state, wait_ms=int(pause_s * 1000))
+    try:
+        changed = bool(view) and client.get(wanted)["state"] != state
+    except SupercloudError:  # the next view tells
+        changed = False
+    if not changed:
+        time.sleep(max(0.0, end_s - time.monotonic()))
 
 
 def _too_late(name: str, view: dict[str, Any] | None, timeout_s: float) -> Temporary:

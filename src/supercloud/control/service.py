@@ -217,6 +217,25 @@ class Service:
         """One U-Cloud; NotFound."""
         return await self._view(await self._ucloud(name))
 
+    async def state(self, name: str, left: str, wait_s: float) -> str:
+        """Of one U-Cloud, as soon as it is not ``left``, at the latest after ``wait_s``; NotFound.
+
+        The last one that it had, when it goes meanwhile.
+        """
+        _, revision = await self._plane.state.store.list(ucloud_key(name))
+        state = (await self._ucloud(name)).state
+        changes = self._plane.state.store.watch(ucloud_key(name), revision)
+        try:
+            async with asyncio.timeout(wait_s):
+                while state == left:
+                    await anext(changes)
+                    state = (await self._ucloud(name)).state
+        except (TimeoutError, StopAsyncIteration):  # the latter: the control plane ends
+            return state
+        finally:
+            changes.close()
+        return state
+
     async def environments(self, ucloud: str = "") -> list[api.EnvironmentRow]:
         """The rows of ``ps``."""
         if ucloud:

@@ -19,12 +19,22 @@ from supercloud.wire.codec import Limit
 from supercloud.wire.messages import Logs
 from supercloud.wire.volumes import SnapshotName
 
+WAIT_MAX_MS = 30_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfUCloud:
     """``ucloud`` "" is all."""
 
     ucloud: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateQuery:
+    """Wait for another state than ``state``, at most ``wait_ms`` and ``WAIT_MAX_MS``."""
+
+    state: str = ""
+    wait_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +129,8 @@ class Routes:
                   handle=self._uclouds, doc="all U-Clouds"),
             Route(method="GET", path="/v1/uclouds/{ucloud}", result=api.UCloudView,
                   handle=self._ucloud, doc="one U-Cloud, with progress"),
+            Route(method="GET", path="/v1/uclouds/{ucloud}/state", params=StateQuery,
+                  handle=self._state, doc="its state, as soon as that is another one"),
             Route(method="GET", path="/v1/environments", params=OfUCloud,
                   result=list[api.EnvironmentRow], handle=self._environments,
                   doc="the rows of `ps`"),
@@ -205,6 +217,11 @@ class Routes:
 
     async def _ucloud(self, asked: Asked[Nothing]) -> api.UCloudView:
         return await self.service.ucloud(asked.at["ucloud"])
+
+    async def _state(self, asked: Asked[StateQuery]) -> dict[str, str]:
+        wait_s = min(max(asked.params.wait_ms, 0), WAIT_MAX_MS) / 1000
+        name, left = asked.at["ucloud"], asked.params.state
+        return {"ucloud": name, "state": await self.service.state(name, left, wait_s)}
 
     async def _environments(self, asked: Asked[OfUCloud]) -> web.Response:
         ucloud = asked.params.ucloud

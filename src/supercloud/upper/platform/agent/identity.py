@@ -52,6 +52,8 @@ _ARGUMENT: Final = "supercloud.start=template"
 _PORTS: Final = "/sys/class/virtio-ports"
 _MACHINE_ID: Final = "/etc/machine-id"
 _MAX_LINE_BYTES: Final = 4096
+SETTLE_S: Final = 3.0
+"""What the kernel put off (writing back, freeing, grace periods) every clone would do again."""
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x4008_5203, 0x5207
 MAC: Final = r"02:5c:(00|77)(:[0-9a-f]{2}){3}"
 
@@ -92,6 +94,7 @@ class Waiting:
         asyncio.run(prepare())
         gc.collect()
         gc.freeze()  # the collector would write to each object, and so copy its page in each clone
+        time.sleep(SETTLE_S)
         os.write(self._port, b"waiting\n")
         told = parse(self._line())
         reseed(bytes.fromhex(told.seed))
@@ -142,7 +145,7 @@ async def prepare() -> None:
     async def environments() -> None:
         await prepared.prepare(accelerator)
 
-    for step in (_load_modules, accelerator.probe, _read_programs, environments):
+    for step in (_load_modules, accelerator.probe, _read_programs, environments, _scratch):
         try:
             await step()
         except (SupercloudError, OSError) as error:
@@ -168,14 +171,17 @@ def rehearse() -> None:
     if libcrypto.is_there():
         libcrypto.rehearse()
     tls.bare_context()
-    with contextlib.suppress(OSError, NotFound):
-        scratch.rehearse()
     if nftables.is_there():
         nftables.apply("list tables")
 
 
 async def _load_modules() -> None:
     await load_modules(*MODULES)
+
+
+async def _scratch() -> None:
+    with contextlib.suppress(NotFound):  # a platform without one
+        await scratch.prepare()
 
 
 async def _read_programs() -> None:

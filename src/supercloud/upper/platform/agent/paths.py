@@ -19,6 +19,7 @@ BOOT: Final = f"{RUN}/boot"
 IDENTIFIED: Final = f"{RUN}/identified"
 PREPARED: Final = f"{RUN}/prepared"
 SPARES: Final = f"{RUN}/spares"
+SCRATCH: Final = f"{RUN}/scratch"
 
 BLOBS: Final = f"{DATA}/blobs"
 LAYERS: Final = f"{DATA}/ee"

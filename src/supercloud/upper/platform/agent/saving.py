@@ -88,5 +88,7 @@ def workplace(uid: str) -> Any:
 
 def sweep() -> None:
     """Remove what an agent that was killed has left."""
+    if os.path.exists(paths.SCRATCH):
+        return  # a clone's disk, which has nothing on it, and no key yet
     if os.path.exists(paths.CHECKPOINTS):
         remove_tree(paths.CHECKPOINTS)

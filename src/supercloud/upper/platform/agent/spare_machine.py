@@ -21,6 +21,7 @@ from supercloud.upper.platform.agent.frozen_machine import DEVICE_SET, fingerpri
 from supercloud.upper.platform.agent.processes import fork
 from supercloud.upper.platform.agent.qmp import Qmp
 from supercloud.upper.platform.agent.spares import RAM, STATE, Spares
+from supercloud.upper.platform.agent.state import extents
 from supercloud.wire.messages import EnvironmentSpec
 
 if TYPE_CHECKING:
@@ -149,22 +150,10 @@ def _copy_charged(uid: str, source: int, ram: int) -> int:
 
 def copy(source: int, into: int) -> None:
     """All that a sparse file has, into an empty one of its size."""
-    for start, end in _extents(source):
+    for start, end in extents(source):
         at = os.lseek(into, start, os.SEEK_SET)
         while at < end:
             done = os.sendfile(into, source, at, min(end - at, _MAX_PIECE_BYTES))
             if not done:
                 raise Temporary("a machine's memory is cut short")
             at += done
-
-
-def _extents(file: int) -> Iterator[tuple[int, int]]:
-    """Where it has anything."""
-    end = 0
-    while True:
-        try:
-            start = os.lseek(file, end, os.SEEK_DATA)
-        except OSError:  # nothing but a hole up to the end
-            return
-        end = os.lseek(file, start, os.SEEK_HOLE)
-        yield start, end

@@ -1,8 +1,9 @@
-"""Small JSON files in memory, replaced atomically: what the next agent must know."""
+"""Small files in memory, replaced atomically: what the next agent must know. Sparse ones."""
 
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -34,3 +35,15 @@ def remove_tree(path: str) -> None:
 
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(path)
+
+
+def extents(file: int) -> Iterator[tuple[int, int]]:
+    """Where a sparse file has anything: starts and ends, in bytes."""
+    end = 0
+    while True:
+        try:
+            start = os.lseek(file, end, os.SEEK_DATA)
+        except OSError:  # nothing but a hole up to the end
+            return
+        end = os.lseek(file, start, os.SEEK_HOLE)
+        yield start, end

@@ -80,7 +80,7 @@ def restore(arguments: argparse.Namespace) -> None:
     of = client.get(path)
     place = client.path("uclouds", of["ucloud"], "environments", of["name"])
     before = client.get(place)["uid"] if of["of"] == "environment" else ""
-    done = client.call("POST", f"{path}/restore", body)
+    done = client.call("POST", f"{path}/restore", body, timeout_s=arguments.timeout)
     if not arguments.no_wait:
         _await_restored(path, done, before, arguments)
     if arguments.json:

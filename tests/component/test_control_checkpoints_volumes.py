@@ -152,16 +152,23 @@ async def test_without_room_for_a_snapshot_there_is_no_checkpoint(world, monkeyp
 
     async def full(host, name, snapshot):
         if name == "more":
-            raise NoResources("another snapshot of volume more needs a larger device")
+            message, hint = "another snapshot of volume more needs more room", "make it larger"
+            raise NoResources(message, hint=hint)
         return await whole(host, name, snapshot)
 
     monkeypatch.setattr(pretended.volumes, "snapshot", full)
     task = await take(world)
     assert "another snapshot of volume more" in task.error["message"]
+    assert task.error["hint"] == "make it larger"
+    (row,) = await world.app.service.checkpoints.rows("test")
+    assert (row.state, row.hint) == ("failed", "make it larger")
+    assert told(world, "checkpoint.failed")[-1].message.endswith("; what to do: make it larger")
     await has_snapshots(world, [])  # the one that was made is gone again
     assert pretended.remembered("web") == ["first"], "it goes on"
     monkeypatch.undo()
     assert (await take(world)).sequence
+    (row,) = await world.app.service.checkpoints.rows("test")
+    assert (row.reason, row.hint) == ("", "")
     await has_snapshots(world, await claimed(world))
 
 

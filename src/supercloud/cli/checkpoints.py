@@ -157,6 +157,9 @@ def _list(arguments: argparse.Namespace) -> None:
     several = len({row["ucloud"] for row in rows}) > 1
     now_s = time.time()
     print(table(HEADER, (_row(row, now_s, several=several) for row in rows)))
+    for row in rows:
+        if row.get("hint"):
+            print(printable(f"{row['name']}: what to do: {row['hint']}"))
 
 
 def _row(row: dict[str, Any], now_s: float, *, several: bool) -> tuple[str, ...]:
@@ -182,6 +185,10 @@ def _show(arguments: argparse.Namespace, name: str) -> None:
         return
     now_s = time.time()
     print(table(ONE, (_one(item, now_s) for item in view["checkpoints"])))
+    if view["reason"]:
+        print(printable(f"{view['state']}: {view['reason']}"))
+    if view.get("hint"):
+        print(printable(f"  what to do: {view['hint']}"))
 
 
 def _one(item: dict[str, Any], now_s: float) -> tuple[str, ...]:

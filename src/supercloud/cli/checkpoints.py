@@ -184,7 +184,12 @@ def _show(arguments: argparse.Namespace, name: str) -> None:
         print(json.dumps(view, indent=2))
         return
     now_s = time.time()
-    print(table(ONE, (_one(item, now_s) for item in view["checkpoints"])))
+    if view["checkpoints"]:
+        print(table(ONE, (_one(item, now_s) for item in view["checkpoints"])))
+    else:
+        of = "--platform " if view["of"] == "platform" else ""
+        subject = f"{view['ucloud']}/{view['name']}"
+        print(printable(f"there is none yet; supercloud checkpoint {of}{subject} takes one"))
     if view["reason"]:
         print(printable(f"{view['state']}: {view['reason']}"))
     if view.get("hint"):

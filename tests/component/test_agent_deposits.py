@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,15 @@ from typing import Any
 import pytest
 
 from supercloud.control import deposits as control
-from supercloud.model.errors import Invalid, Permanent, Unsupported
+from supercloud.model.errors import (
+    BadState,
+    Invalid,
+    NotFound,
+    Permanent,
+    SupercloudError,
+    Temporary,
+    Unsupported,
+)
 from supercloud.upper.platform.agent import blobs, deposits, devicemapper, paths
 from supercloud.upper.platform.agent.fetch import Source
 from supercloud.wire.messages import Blob, Deposited
@@ -27,7 +36,7 @@ class Host:
 
     def __init__(self, disk: Path) -> None:
         self.disk, self.asked = disk, list[Blob]()
-        self.refuses = False
+        self.refusal: SupercloudError | None = None
         self.damage: Callable[[bytes], bytes] = lambda data: data
 
     def get(self, *_: object) -> "Host":
@@ -46,8 +55,8 @@ class Host:
 
         async def ask(blob: Blob) -> Deposited:
             self.asked.append(blob)
-            if self.refuses:
-                raise Unsupported("there is no such host")
+            if self.refusal:
+                raise self.refusal
             platform: Any = SimpleNamespace(
                 name="p1", ucloud="demo", wish=SimpleNamespace(provider="here")
             )
@@ -84,6 +93,30 @@ async def store(directory: Path, host: Host) -> AsyncIterator[tuple[Link, blobs.
                 return link.source(files)
 
             yield link, blobs.Blobs(source, deposits.Deposits(host.ask(link)))
+
+
+class Clock:
+    """The agent's, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(deposits, "time", clock)
+    return clock
+
+
+async def came_whole(
+    link: Link, found: blobs.Blobs, path: Path, size_bytes: int = 1_000_000
+) -> None:
+    blob = offer(link, path, os.urandom(size_bytes))
+    assert Path(await found.get(blob)).read_bytes() == path.read_bytes()
 
 
 def offer(link: Link, path: Path, data: bytes) -> Blob:
@@ -127,19 +160,65 @@ async def test_what_was_changed_on_the_disk_is_never_used_and_the_next_try_pulls
         with pytest.raises(Invalid, match="another hash"):
             await found.get(blob)
         assert not list((tmp_path / "blobs").iterdir())
+        assert found._deposits
+        found._deposits.connected()
         assert Path(await found.get(blob)).read_bytes() == (tmp_path / "file").read_bytes()
         assert len(host.asked) == 1
 
 
-async def test_where_it_cannot_be_had_everything_is_pulled_and_nobody_asks_again(
-    tmp_path: Path, host: Host
+@pytest.mark.parametrize("refusal", [Unsupported("no such host"), NotFound("no method")])
+async def test_where_it_cannot_be_had_everything_is_pulled_and_only_a_new_connection_asks_again(
+    tmp_path: Path, host: Host, clock: Clock, refusal: SupercloudError
 ) -> None:
-    host.refuses = True
+    host.refusal = refusal
     async with store(tmp_path, host) as (link, found):
         for name in ("one", "two"):
-            blob = offer(link, tmp_path / name, os.urandom(1_000_000))
-            assert Path(await found.get(blob)).read_bytes() == (tmp_path / name).read_bytes()
+            await came_whole(link, found, tmp_path / name)
+            clock.now_s += 10 * deposits.AGAIN_S[1]
         assert len(host.asked) == 1
+        host.refusal = None
+        assert found._deposits
+        found._deposits.connected()
+        await came_whole(link, found, tmp_path / "three")
+        assert len(host.asked) == 2
+
+
+@pytest.mark.parametrize(
+    "refusal", [Temporary("no answer"), BadState("it is starting"), Permanent("internal error 1")]
+)
+async def test_one_that_fails_is_pulled_and_after_a_while_others_come_by_the_disk_again(
+    tmp_path: Path, host: Host, clock: Clock, refusal: SupercloudError
+) -> None:
+    host.refusal = refusal
+    async with store(tmp_path, host) as (link, found):
+        await came_whole(link, found, tmp_path / "one")
+        host.refusal = None
+        await came_whole(link, found, tmp_path / "two")
+        assert len(host.asked) == 1, "nothing was asked for before the pause was over"
+        clock.now_s += deposits.AGAIN_S[0]
+        await came_whole(link, found, tmp_path / "three")
+        assert len(host.asked) == 2
+
+
+async def test_the_pauses_between_failures_grow_up_to_a_bound_and_a_success_ends_that(
+    tmp_path: Path, host: Host, clock: Clock
+) -> None:
+    async with store(tmp_path, host) as (link, found):
+        asked_s, name = list[float](), 0
+        for _ in range(100):
+            host.refusal = Temporary("no answer") if len(host.asked) < 5 else None
+            before = len(host.asked)
+            await came_whole(link, found, tmp_path / str(name := name + 1), 300_000)
+            asked_s += [clock.now_s] * (len(host.asked) - before)
+            if len(asked_s) == 6:
+                break
+            clock.now_s += 30
+        assert [b - a for a, b in itertools.pairwise(asked_s)] == [30, 120, 480, 600, 600]
+        host.refusal = Temporary("no answer")
+        await came_whole(link, found, tmp_path / "failed", 300_000)
+        clock.now_s += deposits.AGAIN_S[0]
+        await came_whole(link, found, tmp_path / "again", 300_000)
+        assert len(host.asked) == 8
 
 
 async def test_a_part_is_gone_on_with_and_small_things_are_not_worth_it(

@@ -23,7 +23,6 @@ from supercloud.model.errors import (
     SupercloudError,
     Unsupported,
 )
-from supercloud.services.block import capacity
 from supercloud.services.block.service import LEGAL
 from support.block import Bench
 from support.nbd import MIB, Client, NbdError
@@ -109,28 +108,6 @@ def test_going_back_to_a_snapshot_and_deleting_it(bench: Bench) -> None:
     with pytest.raises(NotFound):
         bench.call("volume.revert", volume="data", snapshot="one")
     assert bench.read("data", 0, 5) == b"first"
-
-
-def test_a_device_never_runs_full_under_a_writer(bench: Bench) -> None:
-    """What could not be written in the worst case is refused when it is asked for."""
-    bench.create("data", 16 * MIB, device_bytes=capacity.device_bytes(16 * MIB, snapshots=1))
-    rounds = 0
-    with bench.client("data") as client:
-        for rounds in range(1, 9):
-            for offset in range(0, 16 * MIB, MIB):
-                client.write(offset, bytes([rounds]) * MIB)  # every block anew
-            try:
-                bench.call("volume.snapshot", volume="data", snapshot=f"s{rounds}")
-            except NoResources as error:
-                assert "grow the device" in error.hint
-                break
-        assert rounds == 2  # one snapshot fits, another would not
-        for offset in range(0, 16 * MIB, MIB):
-            client.write(offset, b"z" * MIB)
-        client.flush()
-    assert bench.read("data", 15 * MIB, MIB) == b"z" * MIB
-    with pytest.raises(NoResources):
-        bench.create("more", 64 * MIB, device_bytes=64 * MIB)
 
 
 def test_a_device_that_waits_makes_writers_wait_and_loses_nothing(bench: Bench) -> None:

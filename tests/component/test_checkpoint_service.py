@@ -177,6 +177,33 @@ def test_a_refused_checkpoint_says_why(caller, tmp_path):
     assert error["details"] == {"reason": "tampered"}
 
 
+def test_reading_all_of_one_to_nowhere_finds_what_a_restore_would(caller, tmp_path):
+    head, heads = None, []
+    for number in range(2):
+        asked = {"ee": "web", "engine": "qemu", "parts": [{"name": "fs", "kind": "file"}]}
+        file = memory_file(os.urandom(200_000) + bytes(1 << 20) + b"%d" % number)
+        head = caller.job("checkpoint.take", asked | {"head": head}, [file])["head"]
+        heads.append(head)
+    newest = {"ee": "web", "head": head}
+    older = newest | {"sequence": heads[0]["sequence"]}
+    assert caller.job("checkpoint.verify", newest)["read_bytes"] >= 200_001
+    assert caller.job("checkpoint.verify", older)["read_bytes"] >= 200_001
+    with_root = {"ee": "web", "head": head | {"root": "0" * 64}}
+    assert caller.job("checkpoint.verify", with_root)["details"] == {"reason": "replayed"}
+    assert caller.job("checkpoint.verify", newest | {"sequence": 9})["code"] == "not_found"
+    before = set((tmp_path / "packs").iterdir())
+    data = memory_file(os.urandom(300_000))
+    third = caller.job("checkpoint.take", asked | {"head": head}, [data])["head"]
+    for pack in set((tmp_path / "packs").iterdir()) - before:
+        pack.unlink()  # the manifest is there, and whole
+    error = caller.job("checkpoint.verify", {"ee": "web", "head": third})
+    assert (error["code"], error["details"]) == ("denied", {"reason": "missing"})
+    assert caller.job("checkpoint.verify", newest | {"head": third, "sequence": head["sequence"]})
+    for pack in before:
+        pack.write_bytes(pack.read_bytes()[:-1])
+    assert caller.job("checkpoint.verify", newest)["details"] == {"reason": "truncated"}
+
+
 @pytest.mark.parametrize(
     ("parameters", "files"),
     [

@@ -54,6 +54,7 @@ def test_plan_tells_of_checkpoints_and_their_bucket(line):
 
 def test_one_is_taken_shown_and_restored(line):
     assert "CHECKPOINT" not in line.run("ps", "--ucloud", "kept").stdout
+    assert "supercloud checkpoint kept/web takes one" in line.run("checkpoints", "web").stdout
     done = line.run("checkpoint", "web").stdout
     assert re.search(r"^ok environment/web: take a checkpoint \([0-9.]+ s\)$", done, re.MULTILINE)
     assert "kept/web: checkpoint 1, stood still for 1 ms (all of its memory)" in done

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from supercloud import __version__
+from supercloud.cli.commands import COMMANDS
 from supercloud.model.errors import STATUS
 from support.commandline import CommandLine, control_plane, wait_for
 
@@ -291,6 +292,18 @@ def test_help_is_there_for_every_command(line):
                  "version", "completion", "ca"):  # fmt: skip
         assert f"    {name}" in shown
         assert "--json" in line.run(name, "-h").stdout
+
+
+@pytest.mark.parametrize("name", ["volumes", "buckets", "checkpoints"])
+def test_help_tells_what_every_action_does(line, name):
+    shown = line.run(name, "-h").stdout.splitlines()
+    (begin,) = (n for n, text in enumerate(shown) if text.startswith("what may follow"))
+    forms = COMMANDS[name].forms
+    assert len(shown[begin + 1 :]) == len(forms) > 2
+    for text, (form, doc) in zip(shown[begin + 1 :], forms.items(), strict=True):
+        assert text.strip().startswith(form or "(nothing)")
+        assert text.endswith(doc)
+        assert len(text) <= 100
 
 
 def test_versions(line):

@@ -28,6 +28,13 @@ async def up(world, wish=(WEB, OTHER), **more):
     return await platform_of(world)
 
 
+async def warnings(world, **more):
+    given = {"volumes": VOLUMES, "platform": WHOLE, "options": {"hosts": "1"}, **more}
+    wish = checkpointed.manifest(world, (WEB, OTHER), **given)
+    found = (await world.app.service.plan(wish)).warnings
+    return [warning for warning in found if "checkpoint" in warning]
+
+
 async def platform_of(world):
     (platform,) = await world.app.plane.state.platforms("test")
     return platform
@@ -196,11 +203,18 @@ async def test_a_volume_that_is_not_used_any_more_goes_back_with_it_all_the_same
 async def test_volumes_that_were_attached_before_checkpoints_were_wished_for(world):
     platform = await up(world, platform={})
     assert {row["mode"] for row in world.volumes().values()} == {"vhost-user-blk"}
+    assert await warnings(world, platform={}) == []
+    for volume, warning in zip(("data", "more"), await warnings(world), strict=True):
+        assert warning.startswith(f"platform {platform.name}: no checkpoint of it can be taken yet")
+        assert f"volume {volume} was attached before" in warning
+        assert warning.endswith("supercloud down test, then up again")
     await up(world)
     task = await take(world, platform.name)
     assert "could not be restored with it" in task.error["message"]
     await checkpointed.down(world)
+    assert await warnings(world) == []
     await up(world)
+    assert await warnings(world) == []
     assert (await take(world, platform.name)).error is None
 
 

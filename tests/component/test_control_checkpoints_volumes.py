@@ -7,7 +7,9 @@ from supercloud.model.errors import (
     BadState,
     Denied,
     NoResources,
+    NotFound,
     SupercloudError,
+    Temporary,
     Unsupported,
 )
 from supercloud.wire.checkpoints import CheckpointSnapshot
@@ -150,16 +152,23 @@ async def test_without_room_for_a_snapshot_there_is_no_checkpoint(world, monkeyp
 
     async def full(host, name, snapshot):
         if name == "more":
-            raise NoResources("another snapshot of volume more needs a larger device")
+            message, hint = "another snapshot of volume more needs more room", "make it larger"
+            raise NoResources(message, hint=hint)
         return await whole(host, name, snapshot)
 
     monkeypatch.setattr(pretended.volumes, "snapshot", full)
     task = await take(world)
     assert "another snapshot of volume more" in task.error["message"]
+    assert task.error["hint"] == "make it larger"
+    (row,) = await world.app.service.checkpoints.rows("test")
+    assert (row.state, row.hint) == ("failed", "make it larger")
+    assert told(world, "checkpoint.failed")[-1].message.endswith("; what to do: make it larger")
     await has_snapshots(world, [])  # the one that was made is gone again
     assert pretended.remembered("web") == ["first"], "it goes on"
     monkeypatch.undo()
     assert (await take(world)).sequence
+    (row,) = await world.app.service.checkpoints.rows("test")
+    assert (row.reason, row.hint) == ("", "")
     await has_snapshots(world, await claimed(world))
 
 
@@ -231,6 +240,64 @@ async def test_a_restore_that_its_volumes_cannot_follow_is_refused_before_it_beg
     await world.until(known, "the control plane knows that it is gone")
     with pytest.raises(BadState, match="its snapshot of volume more"):
         await restore(world)
+
+
+async def test_one_that_cannot_be_read_is_refused_and_costs_nothing(world):
+    await up(world)
+    await note(world, "first")
+    await take(world)
+    await note(world, "second")
+    await take(world)
+    await note(world, "third")
+    pretended = await cloud(world)
+    (host,) = pretended.checkpoints.all()
+    pretended.checkpoints.tamper(host, "web", 1)
+    for _ in range(2):
+        with pytest.raises(Denied, match="tampered"):
+            await restore(world, 1)
+    (one, _) = told(world, "checkpoint.refused")
+    assert one.subject == "checkpoints/web"
+    assert one.message.startswith("checkpoint 1: ")
+    pretended.fail("verify")
+    with pytest.raises(Temporary):  # it may be whole, and is not taken for that
+        await restore(world)
+    assert (await world.app.plane.state.ucloud("test")).restores == {}
+    assert not told(world, "volume.reverted")
+    assert await noted(world) == ["first", "second", "third"]
+    await restore(world)
+    assert await noted(world) == ["first", "second"]
+
+
+async def test_one_that_is_taken_while_another_is_read_is_not_restored_in_its_place(
+    world, monkeypatch
+):
+    await up(world)
+    await note(world, "first")
+    await take(world)
+    await note(world, "second")
+    checkpoints = (await cloud(world)).checkpoints
+    real = checkpoints.verify
+
+    async def slow(host, asked):
+        await take(world)
+        return await real(host, asked)
+
+    monkeypatch.setattr(checkpoints, "verify", slow)
+    assert (await restore(world)).number == 1
+    assert await noted(world) == ["first"]
+
+
+async def test_a_host_that_cannot_read_one_to_nowhere_is_not_in_the_way(world, monkeypatch):
+    await up(world)
+    await note(world, "first")
+    await take(world)
+
+    async def older(_host, _asked):
+        raise NotFound("no method 'checkpoint.verify'")
+
+    monkeypatch.setattr((await cloud(world)).checkpoints, "verify", older)
+    await restore(world)
+    assert await noted(world) == ["first"]
 
 
 async def test_readers_and_raw_volumes(world):

@@ -18,7 +18,14 @@ from supercloud.lower.user_domain.identity import Birth, IdentityStore
 from supercloud.lower.user_domain.platforms import Platforms
 from supercloud.lower.user_domain.service import Service
 from supercloud.lower.user_domain.tunnel import Tunnels
-from supercloud.model.errors import Busy, Denied, NotFound, SupercloudError, Temporary
+from supercloud.model.errors import (
+    Busy,
+    Denied,
+    NoResources,
+    NotFound,
+    SupercloudError,
+    Temporary,
+)
 from supercloud.trust import tls
 from supercloud.trust.authority import Authority
 from supercloud.trust.names import CONTROL, HOST, Identity, user_server_name
@@ -260,6 +267,30 @@ async def test_so_many_get_in_however_many_come_at_once(
             assert await ends(far)
         there.tunnels.replica = look_up
         await here.tunnels.reach_replica(peer, "data", 1)  # there is room again
+
+
+async def test_so_many_replicas_are_reached_beside_all_clients_of_a_store(
+    here: Domain, there: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("supercloud.lower.user_domain.tunnel.MAX_REPLICAS", 2)
+    async with there.listening() as peer:
+        for _ in range(3):
+            with pytest.raises(Denied, match="not for you"):  # it takes nobody's place
+                await here.tunnels.reach_replica(peer, "secret", 1)
+        inside = [await here.tunnels.reach_replica(peer, "data", 1) for _ in range(2)]
+        with pytest.raises(NoResources, match="volume data is not reached at there: 2") as refused:
+            await here.tunnels.reach_replica(peer, "data", 1)
+        assert "replicas" in refused.value.hint
+        assert len(there.asked) == 5, "it was not even dialled"
+        there.clients.clear()
+        await joined(here, there, peer)  # those are counted by themselves
+        inside.pop().close()
+        async with asyncio.timeout(30):
+            while True:
+                with contextlib.suppress(NoResources):
+                    inside.append(await here.tunnels.reach_replica(peer, "data", 1))
+                    break
+                await asyncio.sleep(0.01)
 
 
 async def test_who_is_refused_takes_nobodys_place(

@@ -203,8 +203,11 @@ async def test_an_older_one_is_restored_and_one_that_is_not_vouched_for_is_refus
         replace(older, store=replace(store, secret="0" * 64)),
     ):
         with pytest.raises(SupercloudError):
+            await provider.checkpoints.verify(asked.host, wrong)
+        with pytest.raises(SupercloudError):
             await provider.ensure_platform(replace(asked, restore=wrong))
         assert await provider.platforms() == []
+    assert (await provider.checkpoints.verify(asked.host, older)).read_bytes
     await provider.ensure_platform(replace(asked, restore=older))
 
 

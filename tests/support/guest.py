@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+from supercloud.model.emulation import EMULATED_CPU
 from supercloud.upper.platform.image.tools import ToolTree
 
 BUILD = Path(__file__).parents[2] / "build"
@@ -31,7 +32,7 @@ MACHINE = (
     "-accel",
     "tcg,thread=multi,tb-size=128",
     "-cpu",
-    "max,erms=off,fsrm=off",  # as lower/vmm/machine has it
+    EMULATED_CPU,
 )
 
 

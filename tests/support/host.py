@@ -28,6 +28,8 @@ from supercloud.wire.checkpoints import (
     CheckpointCollected,
     CheckpointTake,
     CheckpointTaken,
+    CheckpointVerified,
+    RestoreFrom,
 )
 from supercloud.wire.codec import encode
 from supercloud.wire.host import (
@@ -333,7 +335,14 @@ def checkpoint_calls(checkpoints: FakeCheckpoints, host: str) -> dict[str, Any]:
     async def collected(_call: Call, asked: CheckpointCollect) -> CheckpointCollected:
         return await checkpoints.collect(host, asked)
 
-    return {"platform.checkpoint": taken, "checkpoint.collect": collected}
+    async def verified(_call: Call, asked: RestoreFrom) -> CheckpointVerified:
+        return await checkpoints.verify(host, asked)
+
+    return {
+        "platform.checkpoint": taken,
+        "checkpoint.collect": collected,
+        "checkpoint.verify": verified,
+    }
 
 
 def entry_of(host: LoopbackHost, **changes: Any) -> Entry:

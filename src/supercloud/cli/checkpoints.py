@@ -80,7 +80,7 @@ def restore(arguments: argparse.Namespace) -> None:
     of = client.get(path)
     place = client.path("uclouds", of["ucloud"], "environments", of["name"])
     before = client.get(place)["uid"] if of["of"] == "environment" else ""
-    done = client.call("POST", f"{path}/restore", body)
+    done = client.call("POST", f"{path}/restore", body, timeout_s=arguments.timeout)
     if not arguments.no_wait:
         _await_restored(path, done, before, arguments)
     if arguments.json:
@@ -157,6 +157,9 @@ def _list(arguments: argparse.Namespace) -> None:
     several = len({row["ucloud"] for row in rows}) > 1
     now_s = time.time()
     print(table(HEADER, (_row(row, now_s, several=several) for row in rows)))
+    for row in rows:
+        if row.get("hint"):
+            print(printable(f"{row['name']}: what to do: {row['hint']}"))
 
 
 def _row(row: dict[str, Any], now_s: float, *, several: bool) -> tuple[str, ...]:
@@ -181,7 +184,16 @@ def _show(arguments: argparse.Namespace, name: str) -> None:
         print(json.dumps(view, indent=2))
         return
     now_s = time.time()
-    print(table(ONE, (_one(item, now_s) for item in view["checkpoints"])))
+    if view["checkpoints"]:
+        print(table(ONE, (_one(item, now_s) for item in view["checkpoints"])))
+    else:
+        of = "--platform " if view["of"] == "platform" else ""
+        subject = f"{view['ucloud']}/{view['name']}"
+        print(printable(f"there is none yet; supercloud checkpoint {of}{subject} takes one"))
+    if view["reason"]:
+        print(printable(f"{view['state']}: {view['reason']}"))
+    if view.get("hint"):
+        print(printable(f"  what to do: {view['hint']}"))
 
 
 def _one(item: dict[str, Any], now_s: float) -> tuple[str, ...]:

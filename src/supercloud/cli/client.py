@@ -61,7 +61,7 @@ def call(
         from supercloud.cli.start import ensure_running  # noqa: PLC0415 - subprocess is heavy
 
         ensure_running(socket_path())
-    with reaching():
+    with reaching(timeout_s=timeout_s):
         status, untrusted = _exchange(method, path, body, timeout_s)
     if status >= 400:
         raise error_of(status, untrusted)
@@ -118,7 +118,7 @@ def error_of(status: int, untrusted: bytes) -> SupercloudError:
 
 
 @contextlib.contextmanager
-def reaching(*, reading: bool = False) -> Iterator[None]:
+def reaching(*, reading: bool = False, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
     """Failures of the connection, as the user is to see them.
 
     While ``reading``, a broken pipe is our own output's, for reading a socket gives none.
@@ -138,7 +138,7 @@ def reaching(*, reading: bool = False) -> Iterator[None]:
         ) from None
     except TimeoutError:
         raise Unavailable(
-            f"the control plane did not answer in {TIMEOUT_S:g} s", hint="see its log"
+            f"the control plane did not answer in {timeout_s:g} s", hint="see its log"
         ) from None
     except ConnectionError as error:
         if reading and isinstance(error, BrokenPipeError):

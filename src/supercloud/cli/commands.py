@@ -27,12 +27,17 @@ class Argument:
 
 
 class Command:
-    """One command: what ``-h`` says, what it takes, ``module:function`` that runs it."""
+    """One command: what ``-h`` says, what it takes, ``module:function`` that runs it.
 
-    __slots__ = ("arguments", "doc", "run")
+    ``forms``: what it can be called with, and what it does then.
+    """
 
-    def __init__(self, doc: str, run: str, *arguments: Argument) -> None:
-        self.doc, self.run, self.arguments = doc, run, arguments
+    __slots__ = ("arguments", "doc", "forms", "run")
+
+    def __init__(
+        self, doc: str, run: str, *arguments: Argument, forms: dict[str, str] | None = None
+    ) -> None:
+        self.doc, self.run, self.arguments, self.forms = doc, run, arguments, forms or {}
 
 
 def _count(text: str) -> int:
@@ -74,10 +79,33 @@ UCLOUD_OPTION = Argument(
     "-u", "--ucloud", default="", metavar="UCLOUD", help="only this U-Cloud", completes="uclouds"
 )
 
-VOLUME_ACTIONS = (
-    "list", "inspect", "snapshot", "revert", "forget-snapshot", "backup", "delete", "accept",
-    "rotate-key",
-)  # fmt: skip
+NOTHING = "(nothing)"
+VOLUME_FORMS = {
+    "list": "how large they are, where, in what state, and what uses them",
+    "inspect NAME": "all that is known of one, and what its snapshots are for",
+    "snapshot NAME SNAPSHOT": "keep what is in it now under that name; it may be in use",
+    "revert NAME SNAPSHOT": "go back to that while nothing uses it; what came since is lost",
+    "forget-snapshot NAME SNAPSHOT": "delete a snapshot",
+    "backup NAME": "bring a volume that is a backup up to date now",
+    "delete NAME": "with all that is in it, once no manifest that is up has it",
+    "accept NAME --root HEX": "use a halted one as its host has it; inspect says why it is halted",
+    "rotate-key UCLOUD": "a new key around the keys of its volumes and buckets; data stays",
+}
+BUCKET_FORMS = {
+    "list": "how full they are, where, in what state, and what uses them",
+    "inspect NAME": "all that is known of one",
+    "delete NAME": "with all that is in it, once no manifest that is up has it",
+}
+CHECKPOINT_FORMS = {
+    "": "of what there are some, how many, and when the next one is due",
+    "NAME": "those of one, the newest first: restore --checkpoint takes their numbers",
+    "delete NAME": "all of one",
+}
+
+
+def _words(forms: dict[str, str]) -> tuple[str, ...]:
+    """What they begin with."""
+    return tuple(form.partition(" ")[0] for form in forms)
 
 
 def _platform_option(action: str, text: str) -> Argument:
@@ -86,8 +114,6 @@ def _platform_option(action: str, text: str) -> Argument:
     options = {"metavar": "[UCLOUD/]NAME", "completes": "checkpoints"}
     return Argument("--platform", action=action, default=default, help=text, **options)
 
-
-BUCKET_ACTIONS = ("list", "inspect", "delete")
 
 COMMANDS = {
     "plan": Command("Show what `up` would change; change nothing.", "apply:plan", MANIFEST),
@@ -116,9 +142,9 @@ COMMANDS = {
             "action",
             nargs="?",
             default="list",
-            choices=VOLUME_ACTIONS,
+            choices=_words(VOLUME_FORMS),
             metavar="ACTION",
-            help="one of " + ", ".join(VOLUME_ACTIONS),
+            help="what to do, see below (list)",
         ),
         Argument(
             "volume",
@@ -128,7 +154,7 @@ COMMANDS = {
             help="a volume; for rotate-key a U-Cloud",
             completes="volumes",
         ),
-        Argument("snapshot", nargs="?", default="", metavar="SNAPSHOT", help="its name"),
+        Argument("snapshot", nargs="?", default="", metavar="SNAPSHOT", help="a snapshot's name"),
         Argument(
             "--root",
             default="",
@@ -136,6 +162,7 @@ COMMANDS = {
             help="accept: the beginning of the root that the volume was found with",
         ),
         UCLOUD_OPTION,
+        forms=VOLUME_FORMS,
     ),
     "buckets": Command(
         "List buckets, show or delete one: they outlive what uses them.",
@@ -144,9 +171,9 @@ COMMANDS = {
             "action",
             nargs="?",
             default="list",
-            choices=BUCKET_ACTIONS,
+            choices=_words(BUCKET_FORMS),
             metavar="ACTION",
-            help="one of " + ", ".join(BUCKET_ACTIONS),
+            help="what to do, see below (list)",
         ),
         Argument(
             "bucket",
@@ -157,9 +184,10 @@ COMMANDS = {
             completes="buckets",
         ),
         UCLOUD_OPTION,
+        forms=BUCKET_FORMS,
     ),
     "checkpoint": Command(
-        "Take a checkpoint of environments or platforms: of all that is in their memory and disks.",
+        "Take a checkpoint of what has `checkpoint` in the manifest: of its memory and disks.",
         "checkpoints:take",
         Argument(
             "names",
@@ -172,7 +200,7 @@ COMMANDS = {
         *WAIT,
     ),
     "restore": Command(
-        "Make an environment or a platform anew from one of its checkpoints, with its volumes.",
+        "Go back to a checkpoint, with memory, disks and volumes: what was written since is lost.",
         "checkpoints:restore",
         Argument(
             "name",
@@ -190,13 +218,16 @@ COMMANDS = {
             help="the number of one, as supercloud checkpoints NAME lists it; else the newest",
         ),
         Argument(
-            "--to", default="", metavar="PROVIDER", help="at that provider, under its address"
+            "--to",
+            default="",
+            metavar="PROVIDER",
+            help="at that provider, under the address it has",
         ),
         _platform_option("store", "a platform instead, with all that runs in it"),
         *WAIT,
     ),
     "checkpoints": Command(
-        "List what there are checkpoints of, or those of one; `delete NAME` deletes them.",
+        "List checkpoints, or delete them; `checkpoint` takes one, `restore` goes back to one.",
         "checkpoints:run",
         Argument(
             "first",
@@ -215,6 +246,7 @@ COMMANDS = {
             completes="checkpoints",
         ),
         UCLOUD_OPTION,
+        forms=CHECKPOINT_FORMS,
     ),
     "services": Command(
         "List your services on the hosts, below the machines.", "buckets:services", UCLOUD_OPTION
@@ -296,6 +328,10 @@ class _Formatter(argparse.HelpFormatter):
             columns = 100
         super().__init__(prog, max_help_position=28, width=max(40, columns - 2))
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Lines that were broken stay so."""
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong as every other error is said."""
@@ -319,9 +355,18 @@ def parse(words: list[str]) -> argparse.Namespace:
         _not_a_command(name)
         _overview().parse_args(words)
         raise AssertionError("a word that is no command was parsed")
-    parser = _Parser(prog=f"supercloud {name}", description=command.doc)
+    forms = _shown(name, command.forms)
+    parser = _Parser(prog=f"supercloud {name}", description=command.doc, epilog=forms)
     _fill(parser, command)
     return parser.parse_args(words[1:])
+
+
+def _shown(name: str, forms: dict[str, str]) -> str | None:
+    if not forms:
+        return None
+    wide = max(map(len, (*forms, NOTHING)))
+    lines = [f"  {form or NOTHING:{wide}}  {doc}" for form, doc in forms.items()]
+    return "\n".join([f"what may follow supercloud {name}:", *lines])
 
 
 def _not_a_command(word: str) -> None:

@@ -358,6 +358,7 @@ class CheckpointsDocument:
     state: str = "waiting"
     since_s: float = field(default_factory=time.time)
     reason: str = ""
+    hint: str = ""  # what to do about the reason
     error: dict[str, Any] | None = None
     deleting: bool = False
     kept: list[KeptCheckpoint] = field(default_factory=list)

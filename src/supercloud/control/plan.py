@@ -23,11 +23,13 @@ def plan(
     kept: Mapping[str, VolumeWish] | None = None,
     kept_store: StoreWish | None = None,
     kept_checkpoints: Mapping[str, str] | None = None,
+    shared: Mapping[str, str] | None = None,
 ) -> Plan:
     """The changes from ``before`` (None: nothing is there) to ``decision``.
 
     ``kept`` are the volumes and ``kept_store`` the object store that there are, whether ``before``
-    has them or not; ``kept_checkpoints`` says of what there are checkpoints.
+    has them or not; ``kept_checkpoints`` says of what there are checkpoints, ``shared`` of which
+    platforms there can be none before these volumes are attached anew.
     """
     old = before if before is not None and not before.deleting else None
     changes = [
@@ -38,7 +40,8 @@ def plan(
         *_environments(decision, old),
         *_checkpoints(decision, old, kept_checkpoints or {}),
     ]
-    return Plan(ucloud=decision.spec.name, changes=changes, warnings=_warnings(decision, offers))
+    warnings = [*_warnings(decision, offers), *_attached_before(decision, shared or {})]
+    return Plan(ucloud=decision.spec.name, changes=changes, warnings=warnings)
 
 
 def _networks(new: Mapping[str, str], old: Mapping[str, str]) -> list[Change]:
@@ -269,6 +272,20 @@ def _warnings(decision: Decision, offers: Sequence[Offer]) -> list[str]:
                 warnings.append(f"provider {name} has no {feature}: {reason}")
         warnings += _disagreements(offer)
     return warnings
+
+
+def _attached_before(decision: Decision, shared: Mapping[str, str]) -> list[str]:
+    """What stands in the way of checkpoints of platforms, and stays while somebody uses it."""
+    if decision.spec.platform.checkpoint is None:
+        return []
+    name = decision.spec.name
+    return [
+        f"platform {platform}: no checkpoint of it can be taken yet, for volume {volume} was "
+        "attached before they were wished for, and could not be restored with it; to have it "
+        f"attached anew: supercloud down {name}, then up again"
+        for volume, platform in sorted(shared.items())
+        if volume in decision.volumes and platform in decision.platforms
+    ]
 
 
 def _disagreements(offer: Offer) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from supercloud.control import specs
 from supercloud.control.checkpoints import CheckpointService
+from supercloud.control.controllers.access import verify
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.desire import Decision, Move
 from supercloud.control.documents import (
@@ -37,11 +38,11 @@ class RestoreService:
         """Have an EE or a platform made anew from its checkpoint ``number`` (0: the newest).
 
         ``to`` is another provider to put an EE at. NotFound, BadState; NoResources for the place.
+        Denied for one that cannot be read, if volumes are to go back with it: as they are is lost.
         """
+        number = await self._read(ucloud, name, number, to)
         async with self._plane.deciding:
-            owner = await self._plane.state.ucloud(ucloud)
-            if owner is None or owner.deleting:
-                raise BadState(f"U-Cloud {ucloud} is not up", hint="supercloud up FILE, then again")
+            owner = await self._owner(ucloud)
             document = await self._checkpoints.find(ucloud, name)
             kept = _chosen(document, number)
             if document.of == "platform":
@@ -61,6 +62,26 @@ class RestoreService:
             generation=changed.generation,
             volumes=sorted(kept.snapshots),
         )
+
+    async def _owner(self, ucloud: str) -> UCloudDocument:
+        owner = await self._plane.state.ucloud(ucloud)
+        if owner is None or owner.deleting:
+            raise BadState(f"U-Cloud {ucloud} is not up", hint="supercloud up FILE, then again")
+        return owner
+
+    async def _read(self, ucloud: str, name: str, number: int, to: str) -> int:
+        """The number of a checkpoint that was read whole, if that is called for.
+
+        It takes a while, so nothing else waits for it, and its EE runs on. A platform's host reads
+        by itself before it takes volumes back.
+        """
+        owner, document = await self._owner(ucloud), await self._checkpoints.find(ucloud, name)
+        kept = _chosen(document, number)
+        if document.of == "platform" or not kept.snapshots:
+            return number
+        await self._restorable(owner, document, kept, to)
+        await verify(self._plane, document, kept.sequence)
+        return kept.sequence
 
     async def _platform(
         self, owner: UCloudDocument, document: CheckpointsDocument, kept: KeptCheckpoint, to: str
@@ -97,9 +118,10 @@ class RestoreService:
                     f"{item.name} uses on {item.assignment.platform}"
                 )
 
-    async def _environment(
+    async def _restorable(
         self, owner: UCloudDocument, document: CheckpointsDocument, kept: KeptCheckpoint, to: str
-    ) -> tuple[UCloudDocument, str]:
+    ) -> EnvironmentDocument:
+        """The EE, if it can be restored from that."""
         name = document.name
         item = await self._plane.state.environment(owner.name, name)
         if item is None or item.deleting or name not in owner.assignments:
@@ -112,6 +134,13 @@ class RestoreService:
         if kept.shape != specs.shape_of(item.ready):
             raise _other(document, kept)
         await self._volumes(owner, kept, to)
+        return item
+
+    async def _environment(
+        self, owner: UCloudDocument, document: CheckpointsDocument, kept: KeptCheckpoint, to: str
+    ) -> tuple[UCloudDocument, str]:
+        name = document.name
+        item = await self._restorable(owner, document, kept, to)
         restore = _decided(_next(owner, item), kept)
         if not to or owner.platforms[owner.assignments[name].platform].provider.name == to:
             place = _back(owner, name, kept)

@@ -50,6 +50,7 @@ class Kept:
     store: StoreWish | None
     checkpoints: dict[str, str]  # of an ``environment`` or a ``platform``
     engines: dict[HostKey, dict[str, str]]  # of the platforms, by host
+    shared: dict[str, str]  # the platforms of volumes that share their RAM, by volume
 
 
 May = Callable[[str], None]
@@ -148,6 +149,7 @@ class Service:
             store=await self.buckets.kept(name, before),
             checkpoints=await self.checkpoints.kept(name),
             engines={(p.wish.provider.name, p.wish.host): p.engines for p in platforms},
+            shared=await self.volumes.shared(name),
         )
 
     async def _moved(self, before: UCloudDocument, moves: dict[str, Move]) -> Decision:
@@ -334,7 +336,7 @@ def _decided(
 def _planned(
     decision: Decision, before: UCloudDocument | None, offers: list[Offer], kept: Kept
 ) -> api.Plan:
-    return plan(decision, before, offers, kept.volumes, kept.store, kept.checkpoints)
+    return plan(decision, before, offers, kept.volumes, kept.store, kept.checkpoints, kept.shared)
 
 
 def _decide(document: UCloudDocument, decision: Decision, asked: Manifest) -> None:

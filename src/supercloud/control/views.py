@@ -293,6 +293,7 @@ def checkpoints_row(
         of=document.of,
         state=document.state,
         reason=document.reason,
+        hint=document.hint,
         every_s=document.policy.every_s if document.policy else 0,
         keep=document.policy.keep if document.policy else 0,
         kept=len(document.kept),

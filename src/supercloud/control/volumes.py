@@ -25,6 +25,8 @@ from supercloud.wire import api
 
 TASK_TIMEOUT_S = 50.0
 LOOK_AGAIN_S = 0.05
+SHARED = "vhost-user-blk"
+"""How a volume is attached that needs the RAM of its platform, which a restored one has not."""
 ROOT_SHOWN = 12
 """So many characters of a root are enough to say which one is meant."""
 
@@ -83,6 +85,11 @@ class VolumeService:
                 wish = VolumeWish(spec=spec, provider=item.provider, host=item.host, others=others)
                 kept[item.name] = reached_home(wish, whole_at(item), offers)
         return kept
+
+    async def shared(self, ucloud: str) -> dict[str, str]:
+        """The platforms of those that are attached as no checkpoint could restore them, by name."""
+        volumes = await self._plane.state.volumes(ucloud)
+        return {v.name: v.platform for v in volumes if v.platform and v.mode == SHARED}
 
     # -- changing
 

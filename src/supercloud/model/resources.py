@@ -274,7 +274,9 @@ class Checkpointing:
 
     They are taken from the outside, while what is in them stands still for a moment, and go into
     the U-Cloud's object store under keys of the user alone. `supercloud checkpoint` takes one at
-    once, `supercloud restore` goes back to one. They outlive what they are of.
+    once, `supercloud restore` goes back to one. They outlive what they are of. Volumes that are
+    written to go back with it: make them twice as large as what is in them, for what checkpoints
+    keep of a volume takes room in it.
     """
 
     every_s: int = declared(

@@ -18,6 +18,7 @@ from supercloud.wire.checkpoints import (
     CheckpointCollected,
     CheckpointTake,
     CheckpointTaken,
+    CheckpointVerified,
     RestoreFrom,
 )
 from supercloud.wire.host import TemplateSpec, TemplateStatus
@@ -235,7 +236,7 @@ class Objects(Protocol):
 class Checkpoints(Protocol):
     """Checkpoints of one U-Cloud's platforms at one provider, and the removal of any.
 
-    See ``wire.checkpoints``. Both may be repeated.
+    See ``wire.checkpoints``. All may be repeated.
     """
 
     async def take(self, host: str, asked: CheckpointTake) -> CheckpointTaken:
@@ -247,6 +248,13 @@ class Checkpoints(Protocol):
 
     async def collect(self, host: str, asked: CheckpointCollect) -> CheckpointCollected:
         """Remove what is not to be kept, on the host that has the object store."""
+        ...
+
+    async def verify(self, host: str, asked: RestoreFrom) -> CheckpointVerified:
+        """Read all of one, on the host that has the object store, and use nothing of it.
+
+        Denied with the reason when it is not what was taken; NotFound by hosts that cannot do it.
+        """
         ...
 
 

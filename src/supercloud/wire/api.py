@@ -234,7 +234,7 @@ class CheckpointsRow:
 
     ``state`` is one of ``model.states.CHECKPOINTS``. ``every_s`` 0: they are taken when asked for;
     ``next_s`` is when the next one is due. ``keep`` 0: no more are taken. ``restoring`` is the
-    number of the one that it is being restored from.
+    number of the one that it is being restored from. ``hint``: what to do about the ``reason``.
     """
 
     ucloud: str
@@ -242,6 +242,7 @@ class CheckpointsRow:
     of: Literal["environment", "platform"]
     state: str
     reason: str = ""
+    hint: str = ""
     every_s: int = 0
     keep: int = 0
     kept: int = 0

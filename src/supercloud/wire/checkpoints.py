@@ -146,3 +146,10 @@ class CheckpointCollected:
     removed_bytes: Count = 0
     removed: Count = 0
     state: Literal["done", "busy"] = "done"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointVerified:
+    """All of a checkpoint was read and is what was taken: so many bytes, zeros not counted."""
+
+    read_bytes: Count = 0

@@ -11,6 +11,7 @@ from supercloud.wire.checkpoints import (
     CheckpointCollected,
     CheckpointTake,
     CheckpointTaken,
+    CheckpointVerified,
     RestoreFrom,
 )
 from supercloud.wire.codec import Limit, Name, Sha256
@@ -172,6 +173,7 @@ HOST = {
             doc="its nested VMs stopped by its agent first; answers when it is stored",
         ),
         Method("checkpoint.collect", CheckpointCollect, CheckpointCollected),
+        Method("checkpoint.verify", RestoreFrom, CheckpointVerified, doc="all is read, none used"),
         Method(
             "template.prepare",
             TemplateSpec,

@@ -16,6 +16,8 @@ MAX_HOSTS = 256
 
 HostAddress = Annotated[str, Limit(min_length=2, max_length=300)]
 
+Kind = Literal["objects", "replica"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerHost:
@@ -51,7 +53,7 @@ class TunnelOpen:
     device of a volume. Denied when the control plane did not say so.
     """
 
-    kind: Literal["objects", "replica"]
+    kind: Kind
     volume: Annotated[str, Limit(pattern=r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)?")] = ""
     generation: Annotated[int, Limit(ge=0, le=1 << 62)] = 0
 

@@ -4,13 +4,19 @@ Secrets are unwrapped here only. Who uses the store has a name there: an EE its 
 checkpoints one that no EE can have, for it begins with a digit.
 """
 
+import logging
 from collections.abc import Sequence
 
 from supercloud.control import held, specs
 from supercloud.control.controllers.plane import Plane
-from supercloud.control.documents import EnvironmentDocument, PlatformDocument, StoreDocument
+from supercloud.control.documents import (
+    CheckpointsDocument,
+    EnvironmentDocument,
+    PlatformDocument,
+    StoreDocument,
+)
 from supercloud.control.kept import Restore
-from supercloud.model.errors import Temporary
+from supercloud.model.errors import Denied, NotFound, Temporary
 from supercloud.trust.names import SERVICE, Identity
 from supercloud.trust.wrapping import VolumeKeys
 from supercloud.wire.checkpoints import BUCKET, GoesBack, RestoreFrom, StoreAccess
@@ -21,6 +27,8 @@ COLLECTOR = "0-collector"
 """Who removes checkpoints: the host, not a platform."""
 UP = frozenset({"running", "serving", "unready"})
 """States of an EE that has started."""
+log = logging.getLogger("supercloud.control.controllers.access")
+
 STORE_WAIT_S = 1.0  # what waits is looked at sooner when it can go on
 
 Users = dict[str, dict[str, Access]]
@@ -126,6 +134,29 @@ async def restore_from(
     return RestoreFrom(
         ee=name, store=store, head=kept.head, sequence=restore.sequence, volumes=[*volumes]
     )
+
+
+async def verify(plane: Plane, document: CheckpointsDocument, sequence: int) -> None:
+    """Have all of a checkpoint read, where the store is. Denied with the reason; Temporary.
+
+    A host that is older than this is not asked for more than it can.
+    """
+    ucloud, head = document.ucloud, document.head
+    access = await checkpoint_access(plane, ucloud, COLLECTOR)
+    store = await plane.state.store_document(ucloud)
+    host = plane.pool.get(ucloud, store.provider).checkpoints if store is not None else None
+    if store is None or host is None or head is None:
+        raise Temporary(f"the checkpoints of {document.name} are not there", delay_s=STORE_WAIT_S)
+    place, reader = store.host, host
+    asked = RestoreFrom(ee=document.name, store=access, head=head, sequence=sequence)
+    try:
+        await plane.seam("provider.checkpoint_verify", lambda: reader.verify(place, asked))
+    except NotFound as error:
+        log.warning("checkpoint %d of %s is not read: %s", sequence, document.name, error)
+    except Denied as error:
+        message = f"checkpoint {sequence}: {error.message}"
+        plane.tell(document, "checkpoint.refused", message, severity="warning")
+        raise
 
 
 async def apply_of(

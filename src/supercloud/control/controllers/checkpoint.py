@@ -129,7 +129,7 @@ class CheckpointController:
         """Not a failure: the store is on its way, and has this looked at when it is there."""
 
         def waiting(fresh: CheckpointsDocument) -> None:
-            fresh.reason = str(error)
+            fresh.reason, fresh.hint = str(error), ""
 
         await self._change(document, waiting)
         return error.delay_s
@@ -167,7 +167,7 @@ class CheckpointController:
             if fresh.head != before:
                 return
             fresh.kept.append(kept)
-            fresh.failures, fresh.reason, fresh.error = 0, "", None
+            fresh.failures, fresh.reason, fresh.hint, fresh.error = 0, "", "", None
             step_end(fresh.steps, TAKE)
             _move(fresh, "waiting")
             if fresh.task is not None and not fresh.task.done:
@@ -191,18 +191,20 @@ class CheckpointController:
 
     async def _failed(self, document: CheckpointsDocument, error: SupercloudError) -> float:
         final = not isinstance(error, Temporary)
+        hint = error.hint if isinstance(error, UserError) else ""
 
         def failed(fresh: CheckpointsDocument) -> None:
             _move(fresh, "failed")
             fresh.snapshot = ""
-            fresh.reason = str(error)
+            fresh.reason, fresh.hint = str(error), hint
             fresh.failures, fresh.tried_s = fresh.failures + 1, time.time()
             step_end(fresh.steps, TAKE, str(error))
             if final or fresh.failures >= schedule.TRIES:
                 _answer(fresh, error)
 
         document = await self._change(document, failed)
-        self._plane.tell(document, "checkpoint.failed", str(error), severity="warning")
+        message = f"{error}; what to do: {hint}" if hint else str(error)
+        self._plane.tell(document, "checkpoint.failed", message, severity="warning")
         return 0.0
 
     # -- keeping

@@ -75,6 +75,7 @@ async def serve(core: Core) -> None:
         **Deposits(platforms).methods(),
         "platform.checkpoint": shielded(checkpoints.take),
         "checkpoint.collect": shielded(checkpoints.collect),
+        "checkpoint.verify": shielded(checkpoints.verify),
     }
     service = Service(facts, identity, platforms, tunnels, implemented, feed)
     hub.join("front_door", service.connection)

@@ -32,6 +32,7 @@ from supercloud.lower.vmm.machine import Descriptors, command_line
 from supercloud.lower.vmm.template import MAX_STATE_BYTES, Inputs, machine_of
 from supercloud.model.errors import (
     Busy,
+    Denied,
     Invalid,
     NoResources,
     NotFound,
@@ -45,6 +46,7 @@ from supercloud.wire.checkpoints import (
     CheckpointCollected,
     CheckpointTake,
     CheckpointTaken,
+    CheckpointVerified,
     Head,
     RestoreFrom,
 )
@@ -136,6 +138,19 @@ class Checkpoints:
         return CheckpointCollected(
             removed_bytes=int(report["freed_bytes"]), removed=len(report["dropped"])
         )
+
+    async def verify(self, asked: RestoreFrom) -> CheckpointVerified:
+        """Read all of one, whoever's it is. Denied with the reason when it is not what was taken.
+
+        NotFound is what a host answers that does not know this call.
+        """
+        named = {"ee": asked.ee, "head": encode(asked.head), "sequence": asked.sequence}
+        async with self._sessions.open(asked.store) as session:
+            try:
+                report = await session.job("checkpoint.verify", named)
+            except NotFound as error:
+                raise Denied(error.message, hint=error.hint) from None
+        return CheckpointVerified(read_bytes=int(report["read_bytes"]))
 
     # -- taking one
 

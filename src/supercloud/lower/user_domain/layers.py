@@ -18,6 +18,7 @@ from supercloud.model.errors import (
     BadState,
     Busy,
     Exists,
+    NoResources,
     NotFound,
     Permanent,
     SupercloudError,
@@ -34,6 +35,7 @@ PROTECTION: Final = "protection"
 BLOCKS: Final = "block"
 TIMEOUT_S: Final = 90.0
 REACH_BYTES: Final = 8 << 40  # as far as a device can ever grow
+MIB: Final = 1 << 20
 CACHE_BYTES: Final = 16 << 20  # of the tree over a device: 2 GiB of blocks at hand
 UNPLUG_TRIES: Final = 5  # a guest that boots does not listen
 UNPLUG_LOOKS: Final = 40
@@ -47,6 +49,27 @@ def device_bytes(spec: VolumeSpec) -> int:
     """
     size = capacity.device_bytes(spec.size_bytes, spec.format, snapshots=1)
     return -(-size // BLOCK) * BLOCK
+
+
+def no_room(spec: VolumeSpec, error: NoResources) -> NoResources:
+    """The block service's refusal of a snapshot, as who has no say in devices can act on it.
+
+    The device of a volume as large as all that is on this one would have room.
+    """
+    used, device = (error.details.get(name) for name in ("used_bytes", "device_bytes"))
+    if not isinstance(used, int) or not isinstance(device, int):
+        return error
+    used_mib, size_mib, enough_mib = (
+        -(-size // MIB) for size in (used, spec.size_bytes, max(used, spec.size_bytes + MIB))
+    )
+    return NoResources(
+        f"volume {spec.name} has no room for another snapshot: {used_mib} MiB are taken by what is "
+        f"in it and what snapshots keep, all its {size_mib} MiB may be written anew after it, and "
+        f"there is room for {device // MIB} MiB",
+        hint=f"give it a larger size in the manifest: {enough_mib}MiB do for this one, and twice "
+        "of what is in it for those to come",
+        details=error.details,
+    )
 
 
 def _backing_bytes(size: int) -> int:
@@ -302,15 +325,17 @@ class Layers:
             await self._ask(BLOCKS, "volume.close", {"volume": old.name})
         await self._open_volume("volume.open", old, mirrored=False)
 
-    async def of_snapshot(self, what: str, name: str, snapshot: str) -> None:
-        """``snapshot``, ``revert`` or ``forget``."""
+    async def of_snapshot(self, what: str, spec: VolumeSpec, snapshot: str) -> None:
+        """``snapshot``, ``revert`` or ``forget``. NoResources says what size would do."""
         methods = {"snapshot": "snapshot", "revert": "revert", "forget": "snapshot-delete"}
-        asked = {"volume": name, "snapshot": snapshot}
+        asked = {"volume": spec.name, "snapshot": snapshot}
         try:
             await self._ask(BLOCKS, f"volume.{methods[what]}", asked)
         except Exists:
             if what != "snapshot":  # one that is there is kept
                 raise
+        except NoResources as error:
+            raise no_room(spec, error) from None
 
     async def copying(self, name: str) -> str:
         """What is being copied out of it or into it, in words; empty when nothing is."""

@@ -8,9 +8,11 @@ control plane said, and ends when it says otherwise.
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
 import ssl
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,16 +21,25 @@ from supercloud.lower.user_domain.channel import Channel
 from supercloud.lower.user_domain.files import Files
 from supercloud.lower.user_domain.identity import IdentityStore
 from supercloud.lower.user_domain.rendezvous import relay
-from supercloud.model.errors import Busy, Denied, NotFound, SupercloudError, Temporary
+from supercloud.model.errors import (
+    Busy,
+    Denied,
+    NoResources,
+    NotFound,
+    SupercloudError,
+    Temporary,
+)
 from supercloud.trust import tls
 from supercloud.trust.names import HOST, user_server_name
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.messages import Empty, Implementation, handlers
 from supercloud.wire.peer import Call, Detach, Handler, Peer
-from supercloud.wire.tunnel import TUNNEL, PeerHost, TunnelApply, TunnelOpen
+from supercloud.wire.tunnel import TUNNEL, Kind, PeerHost, TunnelApply, TunnelOpen
 
 MAX_TUNNELS: Final = 128
-"""This many go out, and this many come in."""
+"""This many clients of the object store go out, and this many of whatever come in."""
+MAX_REPLICAS: Final = 128
+"""This many streams to replicas go out."""
 CONNECT_TIMEOUT_S: Final = 20.0
 READ_LIMIT_BYTES: Final = 256 << 10
 _KEPT: Final = "apply"
@@ -71,6 +82,7 @@ class Tunnels:
         self._given: set[_Given] = set()
         self._opening = 0  # for others, not given yet
         self._going: set[asyncio.Task[None]] = set()
+        self._out = Counter[Kind]()  # that go out or are about to
         self.object_client: ObjectClient = _no_store
         self.replica: Replica = _no_replica
 
@@ -136,23 +148,32 @@ class Tunnels:
         self._relay_in_background(peer, TunnelOpen(kind="objects"), sock)
 
     async def reach_replica(self, peer: PeerHost, volume: str, generation: int) -> socket.socket:
-        """A stream of the device of a volume there; it ends when the tunnel does."""
+        """A stream of the device of a volume there; it ends when the tunnel does. NoResources."""
+        if self._out["replica"] >= MAX_REPLICAS:
+            raise NoResources(
+                f"volume {volume} is not reached at {peer.name}: {MAX_REPLICAS} replicas on other "
+                "hosts are reached already, the most that there may be",
+                hint="have fewer volumes with `replicas` used on this host",
+            )
         asked = TunnelOpen(kind="replica", volume=volume, generation=generation)
         ours, theirs = socket.socketpair()
+        self._out["replica"] += 1
         try:
             streams = await self._opened(peer, asked)
         except BaseException:
+            self._out["replica"] -= 1
             ours.close()
             theirs.close()
             raise
-        self._in_background(relay(theirs, f"replica {volume} at {peer.name}", *streams))
+        self._in_background("replica", relay(theirs, f"replica {volume} at {peer.name}", *streams))
         return ours
 
     def _relay_in_background(self, peer: PeerHost, asked: TunnelOpen, sock: socket.socket) -> None:
-        if len(self._going) >= MAX_TUNNELS:
+        if self._out[asked.kind] >= MAX_TUNNELS:
             log.warning("too many connections to other hosts: one was refused")
             sock.close()
             return
+        self._out[asked.kind] += 1
 
         async def run() -> None:
             try:
@@ -163,7 +184,7 @@ class Tunnels:
                 return
             await relay(sock, f"{asked.kind} at {peer.name}", *streams)
 
-        self._in_background(run())
+        self._in_background(asked.kind, run())
 
     async def _opened(
         self, peer: PeerHost, asked: TunnelOpen
@@ -222,13 +243,15 @@ class Tunnels:
             server_hostname=user_server_name(peer.user),
         )  # fmt: skip
 
-    def _in_background(self, work: Any) -> None:
+    def _in_background(self, kind: Kind, work: Any) -> None:
+        """It was counted as going out, and is until it is done."""
         task: asyncio.Task[None] = asyncio.ensure_future(work)
         self._going.add(task)
-        task.add_done_callback(self._done)
+        task.add_done_callback(functools.partial(self._done, kind))
 
-    def _done(self, task: asyncio.Task[None]) -> None:
+    def _done(self, kind: Kind, task: asyncio.Task[None]) -> None:
         self._going.discard(task)
+        self._out[kind] -= 1
         if not task.cancelled() and (error := task.exception()) is not None:
             log.info("a tunnel ended: %s", error)
 

@@ -15,6 +15,7 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
+from supercloud.model.emulation import EMULATED_CPU
 from supercloud.wire.codec import Limit, Text
 from supercloud.wire.places import VOLUME_SLOTS
 
@@ -32,9 +33,6 @@ KERNEL_ARGUMENTS = (
     "rcupdate.rcu_expedited=1 i8042.direct=1 i8042.dumbkbd=1 i8042.nopnp=1 i8042.noaux=1 "
     "initcall_blacklist=jent_mod_init"
 )
-EMULATED_CPU: Final = "max,erms=off,fsrm=off"
-"""All that QEMU emulates but "fast strings": kernels then clear and copy pages by single bytes,
-which under emulation is eight times slower than by words."""
 WAITS_FOR_IDENTITY = "supercloud.start=template"
 _MAC = r"([0-9a-f]{2}:){5}[0-9a-f]{2}"
 

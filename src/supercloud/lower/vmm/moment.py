@@ -40,7 +40,7 @@ class Moment:
                 raise Unsupported(
                     f"volume {disk['volume']} was attached before checkpoints of the platform were "
                     "wished for: it could not be restored with it",
-                    hint="it is attached anew when nothing uses it: supercloud down, then up again",
+                    hint="have it attached anew: supercloud down, then up again; data is kept",
                 )
         if self._stream is not None:
             self._tell("checkpoint.still", {"disks": disks}, [])

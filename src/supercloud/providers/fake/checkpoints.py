@@ -27,6 +27,7 @@ from supercloud.wire.checkpoints import (
     CheckpointCollected,
     CheckpointTake,
     CheckpointTaken,
+    CheckpointVerified,
     Head,
     Kept,
     RestoreFrom,
@@ -111,6 +112,11 @@ class FakeCheckpoints:
         removed = len(there.records) - len(stays)
         _save(path, Records(records=stays))
         return CheckpointCollected(removed=removed, removed_bytes=removed * PRETENDED_MEMORY_BYTES)
+
+    async def verify(self, host: str, asked: RestoreFrom) -> CheckpointVerified:
+        """Denied as a restore would be."""
+        await self._cloud.pretend("verify")
+        return CheckpointVerified(read_bytes=len(json.dumps(self.read(host, asked))))
 
     def read(self, host: str, restore: RestoreFrom) -> dict[str, Any]:
         """What was taken; Denied when it is not there, or not what the head vouches for."""

@@ -9,10 +9,13 @@ from supercloud.wire.checkpoints import (
     CheckpointCollected,
     CheckpointTake,
     CheckpointTaken,
+    CheckpointVerified,
+    RestoreFrom,
 )
 
 TAKE_TIMEOUT_S: Final = 3600.0
 COLLECT_TIMEOUT_S: Final = 600.0
+VERIFY_TIMEOUT_S: Final = 600.0
 
 
 class HostCheckpoints:
@@ -31,6 +34,12 @@ class HostCheckpoints:
         """Remove what is not to be kept."""
         self._check(host)
         done: CheckpointCollected = await self._ask("checkpoint.collect", asked, COLLECT_TIMEOUT_S)
+        return done
+
+    async def verify(self, host: str, asked: RestoreFrom) -> CheckpointVerified:
+        """Read all of one."""
+        self._check(host)
+        done: CheckpointVerified = await self._ask("checkpoint.verify", asked, VERIFY_TIMEOUT_S)
         return done
 
     def _check(self, host: str) -> None:

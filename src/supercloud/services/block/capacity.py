@@ -33,11 +33,11 @@ def device_bytes(size_bytes: int, image_format: str = "qcow2", *, snapshots: int
     return image_bytes(size_bytes, image_format, used_bytes=kept)
 
 
-def require(device: int, needed: int, what: str) -> None:
-    """NoResources when the device is smaller than needed."""
+def require(device: int, needed: int, what: str, **details: int) -> None:
+    """NoResources when the device is smaller than needed; it has these ``details``, too."""
     if needed > device:
         raise NoResources(
             f"{what} needs a device of {needed} bytes in the worst case, this one has {device}",
-            hint="grow the device, or delete snapshots",
-            details={"device_bytes": device, "needed_bytes": needed},
+            hint="grow the device",
+            details={"device_bytes": device, "needed_bytes": needed, **details},
         )

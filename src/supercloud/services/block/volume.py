@@ -205,9 +205,14 @@ class Volume:
         if self._has_snapshot(snapshot):
             raise Exists(f"volume {self.name} has a snapshot {snapshot} already")
         if len(self.snapshots()) >= MAX_SNAPSHOTS:
-            raise NoResources(f"a volume has at most {MAX_SNAPSHOTS} snapshots")
-        needed = capacity.image_bytes(self.size_bytes, used_bytes=self.end_bytes)
-        capacity.require(self.device_bytes, needed, f"another snapshot of volume {self.name}")
+            message = (
+                f"volume {self.name} has {MAX_SNAPSHOTS} snapshots, the most that there may be"
+            )
+            raise NoResources(message, hint="delete some")
+        used = self.end_bytes
+        needed = capacity.image_bytes(self.size_bytes, used_bytes=used)
+        what = f"another snapshot of volume {self.name}"
+        capacity.require(self.device_bytes, needed, what, used_bytes=used)
         arguments = {"device": names.LIMITED, "name": snapshot}
         self.daemon.ask("blockdev-snapshot-internal-sync", arguments)
 
@@ -220,7 +225,8 @@ class Volume:
     def revert(self, snapshot: str) -> list[str]:
         """Go back to a snapshot. The bitmaps that are so lost: what follows them is a full backup.
 
-        It stays as large as it is, though it may have been smaller when the snapshot was taken.
+        It stays as large as it is, though it may have been smaller when the snapshot was taken:
+        there was room for that when it grew, and what is given up by going back is free again.
         A bitmap knows nothing of what changes by going back, so an increment by it would be wrong.
         """
         self.need_snapshot(snapshot)
@@ -230,7 +236,8 @@ class Volume:
         with self.put_aside() as address:
             options = names.image_options(address, "qcow2")
             self._tool("snapshot", "-q", "-a", snapshot, "--image-opts", options)
-        self.grow(max(size_bytes, self.size_bytes))
+        if size_bytes > self.size_bytes:
+            self._resize(size_bytes)
         return lost
 
     def grow(self, size_bytes: int, device_bytes: int = 0) -> None:
@@ -251,6 +258,9 @@ class Volume:
         used = self.end_bytes if self.snapshots() else 0
         needed = capacity.image_bytes(size_bytes, used_bytes=used)
         capacity.require(self.device_bytes, needed, f"volume {self.name} of {size_bytes} bytes")
+        self._resize(size_bytes)
+
+    def _resize(self, size_bytes: int) -> None:
         self.daemon.ask("block_resize", {"node-name": names.LIMITED, "size": size_bytes})
         self._measure()
 

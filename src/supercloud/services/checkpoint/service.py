@@ -5,6 +5,7 @@
 | configure | a file with ``Configuration`` as JSON | nothing |
 | checkpoint.take | ``Take``; a descriptor for each part | job; ``Head``, sizes |
 | checkpoint.restore | ``Restore``; a descriptor for each part | job; sizes |
+| checkpoint.verify | ``Verify`` | job; how many bytes were read, zeros not counted |
 | checkpoint.list | ``List`` | job; the checkpoints, newest first |
 | checkpoint.collect | ``Collect`` | job; the report |
 | checkpoint.status | | the jobs at work |
@@ -116,6 +117,15 @@ class Restore:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Verify:
+    """A checkpoint to be read whole, to nowhere: the newest, or an older one."""
+
+    ee: Name
+    head: Head
+    sequence: Sequence | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class List:
     """The checkpoints of an EE."""
 
@@ -144,6 +154,7 @@ class CheckpointService:
             "configure": self._configure,
             "checkpoint.take": self._take,
             "checkpoint.restore": self._restore,
+            "checkpoint.verify": self._verify,
             "checkpoint.list": self._list,
             "checkpoint.collect": self._collect,
             "checkpoint.status": self._status,
@@ -187,6 +198,10 @@ class CheckpointService:
         restore, store = decode(Restore, request.untrusted), self._store
         files = _files(request, len(restore.parts))
         return self._begin(f"restore {restore.ee}", files, partial(_restored, store, restore))
+
+    def _verify(self, request: Request) -> dict[str, int]:
+        wanted, store = decode(Verify, request.untrusted), self._store
+        return self._jobs.start(f"verify {wanted.ee}", lambda: _verified(store, wanted))
 
     def _list(self, request: Request) -> dict[str, int]:
         wanted, store = decode(List, request.untrusted), self._store
@@ -321,6 +336,11 @@ def _restored(store: Store, restore: Restore, files: list[int]) -> dict[str, Any
         else:
             sizes[name] = reader.copy(name, file)
     return {"parts": sizes}
+
+
+def _verified(store: Store, wanted: Verify) -> dict[str, Any]:
+    checkpoint = store.open(wanted.ee, wanted.head, wanted.sequence)
+    return {"read_bytes": Reader(store, checkpoint).verify()}
 
 
 def _check_alike(restore: Restore, details: Mapping[str, str]) -> None:

@@ -119,10 +119,10 @@ class Agent:
     async def run(self) -> None:
         """Start everything at once; ends only when something that must not end does."""
         link = self._link = Link(self._boot, self._hello, {}, self._connected)
-        blobs = Blobs(link.source, Deposits(link.deposit))
+        self._deposits = Deposits(link.deposit)
         services = Services(
-            blobs, networks.Networks(), self._scratch, self._accelerator, Volumes(Disks()),
-            self._boot.ucloud, self._snapshot,
+            Blobs(link.source, self._deposits), networks.Networks(), self._scratch,
+            self._accelerator, Volumes(Disks()), self._boot.ucloud, self._snapshot,
         )  # fmt: skip
         way_out = self._uplink.nic.name if self._uplink else "none"
         names, link_nic = Names(self._boot.ucloud), self._link_nic
@@ -182,6 +182,7 @@ class Agent:
         return hello(self._boot, engines, self._accelerator.name, cgroups.total_memory_bytes())
 
     def _connected(self) -> None:
+        self._deposits.connected()
         self._report(self._manager.report())
 
     def _report(self, report: PlatformReport) -> None:

@@ -9,13 +9,15 @@ import base64
 import contextlib
 import fcntl
 import logging
+import math
 import mmap
 import os
 import struct
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from supercloud.model.errors import NotFound, Permanent, SupercloudError
+from supercloud.model.errors import NotFound, Permanent, SupercloudError, Unsupported
 from supercloud.trust.libcrypto import Deciphering
 from supercloud.upper.platform.agent import devicemapper
 from supercloud.upper.platform.agent.bootdata import disk
@@ -24,6 +26,8 @@ from supercloud.wire.messages import Blob, Deposited
 from supercloud.wire.places import deposit_at
 
 WORTH_BYTES = 256 << 10  # what is smaller comes as quickly by itself
+AGAIN_S = (30.0, 600.0)  # the first and the longest pause after one that failed
+_PAUSE_FACTOR = 4
 _PIECE_BYTES = 1 << 20
 _ALIGNMENT = 4096
 _BLKDISCARD = 0x1277
@@ -40,7 +44,8 @@ class Deposits:
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
         self._lock = asyncio.Lock()
-        self._none = False
+        self._forgone = False
+        self._not_before_s, self._pause_s = 0.0, AGAIN_S[0]
 
     async def get(self, blob: Blob, take: Take, taken: Callable[[], int]) -> None:
         """Give ``take`` what of the blob comes so, from where ``taken`` says that it is.
@@ -48,16 +53,35 @@ class Deposits:
         Whatever goes wrong, the rest is to be had in another way.
         """
         async with self._lock:
-            while blob.size_bytes - taken() > WORTH_BYTES and not self._none:
+            while blob.size_bytes - taken() > WORTH_BYTES and self._may_ask():
                 try:
                     await self._round(replace(blob, offset_bytes=taken()), take)
+                    self._pause_s = AGAIN_S[0]
                 except (SupercloudError, OSError) as error:
                     log.info("%s does not come by the disk: %s", blob.digest, error)
-                    self.forgo()
+                    self._failed(error)
+
+    def connected(self) -> None:
+        """There is a new connection: who is asked now may have what was missing until now."""
+        self._not_before_s, self._pause_s = 0.0, AGAIN_S[0]
 
     def forgo(self) -> None:
-        """Ask for no more: it cannot be had, or was not what was asked for."""
-        self._none = True
+        """Ask for no more, ever: what came was not what was asked for."""
+        self._forgone = True
+
+    def _may_ask(self) -> bool:
+        return not self._forgone and time.monotonic() >= self._not_before_s
+
+    def _failed(self, error: SupercloudError | OSError) -> None:
+        """Not again over this connection where there is no such thing; else after a while.
+
+        An older control plane or host answers NotFound, for it knows no such method.
+        """
+        if isinstance(error, NotFound | Unsupported):
+            self._not_before_s = math.inf
+            return
+        self._not_before_s = time.monotonic() + self._pause_s
+        self._pause_s = min(self._pause_s * _PAUSE_FACTOR, AGAIN_S[1])
 
     async def _round(self, wanted: Blob, take: Take) -> None:
         device = disk(SERIAL)

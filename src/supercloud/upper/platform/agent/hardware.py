@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable
 
+from supercloud.model.emulation import EMULATED_CPU
 from supercloud.upper.platform.agent.accelerator import KVM
 from supercloud.upper.platform.agent.volumes import Claim
 from supercloud.wire.messages import EnvironmentSpec
@@ -48,7 +49,7 @@ def base(spec: EnvironmentSpec, accelerator: str) -> list[str]:
         engine = ["-accel", "kvm", "-cpu", "host"]
     else:
         engine = ["-accel", f"tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"]
-        engine += ["-cpu", "max,erms=off,fsrm=off"]  # see EMULATED_CPU of lower/vmm/machine
+        engine += ["-cpu", EMULATED_CPU]
     return [
         "qemu-system-x86_64", "-name", spec.name, "-nodefaults", "-no-user-config",
         "-display", "none", "-L", "/usr/share/qemu", "-L", "/usr/share/seabios",

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import os
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from supercloud.control import deposits as control
-from supercloud.model.errors import Invalid, Permanent, Unsupported
+from supercloud.model.errors import Busy, Invalid, Permanent, Unsupported
 from supercloud.upper.platform.agent import blobs, deposits, devicemapper, paths
 from supercloud.upper.platform.agent.fetch import Source
 from supercloud.wire.messages import Blob, Deposited
@@ -27,7 +29,7 @@ class Host:
 
     def __init__(self, disk: Path) -> None:
         self.disk, self.asked = disk, list[Blob]()
-        self.refuses = False
+        self.refusal: Exception | None = None
         self.damage: Callable[[bytes], bytes] = lambda data: data
 
     def get(self, *_: object) -> "Host":
@@ -46,8 +48,8 @@ class Host:
 
         async def ask(blob: Blob) -> Deposited:
             self.asked.append(blob)
-            if self.refuses:
-                raise Unsupported("there is no such host")
+            if self.refusal:
+                raise self.refusal
             platform: Any = SimpleNamespace(
                 name="p1", ucloud="demo", wish=SimpleNamespace(provider="here")
             )
@@ -134,12 +136,38 @@ async def test_what_was_changed_on_the_disk_is_never_used_and_the_next_try_pulls
 async def test_where_it_cannot_be_had_everything_is_pulled_and_nobody_asks_again(
     tmp_path: Path, host: Host
 ) -> None:
-    host.refuses = True
+    host.refusal = Unsupported("there is no such host")
     async with store(tmp_path, host) as (link, found):
         for name in ("one", "two"):
             blob = offer(link, tmp_path / name, os.urandom(1_000_000))
             assert Path(await found.get(blob)).read_bytes() == (tmp_path / name).read_bytes()
         assert len(host.asked) == 1
+
+
+async def test_where_it_cannot_be_had_now_it_is_asked_for_again_the_next_time(
+    tmp_path: Path, host: Host
+) -> None:
+    host.refusal = Busy("a checkpoint of p1 is being taken")
+    async with store(tmp_path, host) as (link, found):
+        for name in ("one", "two"):
+            blob = offer(link, tmp_path / name, os.urandom(1_000_000))
+            assert Path(await found.get(blob)).read_bytes() == (tmp_path / name).read_bytes()
+            host.refusal = None
+        assert len(host.asked) == 2
+
+
+async def test_what_was_read_is_discarded_in_whole_blocks_as_the_kernel_wants_it(
+    tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    discarded = list[tuple[int, int]]()
+
+    def ioctl(_file: int, _request: int, span: bytes) -> None:
+        discarded.append(struct.unpack("=QQ", span))
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    async with store(tmp_path, host) as (link, found):
+        await found.get(offer(link, tmp_path / "file", os.urandom(1_000_001)))
+    assert discarded == [(deposit_at(DISK_BYTES), 245 * 4096)]
 
 
 async def test_a_part_is_gone_on_with_and_small_things_are_not_worth_it(

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from supercloud.lower.user_domain.assembly import Uplink
+from supercloud.lower.user_domain.deposits import Deposits
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.platforms import Platforms
 from supercloud.lower.user_domain.records import Record
-from supercloud.model.errors import NotFound, Temporary
-from supercloud.wire.host import PlatformSpec, TemplateSpec
+from supercloud.model.errors import Busy, NotFound, Temporary
+from supercloud.wire.host import Deposit, PlatformSpec, TemplateSpec
 
 FACTS: dict[str, Any] = {
     "images": ["sha256:" + "1" * 64], "accelerator": "tcg", "runtime_sha256": "2" * 64,
@@ -93,3 +94,11 @@ async def test_an_agent_that_dials_all_the_time_costs_no_more_than_one_that_dial
     platforms.rendezvous.drop("p")
     for task in platforms._tasks:
         task.cancel()
+
+
+async def test_nothing_is_laid_down_below_a_disk_that_is_being_written_over(
+    platforms: Platforms,
+) -> None:
+    deposits, call = Deposits(platforms, {"p"}.__contains__), SimpleNamespace()
+    with pytest.raises(Busy, match="a checkpoint of p"):
+        await deposits.deposit(call, Deposit(platform="p", size_bytes=1))  # type: ignore[arg-type]

@@ -99,6 +99,10 @@ class Checkpoints:
         platforms.on_taken_over = self._taken_over
         platforms.restore = self.restore
 
+    def is_under_way(self, platform: str) -> bool:
+        """Whether one is being taken: until its disk is one again."""
+        return platform in self._still
+
     # -- what the control plane asks
 
     async def take(self, asked: CheckpointTake) -> CheckpointTaken:

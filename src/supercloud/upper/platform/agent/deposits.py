@@ -15,7 +15,7 @@ import struct
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from supercloud.model.errors import NotFound, Permanent, SupercloudError
+from supercloud.model.errors import Busy, NotFound, Permanent, SupercloudError
 from supercloud.trust.libcrypto import Deciphering
 from supercloud.upper.platform.agent import devicemapper
 from supercloud.upper.platform.agent.bootdata import disk
@@ -51,6 +51,9 @@ class Deposits:
             while blob.size_bytes - taken() > WORTH_BYTES and not self._none:
                 try:
                     await self._round(replace(blob, offset_bytes=taken()), take)
+                except Busy as error:  # not now, but another time
+                    log.info("%s does not come by the disk now: %s", blob.digest, error)
+                    return
                 except (SupercloudError, OSError) as error:
                     log.info("%s does not come by the disk: %s", blob.digest, error)
                     self.forgo()
@@ -95,7 +98,8 @@ def _read(device: str, at: int, size_bytes: int, key: bytes, take: Take) -> None
                     take(part)
                 done += wanted
         # so that it takes no room, there and in checkpoints
+        whole = -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
         with contextlib.suppress(OSError):
-            fcntl.ioctl(descriptor, _BLKDISCARD, struct.pack("=QQ", at, size_bytes))
+            fcntl.ioctl(descriptor, _BLKDISCARD, struct.pack("=QQ", at, whole))
     finally:
         os.close(descriptor)

@@ -230,7 +230,8 @@ class Volume:
         with self.put_aside() as address:
             options = names.image_options(address, "qcow2")
             self._tool("snapshot", "-q", "-a", snapshot, "--image-opts", options)
-        self.grow(max(size_bytes, self.size_bytes))
+        if self.size_bytes < size_bytes:  # there is room for that: what was written since is free
+            self._resize(size_bytes)
         return lost
 
     def grow(self, size_bytes: int, device_bytes: int = 0) -> None:
@@ -251,6 +252,9 @@ class Volume:
         used = self.end_bytes if self.snapshots() else 0
         needed = capacity.image_bytes(size_bytes, used_bytes=used)
         capacity.require(self.device_bytes, needed, f"volume {self.name} of {size_bytes} bytes")
+        self._resize(size_bytes)
+
+    def _resize(self, size_bytes: int) -> None:
         self.daemon.ask("block_resize", {"node-name": names.LIMITED, "size": size_bytes})
         self._measure()
 

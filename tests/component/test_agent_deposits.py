@@ -18,6 +18,7 @@ from supercloud.model.errors import Busy, Invalid, Permanent, Unsupported
 from supercloud.upper.platform.agent import blobs, deposits, devicemapper, paths
 from supercloud.upper.platform.agent.fetch import Source
 from supercloud.wire.messages import Blob, Deposited
+from supercloud.wire.peer import ConnectionLost
 from supercloud.wire.places import DEPOSIT_BYTES, deposit_at
 from support.link import Link
 
@@ -144,10 +145,11 @@ async def test_where_it_cannot_be_had_everything_is_pulled_and_nobody_asks_again
         assert len(host.asked) == 1
 
 
+@pytest.mark.parametrize("refusal", [Busy("a checkpoint is being taken"), ConnectionLost("gone")])
 async def test_where_it_cannot_be_had_now_it_is_asked_for_again_the_next_time(
-    tmp_path: Path, host: Host
+    tmp_path: Path, host: Host, refusal: Exception
 ) -> None:
-    host.refusal = Busy("a checkpoint of p1 is being taken")
+    host.refusal = refusal
     async with store(tmp_path, host) as (link, found):
         for name in ("one", "two"):
             blob = offer(link, tmp_path / name, os.urandom(1_000_000))

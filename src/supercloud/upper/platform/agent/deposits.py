@@ -21,6 +21,7 @@ from supercloud.upper.platform.agent import devicemapper
 from supercloud.upper.platform.agent.bootdata import disk
 from supercloud.upper.platform.agent.scratch import SERIAL
 from supercloud.wire.messages import Blob, Deposited
+from supercloud.wire.peer import ConnectionLost
 from supercloud.wire.places import deposit_at
 
 WORTH_BYTES = 256 << 10  # what is smaller comes as quickly by itself
@@ -51,7 +52,7 @@ class Deposits:
             while blob.size_bytes - taken() > WORTH_BYTES and not self._none:
                 try:
                     await self._round(replace(blob, offset_bytes=taken()), take)
-                except Busy as error:  # not now, but another time
+                except (Busy, ConnectionLost) as error:  # not now, but another time
                     log.info("%s does not come by the disk now: %s", blob.digest, error)
                     return
                 except (SupercloudError, OSError) as error:

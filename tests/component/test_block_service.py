@@ -202,25 +202,6 @@ def test_what_has_grown_since_a_snapshot_stays_so_in_it_and_in_its_clones(bench:
         assert bench.read(name, 96 * MIB - 3, 3) == bytes(3)
 
 
-def test_one_that_has_grown_and_was_written_all_over_goes_back_as_well(bench: Bench) -> None:
-    """There is room for what it may become, though not beside all that was written since."""
-    bench.create("data", 16 * MIB, device_bytes=capacity.device_bytes(32 * MIB, snapshots=1))
-    for offset in range(0, 16 * MIB, MIB):
-        bench.write("data", offset, b"a" * MIB)
-    bench.call("volume.snapshot", volume="data", snapshot="old")
-    bench.call("volume.grow", volume="data", size_bytes=32 * MIB)
-    for letter in (b"b", b"c"):
-        with bench.client("data") as client:
-            for offset in range(0, 32 * MIB, MIB):
-                client.write(offset, letter * MIB)
-            client.flush()
-        for _ in range(2):
-            back = bench.call("volume.revert", volume="data", snapshot="old")
-            assert back["size_bytes"] == 32 * MIB
-        assert bench.read("data", 0, MIB) == b"a" * MIB
-        assert bench.read("data", 31 * MIB, MIB) == bytes(MIB)
-
-
 def test_a_snapshot_is_cloned_under_a_machine_that_writes_over_all_of_it(bench: Bench) -> None:
     for name in ("data", "then"):
         bench.create(name)

@@ -36,3 +36,13 @@ def test_one_that_has_grown_and_was_written_all_over_goes_back_as_well(bench: Be
             assert back["size_bytes"] == 32 * MIB
         assert bench.read("data", 0, MIB) == b"a" * MIB
         assert bench.read("data", 31 * MIB, MIB) == bytes(MIB)
+
+
+def test_one_that_was_left_small_by_a_try_that_was_cut_short_is_large_again(bench: Bench) -> None:
+    bench.create("data", 16 * MIB, device_bytes=capacity.device_bytes(32 * MIB, snapshots=1))
+    bench.write("data", 0, b"a")
+    bench.call("volume.snapshot", volume="data", snapshot="old")
+    asked = {"volume": "data", "snapshot": "old", "size_bytes": 32 * MIB}
+    assert bench.call("volume.revert", **asked)["size_bytes"] == 32 * MIB
+    assert bench.call("volume.revert", **asked)["size_bytes"] == 32 * MIB
+    assert (bench.read("data", 0, 1), bench.read("data", 31 * MIB, 1)) == (b"a", b"\0")

@@ -302,10 +302,12 @@ class Layers:
             await self._ask(BLOCKS, "volume.close", {"volume": old.name})
         await self._open_volume("volume.open", old, mirrored=False)
 
-    async def of_snapshot(self, what: str, name: str, snapshot: str) -> None:
+    async def of_snapshot(self, what: str, spec: VolumeSpec, snapshot: str) -> None:
         """``snapshot``, ``revert`` or ``forget``."""
         methods = {"snapshot": "snapshot", "revert": "revert", "forget": "snapshot-delete"}
-        asked = {"volume": name, "snapshot": snapshot}
+        asked: dict[str, Any] = {"volume": spec.name, "snapshot": snapshot}
+        if what == "revert":  # also if an earlier try was cut short before it was as large again
+            asked["size_bytes"] = spec.size_bytes
         try:
             await self._ask(BLOCKS, f"volume.{methods[what]}", asked)
         except Exists:

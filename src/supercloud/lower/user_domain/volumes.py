@@ -280,7 +280,7 @@ class Volumes:
         async with self._found(name) as volume:
             if volume.state != "served" or not volume.in_use or volume.spec.format == "raw":
                 raise BadState(f"volume {name} is {volume.state}: {platform} cannot have it back")
-            await self._layers.of_snapshot("revert", name, wanted.snapshot)
+            await self._layers.of_snapshot("revert", volume.spec, wanted.snapshot)
             self._say(volume, f"revert.{wanted.snapshot}")
             descriptor = await self._layers.connect(name, platform)
             volume.platform, volume.slot, volume.mode = platform, wanted.slot, "nbd"
@@ -371,7 +371,7 @@ class Volumes:
                 raise BadState(f"volume {asked.name} is attached to {volume.platform}")
             if volume.state not in states or not volume.in_use:
                 raise BadState(f"volume {asked.name} is {volume.state}", hint="open it first")
-            await self._layers.of_snapshot(what, asked.name, asked.snapshot)
+            await self._layers.of_snapshot(what, volume.spec, asked.snapshot)
             self._say(volume, f"{what}.{asked.snapshot}")
             return await self._status(volume)
 

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import os
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ import pytest
 from supercloud.control import deposits as control
 from supercloud.model.errors import (
     BadState,
+    Busy,
     Invalid,
     NotFound,
     Permanent,
@@ -25,6 +28,7 @@ from supercloud.model.errors import (
 from supercloud.upper.platform.agent import blobs, deposits, devicemapper, paths
 from supercloud.upper.platform.agent.fetch import Source
 from supercloud.wire.messages import Blob, Deposited
+from supercloud.wire.peer import ConnectionLost
 from supercloud.wire.places import DEPOSIT_BYTES, deposit_at
 from support.link import Link
 
@@ -219,6 +223,33 @@ async def test_the_pauses_between_failures_grow_up_to_a_bound_and_a_success_ends
         clock.now_s += deposits.AGAIN_S[0]
         await came_whole(link, found, tmp_path / "again", 300_000)
         assert len(host.asked) == 8
+
+
+@pytest.mark.parametrize("refusal", [Busy("a checkpoint is being taken"), ConnectionLost("gone")])
+async def test_where_it_cannot_be_had_now_it_is_asked_for_again_the_next_time(
+    tmp_path: Path, host: Host, refusal: SupercloudError
+) -> None:
+    host.refusal = refusal
+    async with store(tmp_path, host) as (link, found):
+        for name in ("one", "two"):
+            blob = offer(link, tmp_path / name, os.urandom(1_000_000))
+            assert Path(await found.get(blob)).read_bytes() == (tmp_path / name).read_bytes()
+            host.refusal = None
+        assert len(host.asked) == 2
+
+
+async def test_what_was_read_is_discarded_in_whole_blocks_as_the_kernel_wants_it(
+    tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    discarded = list[tuple[int, int]]()
+
+    def ioctl(_file: int, _request: int, span: bytes) -> None:
+        discarded.append(struct.unpack("=QQ", span))
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    async with store(tmp_path, host) as (link, found):
+        await found.get(offer(link, tmp_path / "file", os.urandom(1_000_001)))
+    assert discarded == [(deposit_at(DISK_BYTES), 245 * 4096)]
 
 
 async def test_a_part_is_gone_on_with_and_small_things_are_not_worth_it(

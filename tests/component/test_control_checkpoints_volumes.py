@@ -12,6 +12,7 @@ from supercloud.model.errors import (
     Temporary,
     Unsupported,
 )
+from supercloud.providers.fake.agent import FakeAgent
 from supercloud.wire.checkpoints import CheckpointSnapshot
 from support import checkpointed
 from support.checkpointed import cloud, document, restore, take, told, until
@@ -85,6 +86,29 @@ async def test_its_volumes_go_back_with_it(world):
     assert await noted(world) == ["first", "second"]
     await restore(world, 2)  # also twice
     assert await noted(world) == ["first", "second"]
+
+
+async def test_a_platform_that_dies_before_it_said_that_its_environment_is_back(world, monkeypatch):
+    """What ran for that moment is on the volumes, and in the memory of nobody."""
+    await up(world)
+    await note(world, "first")
+    await take(world)
+    pretended, real, deaths = await cloud(world), FakeAgent._begun, []
+
+    def begun(agent, spec):
+        status = real(agent, spec)
+        if spec.restore is not None and not deaths:
+            deaths.append(agent.platform.name)
+            for volume in ("data", "more"):
+                pretended.volumes.write(volume, "unheard")
+            pretended.set_state(agent.platform.name, "failed", "it died")
+            raise Temporary("it died")
+        return status
+
+    monkeypatch.setattr(FakeAgent, "_begun", begun)
+    await restore(world)
+    assert deaths
+    assert await noted(world) == ["first"]
 
 
 async def test_a_word_of_another_life_is_not_taken_for_this_restore(world):

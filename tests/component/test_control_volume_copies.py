@@ -110,6 +110,44 @@ async def test_a_clone_of_what_is_not_there_is_refused(world):
     assert (await document(world)).state == "attached"
 
 
+@pytest.mark.parametrize("wish", [CLONE, BACKUP | {"name": "copy"}])
+async def test_what_is_on_a_volume_is_not_copied_over_for_a_word_in_the_manifest(world, wish):
+    plain = {"name": "copy", "size": "64MiB"}
+    await snapshotted(world)
+    await up(world, (DATA, USER), [BASE, plain])
+    (await host(world)).write("copy", "mine")
+    await down(world)
+    with pytest.raises(Invalid, match="has what was written to it") as caught:
+        await world.app.service.up(manifest(world, (DATA,), [BASE, wish]))
+    assert caught.value.where.partition(" ")[2].startswith("volumes[1].")
+    await up(world, (DATA, USER), [BASE, plain])
+    assert await words(world, "copy") == ["mine"]
+
+
+async def test_a_clone_that_is_written_to_does_not_become_a_backup_but_a_volume_of_its_own(world):
+    await snapshotted(world)
+    await up(world, (DATA, USER), [BASE, CLONE])
+    (await host(world)).write("copy", "mine")
+    with pytest.raises(Invalid, match="has what was written to it"):
+        await world.app.service.up(manifest(world, (DATA,), [BASE, BACKUP | {"name": "copy"}]))
+    await up(world, (DATA, USER), [BASE, {"name": "copy", "size": "64MiB"}])
+    assert await words(world, "copy") == ["one", "two", "mine"]
+
+
+async def test_a_clone_that_could_not_be_made_is_corrected_in_the_manifest(world):
+    await snapshotted(world)
+    other = CLONE | {"clone": {"of": "data", "snapshot": "second"}}
+    await world.app.service.up(manifest(world, (DATA, USER), [BASE, other]))
+
+    async def refused():
+        volume = await document(world, "copy")
+        return volume is not None and volume.error is not None
+
+    await world.until(refused, "it is refused")
+    await up(world, (DATA, USER), [BASE, CLONE])
+    assert await words(world, "copy") == ["one", "two"]
+
+
 async def test_a_backup_is_made_at_once_and_when_it_is_asked_for(world):
     await world.app.service.up(manifest(world, (DATA,), [BASE, BACKUP]))
     await copied(world, "safe")

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import os
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +12,13 @@ from typing import Any
 import pytest
 
 from supercloud.lower.user_domain.assembly import Uplink
+from supercloud.lower.user_domain.deposits import Deposits
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.platforms import Platforms
 from supercloud.lower.user_domain.records import Record
-from supercloud.model.errors import NotFound, Temporary
-from supercloud.wire.host import PlatformSpec, TemplateSpec
+from supercloud.model.errors import Busy, NotFound, Temporary
+from supercloud.wire.host import Deposit, PlatformSpec, TemplateSpec
+from supercloud.wire.places import deposit_at
 
 FACTS: dict[str, Any] = {
     "images": ["sha256:" + "1" * 64], "accelerator": "tcg", "runtime_sha256": "2" * 64,
@@ -93,3 +97,50 @@ async def test_an_agent_that_dials_all_the_time_costs_no_more_than_one_that_dial
     platforms.rendezvous.drop("p")
     for task in platforms._tasks:
         task.cancel()
+
+
+class Streaming:
+    """A call that brings a stream: pieces, each when it is asked for; ``accepted`` when it is."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self.pieces, self.accepted, self.go_on = pieces, asyncio.Event(), asyncio.Event()
+
+    def accept(self, _answer: Any) -> "Streaming":
+        self.accepted.set()
+        return self
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        for piece in self.pieces:
+            yield piece
+            await self.go_on.wait()
+
+
+async def test_files_are_laid_down_one_at_a_time_and_not_below_what_is_written_over(
+    platforms: Platforms, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.touch()
+
+    async def make_disk(_: PlatformSpec) -> int:
+        return os.open(disk, os.O_RDWR)
+
+    platforms._assembly.make_disk = make_disk  # type: ignore[method-assign]
+    split = set[str]()
+    deposits = Deposits(platforms, split.__contains__)
+    first, asked = Streaming(b"fir", b"st"), Deposit(platform="p", size_bytes=5)
+    laying: Any = asyncio.ensure_future(deposits.deposit(first, asked))  # type: ignore[arg-type]
+    await first.accepted.wait()
+    with pytest.raises(Busy, match="another file"):
+        await deposits.deposit(Streaming(b"other"), asked)  # type: ignore[arg-type]
+    first.go_on.set()
+    await laying
+    split.add("p")
+    with pytest.raises(Busy, match="a checkpoint of p"):
+        await deposits.deposit(Streaming(b"other"), asked)  # type: ignore[arg-type]
+    assert _end_of(disk) == b"first"
+
+
+def _end_of(disk: Path) -> bytes:
+    with disk.open("rb") as file:
+        file.seek(deposit_at(SPEC.scratch_bytes))
+        return file.read()

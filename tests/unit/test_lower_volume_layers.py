@@ -268,3 +268,16 @@ async def test_what_holds_data_is_never_given_back_by_an_opening_that_fails(
     world.protection.answers[fails] = SEALED
     await world.serve(seal=Seal(**SEALED))  # type: ignore[arg-type]
     assert await world.state() == {"data": "served"}
+
+
+async def test_one_that_is_being_copied_is_not_closed_and_not_harmed_by_who_tries(
+    world: World,
+) -> None:
+    await world.serve()
+    world.block.answers["volume.close"] = Busy("volume data: backup to safe is under way")
+    with pytest.raises(Busy, match="under way"):
+        await world.volumes.close("data")
+    assert await world.state() == {"data": "served"}
+    assert "device.close" not in world.protection.heard[2:]
+    world.block.answers["volume.close"] = {}
+    assert (await world.volumes.close("data")).state == "closed"

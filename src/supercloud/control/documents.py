@@ -235,8 +235,9 @@ class VolumeDocument:
     under the U-Cloud's wrapping key. ``opened``: its host may have it open. ``halted`` says why it
     is not opened any more until its user acts; ``found`` is the seal that the host showed then.
     ``slot`` is of its attachment to that ``incarnation`` of ``platform``. ``reverted`` is the mark
-    of the restore for which it was last taken back to its snapshot. ``copied`` is the number of the
-    last copy into it that is done, ``copying`` of the last that was begun.
+    of the restore for which it was last taken back to its snapshot, if no platform has had it and
+    lost it since. ``copied`` is the number of the last copy into it that is done, ``copying`` of
+    the last that was begun.
 
     One that is kept on several hosts has the ``others`` beside the replica that is where it is
     used, whose ``replica`` name, ``in_sync`` and ``kept`` are here. Its record: the ``generation``

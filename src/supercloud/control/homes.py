@@ -167,6 +167,14 @@ def _lacks(offer: Offer) -> str:
 
 def _changes(new: Volume, old: Volume) -> None:
     where = f"volumes.{new.name}"
+    if (new.clone and not old.copy_of) or (new.backup and not old.backup):
+        what = "clone" if new.clone else "backup"
+        raise Invalid(
+            f"found a {what} of {new.copy_of}, and volume {new.name} is there already and has what "
+            "was written to it, which is not copied over",
+            where=f"{where}.{what}",
+            hint="give the copy a name of its own, or delete the volume first",
+        )
     if new.size_bytes < old.size_bytes:
         raise Invalid(
             f"found {format_size(new.size_bytes)}, allowed is at least "

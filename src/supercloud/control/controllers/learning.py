@@ -36,6 +36,8 @@ def take(volume: VolumeDocument, status: VolumeStatus) -> None:
     if status.state in ("served", "attached") and status.seal.root:  # else its host cannot know
         volume.snapshots = list(status.snapshots)
     attached = status.state == "attached"
+    if volume.platform and not attached:  # it may have been written to, of which nobody was told
+        volume.reverted = ""
     volume.platform = status.platform if attached else ""
     volume.slot, volume.mode = (status.slot, status.mode) if attached else (0, "")
     if status.state in STATES:

@@ -72,7 +72,7 @@ async def serve(core: Core) -> None:
         **mirror_methods(mirrors),
         **object_methods(objects, lambda: identity.ucloud or birth.user),
         **service_methods(services),
-        **Deposits(platforms).methods(),
+        **Deposits(platforms, checkpoints.is_under_way).methods(),
         "platform.checkpoint": shielded(checkpoints.take),
         "checkpoint.collect": shielded(checkpoints.collect),
         "checkpoint.verify": shielded(checkpoints.verify),

@@ -75,10 +75,25 @@ class _Still:
     ``moment``: its volumes have a part in it.
     """
 
-    captured: asyncio.Future[tuple[dict[str, Any], list[int]]]
+    captured: asyncio.Future[dict[str, Any]]
     moment: Moment | None = None
     over: asyncio.Event = field(default_factory=asyncio.Event)
     spoil: Callable[[SupercloudError], None] = lambda _error: None
+    files: list[int] = field(default_factory=list)
+
+    def take(self, figures: dict[str, Any], files: list[int]) -> None:
+        """It has been captured."""
+        self.files = files
+        self.captured.set_result(figures)
+
+    def let_go(self) -> None:
+        """Nobody wants what was captured any more, or what may yet be; safe to repeat."""
+        if not self.captured.done():
+            self.captured.cancel()
+        elif not self.captured.cancelled():
+            self.captured.exception()
+        while self.files:
+            os.close(self.files.pop())
 
     @property
     def slots(self) -> dict[str, int]:
@@ -101,6 +116,10 @@ class Checkpoints:
         platforms.on_taken_over = self._taken_over
         platforms.restore = self.restore
 
+    def is_under_way(self, platform: str) -> bool:
+        """Whether one is being taken: until its disk is one again."""
+        return platform in self._still
+
     # -- what the control plane asks
 
     async def take(self, asked: CheckpointTake) -> CheckpointTaken:
@@ -120,7 +139,7 @@ class Checkpoints:
             self._say(name, "not_taken", str(error), severity="warning")
             raise
         finally:
-            del self._still[name]
+            self._still.pop(name).let_go()
             if moment is not None:
                 moment.close()
         shown = {k: v for k, v in encode(taken).items() if k != "head"}
@@ -240,15 +259,15 @@ class Checkpoints:
                 order["volumes"] = True
                 given.append(still.moment.theirs.fileno())
             await machine.call("machine.checkpoint", order, given)
-            figures, files = await asyncio.wait_for(still.captured, CAPTURE_S)
+            figures = await asyncio.wait_for(still.captured, CAPTURE_S)
             try:
-                yield figures, files
+                yield figures, still.files
             finally:
-                for descriptor in files:
-                    os.close(descriptor)
+                still.let_go()
         except TimeoutError:
             raise Temporary(f"the monitor of {name} did not come to the point") from None
         finally:
+            still.let_go()
             os.close(overlay)
             await self._put_back(record, machine)
 
@@ -296,8 +315,6 @@ class Checkpoints:
     async def _put_back(self, record: Record, machine: Channel) -> None:
         """The overlay back into the disk, and what was booked back to the quota."""
         name, still = record.spec.name, self._still.get(record.spec.name)
-        if still is not None and still.captured.done() and not still.captured.cancelled():
-            still.captured.exception()
         try:
             await machine.result("machine.checkpoint-end")
             if still is not None:
@@ -353,12 +370,11 @@ class Checkpoints:
 
     def _monitor_told(self, method: str, untrusted: dict[str, Any], descriptors: list[int]) -> None:
         still = self._still.get(str(untrusted.get("platform")))
-        captured = still.captured if still else None
-        if method == "checkpoint.captured" and captured and not captured.done():
+        if method == "checkpoint.captured" and still and not still.captured.done():
             if _is_whole(untrusted, descriptors):
-                captured.set_result((untrusted, descriptors))
+                still.take(untrusted, descriptors)
                 return
-            captured.set_exception(Temporary("the monitor gave no files"))
+            still.captured.set_exception(Temporary("the monitor gave no files"))
         for descriptor in descriptors:
             os.close(descriptor)
         if still is None:

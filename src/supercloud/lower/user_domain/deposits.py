@@ -6,12 +6,13 @@ bytes, written where the agent leaves room for them (``wire.places``).
 
 import logging
 import os
+from collections.abc import Callable
 
 from supercloud.lower.user_domain import parts
 from supercloud.lower.user_domain.platforms import Platforms
-from supercloud.model.errors import BadState, Invalid, NoResources
+from supercloud.model.errors import BadState, Busy, Invalid, NoResources
 from supercloud.wire.codec import encode
-from supercloud.wire.host import Deposit
+from supercloud.wire.host import Deposit, PlatformSpec
 from supercloud.wire.messages import Empty, Implementation
 from supercloud.wire.peer import Call, Stream
 from supercloud.wire.places import deposit_at
@@ -20,30 +21,48 @@ log = logging.getLogger("supercloud.lower.user_domain.deposits")
 
 
 class Deposits:
-    """Into the disks of ``platforms``."""
+    """Into the disks of ``platforms``; ``is_split``: whether one writes over its disk, not to it.
 
-    def __init__(self, platforms: Platforms) -> None:
-        self._platforms = platforms
+    It reads there as well, and what it has discarded there hides what is laid down below.
+    """
+
+    def __init__(self, platforms: Platforms, is_split: Callable[[str], bool]) -> None:
+        self._platforms, self._is_split = platforms, is_split
+        self._written: set[str] = set()
 
     def methods(self) -> dict[str, Implementation]:
         """Of the host wire."""
         return {"platform.deposit": self.deposit}
 
     async def deposit(self, call: Call, asked: Deposit) -> Empty:
-        """Write what comes. NotFound, BadState: it does not run; NoResources: its disk is small."""
+        """Write what comes. NotFound, BadState: it does not run; NoResources: its disk is small.
+
+        Busy while a checkpoint of it is taken, or another file is laid down.
+        """
         record = self._platforms.record(asked.platform)
         if record.state != "running":
             raise BadState(f"platform {asked.platform} is {record.state}")
         at = deposit_at(parts.whole_pages(record.spec.scratch_bytes))
         if not at:
             raise NoResources(f"the scratch disk of {asked.platform} is too small for that")
-        disk = await self._platforms.assembly.make_disk(record.spec)
+        if self._is_split(asked.platform):
+            raise Busy(f"a checkpoint of {asked.platform} is being taken")
+        if asked.platform in self._written:
+            raise Busy(f"another file is being laid down for {asked.platform}")
+        self._written.add(asked.platform)
+        try:
+            await self._lay_down(call, asked, record.spec, at)
+        finally:
+            self._written.discard(asked.platform)
+        log.info("%d bytes were laid down for %s", asked.size_bytes, asked.platform)
+        return Empty()
+
+    async def _lay_down(self, call: Call, asked: Deposit, spec: PlatformSpec, at: int) -> None:
+        disk = await self._platforms.assembly.make_disk(spec)
         try:
             await _write(call.accept(encode(Empty())), disk, at, asked.size_bytes)
         finally:
             os.close(disk)
-        log.info("%d bytes were laid down for %s", asked.size_bytes, asked.platform)
-        return Empty()
 
 
 async def _write(stream: Stream, disk: int, at: int, size_bytes: int) -> None:

@@ -328,7 +328,9 @@ class Layers:
     async def of_snapshot(self, what: str, spec: VolumeSpec, snapshot: str) -> None:
         """``snapshot``, ``revert`` or ``forget``. NoResources says what size would do."""
         methods = {"snapshot": "snapshot", "revert": "revert", "forget": "snapshot-delete"}
-        asked = {"volume": spec.name, "snapshot": snapshot}
+        asked: dict[str, Any] = {"volume": spec.name, "snapshot": snapshot}
+        if what == "revert":  # also if an earlier try was cut short before it was as large again
+            asked["size_bytes"] = spec.size_bytes
         try:
             await self._ask(BLOCKS, f"volume.{methods[what]}", asked)
         except Exists:

@@ -46,11 +46,18 @@ class Moment:
     def __init__(self, volumes: Volumes, platform: str, snapshot: str) -> None:
         self._volumes, self._platform, self._snapshot = volumes, platform, snapshot
         self._ours, self.theirs = socket.socketpair()
+        self._is_told = False
         self.slots: dict[str, int] = {}
         self.error: SupercloudError | None = None
 
     async def take(self, untrusted: dict[str, Any]) -> None:
-        """Its machine stands still: let it go on when all of its volumes have the snapshot."""
+        """Its machine stands still: let it go on when all of its volumes have the snapshot.
+
+        Its monitor says so once; whatever more it says is no moment.
+        """
+        if self._is_told:
+            return
+        self._is_told = True
         try:
             told = decode(_Still, untrusted, "still", ignore_unknown=True)
             slots = {disk.volume: disk.slot for disk in told.disks}

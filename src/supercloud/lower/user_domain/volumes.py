@@ -26,6 +26,7 @@ from supercloud.lower.user_domain.volume_growth import Growth
 from supercloud.lower.user_domain.volume_records import Volume, VolumeRecords
 from supercloud.model.errors import (
     BadState,
+    Busy,
     Denied,
     Exists,
     NoResources,
@@ -153,9 +154,7 @@ class Volumes:
                     return await self._status(volume)
             if asked.shared != volume.shared or (asked.mirror is not None) != volume.mirrored:
                 raise BadState(f"volume {asked.name} is served otherwise", hint="close it first")
-            if (
-                volume.state == "served" and volume.in_use
-            ):  # also when it could not be changed the last time
+            if volume.state == "served" and volume.in_use:  # also if it could not the last time
                 await self._change(volume, volume.wanted or volume.spec)
             if volume.state not in IN_USE:
                 raise BadState(f"volume {asked.name} is {volume.state}", hint="open it first")
@@ -206,7 +205,7 @@ class Volumes:
             return socket.socket(fileno=await self._layers.share(name))
 
     async def close(self, name: str) -> VolumeStatus:
-        """What was written is on the disk, and the seal final. BadState when attached.
+        """What was written is on the disk, and the seal final. BadState: attached; Busy: copied.
 
         Asked again it answers the same; one that was not closed in order shows no seal.
         """
@@ -227,7 +226,8 @@ class Volumes:
         try:
             return await self._layers.close(volume.spec.name, mirrored=volume.mirrored)
         except SupercloudError as error:
-            self._go(volume, "failed", f"it could not be closed in order: {error}")
+            if not isinstance(error, Busy):  # the block service's, before anything is done
+                self._go(volume, "failed", f"it could not be closed in order: {error}")
             raise
 
     async def delete(self, name: str) -> None:

@@ -186,9 +186,13 @@ class BlockService:
         return {"snapshots": volume.snapshots()}
 
     def revert(self, request: Request) -> dict[str, Any]:
-        """``{volume, snapshot}``: as it was then. ``lost_bitmaps`` begin with a full backup."""
+        """``{volume, snapshot, size_bytes?}``: as it was then, but not smaller than that.
+
+        ``lost_bitmaps`` begin with a full backup.
+        """
         volume, snapshot = self._legal(request), request.name("snapshot")
-        return {"lost_bitmaps": volume.revert(snapshot), **volume.status()}
+        size_bytes = _size(request) if "size_bytes" in request.untrusted else 0
+        return {"lost_bitmaps": volume.revert(snapshot, size_bytes), **volume.status()}
 
     # -- copies
 

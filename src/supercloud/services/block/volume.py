@@ -222,21 +222,23 @@ class Volume:
             arguments = {"device": names.LIMITED, "name": snapshot}
             self.daemon.ask("blockdev-snapshot-delete-internal-sync", arguments)
 
-    def revert(self, snapshot: str) -> list[str]:
+    def revert(self, snapshot: str, size_bytes: int = 0) -> list[str]:
         """Go back to a snapshot. The bitmaps that are so lost: what follows them is a full backup.
 
         It stays as large as it is, though it may have been smaller when the snapshot was taken:
-        there was room for that when it grew, and what is given up by going back is free again.
+        there was room for that when it grew, and what is given up by going back is free again. Or
+        it becomes ``size_bytes``, which it had before a try that was cut short.
         A bitmap knows nothing of what changes by going back, so an increment by it would be wrong.
         """
         self.need_snapshot(snapshot)
-        lost, size_bytes = [bitmap["name"] for bitmap in self.bitmaps()], self.size_bytes
+        lost = [bitmap["name"] for bitmap in self.bitmaps()]
+        size_bytes = max(size_bytes, self.size_bytes)
         for bitmap in lost:
             self.remove_bitmap(bitmap)
         with self.put_aside() as address:
             options = names.image_options(address, "qcow2")
             self._tool("snapshot", "-q", "-a", snapshot, "--image-opts", options)
-        if size_bytes > self.size_bytes:
+        if self.size_bytes < size_bytes:
             self._resize(size_bytes)
         return lost
 

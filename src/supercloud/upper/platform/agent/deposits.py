@@ -17,12 +17,13 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from supercloud.model.errors import NotFound, Permanent, SupercloudError, Unsupported
+from supercloud.model.errors import Busy, NotFound, Permanent, SupercloudError, Unsupported
 from supercloud.trust.libcrypto import Deciphering
 from supercloud.upper.platform.agent import devicemapper
 from supercloud.upper.platform.agent.bootdata import disk
 from supercloud.upper.platform.agent.scratch import SERIAL
 from supercloud.wire.messages import Blob, Deposited
+from supercloud.wire.peer import ConnectionLost
 from supercloud.wire.places import deposit_at
 
 WORTH_BYTES = 256 << 10  # what is smaller comes as quickly by itself
@@ -57,6 +58,9 @@ class Deposits:
                 try:
                     await self._round(replace(blob, offset_bytes=taken()), take)
                     self._pause_s = AGAIN_S[0]
+                except (Busy, ConnectionLost) as error:  # not now, but the next time
+                    log.info("%s does not come by the disk now: %s", blob.digest, error)
+                    return
                 except (SupercloudError, OSError) as error:
                     log.info("%s does not come by the disk: %s", blob.digest, error)
                     self._failed(error)
@@ -119,7 +123,8 @@ def _read(device: str, at: int, size_bytes: int, key: bytes, take: Take) -> None
                     take(part)
                 done += wanted
         # so that it takes no room, there and in checkpoints
+        whole = -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
         with contextlib.suppress(OSError):
-            fcntl.ioctl(descriptor, _BLKDISCARD, struct.pack("=QQ", at, size_bytes))
+            fcntl.ioctl(descriptor, _BLKDISCARD, struct.pack("=QQ", at, whole))
     finally:
         os.close(descriptor)

@@ -6,19 +6,21 @@ so a spare may go whenever its room is needed.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
 import re
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from supercloud.model.errors import Temporary
+from supercloud.model.errors import SupercloudError, Temporary
 from supercloud.upper.platform.agent import cgroups
 from supercloud.upper.platform.agent.frozen_machine import DEVICE_SET, fingerprint
-from supercloud.upper.platform.agent.processes import fork
+from supercloud.upper.platform.agent.processes import Watched, fork
 from supercloud.upper.platform.agent.qmp import Qmp
 from supercloud.upper.platform.agent.spares import RAM, STATE, Spares
 from supercloud.upper.platform.agent.state import extents
@@ -54,10 +56,10 @@ def key_of(machine: "Machine") -> str:
 async def keep(machine: "Machine", spares: Spares, pid: int, size_bytes: int) -> bool:
     """Stop it where it waits, keep it if there is room, let it go on. Whether it was kept."""
     key, start = key_of(machine), _address(pid, size_bytes)
-    has_bytes = sum(end - at for at, end in _touched(pid, start, size_bytes))
-    if not spares.has_room(has_bytes + SLACK_BYTES):
+    needed_bytes = SLACK_BYTES + sum(end - at for at, end in _touched(pid, start, size_bytes))
+    if not spares.has_room(needed_bytes):
         return False
-    place = spares.new(key)
+    place = spares.new(key, needed_bytes)
     qmp = machine.qmp
     try:
         await qmp.call("stop")
@@ -65,7 +67,7 @@ async def keep(machine: "Machine", spares: Spares, pid: int, size_bytes: int) ->
         into = os.open(f"{place}/{RAM}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(into, size_bytes)
-            await asyncio.to_thread(_copy_out, pid, start, size_bytes, into)
+            await _to_its_end(_copy_out, pid, start, size_bytes, into)
         finally:
             os.close(into)
         os.rename(f"{place}/{STATE}.part", f"{place}/{STATE}")
@@ -98,6 +100,16 @@ def _touched(pid: int, start: int, size_bytes: int) -> Iterator[tuple[int, int]]
         yield run.start() * _PAGE_BYTES, run.end() * _PAGE_BYTES
 
 
+async def _to_its_end(work: Callable[..., None], *arguments: Any) -> None:
+    """In a thread, which cannot be cancelled and has our descriptors: so it is waited for."""
+    working = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait({working})
+        raise
+
+
 def _copy_out(pid: int, start: int, size_bytes: int, into: int) -> None:
     """The memory of a machine that stands still, into an empty file."""
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
@@ -116,9 +128,10 @@ async def _save_devices(qmp: Qmp, path: str) -> None:
         await qmp.call("add-fd", [file], **{"fdset-id": DEVICE_SET})
         name = f"/dev/fdset/{DEVICE_SET}"
         await qmp.call("xen-save-devices-state", filename=name, live=False)
-        await qmp.call("remove-fd", **{"fdset-id": DEVICE_SET})
     finally:
         os.close(file)
+        with contextlib.suppress(SupercloudError):  # or a checkpoint would go into this file
+            await qmp.call("remove-fd", **{"fdset-id": DEVICE_SET})
 
 
 async def fill(machine: "Machine", spares: Spares, ram: int) -> int:
@@ -134,10 +147,14 @@ async def fill(machine: "Machine", spares: Spares, ram: int) -> int:
 
 async def _in_its_group(uid: str, source: int, ram: int) -> None:
     """Copy in a child, whose group is charged for what it fills."""
-    child = fork(partial(_copy_charged, uid, source, ram), (source, ram))
-    patience = asyncio.get_running_loop().call_later(FILL_S, os.kill, child, signal.SIGKILL)
-    _, status = await asyncio.to_thread(os.waitpid, child, 0)
-    patience.cancel()
+    body = partial(_copy_charged, uid, source, ram)
+    child = Watched(fork(body, (source, ram)), time.monotonic())
+    try:
+        await child.ended_within(FILL_S)
+    finally:
+        child.send(signal.SIGKILL)  # unless it has ended
+        status = await child.wait()
+        child.close()
     if status:
         raise Temporary("a machine's memory could not be filled from its spare")
 

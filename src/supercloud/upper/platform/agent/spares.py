@@ -32,6 +32,7 @@ class Spares:
     def __init__(self, directory: str = paths.SPARES) -> None:
         self._directory = directory
         self._room_bytes = 0
+        self._needed_bytes: dict[str, int] = {}
 
     # -- room
 
@@ -77,9 +78,13 @@ class Spares:
         """Whether there is one, whole."""
         return os.path.exists(f"{self._place(key)}/{STATE}")
 
-    def new(self, key: str) -> str:
-        """A directory for one that is to be made; it counts when its state is there."""
+    def new(self, key: str, size_bytes: int) -> str:
+        """A directory for one that is to be made; there is one when its state is there.
+
+        Its room is taken from now on: others may be made at the same time.
+        """
         self.drop(key)
+        self._needed_bytes[key] = size_bytes
         os.makedirs(self._place(key), mode=0o700)
         return self._place(key)
 
@@ -89,6 +94,7 @@ class Spares:
 
     def drop(self, key: str) -> None:
         """Give its memory back; whoever runs has a copy."""
+        self._needed_bytes.pop(key, None)
         remove_tree(self._place(key))
 
     def _place(self, key: str) -> str:
@@ -105,6 +111,7 @@ class Spares:
         return 0.0
 
     def _size_bytes(self, key: str) -> int:
+        has_bytes = 0
         with contextlib.suppress(FileNotFoundError):
-            return sum(entry.stat().st_blocks * 512 for entry in os.scandir(self._place(key)))
-        return 0
+            has_bytes = sum(entry.stat().st_blocks * 512 for entry in os.scandir(self._place(key)))
+        return max(has_bytes, self._needed_bytes.get(key, 0))

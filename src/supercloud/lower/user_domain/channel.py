@@ -70,11 +70,16 @@ class Channel:
         try:
             request = {"i": call_id, "m": method, "p": parameters or {}}
             portal.send(self._socket, request, descriptors)
-            return await asyncio.wait_for(future, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await future
         except BlockingIOError as error:
             raise Temporary(f"{self.name} does not read") from error
         except TimeoutError:
+            _discard(future)
             raise Temporary(f"{self.name}: no answer to {method}") from None
+        except asyncio.CancelledError:
+            _discard(future)
+            raise
         finally:
             self._waiting.pop(call_id, None)
 
@@ -119,6 +124,13 @@ class Channel:
             future.set_result(portal.result_of(message))
         except SupercloudError as error:
             future.set_exception(error)
+
+
+def _discard(answer: asyncio.Future[Reply]) -> None:
+    """Close what came in the very moment in which nobody waited for it any more."""
+    if answer.done() and not answer.cancelled() and answer.exception() is None:
+        for descriptor in answer.result().descriptors:
+            os.close(descriptor)
 
 
 def _ignore(_method: str, _parameters: dict[str, Any], descriptors: list[int]) -> None:

@@ -139,9 +139,9 @@ class Capture:
             raise Invalid("the overlay's descriptor is missing, or the stream's")
         if self.is_under_way:
             raise Busy("another checkpoint of this platform is not over yet")
-        self._order = order
         stream = request.descriptors[1] if order.volumes else None
         self._moment = Moment(self._disks, self._tell, stream)
+        self._order = order
         self._prepared.callback(self._moment.close)
         try:
             self._add_nodes(order, request.descriptors[0])

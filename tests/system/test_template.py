@@ -51,6 +51,19 @@ echo =key $(sha256sum < /run/supercloud/identity/key.pem)
 echo =certificate $(sha256sum < /run/supercloud/identity/cert.pem)
 echo =scratch-key $(dmsetup table --showkeys scratch | sha256sum)
 """
+HAS_KEY = """
+for n in $(seq 300); do test -e /run/supercloud/scratch || break; sleep 0.2; done
+"""
+# The file system came with the template, in the kernel's cache; the disk is this clone's own.
+DISK = """
+cd /var/lib/supercloud; mkdir many; for n in $(seq 40); do echo $n > many/$n; done
+head -c 3000000 /dev/urandom > probe
+before=$(cat probe many/* | sha256sum); sync; echo 3 > /proc/sys/vm/drop_caches
+echo =kept $(test "$before" = "$(cat probe many/* | sha256sum)" && echo whole)
+cd /; mount -o remount,ro /var/lib/supercloud
+echo =checked $(e2fsck -fn /dev/$(ls /sys/block | grep dm-) > /tmp/e2fsck 2>&1; echo $?)
+mount -o remount,rw /var/lib/supercloud
+"""
 
 
 @pytest.fixture(scope="module")
@@ -212,12 +225,12 @@ async def test_two_clones_share_nothing_that_must_differ_and_each_has_a_certific
         assert cloud.link.owner.pins["one"] != cloud.link.owner.pins["two"]
         for name, sample in (("one", one), ("two", two)):
             assert cloud.link.hub.sessions[name].hello.boot_id == sample["boot-id"]
-        wait = "for n in $(seq 100); do test -e /sys/block/dm-0 && break; sleep 0.2; done\n"
-        keys = [sampled(await inside(cloud.plane, n, wait + SECRETS)) for n in ("one", "two")]
+        keys = [sampled(await inside(cloud.plane, n, HAS_KEY + SECRETS)) for n in ("one", "two")]
         assert len(keys[0]) == 3
         assert not [key for key in keys[0] if keys[0][key] == keys[1][key]]
         empty = hashlib.sha256(b"").hexdigest()
         assert not [value for value in keys[0].values() if value.startswith(empty)]
+        assert sampled(await inside(cloud.plane, "one", DISK)) == {"kept": "whole", "checked": "0"}
 
     # what the clones run from is what was measured, and has nothing of them or of their owner
     ram = template_file(host, SHAPE["memory_bytes"])

@@ -178,10 +178,13 @@ def test_a_clone_and_a_backup_are_made_while_their_source_is_used(stored: Stored
     stored.sh("echo newer > /srv/pages/secret; sync")
     stored.copies = True
     stored.up()
-    cat = ("sh", "-c", "cat /srv/pages/secret; df -k /srv/pages | tail -n 1 | awk '{print $2}'")
-    secret, kib = stored.stack.cli("exec", "stored/second", "--", *cat).stdout.split()
-    assert secret == SECRET  # as it was, when the volume was smaller
-    assert int(kib) > 90 << 10
+
+    def second(script: str) -> str:
+        return stored.stack.cli("exec", "stored/second", "--", "sh", "-c", script).stdout.strip()
+
+    assert second("cat /srv/pages/secret") == SECRET  # as it was, when the volume was smaller
+    kib = "df -k /srv/pages | tail -n 1 | awk '{print $2}'"
+    wait_for(lambda: int(second(kib)) > 90 << 10, 60, stored.stack.logs)  # it grows in use
     stored.sh("echo newest > /srv/pages/secret; sync")
     done = stored.stack.cli("volumes", "backup", "stored/safe").stdout
     assert "has all that pages has" in done

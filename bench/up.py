@@ -4,6 +4,7 @@ Ours: the command, through control plane, host, platform and agent; both sides b
 on the same machine. Run as root; it takes a mount namespace of its own.
 """
 
+import json
 import os
 import sys
 import time
@@ -29,9 +30,8 @@ environments:
 def ours(made: Stack, manifest: str) -> float:
     """Seconds from the command to both URLs answering."""
     started = time.monotonic()
-    made.cli("up", manifest)
-    rows = made.json("ps")
-    wait_until_served([url for row in rows for url in row["urls"]])
+    view = json.loads(made.cli("up", "--json", manifest).stdout)
+    wait_until_served([url for row in view["environments"] for url in row["urls"]])
     took_s = time.monotonic() - started
     made.cli("down", "hello")
     return took_s

@@ -64,10 +64,23 @@ def decode(cls: type[T], untrusted: object, where: str = "", *, ignore_unknown: 
     return typing.cast("T", _dataclass(cls, untrusted, where, ignore_unknown))
 
 
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+
+
+@functools.cache
+def _names(cls: type) -> tuple[str, ...] | None:
+    """Of the fields of a dataclass; None of another class."""
+    return tuple(field.name for field in fields(cls)) if is_dataclass(cls) else None
+
+
 def encode(value: Any) -> Any:
     """The JSON-able form of a dataclass (deeply); other values pass through."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: encode(getattr(value, f.name)) for f in fields(value)}
+    cls: type = type(value)
+    if cls in _PLAIN:
+        return value
+    names = _names(cls)
+    if names is not None:
+        return {name: encode(getattr(value, name)) for name in names}
     if isinstance(value, list | tuple):
         return [encode(item) for item in value]
     if isinstance(value, dict):

@@ -39,6 +39,7 @@ from supercloud.wire.codec import encode
 from supercloud.wire.messages import CONTROL_TO_AGENT, PlatformReport, handlers
 
 LINK_FIRST_S = 5.0
+GC_AFTER = 10_000  # objects: after Python's own 700 it would collect a hundred times in a start
 
 log = logging.getLogger("supercloud.agent")
 
@@ -46,6 +47,7 @@ log = logging.getLogger("supercloud.agent")
 def run() -> int:
     """The agent's whole life; the exit status."""
     gc.enable()
+    gc.set_threshold(GC_AFTER)
     os.environ["PATH"] = "/usr/sbin:/usr/bin"
     os.umask(0o022)
     logging.basicConfig(

@@ -12,6 +12,7 @@ from typing import Any
 from supercloud.model.errors import Invalid, Permanent
 from supercloud.upper.platform.agent import (
     cgroups,
+    crun,
     frozen_container,
     namespaces,
     networks,
@@ -31,7 +32,6 @@ from supercloud.wire.messages import Blob, EnvironmentSpec, VolumeUsage
 
 START_TIMEOUT_S = 60.0
 READ_AHEAD_BYTES = 16 << 20  # of an image, in a template
-CRUN = oci.CRUN
 
 
 class Container:
@@ -104,7 +104,7 @@ class Container:
             nobody = users.User(uid=0, gid=0, groups=[], home="/")
             self._write_files(oci.process(["/nothing"], [], "", nobody))
             with contextlib.suppress(Permanent):
-                await run(*self._crun(), timeout_s=START_TIMEOUT_S)
+                await self._run_crun()
             await self.ended()
         finally:
             rootfs.unmount_root(place)
@@ -177,7 +177,7 @@ class Container:
             if frozen_container.is_due(self):
                 with not_restored():
                     return await self._restore(output)
-            await run(*self._crun(), timeout_s=START_TIMEOUT_S, stdout=output, stderr=output)
+            await self._run_crun(stdout=output, stderr=output)
         except Permanent as error:
             raise Permanent(self._complaint() or str(error)) from error
         finally:
@@ -190,12 +190,13 @@ class Container:
         frozen_container.done(self)
         return process
 
-    def _crun(self) -> list[str]:
+    async def _run_crun(self, **output: Any) -> None:
         place = self.places.run
-        return [
-            *CRUN, "--log", f"{place}/crun.log", "--log-format", "json", "run", "--detach",
-            "--bundle", place, "--pid-file", f"{place}/pid", self.spec.uid,
-        ]  # fmt: skip
+        await run(
+            *crun.ARGUMENTS, "--log", f"{place}/crun.log", "--log-format", "json", "run",
+            "--detach", "--bundle", place, "--pid-file", f"{place}/pid", self.spec.uid,
+            timeout_s=START_TIMEOUT_S, **crun.spawning(), **output,
+        )  # fmt: skip
 
     def _complaint(self) -> str:
         """What crun said last in its own log."""

@@ -14,8 +14,8 @@ import time
 from typing import Any
 
 from supercloud.model.errors import Invalid, Permanent, Temporary
-from supercloud.upper.platform.agent import paths
-from supercloud.upper.platform.agent.container import CRUN, Container
+from supercloud.upper.platform.agent import crun, paths
+from supercloud.upper.platform.agent.container import Container
 from supercloud.upper.platform.agent.processes import shell_status
 from supercloud.upper.platform.agent.state import remove_tree, write_private
 from supercloud.wire.messages import Exec
@@ -59,14 +59,14 @@ class Execution:
 
     def _argv(self, *more: str) -> list[str]:
         return [
-            *CRUN, "exec", "--process", f"{self._directory}/process.json",
+            *crun.ARGUMENTS, "exec", "--process", f"{self._directory}/process.json",
             "--pid-file", f"{self._directory}/pid", *more, self._container.spec.uid,
         ]  # fmt: skip
 
     async def _start_pipes(self) -> None:
         pipe = asyncio.subprocess.PIPE
         self._process = await asyncio.create_subprocess_exec(
-            *self._argv(), stdin=pipe, stdout=pipe, stderr=pipe
+            *self._argv(), stdin=pipe, stdout=pipe, stderr=pipe, **crun.spawning()
         )
         limit_s = time.monotonic() + START_TIMEOUT_S
         while not self._pid() and self._process.returncode is None:
@@ -83,6 +83,7 @@ class Execution:
             self._process = await asyncio.create_subprocess_exec(
                 *self._argv("--tty", "--console-socket", path),
                 stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+                **crun.spawning(),
             )  # fmt: skip
             await self._receive_terminal(listener)
         self._resize([self._wanted.rows, self._wanted.columns])

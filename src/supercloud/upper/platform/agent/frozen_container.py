@@ -24,6 +24,7 @@ from supercloud.model.errors import BadState, Invalid, Permanent, Temporary, Uns
 from supercloud.upper.platform.agent import (
     cgroups,
     criu,
+    crun,
     namespaces,
     oci,
     paths,
@@ -326,8 +327,9 @@ async def _make_room(container: "Container", output: int) -> None:
     """A container of crun's whose process has ended before its program began."""
     uid, place = container.spec.uid, container.places.run
     await run(
-        *oci.CRUN, "--log", f"{place}/crun.log", "create", "--bundle", place,
+        *crun.ARGUMENTS, "--log", f"{place}/crun.log", "create", "--bundle", place,
         "--pid-file", f"{place}/pid", uid, timeout_s=CREATE_TIMEOUT_S, stdout=output, stderr=output,
+        **crun.spawning(),
     )  # fmt: skip
     with open(f"{place}/pid") as file:
         placeholder = Watched(int(file.read()), time.monotonic())

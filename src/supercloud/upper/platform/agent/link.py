@@ -52,6 +52,7 @@ class Link:
         self._request: asyncio.Task[str] | None = None
         self._turn = 0
         self._context: ssl.SSLContext | None = None  # of the present connection
+        self._without: ssl.SSLContext | None = None  # of the enrolment before it
         self.requested = asyncio.Event()  # our key is made: the rest may have the processor
         self.welcomed = asyncio.Event()  # we have been connected
 
@@ -148,7 +149,8 @@ class Link:
         if self._request is None or (self._request.done() and self._request.exception()):
             self._request = asyncio.ensure_future(asyncio.to_thread(self._make_request))
         request = await self._request
-        peer = await self._connect(tls.client_context(self._boot.ca_pem, alpn=ALPN), {})
+        self._without = tls.client_context(self._boot.ca_pem, alpn=ALPN)
+        peer = await self._connect(self._without, {})
         running = asyncio.ensure_future(peer.run())
         try:
             wanted = Enroll(ucloud=self._boot.ucloud, platform=self._boot.platform,
@@ -162,7 +164,10 @@ class Link:
         log.info("enrolled as %s of %s", self._boot.platform, self._boot.ucloud)
 
     async def _serve(self) -> None:
-        context = tls.client_context(self._boot.ca_pem, paths.CERTIFICATE, paths.KEY, alpn=ALPN)
+        context, self._without = self._without, None
+        if context is None:
+            context = tls.client_context(self._boot.ca_pem, alpn=ALPN)
+        context.load_cert_chain(paths.CERTIFICATE, paths.KEY)
         self._context = context
         peer = await self._connect(context, self.handlers)
         peer.context["enrolled"] = True  # TLS has shown that it is our control plane

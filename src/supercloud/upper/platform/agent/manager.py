@@ -30,6 +30,8 @@ from supercloud.wire.messages import Apply, EnvironmentSpec, PlatformReport
 
 MAX_ENVIRONMENTS = 1000
 REPORT_DELAY_S = 0.005
+ON_THE_WAY_S = 0.06  # for states that others follow soon: as many reports less
+ON_THE_WAY = ("pending", "preparing", "placed", "starting")
 NETWORK_RETRY_S = 2.0
 TIDY_S = 60.0
 
@@ -189,9 +191,15 @@ class Manager:
         if state == "gone":
             self._workers.pop(worker.spec.uid, None)
             self._network_changed.set()
-        if self._report_timer is None:
-            loop = asyncio.get_running_loop()
-            self._report_timer = loop.call_later(REPORT_DELAY_S, self._send_report)
+        self._report_within(ON_THE_WAY_S if state in ON_THE_WAY else REPORT_DELAY_S)
+
+    def _report_within(self, delay_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        if self._report_timer is not None:
+            if self._report_timer.when() <= loop.time() + delay_s:
+                return
+            self._report_timer.cancel()
+        self._report_timer = loop.call_later(delay_s, self._send_report)
 
     def _send_report(self) -> None:
         self._report_timer = None

@@ -25,7 +25,8 @@ _REQUEST, _ACK, _DUMP, _EXCL, _CREATE, _REPLACE = 1, 4, 0x300, 0x200, 0x400, 0x1
 _ERROR, _DONE = 2, 3
 _UP: Final = 1
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO = 1, 3, 4, 10, 18
-_IFLA_NET_NS_FD: Final = 28
+_IFLA_NET_NS_FD, _IFLA_EXT_MASK = 28, 29
+_WITHOUT_COUNTERS: Final = struct.pack("=I", 1 << 3)  # RTEXT_FILTER_SKIP_STATS
 _RECEIVE_BYTES: Final = 1 << 16
 
 
@@ -104,7 +105,8 @@ class Netlink:
     def links(self) -> list[Link]:
         """All devices of the namespace."""
         found = []
-        for payload in self._talk(_GETLINK, _DUMP, _LINK.pack(0, 0, 0, 0, 0)):
+        body = _LINK.pack(0, 0, 0, 0, 0) + attribute(_IFLA_EXT_MASK, _WITHOUT_COUNTERS)
+        for payload in self._talk(_GETLINK, _DUMP, body):
             _, _, index, flags, _ = _LINK.unpack_from(payload)
             values = attributes(payload[_LINK.size :])
             name = values.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode()

@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from supercloud.model.errors import Invalid
-from supercloud.upper.platform.agent import paths
 from supercloud.upper.platform.agent.users import User
 from supercloud.upper.platform.agent.volumes import view
 from supercloud.wire.messages import EnvironmentSpec
 from supercloud.wire.places import OBJECTS_PORT
-
-CRUN = ("crun", "--root", paths.CRUN, "--cgroup-manager=cgroupfs")
 
 # Well below Docker's fourteen: no raw sockets, device nodes, chroot, file capabilities, audit.
 CAPABILITIES = (

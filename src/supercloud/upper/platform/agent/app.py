@@ -15,6 +15,7 @@ from supercloud.upper.platform.agent import (
     cgroups,
     identity,
     networks,
+    obstacles,
     paths,
     prefetch,
     uplink,
@@ -77,22 +78,6 @@ def run() -> int:
 
 async def _load_modules() -> None:
     await load_modules(*networks.MODULES)
-
-
-def checkpoint_obstacles() -> dict[str, str]:
-    """Why an EE of a kind cannot be checkpointed on this platform; empty if it can."""
-    criu = "" if os.path.exists("/usr/sbin/criu") else "CRIU is not in this image"
-    return {"container": criu, "vm": tracking_obstacle()}
-
-
-def tracking_obstacle() -> str:
-    """Why the kernel cannot say which pages of a VM were written; empty if it can."""
-    with open("/proc/self/smaps") as file:
-        flags = next((line.split() for line in file if line.startswith("VmFlags:")), [])
-    if "sd" not in flags:
-        return "the platform's kernel has no soft-dirty bits"
-    release = [int(part) for part in os.uname().release.split("-")[0].split(".")[:2]]
-    return "" if release >= [6, 7] else "the platform's kernel is older than 6.7"
 
 
 def _protect_from_oom() -> None:
@@ -180,7 +165,7 @@ class Agent:
             name: "" if os.path.exists(f"/usr/bin/{program}") else "not in this image"
             for name, program in (("crun", "crun"), ("qemu", "qemu-system-x86_64"))
         }
-        engines |= {f"checkpoint:{kind}": why for kind, why in checkpoint_obstacles().items()}
+        engines |= {f"checkpoint:{kind}": why for kind, why in obstacles.of_checkpoints().items()}
         return hello(self._boot, engines, self._accelerator.name, cgroups.total_memory_bytes())
 
     def _connected(self) -> None:

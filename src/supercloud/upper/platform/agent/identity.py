@@ -33,6 +33,7 @@ from supercloud.upper.platform.agent import (
     netlink,
     networks,
     nftables,
+    obstacles,
     paths,
     prefetch,
     prepared,
@@ -171,6 +172,7 @@ def rehearse() -> None:
     if libcrypto.is_there():
         libcrypto.rehearse()
     tls.bare_context()
+    obstacles.of_checkpoints()
     if nftables.is_there():
         nftables.apply("list tables")
 

@@ -1,8 +1,8 @@
 """Whether an EE serves: its first TCP port takes connections."""
 
 import asyncio
-import contextlib
 import socket
+from functools import partial
 
 STARTING_S = 0.07
 SILENT_S = 1.5
@@ -15,11 +15,32 @@ async def accepts(address: str, port: int, timeout_s: float = CONNECT_TIMEOUT_S)
     """One connect, closed at once with a reset so that nothing lingers on either side."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        with contextlib.suppress(OSError, TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await asyncio.get_running_loop().sock_connect(probe, (address, port))
-            return True
-    return False
+        try:
+            probe.connect((address, port))
+        except BlockingIOError:
+            return await _is_made(probe, timeout_s)
+        except OSError:
+            return False
+        return True
+
+
+async def _is_made(probe: socket.socket, timeout_s: float) -> bool:
+    """Whether the connection that has begun comes about in time."""
+    loop = asyncio.get_running_loop()
+    decided: asyncio.Future[bool] = loop.create_future()
+
+    def decide(*, answered: bool) -> None:
+        if not decided.done():
+            decided.set_result(answered)
+
+    loop.add_writer(probe, partial(decide, answered=True))
+    timer = loop.call_later(timeout_s, partial(decide, answered=False))
+    try:
+        answered = await decided
+    finally:
+        timer.cancel()
+        loop.remove_writer(probe)
+    return answered and probe.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
 
 
 def has_spoken(tap: str) -> bool:

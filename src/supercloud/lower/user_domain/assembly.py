@@ -93,33 +93,44 @@ class Assembly:
             raise
 
     async def _make(self, spec: PlatformSpec, config: bytes, origin: Origin | None) -> Uplink:
-        """The monitor starts while the drivers work, passt and the link while QEMU does."""
+        """The drivers work while the monitor starts, passt and the link while QEMU does."""
         core, name = self._core, spec.name
-        vmm = self._make_machine(spec, config, origin)
-        core.create_channel(SELF, vmm.selector, domain_name("control", name), "control")
-        core.start(vmm.selector)
-        control = self.control(name)
-        scratch = await self.make_disk(spec)
+        disk = asyncio.ensure_future(self.make_disk(spec))
+        uplink = asyncio.ensure_future(self._make_uplink(spec))
         try:
-            uplink = await self._make_uplink(spec)
-            link = self._join(name, vmm, uplink.domain)
-            machine = self._machine(spec) | {"start": origin.start if origin else "boot"}
-            plugs = self._plugs.get(name, [])
-            machine["disks"], given = [plug for plug, _ in plugs], [d for _, d in plugs]
-            starting = asyncio.ensure_future(
-                control.call("machine.start", machine, [scratch, *given], timeout_s=START_TIMEOUT_S)
-            )
-            try:
-                await asyncio.sleep(0)  # it is sent
-                core.start(link.selector)
-                self.agents(name)
-                await self._uplink.result("uplink.start", {"platform": name})
-            finally:
-                await starting
+            await asyncio.sleep(0)  # both are asked for
+            vmm = self._make_machine(spec, config, origin)
+            core.create_channel(SELF, vmm.selector, domain_name("control", name), "control")
+            core.start(vmm.selector)
+            made = await uplink
+            await self._run(spec, vmm, origin, made, await disk)
         finally:
-            os.close(scratch)
+            await asyncio.wait({disk, uplink})  # whatever comes of it: then it can be taken apart
+            if disk.exception() is None:
+                os.close(disk.result())
+            uplink.exception()  # was raised, or another was
             self._drop_plugs(name)
-        return uplink
+        return made
+
+    async def _run(
+        self, spec: PlatformSpec, vmm: Domain, origin: Origin | None, uplink: Uplink, scratch: int
+    ) -> None:
+        """Its parts are there: have them work."""
+        core, name, control = self._core, spec.name, self.control(spec.name)
+        link = self._join(name, vmm, uplink.domain)
+        machine = self._machine(spec) | {"start": origin.start if origin else "boot"}
+        plugs = self._plugs.get(name, [])
+        machine["disks"], given = [plug for plug, _ in plugs], [d for _, d in plugs]
+        starting = asyncio.ensure_future(
+            control.call("machine.start", machine, [scratch, *given], timeout_s=START_TIMEOUT_S)
+        )
+        try:
+            await asyncio.sleep(0)  # it is sent
+            core.start(link.selector)
+            self.agents(name)
+            await self._uplink.result("uplink.start", {"platform": name})
+        finally:
+            await starting
 
     def plug(self, platform: str, plugs: list[tuple[dict[str, Any], int]]) -> None:
         """What it has plugged in when it is made, and the streams to that: closed then."""

@@ -161,6 +161,8 @@ def rehearse() -> None:
     """
     example = {"version": 1, "nonce": "0" * 16, "seed": "0" * 128, "time_s": 0, "macs": []}
     parse(json.dumps(example).encode())
+    with open(_MACHINE_ID, "w"):
+        pass  # the place for it; who says what it is, is somebody
     reseed(os.urandom(64))
     set_macs([])
     codecs.lookup(iso9660.NAME_ENCODING)
@@ -233,6 +235,6 @@ def set_macs(macs: list[str]) -> None:
 
 def ensure_machine_id() -> None:
     """A machine id of this platform's own, once it is somebody."""
-    if not os.path.exists(_MACHINE_ID):
-        with open(_MACHINE_ID, "w") as file:
+    with open(_MACHINE_ID, "a+") as file:
+        if not file.tell():
             file.write(f"{os.urandom(16).hex()}\n")

@@ -174,7 +174,8 @@ class Machine:
 
     async def resume(self) -> None:
         """Open log, console and, if QEMU runs, its control socket."""
-        if os.path.exists(self._waiting):
+        woken = os.path.exists(self._waiting)
+        if woken:
             await self._wake()
         if self.log is None:
             self.log = Log(self.places.log)
@@ -183,7 +184,8 @@ class Machine:
         with contextlib.suppress(SupercloudError):
             if self._qmp is None:
                 await self._connect()
-                await frozen_machine.recover(self.qmp)
+                if not woken:
+                    await frozen_machine.recover(self.qmp)
             if self.spec.image.identity and not self._port.is_open:
                 self._port.tell()  # it may not have heard the agent before us
 

@@ -111,14 +111,15 @@ class Networks:
     def attach(self, uid: str, nics: Sequence[Nic], place: str) -> None:
         """Give the namespaces at ``place`` their interfaces (eth0, ...), up, addressed, routed."""
         with namespaces.open_netlink(place) as inside, Netlink() as netlink:
-            loopback = inside.find("lo")
+            found = {link.name: link for link in inside.links()}
+            loopback = found.get("lo")
             if loopback and not loopback.up:
                 inside.set_up(loopback.index)
             for index, nic in enumerate(nics):
-                name = device_name("ve", uid, index)
-                if not (inside.find(f"eth{index}") and netlink.find(name)):
+                name, link = device_name("ve", uid, index), found.get(f"eth{index}")
+                if not (link and netlink.find(name)):
                     self._add_pair(netlink, name, index, nic, place)
-                link = inside.find(f"eth{index}")
+                    link = inside.find(f"eth{index}")
                 if link is None:
                     raise OSError(errno.ENODEV, f"eth{index} is not in {place}")
                 inside.set_address(link.index, nic.address)

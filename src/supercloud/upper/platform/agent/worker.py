@@ -90,7 +90,7 @@ class Worker:
 
     def status(self) -> EnvironmentStatus:
         """As it is now."""
-        memory_bytes, cpu_s = cgroups.usage(self.spec.uid)
+        memory_bytes, cpu_s = cgroups.usage(self.spec.uid) if self._process else (0, 0.0)
         return EnvironmentStatus(
             name=self.spec.name, uid=self.spec.uid, kind=self.spec.kind, state=self.state,
             engine=self.engine.name, pid=self._process.pid if self._process else 0,

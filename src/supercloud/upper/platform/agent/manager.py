@@ -182,7 +182,8 @@ class Manager:
         return next(base for base in candidates if base not in taken)
 
     def _told(self, worker: Worker, state: str, reason: str, severity: str) -> None:
-        level = logging.DEBUG if state in ON_THE_WAY else logging.INFO  # events tell of all
+        passing = state in ON_THE_WAY and not reason
+        level = logging.DEBUG if passing else logging.INFO  # events tell of all
         why = f" ({reason})" if reason else ""
         log.log(level, "%s: %s%s", worker.spec.name, state, why)
         details: dict[str, Any] = {"uid": worker.spec.uid}

@@ -51,13 +51,18 @@ class Accelerator:
         try:
             saved = read_json(paths.ACCELERATOR, None)
             self.reason = await self._why_not() if saved is None else saved
-            write_json(paths.ACCELERATOR, self.reason)
+            if saved is None:
+                self._keep()
         except (SupercloudError, OSError) as error:
             self.reason = str(error)
         self.name = TCG if self.reason else KVM
-        if self.name == KVM:
+
+    def _keep(self) -> None:
+        """For the next agent, and for who comes out of this template."""
+        if not self.reason:
             os.chown("/dev/kvm", 0, KVM_GROUP)
             os.chmod("/dev/kvm", 0o660)
+        write_json(paths.ACCELERATOR, self.reason)
 
     async def _why_not(self) -> str:
         if not os.path.exists("/dev/kvm"):

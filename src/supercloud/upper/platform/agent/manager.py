@@ -30,7 +30,7 @@ from supercloud.wire.messages import Apply, EnvironmentSpec, PlatformReport
 
 MAX_ENVIRONMENTS = 1000
 REPORT_DELAY_S = 0.005
-ON_THE_WAY_S = 0.06  # for states that others follow soon: as many reports less
+ON_THE_WAY_S = 0.2  # for states that others follow soon: as many reports less
 ON_THE_WAY = ("pending", "preparing", "placed", "starting")
 NETWORK_RETRY_S = 2.0
 TIDY_S = 60.0

@@ -247,7 +247,8 @@ class Worker:
 
     async def _next_look(self) -> None:
         """A moment later; for a guest that has not sent anything yet, as soon as it has."""
-        tap = networks.device_name("tp", self.spec.uid, 0) if self.spec.kind == "vm" else ""
+        silent = self.spec.kind == "vm" and self.engine.started_from != "memory"
+        tap = networks.device_name("tp", self.spec.uid, 0) if silent else ""
         loop = asyncio.get_running_loop()
         limit_s = loop.time() + readiness.SILENT_S
         while True:

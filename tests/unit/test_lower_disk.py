@@ -94,3 +94,15 @@ def test_a_file_that_cannot_be_cut_back_does_not_end_the_driver(
         driver._cut_back()
     driver._cut_back()
     assert files(tmp_path) == {f"volume:v.{MIB}": MIB}
+
+
+def test_what_is_stored_goes_with_the_user_and_not_with_a_domain_of_the_users(
+    driver: DiskDriver, tmp_path: Path
+) -> None:
+    driver.create(asked("disk.create"))
+    driver.lost("user:u")  # as when a user's domain could not be equipped at the host's start
+    assert list(files(tmp_path).values()) == [MIB]
+    forget = Request("multiplexing", "user.forget", {"user": "u"})
+    assert driver.forget(forget) == {}
+    assert files(tmp_path) == {}
+    assert driver.forget(forget) == {}

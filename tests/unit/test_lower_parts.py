@@ -131,6 +131,9 @@ def test_users_are_kept_and_bad_ones_refused(tmp_path: Path) -> None:
     store.put(User("b", "pem", Quota(vms=2)))
     store.remove("a")
     assert list(UserStore(path).users.values()) == [User("b", "pem", Quota(vms=2))]
+    assert UserStore(path).leaving == {"a"}  # until the drivers have forgotten it
+    store.gone("a")
+    assert UserStore(path).leaving == set()
     for name in ("", "A", "a/b", "-a", "a" * 49, "a b", "ä"):
         with pytest.raises(Invalid):
             check_user_name(name)

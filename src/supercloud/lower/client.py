@@ -15,11 +15,12 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from supercloud.model.capability import SCHEDULING, SELF, Limits, ObjectType, Rights
-from supercloud.model.errors import BY_CODE, Invalid, Permanent, SupercloudError
+from supercloud.model.errors import BY_CODE, Invalid, NotFound, Permanent, SupercloudError
 from supercloud.wire import frames
 from supercloud.wire.frames import DomainState, Event, Op
 
@@ -194,6 +195,11 @@ class Core:
         ``purge`` removes the domain's private state directory as well.
         """
         self._call(Op.DESTROY, selector, int(purge))
+
+    def destroy_named(self, name: str) -> None:
+        """As ``destroy``; nothing when there is none, or it ends by itself at this moment."""
+        with suppress(NotFound):
+            self.destroy(self.lookup(name).selector)
 
     def create_channel(
         self,

@@ -4,13 +4,14 @@ import logging
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from supercloud.lower.client import Answer, Core, CoreGone, Entry
 from supercloud.model.capability import ObjectType
 from supercloud.model.errors import Invalid, NotFound, SupercloudError
 from supercloud.wire import portal
 from supercloud.wire.frames import Event
-from supercloud.wire.portal import Handler
+from supercloud.wire.portal import Handler, Portal
 from supercloud.wire.reactor import Reactor
 
 log = logging.getLogger("supercloud.lower.component")
@@ -48,6 +49,15 @@ class Component:
             self.reactor.run()
         except CoreGone:
             log.info("the host goes down")
+
+    def ask(self, component: str, method: str, parameters: dict[str, Any]) -> Any:
+        """The answer on the channel of that name; a portal for each call, so a restarted one's."""
+        descriptor = self.core.take(self.core.lookup(component).selector)
+        portal = Portal(socket.socket(fileno=descriptor), component)
+        try:
+            return portal.call(method, parameters)
+        finally:
+            portal.close()
 
     def _drain_core(self) -> None:
         for event in self.core.events():

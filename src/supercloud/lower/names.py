@@ -2,6 +2,8 @@
 
 import hashlib
 
+DRIVERS = ("disk", "uplink")
+"""Domains of the provider's that hold something for users."""
 MAX_DOMAIN_NAME = 55
 _HASH = 10
 

@@ -12,15 +12,14 @@ from typing import Any
 
 from supercloud.lower.client import Core
 from supercloud.lower.component import Component
+from supercloud.lower.names import DRIVERS
 from supercloud.model.errors import Invalid, NotFound, SupercloudError, to_wire
 from supercloud.wire import admin as wire
-from supercloud.wire.portal import Portal
 from supercloud.wire.reactor import READ, WRITE
 
 MAX_CLIENTS = 16
 CLIENT_TIMEOUT_S = 60.0
 ARRIVAL_S = 1.0
-DRIVERS = ("disk", "uplink")
 _TO_MULTIPLEXING = {"user.add", "user.remove", "user.list", "user.quota", "host.domains"}
 
 log = logging.getLogger("supercloud.lower.admin")
@@ -50,15 +49,6 @@ class AdminConsole(Component):
             log.info("ready: %s", error)
         finally:
             os.close(descriptor)
-
-    def ask(self, component: str, method: str, parameters: dict[str, Any]) -> Any:
-        """The answer of another component; a portal is made for each call, so a restarted one."""
-        descriptor = self.core.take(self.core.lookup(component).selector)
-        portal = Portal(socket.socket(fileno=descriptor), component)
-        try:
-            return portal.call(method, parameters)
-        finally:
-            portal.close()
 
     def status(self) -> dict[str, Any]:
         """Facts of the host and what is in use."""

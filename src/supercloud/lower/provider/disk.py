@@ -73,6 +73,7 @@ class DiskDriver(Component):
             },
         )
         self.serve("admin", {"driver.status": self.status})
+        self.serve("multiplexing", {"user.forget": self.forget})
         self.lost = self._user_lost
         self.reactor.every(WATCH_S, self._cut_back)
         self._reconciled: set[str] = set()
@@ -203,15 +204,18 @@ class DiskDriver(Component):
         self._reconciled.add(user)
 
     def _user_lost(self, name: str) -> None:
-        """The user is no longer of this host: so is what was stored."""
-        if not name.startswith(USER_PREFIX):
-            return
-        user = name.removeprefix(USER_PREFIX)
+        """A domain ended, which its user may have anew: what was booked is to be booked again."""
+        self._reconciled.discard(name.removeprefix(USER_PREFIX))
+
+    def forget(self, request: Request) -> dict[str, Any]:
+        """``{user}``, from the multiplexing: no longer of this host, and so is what it stored."""
+        user = request.name("user")
         self._reconciled.discard(user)
         for disk in _disks(user):
             os.unlink(disk.path)
         if os.path.isdir(directory_of(user)):
             os.rmdir(directory_of(user))
+        return {}
 
     def _cut_back(self) -> None:
         for name in self.channels:

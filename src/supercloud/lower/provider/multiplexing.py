@@ -15,9 +15,17 @@ from typing import Any
 from supercloud.lower import quota as quotas
 from supercloud.lower.client import Core, Domain
 from supercloud.lower.component import Component
+from supercloud.lower.names import DRIVERS
 from supercloud.lower.provider.users import User, UserStore, check_ca, check_user_name
 from supercloud.model.capability import SELF, ObjectType, Rights
-from supercloud.model.errors import Exists, Invalid, NoResources, NotFound, UserError
+from supercloud.model.errors import (
+    Exists,
+    Invalid,
+    NoResources,
+    NotFound,
+    SupercloudError,
+    UserError,
+)
 from supercloud.wire.codec import decode, encode
 from supercloud.wire.frames import DomainState
 from supercloud.wire.portal import Request
@@ -26,6 +34,7 @@ from supercloud.wire.quota import Quota
 USER_KIND = "user"
 PREFIX = "user:"
 MACHINE_PARTS = ("kernel", "initrd", "root")
+FORGET_AGAIN_S = 5.0
 _PAGE_BYTES = 4096
 _GIVEN = Rights.USE | Rights.READ | Rights.GRANT
 
@@ -50,14 +59,15 @@ class Multiplexing(Component):
         self.serve("admin", handlers)
 
     def start(self) -> None:
-        """Make the domains agree with the users that are recorded, once the console has its own."""
-        self._equip_console()
+        """Make the domains agree with the users that are recorded, once all channels are there."""
+        self._equip()
         for name in self._made():
             if name not in self._store.users or not self._is_started(name):
                 self._end(name)
         for user in self._store.users.values():
             if user.name not in self._made():
                 self._try_to_make(user)
+        self._try_to_forget()
 
     # -- what the admin console may ask
 
@@ -71,6 +81,8 @@ class Multiplexing(Component):
         known = self._store.users.get(user.name)
         if known is not None:
             _check_same(known, user)
+        if user.name in self._store.leaving:
+            self._forget(user.name)  # what one of that name had is not this one's
         if user.name not in self._made():
             self._make(user)
         self._store.put(user)
@@ -86,6 +98,7 @@ class Multiplexing(Component):
         if name in self._made():
             self._end(name)
         log.info("user %s removed", name)
+        self._try_to_forget()
         return {}
 
     def set_quota(self, request: Request) -> dict[str, Any]:
@@ -183,14 +196,14 @@ class Multiplexing(Component):
         limits = quotas.to_limits(user.quota)
         domain = self.core.create_domain(USER_KIND, PREFIX + user.name, limits)
         try:
-            self._equip(user, domain)
+            self._outfit(user, domain)
             self.core.start(domain.selector)
         except BaseException:
             self._end(user.name)
             raise
         self._trouble.pop(user.name, None)
 
-    def _equip(self, user: User, domain: Domain) -> None:
+    def _outfit(self, user: User, domain: Domain) -> None:
         """Give a new domain its identity, its channels and the images."""
         self._identify(user, domain)
         for component in ("front_door", "disk", "uplink"):
@@ -205,16 +218,17 @@ class Multiplexing(Component):
             if entry.name.startswith("image."):
                 self.core.delegate(entry.selector, domain.selector, _GIVEN, entry.name)
 
-    def _equip_console(self) -> None:
-        """The admin console's channels, which outlive a restart of any of their ends."""
+    def _equip(self) -> None:
+        """The provider's channels, which outlive a restart of any of their ends."""
         names = {entry.name for entry in self.core.entries()}
         if "admin" in names:  # the last that is made
             return
         console = self.core.lookup("domain:admin").selector
-        for component in ("disk", "uplink"):
-            provider = self.core.lookup(f"domain:{component}").selector
-            with suppress(Exists):  # made by a multiplexing that was killed half-way
-                self.core.create_channel(console, provider, component, "admin")
+        for driver in DRIVERS:
+            provider = self.core.lookup(f"domain:{driver}").selector
+            for end, name in ((console, "admin"), (SELF, "multiplexing")):
+                with suppress(Exists):  # made by a multiplexing that was killed half-way
+                    self.core.create_channel(end, provider, driver, name)
         self.core.create_channel(console, SELF, "multiplexing", "admin")
 
     def _identify(self, user: User, domain: Domain) -> None:
@@ -243,6 +257,21 @@ class Multiplexing(Component):
                 hint="delete platforms first, or ask the user to",
             )
         self.core.set_limits(domain.scheduling, limits)
+
+    def _forget(self, name: str) -> None:
+        """Have the drivers give up what somebody stored who is no longer a user. Temporary."""
+        for driver in DRIVERS:
+            self.ask(driver, "user.forget", {"user": name})
+        self._store.gone(name)
+
+    def _try_to_forget(self) -> None:
+        for name in sorted(self._store.leaving):
+            try:
+                self._forget(name)
+            except SupercloudError as error:  # a driver that starts again, say
+                log.warning("user %s: what it stored is still there: %s", name, error)
+                self.reactor.after(FORGET_AGAIN_S, self._try_to_forget)
+                return
 
     def _end(self, name: str) -> None:
         made = self._made().get(name)

@@ -55,6 +55,7 @@ class UplinkDriver(Component):
             },
         )
         self.serve("admin", {"driver.status": self.status})
+        self.serve("multiplexing", {"user.forget": self.forget})
         self.lost = self._user_lost
 
     def create(self, request: Request) -> dict[str, Any]:
@@ -113,6 +114,11 @@ class UplinkDriver(Component):
             ],
         }
 
+    def forget(self, request: Request) -> dict[str, Any]:
+        """``{user}``, from the multiplexing: no longer of this host, and so is all it had."""
+        self._forget(request.name("user"))
+        return {}
+
     def _check_share(self, user: str, platform: str, count: int) -> None:
         """No more uplinks than machines, and half of the ports at most; NoResources."""
         others = {
@@ -145,16 +151,17 @@ class UplinkDriver(Component):
             return None
 
     def _delete(self, user: str, platform: str) -> None:
-        selector = self._find(domain_name(DOMAIN_PREFIX, user, platform))
-        if selector is not None:
-            self.core.destroy(selector)
+        self.core.destroy_named(domain_name(DOMAIN_PREFIX, user, platform))
         self._ranges.release(f"{user}/{platform}")
 
     def _user_lost(self, name: str) -> None:
-        user = name.removeprefix(USER_PREFIX)
+        if name.startswith(USER_PREFIX):
+            self._forget(name.removeprefix(USER_PREFIX))
+
+    def _forget(self, user: str) -> None:
         for holder in [*self._ranges.held]:
             owner, _, platform = holder.partition("/")
-            if name.startswith(USER_PREFIX) and owner == user:
+            if owner == user:
                 self._delete(user, platform)
 
 

@@ -56,13 +56,19 @@ def check_ca(untrusted: str) -> str:
 
 
 class UserStore:
-    """The users, saved whole at each change."""
+    """The users, saved whole at each change; ``leaving`` are no more, but the drivers hold theirs.
+
+    That somebody's data may go is written down: no missing file and no domain's end says so.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
         self.users: dict[str, User] = {}
+        self.leaving: set[str] = set()
         with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
-            for item in json.load(file)["users"]:
+            document = json.load(file)
+            self.leaving = set(document.get("leaving", ()))
+            for item in document["users"]:
                 quota = decode(Quota, item["quota"], "quota", ignore_unknown=True)
                 self.users[item["name"]] = User(item["name"], item["ca_pem"], quota)
 
@@ -72,9 +78,15 @@ class UserStore:
         self._save()
 
     def remove(self, name: str) -> None:
-        """Forget."""
-        if self.users.pop(name, None) is not None:
-            self._save()
+        """No longer a user, but ``leaving``."""
+        self.users.pop(name, None)
+        self.leaving.add(name)
+        self._save()
+
+    def gone(self, name: str) -> None:
+        """The drivers have forgotten it too."""
+        self.leaving.discard(name)
+        self._save()
 
     def _save(self) -> None:
         users = [
@@ -83,7 +95,7 @@ class UserStore:
         ]
         part = f"{self._path}.part"
         with open(part, "w", encoding="utf-8") as file:
-            json.dump({"version": 1, "users": users}, file)
+            json.dump({"version": 1, "users": users, "leaving": sorted(self.leaving)}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, self._path)

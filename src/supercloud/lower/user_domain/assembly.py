@@ -5,7 +5,6 @@ platform as well as a whole one.
 """
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import os
@@ -221,13 +220,11 @@ class Assembly:
         """End and give back whatever there is of it."""
         self._drop_plugs(platform)
         for name in (self.vmm(platform), self.link(platform)):
-            with contextlib.suppress(NotFound):
-                self._core.destroy(self._core.lookup(name).selector)
+            self._core.destroy_named(name)
         for kind in ("control", "agents"):
             self._hub.leave(domain_name(kind, platform))
         for memory in (restored_ram(platform), restored_state(platform)):
-            with contextlib.suppress(NotFound):
-                self._core.destroy(self._core.lookup(memory).selector)
+            self._core.destroy_named(memory)
         await self._uplink.result("uplink.delete", {"platform": platform})
         await self._disk.result("disk.delete", {"name": platform})
         await self._disk.result("disk.delete", {"use": "checkpoint", "name": platform})

@@ -168,8 +168,7 @@ class Mirrors:
 
     def forget(self, volume: str) -> None:
         """The volume is gone, and with it what its replicas lack."""
-        with contextlib.suppress(NotFound):
-            self._core.destroy(self._core.lookup(_map_name(volume)).selector)
+        self._core.destroy_named(_map_name(volume))
 
     # -- the owner's word
 

@@ -30,7 +30,7 @@ from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.hub import Hub
 from supercloud.lower.vmm.template import MAX_STATE_BYTES, Inputs, key_of, machine_of
 from supercloud.model.capability import SELF
-from supercloud.model.errors import NoResources, NotFound, Permanent, SupercloudError, Temporary
+from supercloud.model.errors import NoResources, Permanent, SupercloudError, Temporary
 from supercloud.wire.codec import encode
 from supercloud.wire.content import lay_out
 from supercloud.wire.messages import EnvironmentSpec
@@ -324,8 +324,7 @@ class Templates:
 
     def _destroy(self, *names: str) -> None:
         for name in names:
-            with contextlib.suppress(NotFound):
-                self._core.destroy(self._core.lookup(name).selector)
+            self._core.destroy_named(name)
 
     # -- after a restart of this domain
 

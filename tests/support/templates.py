@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from supercloud.lower import quota as quotas
+from supercloud.lower.client import Core
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.templates import Templates
 from supercloud.lower.vmm.template import Inputs, key_of
@@ -94,6 +95,8 @@ class FakeCore:
 
     def seal(self, selector: int) -> bytes:
         return hashlib.sha256(str(selector).encode()).digest()
+
+    destroy_named = Core.destroy_named
 
     def destroy(self, selector: int) -> None:
         """With a domain goes what is booked on it."""

@@ -51,6 +51,12 @@ echo =key $(sha256sum < /run/supercloud/identity/key.pem)
 echo =certificate $(sha256sum < /run/supercloud/identity/cert.pem)
 echo =scratch-key $(dmsetup table --showkeys scratch | sha256sum)
 """
+# What the host told it, so that it asked no DHCP server: 10.0.2.2, as /proc/net/route has it.
+UPLINK = """
+for n in $(seq 300); do grep -q nameserver /etc/resolv.conf && break; sleep 0.2; done
+echo =gateway $(awk '$2 == "00000000" { print $3 }' /proc/net/route)
+echo =asked $(ls /run/supercloud | grep -c udhcpc)
+"""
 HAS_KEY = """
 for n in $(seq 300); do test -e /run/supercloud/scratch || break; sleep 0.2; done
 """
@@ -230,6 +236,8 @@ async def test_two_clones_share_nothing_that_must_differ_and_each_has_a_certific
         assert not [key for key in keys[0] if keys[0][key] == keys[1][key]]
         empty = hashlib.sha256(b"").hexdigest()
         assert not [value for value in keys[0].values() if value.startswith(empty)]
+        ways_out = [sampled(await inside(cloud.plane, n, UPLINK)) for n in ("one", "two")]
+        assert ways_out == [{"gateway": "0202000A", "asked": "0"}] * 2
         assert sampled(await inside(cloud.plane, "one", DISK)) == {"kept": "whole", "checked": "0"}
 
     # what the clones run from is what was measured, and has nothing of them or of their owner

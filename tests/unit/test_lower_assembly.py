@@ -35,7 +35,8 @@ class Driver:
 
     async def result(self, method: str, *_: Any) -> Any:
         await self.call(method)
-        return {"domain": "uplink", "address": "127.0.0.1", "first_port": 40_000}
+        guest = {"address": "10.0.2.15/24", "gateway": "10.0.2.2", "resolvers": []}
+        return {"domain": "uplink", "address": "127.0.0.1", "first_port": 40_000, "guest": guest}
 
 
 def absent(_name: str) -> None:
@@ -52,7 +53,9 @@ async def test_what_is_refused_waits_for_what_was_asked_for_and_gives_it_back(re
             raise NoResources("no room for domain")
         return SimpleNamespace(selector=1, scheduling=2)
 
-    core: Any = SimpleNamespace(lookup=absent, create_domain=create_domain, destroy=absent)
+    core: Any = SimpleNamespace(
+        lookup=absent, create_domain=create_domain, destroy_named=lambda _: None
+    )
     hub: Any = SimpleNamespace(core=core, join=lambda *_: driver, leave=lambda *_: None)
     made = Assembly(hub, "u", "tcg", told=lambda *_: None)
     made._make_machine = lambda *_: create_domain()  # type: ignore[method-assign]

@@ -8,9 +8,17 @@ from typing import Any
 import pytest
 
 from supercloud.lower.vmm.identity import IdentityPort
+from supercloud.lower.vmm.machine import Machine
 from supercloud.model.errors import Invalid
 from supercloud.upper.platform.agent import identity
+from supercloud.wire.lease import Lease
 from supercloud.wire.reactor import Reactor
+
+LEASE = Lease(address="10.0.2.15/24", gateway="10.0.2.2", resolvers=["10.0.2.3"])
+CLONE = Machine(
+    name="p", cpus=1, memory_bytes=1 << 29, accelerator="tcg", uplink_mac="02:5c:00:00:00:01",
+    link_mac="02:5c:77:00:00:01", start="clone", lease=LEASE,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -35,9 +43,10 @@ def test_a_clone_is_told_once_and_believed_for_the_right_word_only(port: Any) ->
     guest.send(b"ready 0123456789abcdef\nwaiting\n")
     turn(reactor)
     assert said == ["waiting"]  # nothing was told yet, so nobody can be ready
-    made.tell("02:5c:00:00:00:01", "02:5c:77:00:00:01")
+    made.tell(CLONE)
     told = identity.parse(guest.recv(4096))
     assert told.macs == ["02:5c:00:00:00:01", "02:5c:77:00:00:01"]
+    assert told.lease == LEASE
     guest.send(b"ready ffffffffffffffff\n")
     turn(reactor)
     assert said == ["waiting"]
@@ -50,7 +59,7 @@ def test_no_two_are_told_the_same_seed(port: Any) -> None:
     _, made, guest, _ = port
     seeds = set()
     for _ in range(8):
-        made.tell("02:5c:00:00:00:01", "02:5c:77:00:00:01")
+        made.tell(CLONE)
         seeds.add(identity.parse(guest.recv(4096)).seed)
     assert len(seeds) == 8
 
@@ -63,6 +72,12 @@ def test_nonsense_of_a_guest_is_no_word(port: Any, nonsense: bytes) -> None:
     assert said == []
 
 
+GIVEN = {"address": "10.0.2.15/24", "gateway": "10.0.2.2", "resolvers": ["10.0.2.3"]}
+ODD: list[dict[str, object]] = [
+    {"address": "10.0.2.15"}, {"address": "10.0.2.15/33"}, {"address": "10.0.2.256/24"},
+    {"gateway": "10.0.2.2\n"}, {"gateway": ""}, {"resolvers": ["evil"]},
+    {"resolvers": ["10.0.2.3"] * 4},
+]  # fmt: skip
 TOLD = {
     "version": 1, "nonce": "0" * 16, "seed": "1" * 128, "time_s": 1.5,
     "macs": ["02:5c:00:00:00:01", "02:5c:77:00:00:01"],
@@ -73,6 +88,7 @@ TOLD = {
     "wrong",
     [
         {"version": 2}, {"nonce": "0\n"}, {"seed": "1" * 127}, {"time_s": "soon"},
+        *({"lease": {**GIVEN, **odd}} for odd in ODD),
         {"macs": ["52:54:00:00:00:01"]}, {"macs": ["02:5c:00:00:00:01"] * 5},
     ],
 )  # fmt: skip

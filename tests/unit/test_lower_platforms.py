@@ -18,6 +18,7 @@ from supercloud.lower.user_domain.platforms import Platforms
 from supercloud.lower.user_domain.records import Record
 from supercloud.model.errors import Busy, NotFound, Temporary
 from supercloud.wire.host import Deposit, PlatformSpec, TemplateSpec
+from supercloud.wire.lease import Lease
 from supercloud.wire.places import deposit_at
 
 FACTS: dict[str, Any] = {
@@ -67,7 +68,8 @@ class Made:
     async def make(self, _spec: Any, _config: bytes, template: Any = None) -> Uplink:
         if template is not None or not self.boots:
             raise Temporary("it could not be made")
-        return Uplink("uplink", "127.0.0.1", 40000)
+        guest = Lease(address="10.0.2.15/24", gateway="10.0.2.2", resolvers=[])
+        return Uplink("uplink", "127.0.0.1", 40000, guest)
 
     def distrust(self, key: str, _why: str) -> None:
         self.distrusted.append(key)

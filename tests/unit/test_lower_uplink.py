@@ -34,6 +34,7 @@ def test_ports_are_given_back_though_their_passt_has_just_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     settings = {"address": "127.0.0.1", "first_port": 7000, "last_port": 7009, "dial": "any"}
+    settings["guest"] = {}
     monkeypatch.setenv("SUPERCLOUD_UPLINK", json.dumps(settings))
     held = tmp_path / "ranges.json"
     held.write_text(json.dumps({"u/p": [7000, 4], "v/p": [7004, 2]}))

@@ -98,7 +98,7 @@ class World:
         async def machine(_platform: str) -> Any:
             return self.machine
 
-        core = SimpleNamespace(lookup=absent, destroy=absent)
+        core = SimpleNamespace(lookup=absent, destroy_named=lambda _: None)
         hub: Any = SimpleNamespace(core=core, join=lambda *_: self.disk)
         feed = Feed("u", "host/t")
         tunnels: Any = SimpleNamespace()

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from supercloud.wire.lease import Lease
+
 MIB: Final = 1 << 20
 PYTHON: Final = ("/usr/bin/python3.13", "-I", "-S", "-B", "/opt/supercloud/main.py")
 PASST: Final = "/usr/bin/passt"
@@ -78,6 +80,12 @@ def kinds(site: Site) -> dict[str, dict[str, Any]]:
     for name, kind in table.items():
         kind["peers"] = _peers_of(name)
     return table
+
+
+def uplink_lease(*, resolves: bool) -> Lease:
+    """What passt tells a machine that asks it."""
+    resolvers = [UPLINK_DNS] if resolves else []
+    return Lease(address=f"{UPLINK_GUEST}/24", gateway=UPLINK_GATEWAY, resolvers=resolvers)
 
 
 def filters() -> dict[str, str]:

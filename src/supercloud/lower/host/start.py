@@ -11,11 +11,12 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-from supercloud.isolation.kinds import Site
+from supercloud.isolation.kinds import Site, uplink_lease
 from supercloud.lower.host import grants, images, registry
 from supercloud.lower.vmm.probe import Accelerator, probe
 from supercloud.model.errors import STATUS, Busy, Denied, Invalid, UserError
 from supercloud.wire import admin
+from supercloud.wire.codec import encode
 
 _INSTANCE: Final = re.compile(r"[a-z][a-z0-9-]{0,23}")
 _LABEL: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -199,14 +200,16 @@ def _site(
         "templates": options.templates,
         "cpus": len(os.sched_getaffinity(0)),
     }
+    dns_server = _dns_server()
     uplink = {
         "address": options.publish,
         "first_port": first,
         "last_port": last,
         "dial": options.dial,
+        "guest": encode(uplink_lease(resolves=bool(dns_server))),
     }
     return Site(
-        json.dumps(facts), json.dumps(uplink), options.publish, _dns_server(), accelerator.name
+        json.dumps(facts), json.dumps(uplink), options.publish, dns_server, accelerator.name
     )
 
 

@@ -3,7 +3,7 @@
 The driver makes passt's domain in the host's network and gives the user's domain the right to join
 it to that user's machine by a channel; frames never pass through the driver. It also dials for
 users' domains (``dial``). ``SUPERCLOUD_UPLINK`` holds ``{"address", "first_port", "last_port",
-"dial"}`` of this instance.
+"dial", "guest"}`` of this instance; ``guest`` is the lease that each passt gives.
 """
 
 import json
@@ -37,6 +37,7 @@ class UplinkDriver(Component):
         settings = json.loads(os.environ["SUPERCLOUD_UPLINK"])
         self._address = settings["address"]
         self._policy = str(settings["dial"])
+        self._guest = settings["guest"]
         self._allowance = dial.Allowance()
         self._ranges = PortRanges(
             f"{state}/ranges.json",
@@ -59,7 +60,7 @@ class UplinkDriver(Component):
         self.lost = self._user_lost
 
     def create(self, request: Request) -> dict[str, Any]:
-        """``{platform, ports}`` -> ``{domain, address, first_port, ports}``.
+        """``{platform, ports}`` -> ``{domain, address, first_port, ports, guest}``.
 
         The user's domain then has CONNECT on the passt domain, under the name ``domain``, joins
         its ``guest`` to the machine by a stream channel, and calls ``uplink.start``.
@@ -71,7 +72,8 @@ class UplinkDriver(Component):
         first, count = self._ranges.allot(f"{user}/{platform}", count)
         if self._find(name) is None:
             self._make(user, name, count)
-        return {"domain": name, "address": self._address, "first_port": first, "ports": count}
+        given = {"domain": name, "first_port": first, "ports": count}
+        return {**given, "address": self._address, "guest": self._guest}
 
     def start(self, request: Request) -> dict[str, Any]:
         """``{platform}``: run it; nothing when it runs."""

@@ -21,7 +21,9 @@ from supercloud.lower.user_domain.hub import Hub
 from supercloud.lower.user_domain.origins import Origin, restored_ram, restored_state
 from supercloud.model.capability import SELF
 from supercloud.model.errors import NotFound, SupercloudError
+from supercloud.wire.codec import decode, encode
 from supercloud.wire.host import PlatformSpec
+from supercloud.wire.lease import Lease
 
 START_TIMEOUT_S: Final = 60.0
 
@@ -35,6 +37,7 @@ class Uplink:
     domain: str
     address: str
     first_port: int
+    guest: Lease
 
 
 class Assembly:
@@ -117,7 +120,8 @@ class Assembly:
         """Its parts are there: have them work."""
         core, name, control = self._core, spec.name, self.control(spec.name)
         link = self._join(name, vmm, uplink.domain)
-        machine = self._machine(spec) | {"start": origin.start if origin else "boot"}
+        start = origin.start if origin else "boot"
+        machine = self._machine(spec) | {"start": start, "lease": encode(uplink.guest)}
         plugs = self._plugs.get(name, [])
         machine["disks"], given = [plug for plug, _ in plugs], [d for _, d in plugs]
         starting = asyncio.ensure_future(
@@ -148,7 +152,8 @@ class Assembly:
     async def _make_uplink(self, spec: PlatformSpec) -> Uplink:
         asked = {"platform": spec.name, "ports": spec.ports}
         made = await self._uplink.result("uplink.create", asked)
-        return Uplink(str(made["domain"]), str(made["address"]), int(made["first_port"]))
+        guest = decode(Lease, made["guest"], "guest")
+        return Uplink(str(made["domain"]), str(made["address"]), int(made["first_port"]), guest)
 
     def _make_machine(self, spec: PlatformSpec, config: bytes, origin: Origin | None) -> Domain:
         """The domain, its memory, and what it starts from; not started.

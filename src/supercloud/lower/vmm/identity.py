@@ -13,7 +13,9 @@ import socket
 import time
 from collections.abc import Callable
 
+from supercloud.lower.vmm.machine import Machine
 from supercloud.model.errors import Temporary
+from supercloud.wire.codec import encode
 from supercloud.wire.reactor import Reactor
 
 VERSION = 1
@@ -39,13 +41,14 @@ class IdentityPort:
             self._reactor.forget(self._sock)
             self._sock.close()
 
-    def tell(self, uplink_mac: str, link_mac: str) -> None:
+    def tell(self, machine: Machine) -> None:
         """Who the clone is, the time, and what its random numbers start from."""
         self._send(
             "resume",  # which one that was restored goes by
             seed=os.urandom(SEED_BYTES).hex(),
             time_s=time.time(),
-            macs=[uplink_mac, link_mac],
+            macs=[machine.uplink_mac, machine.link_mac],
+            lease=encode(machine.lease),
         )
 
     def pause(self) -> None:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, Literal
 
 from supercloud.model.emulation import EMULATED_CPU
 from supercloud.wire.codec import Limit, Text
+from supercloud.wire.lease import Lease
 from supercloud.wire.places import VOLUME_SLOTS
 
 QEMU = "/usr/bin/qemu-system-x86_64"
@@ -43,7 +44,10 @@ PRIVATE: Final = ("clone", "restore")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What a monitor is asked to run. ``scratch_bytes`` is for a template, which has no disk."""
+    """What a monitor is asked to run.
+
+    ``scratch_bytes`` is for a template, which has no disk, ``lease`` for a clone, which is told it.
+    """
 
     name: Text
     cpus: Annotated[int, Limit(ge=1, le=64)]
@@ -53,6 +57,7 @@ class Machine:
     link_mac: Annotated[str, Limit(pattern=_MAC)]
     start: Start = "boot"
     scratch_bytes: Annotated[int, Limit(ge=0, le=1 << 45)] = 0
+    lease: Lease | None = None
 
     @property
     def ram_shared(self) -> bool:

@@ -227,7 +227,7 @@ class Monitor(Component):
     def _loaded(self) -> None:
         """The clone is told who it is before its processors run."""
         if self._identity is not None and self._machine is not None and self._qmp is not None:
-            self._identity.tell(self._machine.uplink_mac, self._machine.link_mac)
+            self._identity.tell(self._machine)
             self._qmp.command("cont")
 
     def _guest_said(self, word: str) -> None:

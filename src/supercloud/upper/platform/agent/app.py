@@ -69,7 +69,8 @@ def run() -> int:
     port = waiting.confirm() if waiting else -1
     log.info("platform %s of %s; link %s, uplink %s", boot.platform, boot.ucloud,
              link_nic and link_nic.name, uplink_nic and uplink_nic.name)  # fmt: skip
-    way_out = uplink.Uplink(uplink_nic) if uplink_nic else None
+    lease = waiting.lease if waiting else None
+    way_out = uplink.Uplink(uplink_nic, lease) if uplink_nic else None
     link_name = link_nic.name if link_nic else ""
     agent = Agent(boot, way_out, link_name, cloned=waiting is not None, port=port)
     asyncio.run(agent.run())

@@ -45,6 +45,7 @@ from supercloud.upper.platform.agent.bootdata import disk
 from supercloud.upper.platform.agent.processes import load_modules, run
 from supercloud.upper.platform.agent.state import write_private
 from supercloud.wire.codec import Limit, decode, learn
+from supercloud.wire.lease import Lease
 from supercloud.wire.messages import AGENT_TO_CONTROL, CONTROL_TO_AGENT
 
 MODULES: Final = (*networks.MODULES, *scratch.MODULES, "isofs", "loop")
@@ -70,6 +71,7 @@ class Told:
     seed: Annotated[str, Limit(pattern=r"[0-9a-f]{128}")]
     time_s: float
     macs: Annotated[list[Annotated[str, Limit(pattern=MAC)]], Limit(max_length=4)]
+    lease: Lease | None = None  # none from a host of before
 
 
 def is_template() -> bool:
@@ -82,12 +84,13 @@ def is_template() -> bool:
 class Waiting:
     """The port of a template; ``become`` returns in a clone, ``confirm`` tells that it is one.
 
-    ``config`` is the device of the config disk.
+    ``config`` is the device of the config disk, ``lease`` what the uplink is to be.
     """
 
     def __init__(self) -> None:
         self._port = os.open(port(), os.O_RDWR | os.O_CLOEXEC)
         self.config = disk("config")
+        self.lease: Lease | None = None
         self._nonce = ""
 
     def become(self) -> None:
@@ -102,7 +105,7 @@ class Waiting:
         time.clock_settime(time.CLOCK_REALTIME, told.time_s)
         set_macs(told.macs)
         write_private(paths.IDENTIFIED, "")  # an agent that takes over from us does not wait
-        self._nonce = told.nonce
+        self._nonce, self.lease = told.nonce, told.lease
 
     def confirm(self) -> int:
         """From now on this platform may be given work; the port, for ``quiet``."""
@@ -159,7 +162,9 @@ def rehearse() -> None:
 
     Classes' annotations, compiled patterns, OpenSSL's algorithms. Nothing made here is used.
     """
+    lease = {"address": "192.0.2.2/24", "gateway": "192.0.2.1", "resolvers": []}
     example = {"version": 1, "nonce": "0" * 16, "seed": "0" * 128, "time_s": 0, "macs": []}
+    example["lease"] = lease
     parse(json.dumps(example).encode())
     with open(_MACHINE_ID, "w"):
         pass  # the place for it; who says what it is, is somebody

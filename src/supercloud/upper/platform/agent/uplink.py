@@ -1,4 +1,7 @@
-"""The platform's own network interfaces: the link to the control plane, and the uplink by DHCP."""
+"""The platform's own network interfaces: the link to the control plane, and the uplink.
+
+That has what DHCP says, or, in a clone, what the host said right away.
+"""
 
 import asyncio
 import ipaddress
@@ -9,6 +12,7 @@ from supercloud.model.errors import SupercloudError
 from supercloud.upper.platform.agent import paths
 from supercloud.upper.platform.agent.netlink import Link, Netlink
 from supercloud.upper.platform.agent.processes import run
+from supercloud.wire.lease import Lease
 
 LINK_MAC, UPLINK_MAC = "02:5c:77:", "02:5c:00:"
 LINK_ADDRESS = "169.254.77.2/30"
@@ -74,14 +78,24 @@ def parse_lease(untrusted: str) -> tuple[str, str, list[str], int]:
 
 
 class Uplink:
-    """Keeps a DHCP lease for as long as ``keep`` runs."""
+    """Keeps a DHCP lease for as long as ``keep`` runs; one that the host has ``told`` at once.
 
-    def __init__(self, nic: Link) -> None:
-        self.nic = nic
+    That holds the first time only: a platform that was restored may have another uplink.
+    """
+
+    def __init__(self, nic: Link, told: Lease | None = None) -> None:
+        self.nic, self._told = nic, told
         self.address = ""
 
     async def keep(self) -> None:
-        """Obtain the lease and renew it at half of its time; never returns."""
+        """Obtain the lease and renew it at half of its time; returns only where one was told."""
+        told, self._told = self._told, None
+        if told:
+            try:
+                self._apply(told.address, told.gateway, told.resolvers)
+                return
+            except (SupercloudError, OSError) as error:
+                log.warning("%s does not take %s: %s", self.nic.name, told, error)
         with open(_SCRIPT, "w") as file:
             file.write(_SCRIPT_TEXT)
         os.chmod(_SCRIPT, 0o700)
@@ -103,6 +117,10 @@ class Uplink:
         )  # fmt: skip
         lines = [line for line in out.decode("ascii", "replace").splitlines() if " " in line]
         address, router, resolvers, lease_s = parse_lease("\n".join(lines))
+        self._apply(address, router, resolvers)
+        return lease_s
+
+    def _apply(self, address: str, router: str, resolvers: list[str]) -> None:
         with Netlink() as netlink:
             netlink.set_address(self.nic.index, address)
             if router:
@@ -111,7 +129,6 @@ class Uplink:
         if address != self.address:
             log.info("uplink %s has %s", self.nic.name, address)
         self.address = address
-        return lease_s
 
 
 def write_resolvers(resolvers: list[str]) -> None:

@@ -105,8 +105,14 @@ def test_ruleset_publishes_ports_and_separates_networks() -> None:
         firewall.Publication("tcp", 30001, "10.64.0.10", 80),
         firewall.Publication("udp", 30001, "10.64.1.10", 53),
     ]
-    text = firewall.ruleset("eth0", [network(1), network(0)], published)
-    assert "30001 : 10.64.0.10 . 80" in text.partition("to_udp")[0]
+    text, ports = firewall.ruleset("eth0", [network(1), network(0)], published)
+    assert ports.splitlines() == [
+        "flush map inet supercloud to_tcp",
+        "flush map inet supercloud to_udp",
+        "add element inet supercloud to_tcp { 30001 : 10.64.0.10 . 80 }",
+        "add element inet supercloud to_udp { 30001 : 10.64.1.10 . 53 }",
+    ]
+    assert text == firewall.ruleset("eth0", [network(0), network(1)], []).frame
     assert 'iifname "ee0" oifname "ee0" accept' in text
     assert 'iifname "ee0" oifname "ee1"' not in text
     assert text.count("policy drop") == 2
@@ -116,20 +122,20 @@ def test_ruleset_publishes_ports_and_separates_networks() -> None:
 
 def test_ruleset_lets_those_who_use_buckets_to_their_store_only() -> None:
     store = firewall.StoreWay("eth1", ["10.64.0.10"])
-    text = firewall.ruleset("eth0", [network(0), network(1)], [], store)
+    text = firewall.ruleset("eth0", [network(0), network(1)], [], store).frame
     who = 'iifname "ee*" ip saddr { 10.64.0.10 }'
     assert f"{who} ip daddr {{ 10.64.0.1, 10.64.1.1 }} tcp dport 9000 dnat ip to" in text
     through = f'{who} oifname "eth1" ip daddr 169.254.77.1 tcp dport 7445 ct status dnat accept'
     assert through in text
     assert text.count('oifname "eth1"') == 2
     for nobody in (None, firewall.StoreWay("eth1", [])):
-        text = firewall.ruleset("eth0", [network(0)], [], nobody)
+        text = firewall.ruleset("eth0", [network(0)], [], nobody).frame
         assert "7445" not in text
         assert "eth1" not in text
 
 
 def test_ruleset_without_networks_is_complete() -> None:
-    text = firewall.ruleset("eth0", [], [])
+    text = firewall.ruleset("eth0", [], []).frame
     assert "masquerade" not in text
     assert text.count("{") == text.count("}")
 
@@ -152,7 +158,7 @@ def test_an_ee_from_another_platform_keeps_its_gateway() -> None:
     found = networks.gateways([spec(nics=[nic()]), moved])["default"]
     assert [str(gateway) for gateway in found] == ["10.64.0.1/24", "10.64.7.1/24"]
     both = Network("default", "ee0", found)
-    text = firewall.ruleset("eth0", [both], [])
+    text = firewall.ruleset("eth0", [both], []).frame
     assert 'iifname "ee0" ip daddr { 10.64.0.1, 10.64.7.1 } ' in text
     assert "ip saddr { 10.64.0.0/24, 10.64.7.0/24 }" in text
     assert "option:router,10.64.7.1\n" in names.configuration([both])

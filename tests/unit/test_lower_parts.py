@@ -169,7 +169,7 @@ def test_qemu_gets_descriptors_and_no_file_but_its_firmware() -> None:
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "cpu"), [("kvm", "host"), ("tcg", "max,erms=off,fsrm=off")]
+    ("accelerator", "cpu"), [("kvm", "host"), ("tcg", "max,erms=off,fsrm=off,la57=off")]
 )
 def test_nested_virtualization_is_shown_to_the_guest(accelerator: str, cpu: str) -> None:
     argv = command_line(

@@ -1,6 +1,7 @@
 """What the control plane knows of the platforms' agents: it owns the links (``link.owner``)."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from supercloud.control.documents import PlatformDocument, environment_key, plat
 from supercloud.control.events import EventLog
 from supercloud.control.images import Images
 from supercloud.control.state import State
-from supercloud.model.errors import Denied, NotFound, Unsupported
+from supercloud.model.errors import Denied, NotFound, SupercloudError, Unsupported
 from supercloud.model.events import Event, event_id
 from supercloud.trust.authority import Authority
 from supercloud.upper.platform.link.hub import LinkHub
@@ -26,6 +27,8 @@ from supercloud.wire.messages import (
     Hello,
     PlatformReport,
 )
+
+ASKED_S = 3.0
 
 Changed = Callable[[str], None]
 """Told the key of an object that is worth a look."""
@@ -80,13 +83,18 @@ class Agents:
         link = self._links.get(ucloud)
         return None if link is None else link.hub.sessions.get(platform)
 
+    async def status_now(self, ucloud: str, platform: str, uid: str) -> EnvironmentStatus | None:
+        """What the platform says of an EE when asked, with figures; as ``status`` if it is away."""
+        if (session := self.session(ucloud, platform)) is not None:
+            with contextlib.suppress(SupercloudError, TimeoutError):
+                report = await session.list(timeout_s=ASKED_S)
+                return _of(report, uid)
+        return self.status(ucloud, platform, uid)
+
     def status(self, ucloud: str, platform: str, uid: str) -> EnvironmentStatus | None:
         """What the platform last said of an EE; None when it does not know it."""
         report = self.reports.get((ucloud, platform))
-        for status in report.environments if report else ():
-            if status.uid == uid:
-                return status
-        return None
+        return _of(report, uid) if report else None
 
     def take(self, ucloud: str, platform: str, report: PlatformReport) -> None:
         """Keep a report; whatever differs from the one before is worth a look."""
@@ -115,6 +123,10 @@ class Agents:
     async def close(self) -> None:
         """End all links."""
         await asyncio.gather(*(link.hub.close() for link in self._links.values()))
+
+
+def _of(report: PlatformReport, uid: str) -> EnvironmentStatus | None:
+    return next((item for item in report.environments if item.uid == uid), None)
 
 
 def _seen(report: PlatformReport) -> dict[tuple[str, str], EnvironmentStatus]:

@@ -259,7 +259,7 @@ class Service:
         checkpoints = await self._plane.state.checkpoints_of(ucloud, name)
         row = views.environment_row(document, known, checkpoints)
         shown = {name: getattr(row, name) for name in row.__slots__}
-        status = self._plane.agents.status(
+        status = await self._plane.agents.status_now(
             ucloud, document.ready_on, document.ready.uid if document.ready else ""
         )
         return shown | {

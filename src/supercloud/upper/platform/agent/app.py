@@ -65,7 +65,7 @@ def run() -> int:
     identity.ensure_machine_id()
     if not waiting:
         networks.prepare_kernel()
-    link_nic, uplink_nic = uplink.bring_up()
+    link_nic, uplink_nic = uplink.bring_up(known=waiting.nics if waiting else None)
     port = waiting.confirm() if waiting else -1
     log.info("platform %s of %s; link %s, uplink %s", boot.platform, boot.ucloud,
              link_nic and link_nic.name, uplink_nic and uplink_nic.name)  # fmt: skip

@@ -7,6 +7,7 @@ import os
 from supercloud.upper.platform.agent import paths
 
 RESERVED_BYTES = 128 << 20
+_CONTROLLERS = ("cpu", "memory", "pids")
 
 
 def path_of(uid: str) -> str:
@@ -16,12 +17,16 @@ def path_of(uid: str) -> str:
 
 def prepare() -> None:
     """The parent of all EEs; it leaves the platform's own programs memory to work with."""
+    with contextlib.suppress(FileNotFoundError):
+        if _read(f"{paths.CGROUP}/cgroup.subtree_control").split() == [*_CONTROLLERS]:
+            return  # the last that is done
     os.makedirs(paths.CGROUP, exist_ok=True)
-    _write("/sys/fs/cgroup/cgroup.subtree_control", "+cpu +memory +pids")
-    _write(f"{paths.CGROUP}/cgroup.subtree_control", "+cpu +memory +pids")
+    wanted = " ".join(f"+{one}" for one in _CONTROLLERS)
+    _write("/sys/fs/cgroup/cgroup.subtree_control", wanted)
     _write(f"{paths.CGROUP}/memory.max", str(max(total_memory_bytes() - RESERVED_BYTES, 1 << 26)))
     with contextlib.suppress(FileNotFoundError):
         _write(f"{paths.CGROUP}/memory.oom.group", "0")
+    _write(f"{paths.CGROUP}/cgroup.subtree_control", wanted)
 
 
 def total_memory_bytes() -> int:

@@ -32,6 +32,7 @@ from supercloud.wire.messages import Blob, EnvironmentSpec, VolumeUsage
 
 START_TIMEOUT_S = 60.0
 READ_AHEAD_BYTES = 16 << 20  # of an image, in a template
+_ATTACHED = "attached"
 
 
 class Container:
@@ -65,13 +66,22 @@ class Container:
             with not_restored():
                 await frozen_container.fetch(self, self._services.ucloud)
         rootfs.mount_root(image.digest, place, self.places.layer, self.base_id)
-        self.attach_network()
+        if not self._was_attached():
+            self.attach_network()
         await self.resume()
 
     def attach_network(self) -> None:
         """Give its network namespace what it has to have."""
         place = f"{self.places.run}/ns"
         self._services.networks.attach(self.spec.uid, self.spec.nics, place)
+
+    def _was_attached(self) -> bool:
+        """Whether the template has done so; asked once, for what fails later may be the network."""
+        try:
+            os.unlink(f"{self.places.run}/{_ATTACHED}")
+        except FileNotFoundError:
+            return False
+        return True
 
     def _image(self) -> Blob:
         image = self.spec.image.blobs.get("root")
@@ -88,6 +98,7 @@ class Container:
         prefetch.read_tree(rootfs.mount_image(self._image().digest), READ_AHEAD_BYTES)
         self.attach_network()
         await self._rehearse()
+        write_private(f"{place}/{_ATTACHED}", "")
 
     async def _rehearse(self) -> None:
         """Run a program that is not there, in a root in memory, of which nothing is left.

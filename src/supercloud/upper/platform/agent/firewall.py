@@ -1,5 +1,8 @@
 """The platform's nftables rules as one text, replaced as a whole by one ``nft -f``.
 
+Published ports are elements of its maps, which change without the rest: that is the same in all
+clones of a template, which has it in force already.
+
 EEs reach the world by the uplink and each other inside their network. They reach of the platform
 only DNS, DHCP and echo at their gateway; those that use buckets, their object store too, which is a
 port of the gateway that leads over the link to one of the rendezvous' address; never the link, the
@@ -8,13 +11,16 @@ A port that is not published says so at once, instead of letting its caller wait
 """
 
 import asyncio
+import contextlib
+import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from supercloud.model.records import dataclass
-from supercloud.upper.platform.agent import nftables
+from supercloud.upper.platform.agent import nftables, paths
 from supercloud.upper.platform.agent.networks import Network
 from supercloud.upper.platform.agent.processes import run
+from supercloud.upper.platform.agent.state import write_private
 from supercloud.wire.places import OBJECTS_LINK_PORT, OBJECTS_PORT
 
 TABLE = "supercloud"
@@ -32,9 +38,29 @@ class Publication(NamedTuple):
     port: int
 
 
-def _map(name: str, entries: list[str]) -> str:
-    elements = f"elements = {{ {', '.join(entries)} }}" if entries else ""
-    return f"map {name} {{ type inet_service : ipv4_addr . inet_service; {elements} }}"
+class Rules(NamedTuple):
+    """Two texts for ``nft -f``: the whole table, with no port published, and the ports."""
+
+    frame: str
+    ports: str
+
+
+def _map(name: str) -> str:
+    return f"map {name} {{ type inet_service : ipv4_addr . inet_service; }}"
+
+
+def ports(published: Iterable[Publication]) -> str:
+    """The text that publishes these, and no others. All values must have been validated."""
+    entries: dict[str, list[str]] = {"tcp": [], "udp": []}
+    for one in sorted(published):
+        entries[one.protocol].append(f"{one.host_port} : {one.address} . {one.port}")
+    lines = [f"flush map inet {TABLE} to_{protocol}" for protocol in entries]
+    lines += [
+        f"add element inet {TABLE} to_{protocol} {{ {', '.join(found)} }}"
+        for protocol, found in entries.items()
+        if found
+    ]
+    return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +76,18 @@ def ruleset(
     networks: Iterable[Network],
     published: Iterable[Publication],
     store: StoreWay | None = None,
-) -> str:
-    """The text for ``nft -f``. All values must have been validated: they are pasted in."""
-    maps: dict[str, list[str]] = {"tcp": [], "udp": []}
-    for one in sorted(published):
-        maps[one.protocol].append(f"{one.host_port} : {one.address} . {one.port}")
+) -> Rules:
+    """The texts for ``nft -f``. All values must have been validated: they are pasted in."""
     ordered = sorted(networks, key=lambda network: network.bridge)
     ranges = ", ".join(str(g.network) for network in ordered for g in network.gateways)
     masquerade = f'ip saddr {{ {ranges} }} oifname "{uplink}" masquerade' if ranges else ""
     same = "\n    ".join(f'iifname "{n.bridge}" oifname "{n.bridge}" accept' for n in ordered)
     own = "\n    ".join(_at_gateway(network) for network in ordered)
     to_store = _StoreRules.of(store, [str(g.ip) for n in ordered for g in n.gateways])
-    return f"""destroy table inet {TABLE}
+    frame = f"""destroy table inet {TABLE}
 table inet {TABLE} {{
-  {_map("to_tcp", maps["tcp"])}
-  {_map("to_udp", maps["udp"])}
+  {_map("to_tcp")}
+  {_map("to_udp")}
   chain prerouting {{
     type nat hook prerouting priority dstnat; policy accept;
     iifname "{uplink}" dnat ip to tcp dport map @to_tcp
@@ -100,6 +123,7 @@ table inet {TABLE} {{
   }}
 }}
 """
+    return Rules(frame, ports(published))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +155,34 @@ def _at_gateway(network: Network) -> str:
 
 
 class Firewall:
-    """Applies a ruleset when it differs from the last one."""
+    """Applies what differs from what is in force, as an agent or a template before left it."""
 
     def __init__(self) -> None:
-        self._applied = ""
+        self._frame, self._ports = _read(paths.FIREWALL), ""
 
-    async def apply(self, text: str) -> None:
-        """Replace the table atomically; Permanent when nft refuses."""
-        if text != self._applied:
-            if nftables.is_there():
-                await asyncio.to_thread(nftables.apply, text)
-            else:
-                await run("nft", "-f", "-", given=text.encode())
-            self._applied = text
+    async def apply(self, rules: Rules) -> None:
+        """Change the table atomically; Permanent when nft refuses."""
+        if rules.frame != self._frame:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(paths.FIREWALL)  # nobody knows what is in force until it is done
+            self._frame = self._ports = ""
+            await _do(rules.frame + rules.ports)
+            write_private(paths.FIREWALL, rules.frame)
+        elif rules.ports != self._ports:
+            await _do(rules.ports)
+        self._frame, self._ports = rules
+
+
+async def _do(text: str) -> None:
+    if nftables.is_there():
+        await asyncio.to_thread(nftables.apply, text)
+    else:
+        await run("nft", "-f", "-", given=text.encode())
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return file.read().decode()
+    except FileNotFoundError:
+        return ""

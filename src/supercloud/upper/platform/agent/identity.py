@@ -91,11 +91,12 @@ class Waiting:
         self._port = os.open(port(), os.O_RDWR | os.O_CLOEXEC)
         self.config = disk("config")
         self.lease: Lease | None = None
+        self.nics: uplink.Nics = (None, None)
         self._nonce = ""
 
     def become(self) -> None:
         """Wait, for as long as it takes, and be another."""
-        asyncio.run(prepare())
+        self.nics = asyncio.run(prepare())
         gc.collect()
         gc.freeze()  # the collector would write to each object, and so copy its page in each clone
         time.sleep(SETTLE_S)
@@ -103,7 +104,7 @@ class Waiting:
         told = parse(self._line())
         reseed(bytes.fromhex(told.seed))
         time.clock_settime(time.CLOCK_REALTIME, told.time_s)
-        set_macs(told.macs)
+        set_macs(told.macs, self.nics)
         write_private(paths.IDENTIFIED, "")  # an agent that takes over from us does not wait
         self._nonce, self.lease = told.nonce, told.lease
 
@@ -140,14 +141,14 @@ def parse(untrusted: bytes) -> Told:
     return decode(Told, value, "identity", ignore_unknown=True)
 
 
-async def prepare() -> None:
+async def prepare() -> uplink.Nics:
     """What every clone would do for itself, as far as it has nothing to do with who it is."""
     networks.prepare_kernel()
-    uplink.bring_up(address="")
+    nics = uplink.bring_up(address="")
     accelerator = Accelerator()
 
     async def environments() -> None:
-        await prepared.prepare(accelerator)
+        await prepared.prepare(accelerator, nics[1].name if nics[1] else "none")
 
     for step in (_load_modules, accelerator.probe, _read_programs, environments, _scratch):
         try:
@@ -155,6 +156,7 @@ async def prepare() -> None:
         except (SupercloudError, OSError) as error:
             log.warning("%s: %s", step.__qualname__, error)
     await asyncio.to_thread(rehearse)  # so that there is no first thread either
+    return nics
 
 
 def rehearse() -> None:
@@ -228,11 +230,10 @@ def reseed(seed: bytes) -> None:
         sys.modules["ssl"].RAND_add(os.urandom(64), 64.0)
 
 
-def set_macs(macs: list[str]) -> None:
+def set_macs(macs: list[str], known: uplink.Nics | None = None) -> None:
     """Give each NIC the address of its kind; the guest keeps a template's, whatever the device."""
     with netlink.Netlink() as sock:
-        nics = uplink.find_nics(sock.links())
-        for nic in nics:
+        for nic in known or uplink.find_nics(sock.links()):
             for mac in macs:
                 if nic is not None and mac[:8] == nic.mac[:8]:
                     sock.set_mac(nic.index, mac)
@@ -240,6 +241,9 @@ def set_macs(macs: list[str]) -> None:
 
 def ensure_machine_id() -> None:
     """A machine id of this platform's own, once it is somebody."""
-    with open(_MACHINE_ID, "a+") as file:
-        if not file.tell():
-            file.write(f"{os.urandom(16).hex()}\n")
+    file = os.open(_MACHINE_ID, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        if not os.fstat(file).st_size:
+            os.write(file, f"{os.urandom(16).hex()}\n".encode())
+    finally:
+        os.close(file)

@@ -80,11 +80,11 @@ class Manager:
             self._services.volumes.look_again()
         return self.report()
 
-    def report(self) -> PlatformReport:
-        """Everything, as it is now."""
+    def report(self, *, figures: bool = False) -> PlatformReport:
+        """Everything, as it is now; ``figures``: with the memory and processor time used."""
         return PlatformReport(
             generation=self._desired.generation if self._desired else 0,
-            environments=[worker.status() for worker in self._workers.values()],
+            environments=[worker.status(figures=figures) for worker in self._workers.values()],
         )
 
     def restored(self) -> None:
@@ -247,9 +247,9 @@ class Manager:
         networks.ensure(self._all_specs(specs))
         found = list(networks.by_name.values())
         store = StoreWay(self._link, store_clients(specs)) if self._link else None
-        text = ruleset(self._uplink, found, publications(specs), store)
+        rules = ruleset(self._uplink, found, publications(specs), store)
         names = self._names.apply(found, specs, desired.names)
-        await asyncio.gather(self._firewall.apply(text), names)
+        await asyncio.gather(self._firewall.apply(rules), names)
 
     def _spares_in_use(self) -> set[str]:
         engines = [worker.engine for worker in self._workers.values()]

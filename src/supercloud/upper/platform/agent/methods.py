@@ -54,7 +54,7 @@ class Methods:
 
     async def list(self, _: Call, __: Empty) -> PlatformReport:
         """Everything, with usage."""
-        return self._manager.report()
+        return self._manager.report(figures=True)
 
     async def execute(self, call: Call, wanted: Exec) -> dict[str, int]:
         """Containers only: a VM's inside is its own."""

@@ -57,6 +57,13 @@ def attributes(untrusted: bytes) -> dict[int, bytes]:
     return found
 
 
+def _text(value: str) -> bytes:
+    return value.encode() + b"\0"
+
+
+_ANY_LINK: Final = _LINK.pack(0, 0, 0, 0, 0) + attribute(_IFLA_EXT_MASK, _WITHOUT_COUNTERS)
+
+
 def mac_bytes(mac: str) -> bytes:
     """Six bytes of ``02:5c:...``."""
     return bytes.fromhex(mac.replace(":", ""))
@@ -104,34 +111,32 @@ class Netlink:
 
     def links(self) -> list[Link]:
         """All devices of the namespace."""
-        found = []
-        body = _LINK.pack(0, 0, 0, 0, 0) + attribute(_IFLA_EXT_MASK, _WITHOUT_COUNTERS)
-        for payload in self._talk(_GETLINK, _DUMP, body):
-            _, _, index, flags, _ = _LINK.unpack_from(payload)
-            values = attributes(payload[_LINK.size :])
-            name = values.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode()
-            mac = values.get(_IFLA_ADDRESS, b"").hex(":")
-            found.append(Link(index, name, mac, bool(flags & _UP)))
-        return found
+        return [_link(payload) for payload in self._talk(_GETLINK, _DUMP, _ANY_LINK)]
 
     def find(self, name: str) -> Link | None:
         """The device of that name."""
-        return next((link for link in self.links() if link.name == name), None)
+        try:
+            found = self._talk(_GETLINK, 0, _ANY_LINK + attribute(_IFLA_IFNAME, _text(name)))
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            return None
+        return _link(found[0])
 
     def add_bridge(self, name: str) -> None:
         """Make a bridge that forwards at once (no spanning tree)."""
         forward_delay = attribute(1, struct.pack("=I", 0))
         info = attribute(1, b"bridge") + attribute(2, forward_delay)
-        body = _LINK.pack(0, 0, 0, _UP, _UP) + attribute(_IFLA_IFNAME, name.encode() + b"\0")
+        body = _LINK.pack(0, 0, 0, _UP, _UP) + attribute(_IFLA_IFNAME, _text(name))
         self._talk(_NEWLINK, _CREATE | _EXCL, body + attribute(_IFLA_LINKINFO, info))
 
     def add_veth(self, name: str, *, master: int, peer: str, peer_mac: str, namespace: int) -> None:
         """Make a pair: ``name`` here, up, in the bridge ``master``; ``peer`` in ``namespace``."""
-        far = _LINK.pack(0, 0, 0, 0, 0) + attribute(_IFLA_IFNAME, peer.encode() + b"\0")
+        far = _LINK.pack(0, 0, 0, 0, 0) + attribute(_IFLA_IFNAME, _text(peer))
         far += attribute(_IFLA_ADDRESS, mac_bytes(peer_mac))
         far += attribute(_IFLA_NET_NS_FD, struct.pack("=I", namespace))
         info = attribute(1, b"veth") + attribute(2, attribute(1, far))
-        body = _LINK.pack(0, 0, 0, _UP, _UP) + attribute(_IFLA_IFNAME, name.encode() + b"\0")
+        body = _LINK.pack(0, 0, 0, _UP, _UP) + attribute(_IFLA_IFNAME, _text(name))
         body += attribute(_IFLA_MASTER, struct.pack("=I", master))
         self._talk(_NEWLINK, _CREATE | _EXCL, body + attribute(_IFLA_LINKINFO, info))
 
@@ -152,7 +157,7 @@ class Netlink:
     def delete(self, name: str) -> None:
         """Remove a device; nothing happens when it is not there."""
         try:
-            body = _LINK.pack(0, 0, 0, 0, 0) + attribute(_IFLA_IFNAME, name.encode() + b"\0")
+            body = _LINK.pack(0, 0, 0, 0, 0) + attribute(_IFLA_IFNAME, _text(name))
             self._talk(_DELLINK, 0, body)
         except OSError as error:
             if error.errno != errno.ENODEV:
@@ -189,6 +194,13 @@ class Netlink:
         head = _ROUTE.pack(socket.AF_INET, 0, 0, 0, 254, 4, 0, 1, 0)
         body = attribute(5, socket.inet_aton(gateway)) + attribute(4, struct.pack("=I", index))
         self._talk(_NEWROUTE, _CREATE | _REPLACE, head + body)
+
+
+def _link(payload: bytes) -> Link:
+    _, _, index, flags, _ = _LINK.unpack_from(payload)
+    values = attributes(payload[_LINK.size :])
+    name = values.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode()
+    return Link(index, name, values.get(_IFLA_ADDRESS, b"").hex(":"), bool(flags & _UP))
 
 
 def _address_body(index: int, interface: ipaddress.IPv4Interface) -> bytes:

@@ -23,6 +23,7 @@ from supercloud.upper.platform.agent.container import Container
 from supercloud.upper.platform.agent.disks import Disks
 from supercloud.upper.platform.agent.engine import Places, Services
 from supercloud.upper.platform.agent.fetch import Source
+from supercloud.upper.platform.agent.firewall import Firewall, ruleset
 from supercloud.upper.platform.agent.machine import ENGINE_BYTES, Machine
 from supercloud.upper.platform.agent.names import Names
 from supercloud.upper.platform.agent.namespaces import IDS_PER_ENVIRONMENT
@@ -57,8 +58,8 @@ class _Room:
         return True
 
 
-async def prepare(accelerator: Accelerator) -> None:
-    """Whatever the disk holds; for a template, before it is anybody."""
+async def prepare(accelerator: Accelerator, uplink: str) -> None:
+    """Whatever the disk holds; for a template, before it is anybody. ``uplink`` names its NIC."""
     content = _content()
     if not content.environments:
         return
@@ -67,6 +68,7 @@ async def prepare(accelerator: Accelerator) -> None:
     nobodys = Volumes(Disks()), "", _no_snapshot
     services = Services(Blobs(_nobody), Networks(), Scratch(), accelerator, *nobodys)
     services.networks.ensure(content.environments)
+    await Firewall().apply(ruleset(uplink, services.networks.by_name.values(), []))
     names = Names("template")
     await names.apply(services.networks.by_name.values(), content.environments, {})
     room, end_s = _Room(cgroups.total_memory_bytes() // 2), time.monotonic() + ALL_TIMEOUT_S

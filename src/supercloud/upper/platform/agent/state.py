@@ -24,8 +24,12 @@ def write_json(path: str, value: Any) -> None:
 def write_private(path: str, text: str, mode: int = 0o600) -> None:
     """Replace ``path``; readers see the old text or the new one."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    with open(os.open(f"{path}.part", flags, mode), "w") as file:
-        file.write(text)
+    file, data = os.open(f"{path}.part", flags, mode), text.encode()
+    try:
+        while data:
+            data = data[os.write(file, data) :]
+    finally:
+        os.close(file)
     os.replace(f"{path}.part", path)
 
 

@@ -31,7 +31,11 @@ echo "lease $lease"
 log = logging.getLogger("supercloud.agent.uplink")
 
 
-def find_nics(links: list[Link]) -> tuple[Link | None, Link | None]:
+Nics = tuple[Link | None, Link | None]
+"""The link's and the uplink's."""
+
+
+def find_nics(links: list[Link]) -> Nics:
     """The link NIC and the uplink NIC, by MAC.
 
     Elsewhere than on our Lower Layer the first NIC is the uplink, and the link goes over it.
@@ -43,14 +47,14 @@ def find_nics(links: list[Link]) -> tuple[Link | None, Link | None]:
     return link, uplink
 
 
-def bring_up(address: str = LINK_ADDRESS) -> tuple[Link | None, Link | None]:
+def bring_up(address: str = LINK_ADDRESS, known: Nics | None = None) -> Nics:
     """Bring lo and both NICs up, the link with its fixed address; waits for nothing.
 
-    Without an address (in a template) nothing is sent.
+    Without an address (in a template) nothing is sent. Those that are ``known`` are up.
     """
     with Netlink() as netlink:
-        links = netlink.links()
-        link, uplink = find_nics(links)
+        links = [] if known else netlink.links()
+        link, uplink = known or find_nics(links)
         for nic in links:
             if not nic.up and (nic.name == "lo" or nic in (link, uplink)):
                 netlink.set_up(nic.index)  # of 1500 bytes: see critiques

@@ -88,9 +88,9 @@ class Worker:
         self._delay_s = BACK_OFF_S[0]
         self._wake.set()
 
-    def status(self) -> EnvironmentStatus:
-        """As it is now."""
-        memory_bytes, cpu_s = cgroups.usage(self.spec.uid) if self._process else (0, 0.0)
+    def status(self, *, figures: bool = False) -> EnvironmentStatus:
+        """As it is now; what it has used is looked up where ``figures`` are asked for."""
+        memory_bytes, cpu_s = cgroups.usage(self.spec.uid) if figures else (0, 0.0)
         return EnvironmentStatus(
             name=self.spec.name, uid=self.spec.uid, kind=self.spec.kind, state=self.state,
             engine=self.engine.name, pid=self._process.pid if self._process else 0,

@@ -117,7 +117,9 @@ async def test_a_machine_is_confined_and_has_nothing_but_descriptors(
 ) -> None:
     qemu = qemu_of(host)
     status = Path(f"/proc/{qemu}/status").read_text()
-    for line in ("CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"):
+    emulated = (await booted.call("host.info"))["accelerator"] == "tcg"
+    huge_pages = f"THP_enabled:\t{int(not emulated)}"
+    for line in ("CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2", huge_pages):
         assert line in status
     assert os.stat(f"/proc/{qemu}").st_uid not in (0, os.stat(f"/proc/{host.pid}").st_uid)
     interfaces = Path(f"/proc/{qemu}/net/dev").read_text().splitlines()[2:]

@@ -139,6 +139,9 @@ def _user_kinds(site: Site) -> dict[str, dict[str, Any]]:
             restart=False,
             proc=True,
             devices=["/dev/kvm"] if site.accelerator == "kvm" else [],
+            # QEMU asks for huge pages for the code that it translates to. Who emulates is mostly a
+            # VM itself, and the memory below a free huge page of a VM has often been given back
+            huge_pages=site.accelerator == "kvm",
         ),
         "link": _component("vmm.link", restart=False, proc=True, nests=True, tcp=True),
         **{name: _service(name, limits) for name, limits in SERVICES.items()},

@@ -47,6 +47,7 @@ class Kind(NamedTuple):
     nests: bool = False  # it makes mounts in a user namespace of its own: no Landlock file rules
     tmp_bytes: int = 16 << 20  # size of /tmp, and of /run
     nofile: int = 256  # limit of descriptors
+    huge_pages: bool = True  # false: none for its programs, though they ask for them
     limits: Limits = Limits()  # of its scheduling context, unless the creator says otherwise
     own: Limits = Limits()  # memory and pids of itself when it may create others: booked first
     objects: int = 64  # how many channels, semaphores and memory objects it may make

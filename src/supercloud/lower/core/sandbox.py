@@ -180,6 +180,7 @@ def _steps(plan: Plan, root: str) -> list[tuple[str, Callable[[], None]]]:
     files = None if kind.nests else [("/", system.EXECUTE | read), *own]
     return [
         ("identity", lambda: _become(plan.uid, kind.nofile)),
+        ("memory", lambda: None if kind.huge_pages else system.disable_huge_pages()),
         ("root", lambda: _enter(root, proc=kind.proc)),
         ("loopback", lambda: _loopback_up() if kind.network == "own" else None),
         ("capabilities", system.drop_capabilities),

@@ -21,7 +21,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE, _MNT_DETACH = 32, 4096, 16384, 1 << 18, 2
 PR_SET_CHILD_SUBREAPER = 36
 _PR_CAPBSET_DROP, _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 24, 28, 38
-_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, _PR_SET_THP_DISABLE = 47, 4, 41
 _SECUREBITS_LOCKED = 0x2F  # noroot, no_setuid_fixup and their locks; keep_caps locked off
 _SYS_CAPSET, PIVOT_ROOT, _SYS_SECCOMP, _SYS_CLONE3 = 126, 155, 317, 435
 _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
@@ -69,6 +69,11 @@ def clone3(flags: int, exit_signal: int) -> tuple[int, int]:
     words = (flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, exit_signal, *[0] * 6)
     pid = call(_SYS_CLONE3, struct.pack("11Q", *words), 88)
     return pid, pidfd.value if pid else -1
+
+
+def disable_huge_pages() -> None:
+    """For this process, and all that it becomes and starts."""
+    call("prctl", _PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
 def drop_capabilities() -> None:

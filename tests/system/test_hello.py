@@ -113,6 +113,10 @@ def test_inspect_shows_the_engine_and_what_was_asked_for(hello: Hello) -> None:
     shown = hello.stack.json("inspect", "hello/web")
     assert shown["spec"]["memory_bytes"] == 64 << 20
     assert shown["engine"]
+    assert shown["memory_used_bytes"] > 0  # as it is now, not as it was when something changed
+    before_s = shown["cpu_used_s"]
+    hello.stack.cli("exec", "hello/web", "--", "/bin/sh", "-c", "for n in 1 2 3 4 5; do ls /; done")
+    assert hello.stack.json("inspect", "hello/web")["cpu_used_s"] > before_s
     machine = hello.stack.json("inspect", "hello/machine")
     assert re.search("kvm|tcg", machine["engine"]), machine
 

@@ -87,7 +87,8 @@ async def mounts(platform: Platform) -> str:
 async def agent_pid(platform: Platform) -> int:
     loop = "for p in $(cat /proc/1/task/1/children); do echo $p $(cat /proc/$p/comm); done"
     found = [line.split() for line in (await platform.shell(loop)).splitlines()]
-    return next(int(pid) for pid, name in found if name == "python3.13")
+    # of a child that has just ended cat says something else than a name
+    return next(int(words[0]) for words in found if words[1:] == ["python3.13"])
 
 
 async def kill_agent(platform: Platform) -> None:

@@ -30,11 +30,13 @@ from supercloud.wire.codec import decode, encode
 from supercloud.wire.frames import DomainState
 from supercloud.wire.portal import Request
 from supercloud.wire.quota import Quota
+from supercloud.wire.reactor import Timer
 
 USER_KIND = "user"
 PREFIX = "user:"
 MACHINE_PARTS = ("kernel", "initrd", "root")
 FORGET_AGAIN_S = 5.0
+_NOTHING = Quota(cpu_permille=10, memory_bytes=0, disk_bytes=0, vms=0)
 _PAGE_BYTES = 4096
 _GIVEN = Rights.USE | Rights.READ | Rights.GRANT
 
@@ -48,6 +50,7 @@ class Multiplexing(Component):
         super().__init__(core)
         self._store = UserStore(f"{state}/users.json")
         self._trouble: dict[str, str] = {}
+        self._again: Timer | None = None
         handlers: dict[str, Callable[[Request], Any]] = {
             "user.add": self.add,
             "user.remove": self.remove,
@@ -259,7 +262,12 @@ class Multiplexing(Component):
         self.core.set_limits(domain.scheduling, limits)
 
     def _forget(self, name: str) -> None:
-        """Have the drivers give up what somebody stored who is no longer a user. Temporary."""
+        """Have all given up that one stored who is no user any more. Temporary, NoResources."""
+        if name in self._made():
+            self._end(name)
+        # what its domain kept goes with a domain, and there may have been none to be ended
+        made = self.core.create_domain(USER_KIND, PREFIX + name, quotas.to_limits(_NOTHING))
+        self.core.destroy(made.selector, purge=True)
         for driver in DRIVERS:
             self.ask(driver, "user.forget", {"user": name})
         self._store.gone(name)
@@ -268,10 +276,12 @@ class Multiplexing(Component):
         for name in sorted(self._store.leaving):
             try:
                 self._forget(name)
-            except SupercloudError as error:  # a driver that starts again, say
+            except (SupercloudError, OSError) as error:  # a driver that starts again, say
                 log.warning("user %s: what it stored is still there: %s", name, error)
-                self.reactor.after(FORGET_AGAIN_S, self._try_to_forget)
-                return
+        if self._again is not None:
+            self._again.cancel()
+        waits = bool(self._store.leaving)
+        self._again = self.reactor.after(FORGET_AGAIN_S, self._try_to_forget) if waits else None
 
     def _end(self, name: str) -> None:
         made = self._made().get(name)

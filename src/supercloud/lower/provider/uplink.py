@@ -57,7 +57,6 @@ class UplinkDriver(Component):
         )
         self.serve("admin", {"driver.status": self.status})
         self.serve("multiplexing", {"user.forget": self.forget})
-        self.lost = self._user_lost
 
     def create(self, request: Request) -> dict[str, Any]:
         """``{platform, ports}`` -> ``{domain, address, first_port, ports, guest}``.
@@ -118,7 +117,11 @@ class UplinkDriver(Component):
 
     def forget(self, request: Request) -> dict[str, Any]:
         """``{user}``, from the multiplexing: no longer of this host, and so is all it had."""
-        self._forget(request.name("user"))
+        user = request.name("user")
+        for holder in [*self._ranges.held]:
+            owner, _, platform = holder.partition("/")
+            if owner == user:
+                self._delete(user, platform)
         return {}
 
     def _check_share(self, user: str, platform: str, count: int) -> None:
@@ -155,16 +158,6 @@ class UplinkDriver(Component):
     def _delete(self, user: str, platform: str) -> None:
         self.core.destroy_named(domain_name(DOMAIN_PREFIX, user, platform))
         self._ranges.release(f"{user}/{platform}")
-
-    def _user_lost(self, name: str) -> None:
-        if name.startswith(USER_PREFIX):
-            self._forget(name.removeprefix(USER_PREFIX))
-
-    def _forget(self, user: str) -> None:
-        for holder in [*self._ranges.held]:
-            owner, _, platform = holder.partition("/")
-            if owner == user:
-                self._delete(user, platform)
 
 
 def _numbers(held: Range) -> tuple[int, ...]:

@@ -74,28 +74,27 @@ class UserStore:
 
     def put(self, user: User) -> None:
         """Add or replace."""
-        self.users[user.name] = user
-        self._save()
+        self._save({**self.users, user.name: user}, self.leaving)
 
     def remove(self, name: str) -> None:
         """No longer a user, but ``leaving``."""
-        self.users.pop(name, None)
-        self.leaving.add(name)
-        self._save()
+        others = {other: user for other, user in self.users.items() if other != name}
+        self._save(others, self.leaving | {name})
 
     def gone(self, name: str) -> None:
         """The drivers have forgotten it too."""
-        self.leaving.discard(name)
-        self._save()
+        self._save(self.users, self.leaving - {name})
 
-    def _save(self) -> None:
-        users = [
+    def _save(self, users: dict[str, User], leaving: set[str]) -> None:
+        """It is so once it is written, and not before."""
+        listed = [
             {"name": user.name, "ca_pem": user.ca_pem, "quota": encode(user.quota)}
-            for user in self.users.values()
+            for user in users.values()
         ]
         part = f"{self._path}.part"
         with open(part, "w", encoding="utf-8") as file:
-            json.dump({"version": 1, "users": users, "leaving": sorted(self.leaving)}, file)
+            json.dump({"version": 1, "users": listed, "leaving": sorted(leaving)}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, self._path)
+        self.users, self.leaving = users, leaving

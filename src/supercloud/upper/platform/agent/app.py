@@ -127,6 +127,8 @@ class Agent:
         """Nobody whom this platform was connected to is there any more."""
         if self._link:
             self._link.dial_again()
+        if self._uplink:
+            self._uplink.forget_told()
         if self._leasing and self._uplink:
             self._leasing.cancel()
             self._leasing = asyncio.ensure_future(self._uplink.keep())

@@ -89,7 +89,7 @@ def usage(uid: str) -> tuple[int, float]:
     try:
         memory = int(_read(f"{path_of(uid)}/memory.current"))
         cpu = _read(f"{path_of(uid)}/cpu.stat").split()
-    except FileNotFoundError:
+    except OSError:  # ENODEV: it goes at this moment
         return 0, 0.0
     return memory, int(cpu[cpu.index("usage_usec") + 1]) / 1e6
 

@@ -159,18 +159,31 @@ class Firewall:
 
     def __init__(self) -> None:
         self._frame, self._ports = _read(paths.FIREWALL), ""
+        self._one = asyncio.Lock()
 
     async def apply(self, rules: Rules) -> None:
-        """Change the table atomically; Permanent when nft refuses."""
+        """Change the table atomically; Permanent when nft refuses: then all is said anew."""
+        async with self._one:
+            try:
+                await self._apply(rules)
+            except BaseException:
+                self._forget()
+                raise
+
+    async def _apply(self, rules: Rules) -> None:
         if rules.frame != self._frame:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(paths.FIREWALL)  # nobody knows what is in force until it is done
-            self._frame = self._ports = ""
+            self._forget()
             await _do(rules.frame + rules.ports)
             write_private(paths.FIREWALL, rules.frame)
         elif rules.ports != self._ports:
             await _do(rules.ports)
         self._frame, self._ports = rules
+
+    def _forget(self) -> None:
+        """Nobody knows what is in force."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(paths.FIREWALL)
+        self._frame = self._ports = ""
 
 
 async def _do(text: str) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from supercloud.model.errors import BadState, Invalid, Permanent, SupercloudError
-from supercloud.upper.platform.agent import standstill
+from supercloud.upper.platform.agent import hardware, standstill
 from supercloud.upper.platform.agent.frozen_container import paused
 from supercloud.upper.platform.agent.processes import Watched, run
 from supercloud.upper.platform.agent.qmp import Qmp
@@ -236,6 +236,7 @@ def fingerprint(machine: "Machine") -> dict[str, str]:
         machine.name, spec.memory_bytes, spec.cpus, [nic.mac for nic in spec.nics],
         [volume.volume for volume in spec.volumes], spec.image.format,
         sorted((role, blob.digest) for role, blob in spec.image.blobs.items()),
+        hardware.base(spec, machine.name.partition("/")[2]),
     ]  # fmt: skip
     return {"engine": machine.name, "qemu": _qemu(), "shape": _hashed(shape)}
 

@@ -68,7 +68,10 @@ async def prepare(accelerator: Accelerator, uplink: str) -> None:
     nobodys = Volumes(Disks()), "", _no_snapshot
     services = Services(Blobs(_nobody), Networks(), Scratch(), accelerator, *nobodys)
     services.networks.ensure(content.environments)
-    await Firewall().apply(ruleset(uplink, services.networks.by_name.values(), []))
+    try:
+        await Firewall().apply(ruleset(uplink, services.networks.by_name.values(), []))
+    except (SupercloudError, OSError) as error:
+        log.warning("no rules are prepared: %s", error)
     names = Names("template")
     await names.apply(services.networks.by_name.values(), content.environments, {})
     room, end_s = _Room(cgroups.total_memory_bytes() // 2), time.monotonic() + ALL_TIMEOUT_S

@@ -91,6 +91,10 @@ class Uplink:
         self.nic, self._told = nic, told
         self.address = ""
 
+    def forget_told(self) -> None:
+        """This platform was restored, maybe elsewhere."""
+        self._told = None
+
     async def keep(self) -> None:
         """Obtain the lease and renew it at half of its time; returns only where one was told."""
         told, self._told = self._told, None
@@ -98,7 +102,7 @@ class Uplink:
             try:
                 self._apply(told.address, told.gateway, told.resolvers)
                 return
-            except (SupercloudError, OSError) as error:
+            except (SupercloudError, ValueError, OSError) as error:
                 log.warning("%s does not take %s: %s", self.nic.name, told, error)
         with open(_SCRIPT, "w") as file:
             file.write(_SCRIPT_TEXT)

@@ -253,7 +253,7 @@ class Service:
         await self._ucloud(ucloud)
         document = await self._plane.state.environment(ucloud, name)
         if document is None:
-            raise NotFound(f"U-Cloud {ucloud} has no environment {name}")
+            raise NotFound(f"U-Cloud {ucloud} has no environment {name}", hint=_SHOWN)
         platform = await self._plane.state.platform(ucloud, document.assignment.platform)
         known = {platform.name: platform} if platform else {}
         checkpoints = await self._plane.state.checkpoints_of(ucloud, name)
@@ -282,7 +282,7 @@ class Service:
         await self._ucloud(ucloud)
         document = await self._plane.state.environment(ucloud, name)
         if document is None:
-            raise NotFound(f"U-Cloud {ucloud} has no environment {name}")
+            raise NotFound(f"U-Cloud {ucloud} has no environment {name}", hint=_SHOWN)
         if not document.ready_on:
             raise Temporary(f"environment {name} is {document.state}: it does not run yet")
         return self._plane.agents.hub(ucloud).session(document.ready_on)

@@ -83,6 +83,19 @@ async def test_it_goes_round_its_endpoints(link):
         await link.owner.until("connected")
 
 
+async def test_a_platform_that_was_put_back_does_not_wait_for_what_failed_before(link, monkeypatch):
+    monkeypatch.setattr(agent_link, "BACK_OFF_S", (60.0, 60.0))
+    boot = boot_data(link, link.owner.expect("p1"), ["127.0.0.1:1", f"127.0.0.1:{link.port}"])
+    async with agent(boot) as (dialled, ups):
+        await asyncio.sleep(0.2)  # the first endpoint has refused it
+        dialled.dial_again()
+        async with asyncio.timeout(10):
+            session = await link.owner.until("connected")
+            await ups.get()
+            dialled.dial_again()
+            assert (await link.owner.until("connected")).pin == session.pin
+
+
 async def test_a_refused_agent_stays_out_and_keeps_trying(link, caplog):
     link.owner.expect("p1")
     async with agent(boot_data(link, "f" * 64)):

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -258,9 +259,18 @@ class Environments:
 
     async def beyond(self, container: int, vm: int) -> None:
         """Both go on, from there."""
-        async with asyncio.timeout(60):
-            while await self.container() <= container or await self.vm() <= vm:
-                await asyncio.sleep(0.3)
+        ended_s = time.monotonic() + 60
+        while (at := (await self.container(), await self.vm())) and (
+            at[0] <= container or at[1] <= vm
+        ):
+            assert time.monotonic() < ended_s, (at, (container, vm), await self.seen())
+            await asyncio.sleep(0.3)
+
+    async def seen(self) -> str:
+        """What the platform knows of one that does not go on."""
+        report = await (await self.cloud.session()).list()
+        looks = "cat /proc/uptime; ps -eo pid,stat,wchan:32,args | grep -v ']$'; dmesg | tail -20"
+        return f"{report}\n{await inside(self.cloud.plane, NAME, looks)}"
 
 
 @pytest.mark.parametrize("how", ["memory", pytest.param("boot", marks=pytest.mark.long)])

@@ -33,6 +33,8 @@ from supercloud.services.checkpoint.pipeline import Pipeline
 PATIENCE_S: Final = 6 * 3600.0
 """How long a writer may take before a collection may give it up."""
 _MAX_FORKS: Final = 16
+_MAX_WORKERS: Final = 6
+"""Each may hold a pack, and what comes of it; a service's memory does not grow with its host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,10 @@ class Begun:
     history: list[Known]
 
 
+def _workers() -> int:
+    return min((os.cpu_count() or 1) + 1, _MAX_WORKERS)
+
+
 def now_ms() -> int:
     """Milliseconds since 1970."""
     return time.time_ns() // 1_000_000
@@ -78,7 +84,7 @@ class Store:
     ) -> None:
         self.pack_bytes = pack_bytes
         self.backend, self.keys, self.clock_ms = backend, keys, clock_ms
-        self.pipeline = Pipeline((os.cpu_count() or 1) + 1 if workers is None else workers)
+        self.pipeline = Pipeline(_workers() if workers is None else workers)
 
     def close(self) -> None:
         """End the threads."""

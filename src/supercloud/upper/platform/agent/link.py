@@ -1,6 +1,7 @@
 """The way to the control plane: enrolled once, connected for ever, over any of the endpoints."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import ssl
@@ -49,8 +50,10 @@ class Link:
     ) -> None:  # fmt: skip
         self._boot, self._hello, self.handlers, self._up = boot, hello, handlers, up
         self._peer: Peer | None = None
+        self._dialled: Peer | None = None  # the same, and before it has welcomed us
         self._request: asyncio.Task[str] | None = None
         self._turn = 0
+        self._again = asyncio.Event()  # the wait before the next connection is over
         self._context: ssl.SSLContext | None = None  # of the present connection
         self._without: ssl.SSLContext | None = None  # of the enrolment before it
         self.requested = asyncio.Event()  # our key is made: the rest may have the processor
@@ -63,9 +66,10 @@ class Link:
         return self._peer
 
     def dial_again(self) -> None:
-        """The present connection leads to nobody."""
-        if self._peer is not None:
-            self._peer.writer.transport.abort()
+        """The present connection leads to nobody, and what failed before it counts no more."""
+        self._again.set()
+        if self._dialled is not None:
+            self._dialled.writer.transport.abort()
 
     def source(self) -> Source:
         """Where files are to be had; Temporary while we are not connected."""
@@ -130,7 +134,11 @@ class Link:
             self._peer = None
             steady = time.monotonic() - began_s > BACK_OFF_S[1]
             delay_s = BACK_OFF_S[0] if steady else min(delay_s * 1.7, BACK_OFF_S[1])
-            await asyncio.sleep(delay_s * (0.5 + os.urandom(1)[0] / 512))  # jitter
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay_s * (0.5 + os.urandom(1)[0] / 512)):  # jitter
+                    await self._again.wait()
+                    delay_s = BACK_OFF_S[0]
+            self._again.clear()
 
     async def _connect(self, context: ssl.SSLContext, handlers: Mapping[str, Handler]) -> Peer:
         host, port = self._endpoint()
@@ -140,9 +148,9 @@ class Link:
                 # as bytes, which need no IDNA codec with its tables: 50 ms of the start
                 server_hostname=self._boot.server_name.encode(),
             )  # fmt: skip
-        return Peer(
-            reader, writer, handlers, accepted=False, name=f"control plane at {host}:{port}"
-        )
+        name = f"control plane at {host}:{port}"
+        self._dialled = Peer(reader, writer, handlers, accepted=False, name=name)
+        return self._dialled
 
     async def _enroll(self) -> None:
         """The one-time token for a certificate over the key that never leaves the platform."""

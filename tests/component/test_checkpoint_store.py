@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supercloud.model.errors import BadState, Invalid, NotFound
+from supercloud.services.checkpoint import reader
 from supercloud.services.checkpoint.backend import Memory
 from supercloud.services.checkpoint.collect import Keep, collect
 from supercloud.services.checkpoint.directory import Directory
@@ -50,6 +51,13 @@ def image_of(checkpoint, store, name="memory"):
     taken = bytearray()
     Reader(store, checkpoint).stream(name, taken.extend)
     return bytes(taken)
+
+
+def copy_of(checkpoint, store, name="memory"):
+    with tempfile.TemporaryFile() as file:
+        Reader(store, checkpoint).copy(name, file.fileno())
+        file.seek(0)
+        return file.read()
 
 
 def some_image(blocks, seed=0):
@@ -107,7 +115,26 @@ def test_an_increment_over_its_base_is_the_image(page_count, first, second, seed
         checkpoint = store.open("web", head)
         assert checkpoint.manifest.part("memory").base == base
         assert image_of(checkpoint, store) == image
+        assert copy_of(checkpoint, store) == image
     store.close()
+
+
+def test_a_file_is_filled_pack_by_pack_however_old_its_chunks_are(store, objects, monkeypatch):
+    chance, head, asked = random.Random(4), None, []
+    blocks = [chance.randbytes(20_000) + bytes(BLOCK_BYTES - 20_000) for _ in range(800)]
+    for _ in range(6):  # each leaves chunks of its own here and there among the older ones
+        head = take(store, b"".join(blocks), head)
+        for number in chance.sample(range(800), 100):
+            blocks[number] = chance.randbytes(20_000) + bytes(BLOCK_BYTES - 20_000)
+    checkpoint, image = store.open("web", head), image_of(store.open("web", head), store)
+    get = objects.get
+    monkeypatch.setattr(objects, "get", lambda *which: asked.append(which) or get(*which))
+    assert copy_of(checkpoint, store) == image
+    packs = {key for key, *_ in asked}
+    assert len(packs) >= 6
+    assert len(asked) < 4 * len(packs), "the service does most of its work for each request"
+    monkeypatch.setattr(reader, "WINDOW_BLOCKS", 100)
+    assert copy_of(checkpoint, store) == image
 
 
 def test_the_same_again_costs_next_to_nothing(store, objects):

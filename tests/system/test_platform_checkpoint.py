@@ -251,11 +251,15 @@ class Environments:
         return checked(await self.execute("cat /tmp/state"), least)
 
     async def vm(self, least: int = 1) -> int:
+        return checked(await self.output(), least)
+
+    async def output(self) -> bytes:
+        """The last lines of the VM's console."""
         said, asked = b"", Logs(name="machine", tail=40, follow=False)
         async with (await self.cloud.session()).logs(asked) as stream:
             async for chunk in stream.chunks():
                 said += chunk
-        return checked(said, least)
+        return said
 
     async def beyond(self, container: int, vm: int) -> None:
         """Both go on, from there."""
@@ -269,8 +273,12 @@ class Environments:
     async def seen(self) -> str:
         """What the platform knows of one that does not go on."""
         report = await (await self.cloud.session()).list()
-        looks = "cat /proc/uptime; ps -eo pid,stat,wchan:32,args | grep -v ']$'; dmesg | tail -20"
-        return f"{report}\n{await inside(self.cloud.plane, NAME, looks)}"
+        looks = (
+            "cat /proc/uptime; dmesg | tail -20; for p in /proc/[0-9]*; do "
+            "echo $p $(cat $p/comm) $(grep State: $p/status) $(cat $p/wchan); done"
+        )
+        said = (await self.output()).decode(errors="replace")
+        return f"{report}\n{said}\n{await inside(self.cloud.plane, NAME, looks)}"
 
 
 @pytest.mark.parametrize("how", ["memory", pytest.param("boot", marks=pytest.mark.long)])

@@ -89,6 +89,7 @@ def test_the_list_says_when_the_next_one_comes(line):
     assert re.match(r"web +environment +waiting +1h +\d/3 ", row)
     listed = line.json("checkpoints", "--ucloud", "kept")
     assert {item["of"] for item in listed} == {"environment", "platform"}
+    assert line.json("checkpoints", "kept") == listed, "a U-Cloud's, by its name"
 
 
 def test_their_bucket_is_not_deleted_by_name(line):

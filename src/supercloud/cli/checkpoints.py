@@ -135,22 +135,33 @@ def _check_failed(view: dict[str, Any], name: str, before: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """List all, or those of one; or delete."""
+    """List all, or those of one or of a U-Cloud; or delete."""
     first, second = arguments.first, arguments.second
     if first == "delete":
         if not second:
             raise Invalid("a name is missing", hint="supercloud checkpoints delete [UCLOUD/]NAME")
         _delete(arguments, second)
     elif first and not second:
-        _show(arguments, first)
+        _find(arguments, first)
     elif first:
         raise Invalid(f"found {first!r:.80}, allowed is delete", hint="supercloud checkpoints -h")
     else:
         _list(arguments)
 
 
-def _list(arguments: argparse.Namespace) -> None:
+def _find(arguments: argparse.Namespace, name: str) -> None:
+    """Those of one; of a U-Cloud, if nothing else has that name."""
     rows = client.get(client.path("checkpoints", ucloud=arguments.ucloud))
+    of_ucloud = [row for row in rows if row["ucloud"] == name]
+    if of_ucloud and not any(row["name"] == name for row in rows):
+        _list(arguments, of_ucloud)
+    else:
+        _show(arguments, name)
+
+
+def _list(arguments: argparse.Namespace, rows: list[dict[str, Any]] | None = None) -> None:
+    if rows is None:
+        rows = client.get(client.path("checkpoints", ucloud=arguments.ucloud))
     if arguments.json:
         print(json.dumps(rows, indent=2))
         return

@@ -98,6 +98,7 @@ BUCKET_FORMS = {
 }
 CHECKPOINT_FORMS = {
     "": "of what there are some, how many, and when the next one is due",
+    "UCLOUD": "the same, of one U-Cloud",
     "NAME": "those of one, the newest first: restore --checkpoint takes their numbers",
     "delete NAME": "all of one",
 }
@@ -234,7 +235,7 @@ COMMANDS = {
             nargs="?",
             default="",
             metavar="[UCLOUD/]NAME|delete",
-            help="an environment or a platform",
+            help="an environment, a platform or a U-Cloud",
             completes="checkpoints",
         ),
         Argument(

@@ -17,6 +17,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from supercloud.model.errors import BadState, Busy, Exists, Invalid, NoResources, NotFound
+from supercloud.services.checkpoint.s3 import S3, Bucket
 from support.object_store import MIB, ObjectStore, make_identity, memory, object_store
 
 pytestmark = pytest.mark.root
@@ -219,6 +220,20 @@ def test_a_quota_is_hard_under_concurrency_and_its_refusal_is_clear(store: Objec
     assert put(99) == "stored"
     store.call("bucket.apply", {"name": "small", "quota_bytes": 12 * MIB})
     assert put(100) == "stored"
+
+
+def test_a_checkpoint_for_which_there_is_no_room_says_so(store: ObjectStore) -> None:
+    bucket(store, "kept", 4 * MIB)
+    context = ssl.create_default_context(cafile=str(store.identity))
+    credentials = store.credentials("user-kept", {"kept": "write"})
+    keys = {name: credentials[name] for name in ("access_key", "secret_key", "region")}
+    s3 = S3(Bucket(endpoint=store.endpoint(), name="kept", context=context, **keys))
+    s3.put("packs/a", urandom(3 * MIB))
+    with pytest.raises(NoResources, match="bucket is full") as caught:
+        s3.put("packs/b", urandom(2 * MIB))
+    assert "capacity" in str(caught.value.hint)
+    assert len(s3.get("packs/a")) == 3 * MIB
+    s3.close()
 
 
 def test_no_other_way_to_write_gets_past_the_quota(store: ObjectStore) -> None:

@@ -22,7 +22,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from supercloud.model.errors import Denied, Exists, Invalid, NotFound, Permanent, Temporary
+from supercloud.model.errors import (
+    Denied,
+    Exists,
+    Invalid,
+    NoResources,
+    NotFound,
+    Permanent,
+    Temporary,
+)
 from supercloud.services.checkpoint.backend import Item, checked, checked_prefix
 
 TRIES: Final = 5
@@ -264,6 +272,11 @@ def _expect(answer: Answer, *statuses: int) -> None:
     text = f"the object service answered {answer.status} {code}".strip()
     if answer.status == 404 and code != "NoSuchBucket":
         raise NotFound(text)
+    if code == "QuotaExceeded":
+        raise NoResources(
+            "the checkpoints' bucket is full",
+            hint="give it more room (checkpoint: capacity, in the manifest), or keep fewer of them",
+        )
     if answer.status in (401, 403):
         raise Denied(text, hint="check the credentials of the checkpoints' bucket")
     raise Permanent(text)

@@ -15,6 +15,7 @@ import pytest
 
 from supercloud.model.errors import Invalid
 from supercloud.services.protection.engine import Device, backing_bytes, format_device
+from support.commandline import wait_for
 from support.protected_nbd import (
     CACHE,
     DISC,
@@ -211,6 +212,8 @@ def test_flush_fua_trim_and_zeroes(backed: Backed) -> None:
     assert client.call(ZEROES, 10 * BLOCK + 50, 100, flags=FUA)[0] == 0
     assert client.call(READ, 10 * BLOCK, 200)[1] == data[:50] + bytes(100) + data[150:200]
     client.close()
+    figures = backed.device.figures  # counted once it is answered
+    wait_for(lambda: figures()["flushes"] == 4, 10)  # two of them with a change
 
 
 def test_what_was_never_written_reads_as_zeros_and_takes_no_room(backed: Backed) -> None:

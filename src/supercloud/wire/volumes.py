@@ -113,7 +113,10 @@ class VolumeCopy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeFigures:
-    """What went through it since it was opened; ``*_latency_us`` are means."""
+    """What went through it since it was opened; ``*_latency_us`` are means.
+
+    ``flushes`` has also the writes that were to be durable before they were answered.
+    """
 
     read_bytes: int = 0
     written_bytes: int = 0

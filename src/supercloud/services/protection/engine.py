@@ -64,7 +64,7 @@ class _Evidence(Structure):
 
 _FIGURES: Final = (
     "blocks", "slots", "free_slots", "cached_pages", "dirty_pages", "uncommitted",
-    "reads", "read_bytes", "read_ns", "writes", "write_bytes", "write_ns", "flushes", "flush_ns",
+    "reads", "read_bytes", "read_ns", "writes", "write_bytes", "write_ns", "flushes",
     "zeroed_bytes", "commits", "checkpoints", "evidence", "connections", "failed_requests",
 )  # fmt: skip
 

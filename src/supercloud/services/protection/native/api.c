@@ -297,7 +297,7 @@ API void sc_state(struct handle *h, struct sc_state *s)
     s->cached_pages = d->page_count, s->dirty_pages = d->dirty_count, s->uncommitted = d->tx.block_count;
     s->reads = d->reads, s->read_bytes = d->read_bytes, s->read_ns = d->read_ns;
     s->writes = d->writes, s->write_bytes = d->write_bytes, s->write_ns = d->write_ns;
-    s->flushes = d->flushes, s->flush_ns = d->flush_ns, s->zeroed_bytes = d->zeroed_bytes;
+    s->flushes = d->flushes, s->zeroed_bytes = d->zeroed_bytes;
     s->commits = d->commits, s->checkpoints = d->checkpoints, s->failed_requests = d->failed_requests;
     s->connections = d->connection_count, s->dead = d->dead, s->damaged = d->damaged;
     pthread_mutex_unlock(&d->lock);

@@ -78,7 +78,7 @@ struct sc_evidence {
 struct sc_state {
     struct sc_root root;
     uint64_t blocks, slots, free_slots, cached_pages, dirty_pages, uncommitted;
-    uint64_t reads, read_bytes, read_ns, writes, write_bytes, write_ns, flushes, flush_ns;
+    uint64_t reads, read_bytes, read_ns, writes, write_bytes, write_ns, flushes;
     uint64_t zeroed_bytes, commits, checkpoints, evidence, connections, failed_requests;
     uint32_t dead, damaged;
 };
@@ -144,7 +144,7 @@ struct device {
     pthread_mutex_t evidence_lock; /* innermost */
     struct sc_evidence ring[EVIDENCE_RING];
     uint64_t evidence_count, evidence_read;
-    _Atomic uint64_t reads, read_bytes, read_ns, writes, write_bytes, write_ns, flushes, flush_ns;
+    _Atomic uint64_t reads, read_bytes, read_ns, writes, write_bytes, write_ns, flushes;
     _Atomic uint64_t zeroed_bytes, commits, checkpoints, failed_requests;
 };
 

@@ -190,8 +190,11 @@ static int check(const struct connection *c, const struct request *r)
     return r->type == CMD_READ && r->length > MAX_REQUEST_BYTES ? EOVERFLOW : 0;
 }
 
+/* A write that waits until it is durable is a write and a flush. */
 static void account(struct device *d, const struct request *r, uint64_t took_ns)
 {
+    if (r->type == CMD_FLUSH || r->flags & FLAG_FUA)
+        d->flushes++;
     if (r->type == CMD_READ) {
         d->reads++;
         d->read_bytes += r->length;
@@ -200,9 +203,6 @@ static void account(struct device *d, const struct request *r, uint64_t took_ns)
         d->writes++;
         d->write_bytes += r->length;
         d->write_ns += took_ns;
-    } else if (r->type == CMD_FLUSH) {
-        d->flushes++;
-        d->flush_ns += took_ns;
     }
 }
 

@@ -11,7 +11,8 @@ import pytest
 
 from supercloud.trust.authority import Root
 from supercloud.wire import admin
-from support.lower import RunningHost, free_port, images, running_host
+from support.lower import RunningHost, images, running_host
+from support.ports import free_port
 
 pytestmark = pytest.mark.root
 COMMAND = str(Path(sys.executable).parent / "supercloud-host")

@@ -18,7 +18,8 @@ from supercloud.trust import tls
 from supercloud.trust.authority import Authority
 from supercloud.trust.names import CONTROL, HOST, PLATFORM, SERVICE, Identity, control_of
 from support.control import environment, manifest_of
-from support.control_process import Client, Process, free_port
+from support.control_process import Client, Process
+from support.ports import free_port
 
 ONE = [environment("web")]
 

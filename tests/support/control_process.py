@@ -130,12 +130,3 @@ class Client:
                 if (views[name]["state"] if name in views else None) == state:
                     return views.get(name)
                 await asyncio.sleep(0.02)
-
-
-def free_port() -> int:
-    """A TCP port that nobody has just now."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

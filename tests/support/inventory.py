@@ -117,10 +117,11 @@ def _lines(path: str, separator: str, column: int) -> list[str]:
 
 
 def _loops() -> list[str]:
-    return [
-        f"{path.parent.parent.name} {path.read_text().strip()}"
-        for path in Path("/sys/block").glob("loop*/loop/backing_file")
-    ]
+    found = []
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):  # it has gone meanwhile
+            found.append(f"{path.parent.parent.name} {path.read_text().strip()}")
+    return found
 
 
 def _listening(ports: range) -> list[str]:

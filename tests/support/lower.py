@@ -7,7 +7,6 @@ import os
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from supercloud.trust.authority import Authority, Root
 from supercloud.wire import admin
 from supercloud.wire.codec import encode
 from supercloud.wire.host import PlatformSpec
+from support.ports import free_port
 
 START = Path(next(iter(host_path))) / "__main__.py"
 READY_TIMEOUT_S = 60
@@ -30,11 +30,6 @@ READY_TIMEOUT_S = 60
 def images() -> Path:
     """The images to run: ``SUPERCLOUD_IMAGES``, else the build directory."""
     return Path(os.environ.get("SUPERCLOUD_IMAGES", "build/images")).absolute()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 Host = TypeVar("Host", bound="RunningHost")

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import hashlib
 import secrets
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -39,6 +38,7 @@ from supercloud.wire.peer import ConnectionLost
 from supercloud.wire.places import VOLUME_SLOTS
 from support.guest import BUILD, IMAGES, MACHINE, cpio
 from support.link import Link
+from support.ports import free_port
 from support.slots import vm_slots
 
 FIRST_PORT = 30080
@@ -62,12 +62,6 @@ def _root_ports() -> list[str]:
         word for n in numbers
         for word in ("-device", f"pcie-root-port,id=free{n},chassis={n},slot={n}")
     ]  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

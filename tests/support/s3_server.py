@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,24 +13,11 @@ from pathlib import Path
 
 from supercloud.model.errors import SupercloudError
 from supercloud.services.checkpoint.s3 import S3, Bucket
+from support.ports import free_port
 
 ACCESS_KEY, SECRET_KEY = "checkpoint-tests", "checkpoint-tests-secret"
 _SERVICES = ("master", "volume", "filer", "s3", "admin")
 _DEADLINE_S = 90.0
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free now, below those that the kernel gives out."""
-    with contextlib.ExitStack() as stack:
-        found: list[int] = []
-        candidate = 15000 + os.getpid() % 5000
-        while len(found) < count:
-            candidate += 1
-            sock = stack.enter_context(socket.socket())
-            with contextlib.suppress(OSError):
-                sock.bind(("127.0.0.1", candidate))
-                found.append(candidate)
-        return found
 
 
 def _command(directory: Path, ports: list[int]) -> list[str]:
@@ -64,7 +50,7 @@ def s3_server(directory: Path, name: str = "checkpoints") -> Iterator[Bucket]:
         "actions": ["Admin"],
     }
     (directory / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    ports = _free_ports(2 * len(_SERVICES))
+    ports = [free_port() for _ in range(2 * len(_SERVICES))]
     environment = {"PATH": os.environ["PATH"], "HOME": str(directory), "GOMEMLIMIT": "256MiB"}
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(

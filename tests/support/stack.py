@@ -7,6 +7,7 @@ have names of their own, and a guardian cleans up whatever happens to the test.
 import contextlib
 import json
 import os
+import resource
 import select
 import shutil
 import signal
@@ -25,18 +26,12 @@ from supercloud.upper.platform.image.tools import ToolTree
 from supercloud.wire import admin
 from support.guardian import Guardian
 from support.inventory import processes_of
+from support.ports import free_port, host_ports
 
 UID = 64_101
 START_S, STOP_S, COMMAND_S = 60.0, 45.0, 240.0
 PORTS_EACH = 64
-_FIRST_PORT, _PORT_SPAN = 24_000, 7_000
 HEADER = "apiVersion: supercloud.dev/v1\nkind: UCloud\n"
-
-
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -136,13 +131,12 @@ class Stack:
 
     def add_host(self, name: str, region: str = "local") -> Host:
         """Start another host."""
-        first = _FIRST_PORT + (os.getpid() * 4 + len(self.hosts)) * PORTS_EACH % _PORT_SPAN
         host = Host(
             name=name,
             instance=f"s{os.getpid()}-{name}"[:24],
             directory=self.directory / name,
             images=self.images,
-            ports=range(first, first + PORTS_EACH),
+            ports=host_ports(len(self.hosts), PORTS_EACH),
             guardian=self.guardian,
             region=region,
             templates=self.templates,
@@ -319,6 +313,12 @@ def wait_for(condition: Any, timeout_s: float, why: Any = lambda: "it did not co
         assert time.monotonic() < end_s, why()
         time.sleep(0.05)
     return found
+
+
+def cpu_of_children_s() -> float:
+    """Processor time of all children of this process, and theirs, that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def tail(path: Path, size_bytes: int = 3000) -> str:

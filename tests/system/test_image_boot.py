@@ -17,6 +17,7 @@ from supercloud.upper.platform.image.build import build
 from supercloud.upper.platform.image.tools import ToolTree
 from support import guest
 from support.guest import Guest
+from support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ToolTree()
@@ -166,12 +167,6 @@ def test_the_disk_boots_by_bios_to_the_agent(
             process.kill()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.vm
 def test_the_example_vm_takes_an_address_serves_and_powers_off_when_asked(
     examples: Path, tmp_path: Path, vm_lock: None
@@ -196,7 +191,7 @@ def test_the_example_vm_takes_an_address_serves_and_powers_off_when_asked(
                 control.connect(str(monitor))
                 control.recv(4096)
                 control.sendall(b"system_powerdown\n")
-                process.wait(timeout=30)
+                process.wait(timeout=120)
         finally:
             process.kill()
     assert "Power down" in log.read_text()

@@ -5,7 +5,6 @@ import os
 import pwd
 import subprocess
 import tempfile
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,9 @@ import pytest
 from supercloud.upper.platform.image.tools import default_cache
 from support.guardian import Guardian
 from support.inventory import Inventory, inventory, uids_of
+from support.ports import free_port
 from support.slots import vm_slots
-from support.stack import HEADER, free_port, tail
+from support.stack import HEADER, cpu_of_children_s, tail
 
 pytestmark = [pytest.mark.vm, pytest.mark.root]
 
@@ -29,7 +29,7 @@ environments:
   - {{name: web, kind: container, image: 'oci:{examples}/web', memory: 64MiB, ports: [8080]}}
 platform: {{memory: 512MiB, scratch: 1GiB}}
 """
-QUICK_S = 8.0
+QUICK_S = 8.0  # of a processor
 
 
 class Scripts:
@@ -141,20 +141,18 @@ def test_up_from_nothing_to_a_page(scripts: Scripts) -> None:
     said = scripts.run("up", "scripted.yaml")
     assert "scripted is up" in said
     url = next(word for word in said.split() if word.startswith("http://"))
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         assert answer.read() == b"hello from container web\n"
     assert scripts.cli("ls", "--quiet") == "scripted\n"
 
 
 def test_up_again_is_quick_and_changes_nothing(scripts: Scripts) -> None:
-    before, took_s = scripts.cli("ps", "--json"), [QUICK_S]
-    while min(took_s) >= QUICK_S and len(took_s) <= 3:  # others may have had both processors
-        began_s = time.monotonic()
-        said = scripts.run("up", str(scripts.manifest))
-        took_s.append(time.monotonic() - began_s)
-        assert "scripted: nothing to change" in said, said
-        assert scripts.cli("ps", "--json") == before
-    assert min(took_s) < QUICK_S, said
+    before, began_s = scripts.cli("ps", "--json"), cpu_of_children_s()
+    said = scripts.run("up", str(scripts.manifest))
+    took_s = cpu_of_children_s() - began_s
+    assert "scripted: nothing to change" in said, said
+    assert scripts.cli("ps", "--json") == before
+    assert took_s < QUICK_S, said
 
 
 def test_an_older_control_plane_is_replaced_by_the_installed_one(scripts: Scripts) -> None:

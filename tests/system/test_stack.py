@@ -32,5 +32,5 @@ def test_a_killed_test_leaves_nothing(product_images: Path) -> None:
         assert inventory(instance, uids, wanted).processes
         killed.kill()
     nothing = inventory("none", [], range(0))
-    wait_for(lambda: not Path(directory).exists(), 30)
-    wait_for(lambda: not inventory(instance, uids, wanted).since(nothing), 30)
+    wait_for(lambda: not Path(directory).exists(), 120)
+    wait_for(lambda: not inventory(instance, uids, wanted).since(nothing), 120)

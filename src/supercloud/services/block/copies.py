@@ -150,7 +150,8 @@ def concluded(copy: Copy) -> None:
         _drop_target(copy)
     except SupercloudError as error:
         said = str(error)
-    copy.finish(str(in_our_words(said)) if said else "")
+    which = f"the copy of volume {copy.source.name} to {copy.target.name}"
+    copy.finish(f"{which} failed: {in_our_words(said)}" if said else "")
 
 
 def clone_snapshot(

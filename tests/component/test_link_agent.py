@@ -59,7 +59,7 @@ async def test_it_enrols_connects_and_reports(link):
     async with agent(boot_data(link, link.owner.expect("p1"))) as (dialled, ups):
         session = await link.owner.until("connected")
         assert session.hello.engines == {"crun": "1.21"}
-        await asyncio.wait_for(ups.get(), 5)
+        await asyncio.wait_for(ups.get(), 60)
         report = PlatformReport(generation=1, environments=[])
         dialled.notify("agent.report", report)
         assert await link.owner.until("report") == report

@@ -179,7 +179,7 @@ async def test_a_strangers_authority_is_refused_by_tls(process, ucloud, tmp_path
 def test_who_asks_for_no_ucloud_gets_no_certificate(process, name):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with socket.create_connection(("127.0.0.1", port_of(process)), 5) as raw:
+    with socket.create_connection(("127.0.0.1", port_of(process)), 60) as raw:
         with pytest.raises(ssl.SSLError):
             context.wrap_socket(raw, server_hostname=name)
 
@@ -188,7 +188,7 @@ def test_old_tls_is_refused(process):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.maximum_version = ssl.TLSVersion.TLSv1_2
-    with socket.create_connection(("127.0.0.1", port_of(process)), 5) as raw:
+    with socket.create_connection(("127.0.0.1", port_of(process)), 60) as raw:
         with pytest.raises((ssl.SSLError, ConnectionError)):
             context.wrap_socket(raw, server_hostname=control_of("test").dns)
 

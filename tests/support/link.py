@@ -207,7 +207,7 @@ async def running(
         yield peer
     finally:
         peer.close()
-        await asyncio.wait([task], timeout=5)
+        await asyncio.wait([task], timeout=60)
 
 
 def request(link: Link, host: str, name: str = "p1", **changes: object) -> PlatformRequest:

@@ -225,9 +225,12 @@ async def test_what_is_no_good_is_refused_and_nothing_starts(
     session = await platform.session()
     with pytest.raises(NotFound):
         await take(platform, way, replace(spec, uid="other"))
+    runs = "ps -o args | grep -qx 'sleep 1000'"
     async with session.exec(Exec(name="chain", argv=["sleep", "1000"])):
+        await platform.shell(f"until {runs}; do sleep 0.1; done")
         with pytest.raises(BadState, match="started from outside"):
             await take(platform, way, spec)
+    await platform.shell(f"while {runs}; do sleep 0.1; done")  # its end comes after ours
     taken = await take(platform, way, spec)
 
     store = way.store()

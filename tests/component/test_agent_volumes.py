@@ -17,7 +17,7 @@ from support.platform import Platform, booted, machine, web
 
 pytestmark = [
     pytest.mark.vm,
-    pytest.mark.timeout(120, func_only=True),
+    pytest.mark.timeout(300, func_only=True),
     pytest.mark.asyncio(loop_scope="module"),
 ]
 
@@ -66,6 +66,15 @@ async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float 
             await asyncio.sleep(0.2)
 
 
+async def said(platform: Platform, text: str) -> None:
+    """Until the platform's console has it, which comes a little after what it tells of."""
+
+    async def is_said() -> bool:
+        return text in platform.console
+
+    await eventually(is_said)
+
+
 async def clear(platform: Platform, *slots: int) -> None:
     """No EE, nothing mounted, nothing in the slots."""
     await platform.apply()
@@ -84,15 +93,8 @@ async def mounts(platform: Platform) -> str:
     return await platform.shell("grep -e /volumes/ -e /vd /proc/mounts | grep -v /lower")
 
 
-async def agent_pid(platform: Platform) -> int:
-    loop = "for p in $(cat /proc/1/task/1/children); do echo $p $(cat /proc/$p/comm); done"
-    found = [line.split() for line in (await platform.shell(loop)).splitlines()]
-    # of a child that has just ended cat says something else than a name
-    return next(int(words[0]) for words in found if words[1:] == ["python3.13"])
-
-
 async def kill_agent(platform: Platform) -> None:
-    pid = await agent_pid(platform)
+    pid = await platform.agent_pid()
     old = platform.link.hub.sessions.get(platform.name)
     await platform.shell(f"kill -9 {pid}")
 
@@ -187,8 +189,13 @@ async def test_ee_waits_for_its_volume_fails_and_starts_when_the_slot_arrives(
     platform: Platform, tmp_path: Path
 ) -> None:
     await platform.apply(user(platform, "late-1", data(0)))
-    waiting = await platform.until("late", "starting")
-    assert "volume data is not attached to the platform" in waiting.reason
+
+    async def waits() -> bool:
+        status = await platform.status("late")
+        text = "volume data is not attached to the platform"
+        return status is not None and status.state == "starting" and text in status.reason
+
+    await eventually(waits)
     failed = await platform.until("late", "failed")
     assert "it has no slot yet" in failed.reason
     await platform.plug(disk(tmp_path), 8)
@@ -243,7 +250,7 @@ async def test_unplugged_volume_fails_its_ee_which_starts_again_when_it_is_back(
     await platform.apply(user(platform, "loser-1", data(6)), other)
     await platform.until("loser", "running")
     assert await sh(platform, "loser", "cat /data/file") == "kept"
-    assert "loser: starting (volume data: its file system was left open" in platform.console
+    await said(platform, "loser: starting (volume data: its file system was left open")
     assert superblock(file).was_mounted
     await clear(platform, 6)
 
@@ -253,7 +260,7 @@ async def test_unplugged_while_no_agent_looks(platform: Platform, tmp_path: Path
     await platform.plug(file, 4)
     await platform.apply(user(platform, "loser-2", data(4), restart="never"))
     await platform.until("loser", "running")
-    await platform.shell(f"kill -STOP {await agent_pid(platform)}")
+    await platform.shell(f"kill -STOP {await platform.agent_pid()}")
     await platform.unplug(4)
     await kill_agent(platform)
     failed = await platform.until("loser", "failed")
@@ -338,7 +345,7 @@ async def test_file_system_that_broke_is_mended_and_its_ee_started_again(
     await sh(platform, "breaks", "echo kept > /data/file; busybox sync")
     await platform.shell("for f in /sys/fs/ext4/vd*/trigger_fs_error; do echo by-hand > $f; done")
     await platform.until("breaks", "running", restarts=1)
-    assert "volume data: its file system met an error and is read-only" in platform.console
+    await said(platform, "volume data: its file system met an error and is read-only")
     assert await sh(platform, "breaks", "echo again >> /data/file; cat /data/file") == "kept\nagain"
     await clear(platform, 3)
     assert superblock(file).is_clean

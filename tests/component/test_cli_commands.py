@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 
 import pytest
 
@@ -46,14 +45,12 @@ def test_up_shows_what_is_done_and_how_long_it_took(plane):
     plane.run("down", "shown")
 
 
-def test_up_twice_changes_nothing_and_is_fast(line):
-    before = line.json("ps")
-    began_s = time.monotonic()
+def test_up_twice_changes_nothing(line):
+    before = line.json("ps"), line.json("inspect", "hello")
     done = line.run("up", "hello.yaml")
-    assert time.monotonic() - began_s < 2.0
     assert "hello: nothing to change" in done.stdout
     assert "ok platform" not in done.stdout
-    assert line.json("ps") == before
+    assert (line.json("ps"), line.json("inspect", "hello")) == before
 
 
 def test_up_of_a_changed_manifest_says_what_changes(plane):
@@ -75,16 +72,14 @@ def test_plan_changes_nothing(plane):
 
 
 def test_up_without_waiting_returns_at_once(plane):
-    file = plane.manifest("slow", start_ms=3000)
-    began_s = time.monotonic()
+    file = plane.manifest("slow", start_ms=600_000)  # longer than a command may run
     done = plane.run("up", "--no-wait", file)
-    assert time.monotonic() - began_s < 2.0
     assert "slow is being worked on" in done.stdout
+    assert plane.json("inspect", "slow")["state"] == "applying"
     late = plane.run("up", "--timeout", "0.2", file, status=STATUS["temporary"][1])
     assert re.search(
         r"slow is not done after 0.2 s \(.* is \w+.*still being worked on", late.stderr
     )
-    plane.run("up", file)
     plane.run("down", "slow")
 
 
@@ -144,7 +139,7 @@ def test_what_is_followed_ends_cleanly_by_an_interrupt(line, words):
     process = line.popen(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, b"")
 
 
@@ -165,7 +160,7 @@ def test_console_through_the_control_plane(line):
     assert process.stdout.read(5) == b"typed"
     process.stdin.write(b"\x1d")
     process.stdin.close()
-    assert process.wait(15) == 0
+    assert process.wait(60) == 0
     process.stdout.close()
 
 
@@ -188,7 +183,7 @@ def test_a_reader_that_goes_away_is_no_error(line):
     process.stdout.close()
     line.run("up", line.manifest("piped"))
     line.run("down", "piped")
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     assert process.stderr.read() == b""
     process.stderr.close()
 
@@ -243,14 +238,12 @@ def test_more_than_is_left_is_told_at_its_place(line):
     assert re.match(r"error: crowd.yaml:9:5 environments\[0\]: no host can take", error)
 
 
-def test_a_file_of_100_mb_is_not_read(line):
+def test_a_file_of_1_tb_is_not_read(line):
     path = line.directory / "large.yaml"
     with path.open("wb") as file:
-        file.truncate(100 << 20)
-    began_s = time.monotonic()
+        file.truncate(1 << 40)  # nobody has the memory, nor the time, to read it
     done = line.run("up", "large.yaml", status=2)
-    assert f"found {100 << 20} bytes, allowed are at most 1048576" in done.stderr
-    assert time.monotonic() - began_s < 1.0
+    assert f"found {1 << 40} bytes, allowed are at most 1048576" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["none.yaml", "."])
@@ -422,4 +415,4 @@ def test_two_commands_at_once_start_one_control_plane(open_place):
         found = json.loads(line.run("version", "--json").stdout)["control_plane"]
         if found:
             os.kill(found["pid"], signal.SIGTERM)
-            wait_for(lambda: not line.socket.exists(), 15)
+            wait_for(lambda: not line.socket.exists(), 60)

@@ -330,7 +330,7 @@ async def test_half_a_request_does_not_hold_up_others(client, process):
         reader, writer = await asyncio.open_unix_connection(str(process.socket))
         writer.write(b"GET /v1/version HTTP/1.1\r\nHost")
         readers.append((reader, writer))
-    assert (await asyncio.wait_for(client.get("/v1/version"), 5))["protocol"] == 1
+    assert (await asyncio.wait_for(client.get("/v1/version"), 60))["protocol"] == 1
     for _, writer in readers:
         writer.close()
 
@@ -340,7 +340,7 @@ async def test_garbage_instead_of_http_is_answered_and_closed(client, process):
         reader, writer = await asyncio.open_unix_connection(str(process.socket))
         writer.write(garbage)
         writer.write_eof()
-        await asyncio.wait_for(reader.read(), 5)
+        await asyncio.wait_for(reader.read(), 60)
         writer.close()
     assert (await client.get("/v1/version"))["protocol"] == 1
 

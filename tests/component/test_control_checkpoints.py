@@ -1,5 +1,6 @@
 """Checkpoints of a U-Cloud: taken, kept, removed, restored, refused; on the fake provider."""
 
+import asyncio
 import time
 
 import msgspec
@@ -217,11 +218,21 @@ async def test_nothing_is_taken_of_what_does_not_run(world):
         await world.app.service.checkpoints.take("test", "web")
 
 
-async def test_a_second_one_is_not_asked_for_while_the_first_is_not_done(world):
-    await up(world, options={"hosts": "1", "checkpoint_ms": "300"})
+async def test_a_second_one_is_not_asked_for_while_the_first_is_not_done(world, monkeypatch):
+    await up(world)
+    pretended, ends = await cloud(world), asyncio.Event()
+    pretend = pretended.pretend
+
+    async def held(operation):
+        if operation == "checkpoint":
+            await ends.wait()
+        await pretend(operation)
+
+    monkeypatch.setattr(pretended, "pretend", held)
     await world.app.service.checkpoints.take("test", "web")
     with pytest.raises(Busy):
         await world.app.service.checkpoints.take("test", "web")
+    ends.set()
     await until(world, lambda d: d.task.done, "it is done")
 
 

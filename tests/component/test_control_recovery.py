@@ -9,8 +9,9 @@ import pytest
 from supercloud.control.documents import PlatformDocument
 from supercloud.model.errors import Denied, NotFound, Temporary
 from supercloud.providers.base import PlatformRequest
+from supercloud.providers.fake.agent import FakeAgent
 from support import oci
-from support.control import World, environment, manifest_of
+from support.control import QUICK, World, environment, manifest_of
 
 TWO = [environment("web"), environment("db", kind="vm", image="vm", ports=[])]
 
@@ -117,19 +118,34 @@ async def test_a_platform_that_runs_but_can_never_be_reached_again_is_made_again
 
 
 async def test_a_short_absence_of_an_agent_changes_nothing(world):
+    await world.stop()
+    world.pace = replace(QUICK, lost_grace_s=60)
+    await world.start()
     await up(world)
     platform = await only_platform(world)
-    world.app.plane.agents.session("test", platform.name).close()
-    await asyncio.sleep(0.1)
-    assert (await only_platform(world)).state == "ready"
-    assert {row.state for row in (await rows(world)).values()} == {"serving"}
+    old = world.app.plane.agents.session("test", platform.name)
+    old.close()
+
+    async def back():
+        assert (await only_platform(world)).state == "ready"
+        assert {row.state for row in (await rows(world)).values()} == {"serving"}
+        return world.app.plane.agents.session("test", platform.name) not in (None, old)
+
+    await world.until(back, "the agent is back")
     await world.ready()
     assert "control.platform.lost" not in await codes(world)
 
 
-async def test_a_long_absence_is_said_and_mended_without_making_anything_anew(world):
-    await up(world, options={"hosts": "3", "reconnect_ms": "600"})
+async def test_a_long_absence_is_said_and_mended_without_making_anything_anew(world, monkeypatch):
+    await up(world)
     platform = await only_platform(world)
+    returns, connect = asyncio.Event(), FakeAgent.connect
+
+    async def later(agent, sock):
+        await returns.wait()
+        await connect(agent, sock)
+
+    monkeypatch.setattr(FakeAgent, "connect", later)
     world.app.plane.agents.session("test", platform.name).close()
 
     async def lost():
@@ -138,6 +154,7 @@ async def test_a_long_absence_is_said_and_mended_without_making_anything_anew(wo
         return states == {"lost"} and view.state == "degraded"
 
     await world.until(lost, "all are lost and the U-Cloud is degraded")
+    returns.set()
     await world.ready()
     assert set(Counter(world.creations()).values()) == {1}
 

@@ -59,7 +59,7 @@ async def test_it_enrols_connects_and_reports(link):
     async with agent(boot_data(link, link.owner.expect("p1"))) as (dialled, ups):
         session = await link.owner.until("connected")
         assert session.hello.engines == {"crun": "1.21"}
-        await asyncio.wait_for(ups.get(), 5)
+        await asyncio.wait_for(ups.get(), 60)
         report = PlatformReport(generation=1, environments=[])
         dialled.notify("agent.report", report)
         assert await link.owner.until("report") == report
@@ -84,12 +84,12 @@ async def test_it_goes_round_its_endpoints(link):
 
 
 async def test_a_platform_that_was_put_back_does_not_wait_for_what_failed_before(link, monkeypatch):
-    monkeypatch.setattr(agent_link, "BACK_OFF_S", (60.0, 60.0))
+    monkeypatch.setattr(agent_link, "BACK_OFF_S", (600.0, 600.0))
     boot = boot_data(link, link.owner.expect("p1"), ["127.0.0.1:1", f"127.0.0.1:{link.port}"])
     async with agent(boot) as (dialled, ups):
         await asyncio.sleep(0.2)  # the first endpoint has refused it
         dialled.dial_again()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             session = await link.owner.until("connected")
             await ups.get()
             dialled.dial_again()
@@ -99,7 +99,7 @@ async def test_a_platform_that_was_put_back_does_not_wait_for_what_failed_before
 async def test_a_refused_agent_stays_out_and_keeps_trying(link, caplog):
     link.owner.expect("p1")
     async with agent(boot_data(link, "f" * 64)):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while caplog.text.count("wrong enrolment token") < 2:
                 await asyncio.sleep(0.05)
         assert link.hub.sessions == {}
@@ -110,7 +110,7 @@ async def test_it_does_not_talk_to_another_control_plane(link, tmp_path, caplog)
     async with stranger.listening():
         boot = boot_data(link, link.owner.expect("p1"), [f"127.0.0.1:{stranger.port}"])
         async with agent(boot):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while "CERTIFICATE_VERIFY_FAILED" not in caplog.text:
                     await asyncio.sleep(0.05)
         assert stranger.owner.seen.empty()
@@ -140,7 +140,7 @@ async def test_its_certificate_is_renewed_at_half_of_its_life(link, tmp_path, mo
         await link.owner.until("connected")
         path = tmp_path / "agent" / "certificate"
         first = path.read_text()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while path.read_text() == first:
                 await asyncio.sleep(0.05)
         assert tls.pin_of_pem(path.read_text()) == tls.pin_of_pem(first)

@@ -22,6 +22,7 @@ from support.control_process import Client, Process
 from support.ports import free_port
 
 ONE = [environment("web")]
+LIMIT_S = 15  # below the server's own, by which it would hang up on anybody
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ async def test_a_strangers_authority_is_refused_by_tls(process, ucloud, tmp_path
 def test_who_asks_for_no_ucloud_gets_no_certificate(process, name):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with socket.create_connection(("127.0.0.1", port_of(process)), 5) as raw:
+    with socket.create_connection(("127.0.0.1", port_of(process)), LIMIT_S) as raw:
         with pytest.raises(ssl.SSLError):
             context.wrap_socket(raw, server_hostname=name)
 
@@ -189,7 +190,7 @@ def test_old_tls_is_refused(process):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.maximum_version = ssl.TLSVersion.TLSv1_2
-    with socket.create_connection(("127.0.0.1", port_of(process)), 5) as raw:
+    with socket.create_connection(("127.0.0.1", port_of(process)), LIMIT_S) as raw:
         with pytest.raises((ssl.SSLError, ConnectionError)):
             context.wrap_socket(raw, server_hostname=control_of("test").dns)
 
@@ -272,7 +273,7 @@ async def test_a_platforms_true_certificate_is_admitted_over_tcp(process, ucloud
             (home / f"{name}{suffix}").read_bytes()
         )
     connected = asyncio.ensure_future(agent.connect(_dialled(process)))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while agent._peer is None and not connected.done():
             await asyncio.sleep(0.01)
     assert agent._peer is not None

@@ -13,7 +13,7 @@ from supercloud.model.errors import Denied, Invalid
 from supercloud.trust import keys
 from supercloud.trust.authority import Authority
 from supercloud.trust.names import Identity
-from supercloud.upper.platform.link import upgrade
+from supercloud.upper.platform.link import hub, upgrade
 from supercloud.upper.platform.link.upgrade import accept_tls
 from supercloud.wire.messages import AGENT_TO_CONTROL
 from supercloud.wire.peer import HEADER, MAX_JSON_BYTES, REQUEST
@@ -190,10 +190,11 @@ async def test_a_self_signed_certificate_fails_the_handshake(link):
 @pytest.mark.parametrize(
     "garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff" + b"\0" * 70_000, b""]
 )
-async def test_what_is_no_tls_ends_at_once(link, garbage):
+async def test_what_is_no_tls_ends_at_once(link, monkeypatch, garbage):
+    monkeypatch.setattr(upgrade, "HANDSHAKE_TIMEOUT_S", 600)
     accepted = asyncio.get_running_loop().create_future()
     server = await asyncio.start_server(lambda r, w: accepted.set_result((r, w)), "127.0.0.1", 0)
-    async with server, asyncio.timeout(5):
+    async with server, asyncio.timeout(60):
         _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
         writer.write(garbage)
         writer.close()
@@ -216,7 +217,7 @@ async def test_who_never_shakes_hands_is_refused_in_time(link, monkeypatch, insi
     )
     name = "control.control.demo.supercloud.internal"
     theirs = {"ssl": link.context(), "server_hostname": name} if inside_tls else {}
-    async with server, asyncio.timeout(15):
+    async with server, asyncio.timeout(60):
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname(), **theirs)
         streams = await accepted
         refused = asyncio.ensure_future(accept_tls(*streams, link.hub.server_context))
@@ -246,11 +247,12 @@ async def test_who_never_shakes_hands_is_refused_in_time(link, monkeypatch, insi
     ],
     ids=["oversized", "4 GiB", "unknown type", "foreign id", "no JSON", "nested", "short"],
 )
-async def test_bad_frames_end_the_connection_and_nothing_else(link, enrolled, frame):
+async def test_bad_frames_end_the_connection_and_nothing_else(link, monkeypatch, enrolled, frame):
+    monkeypatch.setattr(hub, "HELLO_TIMEOUT_S", 600)
     context = link.context()
     if enrolled:
         context = link.context(await link.enroll("p1", link.owner.expect("p1")))
-    async with link.dial(context) as peer, asyncio.timeout(5):
+    async with link.dial(context) as peer, asyncio.timeout(30):
         if enrolled:
             await peer.call("agent.hello", link.hello())
         peer.writer.write(frame)

@@ -242,7 +242,7 @@ async def test_two_connections_are_parked_and_one_that_is_taken_is_replaced(link
     task = asyncio.ensure_future(provider.rendezvous(link.hub.serve_relayed))
 
     async def parked(count):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while len(host.rendezvous._parked) != count:
                 await asyncio.sleep(0.01)
 

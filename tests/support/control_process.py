@@ -44,7 +44,7 @@ class Process:
             self.process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *self.argv()], stdout=out, stderr=out
             )
-        end_s = time.monotonic() + 20
+        end_s = time.monotonic() + 60
         while not self._answers():
             assert self.process.poll() is None, (self.directory / "out").read_text()
             assert time.monotonic() < end_s
@@ -71,7 +71,7 @@ class Process:
             return 0
         self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(15)
+            return self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -122,7 +122,7 @@ class Client:
         assert status == 200, answer
         return answer
 
-    async def until(self, state: str | None, name: str = "test", timeout_s: float = 30.0) -> Any:
+    async def until(self, state: str | None, name: str = "test", timeout_s: float = 60.0) -> Any:
         """Until the U-Cloud is in ``state``, or (None) not there."""
         async with asyncio.timeout(timeout_s):
             while True:

@@ -166,7 +166,7 @@ class Link:
             csr_pem=keys.make_request(str(key), identity.uri, identity.dns),
         )
         async with self.dial(self.context()) as peer:
-            got = decode(Certificate, await peer.call("agent.enroll", encode(asked), timeout_s=10))
+            got = decode(Certificate, await peer.call("agent.enroll", encode(asked), timeout_s=60))
         key.with_suffix(".pem").write_text(got.cert_pem + got.chain_pem)
         return str(key.with_suffix(".pem")), str(key)
 
@@ -207,7 +207,7 @@ async def running(
         yield peer
     finally:
         peer.close()
-        await asyncio.wait([task], timeout=5)
+        await asyncio.wait([task], timeout=60)
 
 
 def request(link: Link, host: str, name: str = "p1", **changes: object) -> PlatformRequest:

@@ -185,6 +185,13 @@ class Platform:
             out = reading.result().decode(errors="replace")
         return out.rpartition(mark)[0].replace("\r", "").strip("\n")
 
+    async def agent_pid(self) -> int:
+        """The child of process 1 that is no orphan of somebody else."""
+        loop = "for p in $(cat /proc/1/task/1/children); do echo $p $(cat /proc/$p/comm); done"
+        found = [line.split() for line in (await self.shell(loop)).splitlines()]
+        # of a child that has just ended cat says something else than a name
+        return next(int(words[0]) for words in found if words[1:] == ["python3.13"])
+
     # -- its slots
 
     @contextlib.asynccontextmanager
@@ -266,7 +273,7 @@ class Platform:
                 f"{name} is {found}, not {states}\n{self.console[-3000:]}"
             ) from None
 
-    async def http(self, host_port: int, timeout_s: float = 10) -> bytes:
+    async def http(self, host_port: int, timeout_s: float = 60) -> bytes:
         """What a GET of / at a published port answers."""
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection("127.0.0.1", self.ports[host_port])

@@ -153,7 +153,7 @@ class World:
         self.tell("template.saved", {}, [descriptor])
 
     async def until(self, *states: str, inputs: Inputs = INPUTS) -> str:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while (found := self.templates.state(inputs))[0] not in states:
                 await asyncio.sleep(0)
         return found[1]
@@ -161,7 +161,7 @@ class World:
     async def begin(self, inputs: Inputs = INPUTS) -> None:
         """Until its machine is started."""
         self.templates.prepare(inputs)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not self.hub.told:
                 await asyncio.sleep(0)
 

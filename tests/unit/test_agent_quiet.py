@@ -50,11 +50,11 @@ class Platform:
         await asyncio.get_running_loop().sock_sendall(self.host, f"{line}\n".encode())
 
     async def says(self) -> str:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return (await asyncio.get_running_loop().sock_recv(self.host, 200)).decode()
 
     async def until(self, what: str) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while what not in self.done:
                 await asyncio.sleep(0.01)
 
@@ -118,12 +118,15 @@ async def test_a_host_that_forgets_it_does_not_stop_it_for_ever_nor_the_next_pau
     await platform.says()
     await platform.ask("resume")
     await platform.until("thaw")
-    await asyncio.sleep(0.2)
+    monkeypatch.setattr(quiet, "LONGEST_S", 60.0)
     await platform.ask("pause")
     await platform.says()
-    await asyncio.sleep(0.15)
+    await asyncio.sleep(0.5)
     assert platform.frozen, "the first pause's time is not the second one's"
+    monkeypatch.setattr(quiet, "LONGEST_S", 0.3)
     platform.done.clear()
+    await platform.ask("pause")
+    assert await platform.says() == f"paused {NONCE}\n"
     await platform.until("thaw")
 
 

@@ -191,10 +191,10 @@ def test_a_thousand_replicas_on_a_hundred_hosts_are_placed_in_no_time():
     import time
 
     hosts = [host(f"h{n}", size=PlatformSize(memory_bytes=4 * GIB, ports=64)) for n in range(100)]
-    begin = time.perf_counter()
+    begin_s = time.process_time()
     placed = place([ee("a", replicas=1000, memory=16 * MIB)], hosts)
     assert len(placed) == 1000
-    assert time.perf_counter() - begin < 20
+    assert time.process_time() - begin_s < 20
 
 
 def test_no_environments_need_no_hosts():

@@ -1,6 +1,5 @@
 """A bad manifest says file, line, field, what was found and what is allowed; all at once."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -161,10 +160,8 @@ def test_a_bomb_of_aliases_is_refused_at_once():
     bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 20)
     )
-    began_s = time.monotonic()
-    with pytest.raises(Invalid, match="aliases counted in full"):
+    with pytest.raises(Invalid, match="aliases counted in full"):  # to unfold it would never end
         parse(bomb, file="m", directory=Path("/"))
-    assert time.monotonic() - began_s < 1.0
 
 
 def test_an_alias_stands_for_its_anchor():

@@ -184,7 +184,7 @@ async def test_a_detached_connection_is_raw() -> None:
 async def test_a_frame_too_long_ends_the_connection_before_it_is_read() -> None:
     async with pair(HANDLERS) as (client, server):
         client.writer.write(wire.HEADER.pack(wire.MAX_JSON_BYTES + 1, wire.REQUEST, 1))
-        await asyncio.wait_for(server.closed.wait(), 5)
+        await asyncio.wait_for(server.closed.wait(), 30)
 
 
 @settings(max_examples=60, deadline=None)
@@ -199,7 +199,7 @@ def test_garbage_frames_end_the_connection_or_are_ignored(
             for kind, call_id, payload in frames:
                 client.writer.write(struct.pack(">IBI", len(payload), kind, call_id) + payload)
             client.writer.write_eof()
-            await asyncio.wait_for(server.closed.wait(), 5)
+            await asyncio.wait_for(server.closed.wait(), 30)
 
     asyncio.run(attack())
 
@@ -212,4 +212,4 @@ async def test_a_writer_that_ignores_credit_is_cut_off() -> None:
     async with pair({"hold": hold}) as (client, server), client.open("hold"):
         for _ in range(wire.WINDOW_BYTES // wire.MAX_DATA_BYTES + 2):
             client._send(wire.DATA, 1, bytes(wire.MAX_DATA_BYTES))
-        await asyncio.wait_for(server.closed.wait(), 5)
+        await asyncio.wait_for(server.closed.wait(), 30)

@@ -317,12 +317,11 @@ def seconds_to_write(client: Client, size_bytes: int, piece_bytes: int) -> float
 def test_throttling_limits_and_is_changed_under_a_writer(bench: Bench) -> None:
     bench.create("data")
     with bench.client("data") as client:
-        free_s = seconds_to_write(client, 8 * MIB, 64 * KIB)
         bench.call("volume.throttle", volume="data", iops=0, bytes_per_s=2 * MIB)
         bytes_s = seconds_to_write(client, 8 * MIB, 64 * KIB)
         bench.call("volume.throttle", volume="data", iops=20, bytes_per_s=0)
         operations_s = seconds_to_write(client, 80 * 4 * KIB, 4 * KIB)
-        assert bytes_s > max(2.5, 2 * free_s)  # 4 s but for the burst
+        assert bytes_s > 2.5  # 4 s but for the burst
         assert operations_s > 2.5
         bench.call("volume.throttle", volume="data", iops=0, bytes_per_s=64 * KIB)
         for _ in range(2):  # the second one waits for what the first one took
@@ -331,7 +330,7 @@ def test_throttling_limits_and_is_changed_under_a_writer(bench: Bench) -> None:
         started_s = time.monotonic()
         for _ in range(2):
             client.answered()
-        assert time.monotonic() - started_s < 60  # 256 s by the old limit
+        assert time.monotonic() - started_s < 120  # 256 s by the old limit
 
 
 def test_vhost_user_onto_private_ram_is_refused_with_the_reason(bench: Bench) -> None:

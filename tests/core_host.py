@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ SRC = Path(__file__).parents[1] / "src"
 KEEPER = SRC / "supercloud/lower/core/keeper.py"
 PYTHON = "/usr/bin/python3"
 MIB = 1 << 20
+DEADLINE_S = 120.0  # these suites run in an emulated guest as well
 _instances = itertools.count()
 
 # A prefix for a command: it is told to stop (SIGTERM) when pytest dies
@@ -75,7 +76,7 @@ class Console:
 
     def __init__(self, end: socket.socket) -> None:
         self.end = end
-        self.end.settimeout(60)
+        self.end.settimeout(DEADLINE_S)
 
     def __call__(self, code: str, *descriptors: int) -> Any:
         """Execute; the value of ``result`` afterwards. User errors are raised as themselves."""
@@ -108,7 +109,7 @@ class Console:
         return [
             tuple(event)
             for event in self(
-                f"wanted, heard, end_s = {set(wanted)!r}, [], time.monotonic() + 30\n"
+                f"wanted, heard, end_s = {set(wanted)!r}, [], time.monotonic() + {DEADLINE_S / 2}\n"
                 "while not wanted <= {e[0] for e in heard} and time.monotonic() < end_s:\n"
                 "    heard += [(Event(e.op).name, e.name, e.values[0]) for e in core.events(1)]\n"
                 "result = heard"
@@ -193,7 +194,7 @@ class Host:
             ],
         }
 
-    def start(self, *, timeout_s: float = 30.0, wait: bool = True) -> None:
+    def start(self, *, wait: bool = True) -> None:
         (self.directory / "manifest.json").write_text(json.dumps(self.manifest))
         (self.directory / "run").mkdir(exist_ok=True)
         theirs = []
@@ -225,16 +226,13 @@ class Host:
             end.close()
         if not wait:
             return
-        wait_for(
-            lambda: (self.directory / "run/ready").exists() or self.keeper.poll() is not None,
-            timeout_s,
-        )
+        wait_for(lambda: (self.directory / "run/ready").exists() or self.keeper.poll() is not None)
         assert self.keeper.poll() is None, self.log.read_text()
 
     def stop(self) -> int:
         assert self.keeper is not None
         self.keeper.terminate()
-        return self.keeper.wait(60)
+        return self.keeper.wait(DEADLINE_S)
 
     @property
     def core_pid(self) -> int:
@@ -249,7 +247,11 @@ class Host:
 
     def processes(self) -> set[int]:
         """Process ids in the groups of this instance."""
-        return {int(p) for g in self.groups() for p in (g / "cgroup.procs").read_text().split()}
+        found: set[int] = set()
+        for group in self.groups():
+            with suppress(OSError):  # it goes while it is looked at
+                found |= {int(p) for p in (group / "cgroup.procs").read_text().split()}
+        return found
 
     def grants(self) -> list[dict[str, Any]]:
         lines = (self.directory / "state/grants.log").read_text().splitlines()
@@ -281,12 +283,36 @@ def host(
         shutil.rmtree(directory)
 
 
-def wait_for(condition: Any, timeout_s: float = 10.0) -> None:
+def wait_for(condition: Any, timeout_s: float = DEADLINE_S) -> None:
     """Poll until true."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, f"still not: {condition}"
         time.sleep(0.01)
+
+
+def settled(look: Any) -> Any:
+    """What is found twice, some time apart."""
+    found = [look()]
+
+    def again() -> bool:
+        time.sleep(0.2)
+        found.append(look())
+        return found[-1] == found[-2]
+
+    wait_for(again)
+    return found[-1]
+
+
+@contextmanager
+def standing_still(made: Host) -> Iterator[None]:
+    """The core reads nothing meanwhile: whatever is sent to it has come when it goes on."""
+    core = made.core_pid
+    os.kill(core, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(core, signal.SIGCONT)
 
 
 def children(pid: int) -> list[int]:
@@ -308,7 +334,10 @@ def status(pid: int) -> dict[str, str]:
 
 
 def real_uid(pid: int) -> int:
-    return int(status(pid)["Uid"].split()[0])
+    """-1 of a process that has ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return int(status(pid)["Uid"].split()[0])
+    return -1
 
 
 def kill_core(made: Host) -> None:
@@ -321,5 +350,5 @@ def kill_core(made: Host) -> None:
 def replaced(made: Host, before: int) -> bool:
     try:
         return made.core_pid != before
-    except (StopIteration, FileNotFoundError, ProcessLookupError):
+    except StopIteration:
         return False

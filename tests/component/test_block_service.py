@@ -330,7 +330,7 @@ def test_throttling_limits_and_is_changed_under_a_writer(bench: Bench) -> None:
         started_s = time.monotonic()
         for _ in range(2):
             client.answered()
-        assert time.monotonic() - started_s < 60  # 256 s by the old limit
+        assert time.monotonic() - started_s < 120  # 256 s by the old limit
 
 
 def test_vhost_user_onto_private_ram_is_refused_with_the_reason(bench: Bench) -> None:

@@ -1,12 +1,13 @@
 """A really running host without machines: users, quotas, identity, the front door, its end."""
 
 import asyncio
+import contextlib
 import os
 import re
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +39,23 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHost]:
 
 
 @pytest.fixture
-def user(host: RunningHost, tmp_path: Path) -> Iterator[ControlPlane]:
+async def user(host: RunningHost, tmp_path: Path) -> AsyncIterator[ControlPlane]:
     plane = ControlPlane(tmp_path, host, "demo")
     plane.enrol(cpu_permille=1000, memory_bytes=GIB, disk_bytes=2 * GIB, vms=1)
+    await plane.image()  # its domain answers once it has made those of its services
     yield plane
     host.admin("user.remove", user="demo")
 
 
-def uid0(pids: list[int]) -> list[str]:
-    return sorted(
-        Path(f"/proc/{pid}/comm").read_text().strip()
-        for pid in pids
-        if "\nUid:\t0\t0\t0\t0\n" in Path(f"/proc/{pid}/status").read_text()
-    )
+def status_of(pid: int) -> str:
+    """Nothing of a process that has ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/status").read_text()
+    return ""
+
+
+def is_uid0(pid: int) -> bool:
+    return "\nUid:\t0\t0\t0\t0\n" in status_of(pid)
 
 
 async def test_info_says_what_is_allowed_and_nothing_is_used(
@@ -71,16 +76,14 @@ async def test_keeper_and_core_alone_are_uid_0_and_nobody_else_has_capabilities(
 ) -> None:
     await user.call("host.info")
     pids = pids_of_session(host.pid)
-    privileged = [
-        pid for pid in pids if "\nUid:\t0\t0\t0\t0\n" in Path(f"/proc/{pid}/status").read_text()
-    ]
+    privileged = [pid for pid in pids if is_uid0(pid)]
     assert set(privileged) == {host.pid, *(p for p in children(host.pid) if p in privileged)}
     assert len(privileged) == 2
     others = set(pids) - set(privileged)
     assert len(others) == 6  # five components and one user's domain
     uids = set()
     for pid in others:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = status_of(pid)
         assert "CapEff:\t0000000000000000" in status
         assert "CapBnd:\t0000000000000000" in status
         assert "NoNewPrivs:\t1" in status
@@ -256,7 +259,7 @@ async def talks(host: RunningHost, context: ssl.SSLContext) -> bool:
         peer = Peer(reader, writer, accepted=False)
         running = asyncio.ensure_future(peer.run())
         try:
-            await peer.call("host.info", timeout_s=5)
+            await peer.call("host.info", timeout_s=60)
         finally:
             running.cancel()
             writer.close()
@@ -275,10 +278,17 @@ async def talks(host: RunningHost, context: ssl.SSLContext) -> bool:
     ],
 )
 def test_the_front_door_closes_on_what_is_no_client_hello(host: RunningHost, sent: bytes) -> None:
+    before = turned_away(host)
     with socket.create_connection(("127.0.0.1", host.port)) as sock:
-        sock.settimeout(3)
+        sock.settimeout(60)
         sock.sendall(sent)
         assert is_closed(sock)
+    assert turned_away(host) == before + 1
+
+
+def turned_away(host: RunningHost) -> int:
+    """How many the front door has closed on with a reason, and not because their time was over."""
+    return (host.state / "log/front_door.log").read_text().count("front_door: 127.0.0.1: ")
 
 
 def is_closed(sock: socket.socket) -> bool:
@@ -302,10 +312,12 @@ def hello_for(name: str | None) -> bytes:
 def test_the_front_door_closes_on_the_name_of_nobody(
     host: RunningHost, user: ControlPlane, name: str | None
 ) -> None:
+    before = turned_away(host)
     with socket.create_connection(("127.0.0.1", host.port)) as sock:
-        sock.settimeout(3)
+        sock.settimeout(60)
         sock.sendall(hello_for(name))
         assert is_closed(sock)
+    assert turned_away(host) == before + 1
 
 
 def test_the_front_door_waits_for_a_slow_hello_but_not_for_ever(
@@ -313,17 +325,18 @@ def test_the_front_door_waits_for_a_slow_hello_but_not_for_ever(
 ) -> None:
     hello = hello_for("demo.user.supercloud.internal")
     with socket.create_connection(("127.0.0.1", host.port)) as sock:
-        sock.settimeout(10)
+        sock.settimeout(60)
         for at in range(0, len(hello), 100):
             sock.sendall(hello[at : at + 100])
             time.sleep(0.01)
         assert sock.recv(5)[:1] == b"\x16"  # the user domain's answer
+    before, began = turned_away(host), time.monotonic()
     with socket.create_connection(("127.0.0.1", host.port)) as sock:
-        sock.settimeout(10)
+        sock.settimeout(60)
         sock.sendall(hello[:100])
-        began = time.monotonic()
         assert is_closed(sock)
-        assert 3 < time.monotonic() - began < 8
+    assert time.monotonic() - began > 3
+    assert turned_away(host) == before
 
 
 async def test_many_idle_connections_do_not_keep_others_out(
@@ -344,7 +357,7 @@ async def test_a_killed_component_comes_back_and_works(
     await user.call("host.info")
     before = host.pid_of(domain)
     os.kill(before, 9)
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             if host.pid_of(domain) != before and host.admin("status"):
@@ -361,7 +374,7 @@ async def test_a_killed_core_is_replaced_and_nobody_notices(
     host: RunningHost, user: ControlPlane
 ) -> None:
     async with user.connected() as connection:
-        core = next(p for p in children(host.pid) if uid0([p]))
+        core = next(p for p in children(host.pid) if is_uid0(p))
         os.kill(core, 9)
         assert await connection.peer.call("host.info")  # same connection, same domains
         assert host.admin("status")["users"] == 1
@@ -373,7 +386,7 @@ def test_admin_socket_is_for_root_only_and_refuses_garbage(host: RunningHost) ->
     assert os.stat(path).st_mode & 0o777 == 0o600
     for sent in (b"\xff\xff\xff\xff", b"\0\0\0\x02no", b"\0\0\0\x02[]"):
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(5)
+            sock.settimeout(30)  # half of what an idle client is given
             sock.connect(path)
             sock.sendall(sent)
             assert sock.recv(1) == b""
@@ -418,7 +431,8 @@ def test_instances_share_a_machine_without_sharing_anything_else(
         assert second.admin("status")["region"] == "elsewhere"
         assert host.admin("status")["region"] == "local"
         uids = [
-            {os.stat(f"/proc/{pid}").st_uid for pid in pids_of_session(one.pid)} - {0}
+            set(re.findall(r"Uid:\t(\d+)", "".join(map(status_of, pids_of_session(one.pid)))))
+            - {"0"}
             for one in (host, second)
         ]
         assert uids[0].isdisjoint(uids[1])

@@ -19,7 +19,15 @@ from supercloud.providers.lower_layer.rendezvous import Rendezvous
 from supercloud.providers.lower_layer.templates import send
 from supercloud.wire.places import DEPOSIT_BYTES, deposit_at
 from support.link import Link
-from support.lower import ControlPlane, RunningHost, images, pids_of_session, running_host
+from support.lower import (
+    ControlPlane,
+    RunningHost,
+    children,
+    images,
+    patient,
+    pids_of_session,
+    running_host,
+)
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
 
@@ -60,13 +68,16 @@ async def console_until(plane: ControlPlane, wanted: bytes, timeout_s: float = 6
     return said
 
 
+def said_of(pid: int, what: str) -> str:
+    """A file of ``/proc/PID``; nothing of a process that has ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/{what}").read_text()
+    return ""
+
+
 def qemu_of(host: RunningHost) -> int:
     monitor = host.pid_of("vmm:demo:p1")
-    found = [
-        pid
-        for pid in pids_of_session(monitor)
-        if Path(f"/proc/{pid}/comm").read_text().startswith("qemu")
-    ]
+    found = [pid for pid in pids_of_session(monitor) if said_of(pid, "comm").startswith("qemu")]
     assert len(found) == 1
     return found[0]
 
@@ -126,7 +137,10 @@ async def test_a_machine_is_confined_and_has_nothing_but_descriptors(
     assert [line.split(":")[0].strip() for line in interfaces] == ["lo"]
     listening = Path(f"/proc/{qemu}/net/tcp").read_text().splitlines()[1:]
     assert listening == []
-    open_files = {os.readlink(f"/proc/{qemu}/fd/{n}") for n in os.listdir(f"/proc/{qemu}/fd")}
+    open_files = set()
+    for number in Path(f"/proc/{qemu}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed
+            open_files.add(os.readlink(number))
     files = {name for name in open_files if name.startswith("/") and "memfd" not in name}
     root = json.loads((images() / "manifest.json").read_text())["files"]["root.erofs"]["sha256"]
     assert {Path(name).name.split(".")[0] for name in files} - {"null", "urandom"} == {
@@ -183,21 +197,21 @@ async def test_a_killed_user_domain_comes_back_and_adopts_the_running_machine(
     assert qemu_of(host) == qemu
     assert b"l1init: up" in await console_until(booted, b"l1init: up")  # the ring is the monitor's
     assert booked(host) == before
-    events = await first_events(booted)
-    assert "host.platform.adopted" in events
+    await event(booted, "host.platform.adopted")
     await booted.call("platform.delete", {"name": "p1"})
     assert booked(host)["vms"] == 0
 
 
-async def first_events(plane: ControlPlane) -> str:
-    """What ``events.watch`` has kept."""
+async def event(plane: ControlPlane, code: str) -> None:
+    """When ``events.watch`` tells of it; what has been is kept."""
     said = b""
-    async with plane.connected() as connection:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1), connection.peer.open("events.watch", {}) as stream:
-                async for data in stream.chunks():
-                    said += data
-    return said.decode()
+    async with plane.connected() as connection, asyncio.timeout(60):
+        async with connection.peer.open("events.watch", {}) as stream:
+            async for data in stream.chunks():
+                said += data
+                if code.encode() in said:
+                    return
+    raise AssertionError(f"no {code} in {said!r}")
 
 
 async def test_a_killed_core_leaves_machines_running(
@@ -205,9 +219,7 @@ async def test_a_killed_core_leaves_machines_running(
 ) -> None:
     qemu, before = qemu_of(host), booked(host)
     core = next(
-        int(pid)
-        for pid in Path(f"/proc/{host.pid}/task/{host.pid}/children").read_text().split()
-        if os.stat(f"/proc/{pid}").st_uid == 0
+        pid for pid in children(host.pid) if "\nUid:\t0\t0\t0\t0\n" in said_of(pid, "status")
     )
     os.kill(core, signal.SIGKILL)
     await booted.wait_for("p1", "running")
@@ -241,8 +253,13 @@ async def test_drivers_may_die_while_a_machine_runs(
     await booted.wait_for("p1", "running")
     assert qemu_of(host) == qemu
     host.pid_of("uplink-net:demo:p1")
-    await booted.call("platform.delete", {"name": "p1"})
-    held = booked(host)
+    # one of them may not be back yet: that is a passing reason
+    await patient(lambda: booted.call("platform.delete", {"name": "p1"}), 60)
+
+    async def all_answer() -> dict[str, Any]:
+        return booked(host)
+
+    held = await patient(all_answer, 60)
     assert (held["disk_bytes"], held["disks"], held["ranges"]) == (0, [], [])
 
 
@@ -251,15 +268,15 @@ async def test_a_network_that_dies_is_told_and_the_machine_goes_on(
 ) -> None:
     qemu = qemu_of(host)
     os.kill(host.pid_of("uplink-net:demo:p1"), signal.SIGKILL)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not (found := (await booted.call("platform.list"))["platforms"][0])["reason"]:
             await asyncio.sleep(0.1)
     assert (found["state"], found["reason"]) == ("running", "its uplink died")
-    assert "host.platform.uplink_lost" in await first_events(booted)
+    await event(booted, "host.platform.uplink_lost")
     assert qemu_of(host) == qemu
     assert not found["cut_off"]
     os.kill(host.pid_of("link:demo:p1"), signal.SIGKILL)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not (found := (await booted.call("platform.list"))["platforms"][0])["cut_off"]:
             await asyncio.sleep(0.1)
     assert (found["state"], found["reason"]) == ("running", "its link died")
@@ -271,7 +288,7 @@ async def test_as_many_ports_as_asked_for_are_published(
     made = await user.create("p1", ports=300)
     first = made["first_port"]
     wanted = {f"0100007F:{port:04X}" for port in (first, first + 150, first + 299)}
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     for protocol in ("tcp", "udp"):  # passt has begun when the platform is made, no more
         bound: set[str] = set()
         while not wanted <= bound and time.monotonic() < deadline:
@@ -289,7 +306,7 @@ async def test_a_wedged_machine_is_noticed_and_may_recover(
     os.kill(qemu, signal.SIGSTOP)
     await booted.wait_for("p1", "wedged", timeout_s=60)
     os.kill(qemu, signal.SIGCONT)
-    await booted.wait_for("p1", "running", timeout_s=30)
+    await booted.wait_for("p1", "running", timeout_s=60)
     os.kill(qemu, signal.SIGSTOP)
     await booted.call("platform.delete", {"name": "p1"})  # a stopped QEMU does not hold it up
     assert not os.path.exists(f"/proc/{qemu}")
@@ -301,13 +318,16 @@ async def test_a_user_that_is_removed_takes_its_machines_along(
     qemu = qemu_of(host)
     host.admin("user.remove", user="demo")
     assert not os.path.exists(f"/proc/{qemu}")
-    deadline = time.monotonic() + 5
-    while host.admin("drivers")[1]["ranges"] and time.monotonic() < deadline:
+    deadline = time.monotonic() + 60  # a driver that had no time is asked again
+    while left := stored(host):
+        assert time.monotonic() < deadline, left
         await asyncio.sleep(0.1)
-    disk, uplink = host.admin("drivers")
-    assert (disk["disks"], uplink["ranges"]) == ([], [])
-    assert not list(host.state.glob("domains/disk/*-demo"))
     booted.enrol()
+
+
+def stored(host: RunningHost) -> list[Any]:
+    disk, uplink = host.admin("drivers")
+    return [*disk["disks"], *uplink["ranges"], *host.state.glob("domains/disk/*-demo")]
 
 
 async def test_the_real_agent_reaches_the_control_plane_through_the_rendezvous(

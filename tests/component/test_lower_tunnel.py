@@ -184,10 +184,11 @@ async def test_who_does_not_read_stops_who_writes(here: Domain, there: Domain) -
                 sent += 1
 
         sending = asyncio.ensure_future(send())
-        before = -1
-        while before != sent:
-            before = sent
-            await asyncio.sleep(0.5)
+        looks = [0]
+        async with asyncio.timeout(60):
+            while not sent or looks[-3:] != [sent] * 3:
+                await asyncio.sleep(0.5)
+                looks.append(sent)
         assert sent < 64
         sending.cancel()
         assert len(await exactly(far, 1 << 20)) == 1 << 20

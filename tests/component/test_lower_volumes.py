@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import os
 import shutil
 import signal
@@ -240,8 +241,12 @@ async def test_a_service_that_dies_fails_what_was_open_and_can_be_had_again(
 
 
 def children_of(host: RunningHost, domain: str, program: str) -> list[int]:
-    found = pids_of_session(host.pid_of(domain))
-    return [pid for pid in found if program in Path(f"/proc/{pid}/cmdline").read_text()]
+    found = []
+    for pid in pids_of_session(host.pid_of(domain)):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            if program in Path(f"/proc/{pid}/cmdline").read_text():
+                found.append(pid)
+    return found
 
 
 async def until(user: ControlPlane, state: str) -> Any:
@@ -265,7 +270,10 @@ async def failed(host: RunningHost, user: ControlPlane) -> Any:
 def held(host: RunningHost) -> list[str]:
     """Backing files that the protection service has open."""
     numbers = Path(f"/proc/{host.pid_of('protection:demo')}/fd")
-    files = [os.readlink(number) for number in numbers.iterdir()]
+    files = []
+    for number in numbers.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed
+            files.append(os.readlink(number))
     return [file for file in files if "volume:" in file]
 
 

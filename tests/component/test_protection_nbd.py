@@ -213,7 +213,7 @@ def test_flush_fua_trim_and_zeroes(backed: Backed) -> None:
     assert client.call(READ, 10 * BLOCK, 200)[1] == data[:50] + bytes(100) + data[150:200]
     client.close()
     figures = backed.device.figures  # counted once it is answered
-    wait_for(lambda: figures()["flushes"] == 4, 10)  # two of them with a change
+    wait_for(lambda: figures()["flushes"] == 4, 60)  # two of them with a change
 
 
 def test_what_was_never_written_reads_as_zeros_and_takes_no_room(backed: Backed) -> None:

@@ -17,6 +17,7 @@ from supercloud.services.protection.service import make
 from supercloud.wire import portal
 from supercloud.wire.portal import Portal
 from supercloud.wire.reactor import Reactor
+from support.commandline import wait_for
 from support.protected_nbd import READ, WRITE, Client
 from support.protection import BLOCK, KEY
 
@@ -107,6 +108,7 @@ def test_the_life_of_a_device(caller: Caller) -> None:
     assert client.call(WRITE, 0, data=b"a" * BLOCK)[0] == 0
     flushed = caller.call("device.flush")
     assert flushed["sequence"] > opened["sequence"]
+    wait_for(lambda: caller.call("device.state")["writes"], 60)  # counted once it is answered
     state = caller.call("device.state")
     assert (state["writes"], state["write_bytes"], state["phase"]) == (1, BLOCK, "open")
     assert caller.call("device.list") == {"data": "open"}

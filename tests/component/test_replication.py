@@ -180,8 +180,12 @@ def test_a_killed_replica_gets_what_it_missed_and_no_more(owners: Make) -> None:
     owner.replicas["b"].start()
     owner.attach("b")
     until(all_in_sync(owner))
-    copied = owner.replicas["b"].ask("figures")["write_bytes"]
-    assert copied == 4 * REGION
+
+    def copied() -> int:
+        return int(owner.replicas["b"].ask("figures")["write_bytes"])
+
+    until(lambda: copied() >= 4 * REGION)  # the last is counted once it is answered
+    assert copied() == 4 * REGION
     client.close()
     owner.equal()
 
@@ -240,14 +244,14 @@ def test_the_local_replica_killed_under_load_is_done_without(owners: Make) -> No
 
 def test_a_silent_replica_is_given_up_the_last_one_never(owners: Make) -> None:
     owner = owners()
-    host = owner.begun(silence_ms=1000)
+    host = owner.begun(silence_ms=10_000)  # what goes on answering may be slow as well
     client = host.client()
     with owner.replicas["b"].silent():
         client.write(0, b"1" * 4096)
         until(lambda: owner.in_sync == {"a"})
     with owner.replicas["a"].silent():
         client.send_write(0, b"2" * 4096)
-        threading.Event().wait(2.5)  # longer than the other was given
+        threading.Event().wait(13)  # longer than the other was given
         assert not answered(client), (host.state(), client.sock.recv(100))
     client.answered()
     assert client.read(0, 4096) == b"2" * 4096

@@ -7,7 +7,17 @@ from contextlib import suppress
 
 import pytest
 
-from core_host import Console, Host, RemoteError, driver, host, kill_core, kind, wait_for
+from core_host import (
+    Console,
+    Host,
+    RemoteError,
+    driver,
+    host,
+    kill_core,
+    kind,
+    settled,
+    wait_for,
+)
 from supercloud.model.errors import Invalid, NotFound
 
 pytestmark = pytest.mark.root
@@ -80,7 +90,7 @@ def test_wrong_selectors_and_arguments_are_refused(pair):
 
 def test_descriptors_nobody_asked_for_never_reach_the_core(pair):
     made, one, bad = pair
-    before = core_descriptors(made)
+    before = settled(lambda: core_descriptors(made))
     bad(
         "from supercloud.lower.client import pack_request\nfrom supercloud.wire.frames import Op\n"
         "f = pack_request(Op.PING, 7, ())\n"
@@ -88,7 +98,7 @@ def test_descriptors_nobody_asked_for_never_reach_the_core(pair):
         "for _ in range(10): socket.send_fds(core._socket, [f], [null] * 5)\n"
         "answers = [core._receive().status for _ in range(10)]\nresult = answers"
     )
-    assert core_descriptors(made) == before
+    wait_for(lambda: core_descriptors(made) == before)
     bad.send("for _ in range(10): socket.send_fds(core._socket, [f], [null] * 5)")
     wait_for(lambda: not alive(one))
     wait_for(lambda: core_descriptors(made) < before)

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +20,7 @@ from supercloud.wire.qmp import Qmp
 from supercloud.wire.reactor import Reactor
 
 PAGE = 4096
+DEADLINE_S = 60.0
 MEMORY = 64 << 20
 BITMAP, PAGES = 136, 1 << 20  # where QEMU puts them
 MAKE = {"id": "checkpoint", "status": "concluded"}
@@ -143,7 +146,8 @@ class Bench:
         self.told: list[tuple[str, dict[str, Any], list[bytes]]] = []
         self.qmp = Qmp(self.reactor, ours, self._event, lambda: None)
         port, self.agent = socket.socketpair()
-        self.agent.settimeout(5)
+        self.agent.setblocking(False)
+        self._heard = b""
         self.port = IdentityPort(self.reactor, port, self._said)
         machine = Machine(
             name="m", cpus=1, memory_bytes=MEMORY, accelerator="tcg",
@@ -182,23 +186,46 @@ class Bench:
         """The file that memory is copied into."""
         return self.capture._copy
 
+    def is_held(self) -> bool:
+        """Whether memory is copied but for its agent's word."""
+        return self.capture._precopy is not None and self.capture._precopy.is_held
+
     def asked(self) -> dict[str, Any]:
         """What its agent is asked next."""
-        self.turn(0.05)
-        line = b""
-        while not line.endswith(b"\n"):
-            line += self.agent.recv(1)
+        self.until(self._hears)
+        line, _, self._heard = self._heard.partition(b"\n")
         return dict(json.loads(line))
+
+    def _hears(self) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            self._heard += self.agent.recv(4096)
+        return b"\n" in self._heard
 
     def answer(self, word: str) -> None:
         asked = self.asked()
         assert asked["do"] == "pause"
-        self.agent.send(f"{word} {asked['nonce']}\n".encode())
+        self.say(word, asked["nonce"])
+
+    def say(self, word: str, nonce: str) -> None:
+        """As its agent; until it is taken note of, and some time longer."""
+        self.agent.send(f"{word} {nonce}\n".encode())
+        self.until(lambda: not select.select([self.port._sock], [], [], 0)[0])
         self.turn()
 
     def end(self) -> None:
         self.capture.end(Request("t", "machine.checkpoint-end", {}))
         self.turn()
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Turn until it is so."""
+        deadline_s = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < deadline_s, (self.codes(), self.qemu.names)
+            self.turn(0.005)
+
+    def comes(self, code: str) -> None:
+        """It is told."""
+        self.until(lambda: code in self.codes())
 
     def turn(self, seconds: float = 0.1) -> None:
         self.reactor._stopped = False

@@ -24,6 +24,7 @@ def test_memory_and_devices_are_captured_between_stop_and_cont_and_its_agent_is_
     bench.begin()
     assert "stop" not in bench.qemu.names
     bench.answer("paused")
+    bench.comes("checkpoint.captured")
     assert bench.asked()["do"] == "resume"
     ((method, figures, (state, memory)),) = bench.told
     assert method == "checkpoint.captured"
@@ -37,8 +38,10 @@ def test_memory_and_devices_are_captured_between_stop_and_cont_and_its_agent_is_
     assert still == ["blockdev-snapshot", "xen-save-devices-state", "migrate-continue", "cont"]
     assert "stop" not in names, "QEMU stops it, when little is left"
     bench.end()
+    bench.comes("checkpoint.over")
     assert bench.codes()[1:] == ["checkpoint.over"]
-    assert bench.qemu.names[-3:] == ["blockdev-del", "blockdev-del", "remove-fd"]
+    last = ["blockdev-del", "blockdev-del", "remove-fd"]
+    bench.until(lambda: bench.qemu.names[-3:] == last)
     bench.begin()  # and once more
 
 
@@ -48,13 +51,12 @@ def test_without_its_agents_word_it_is_never_stopped(
     monkeypatch.setattr(checkpoint, "QUIET_S", 0.05)
     bench.begin()
     nonce = bench.asked()["nonce"]
-    bench.turn(0.2)
+    bench.comes("checkpoint.failed")
     ((method, figures, _),) = bench.told
     assert method == "checkpoint.failed"
     assert "did not acknowledge" in figures["error"]["message"]
     assert bench.asked()["do"] == "resume"
-    bench.agent.send(f"paused {nonce}\n".encode())  # too late
-    bench.turn()
+    bench.say("paused", nonce)  # too late
     assert bench.codes() == ["checkpoint.failed"]
     assert bench.qemu.names.count("migrate_cancel") == 1
     assert "migrate-continue" not in bench.qemu.names
@@ -64,6 +66,8 @@ def test_without_its_agents_word_it_is_never_stopped(
 def test_another_word_than_its_agents_yes_is_none(bench: Bench, word: str) -> None:
     bench.begin()
     bench.answer(word)
+    bench.end()
+    bench.comes("checkpoint.failed")
     assert "checkpoint.captured" not in bench.codes()
     assert "migrate-continue" not in bench.qemu.names
 
@@ -72,11 +76,12 @@ def test_a_nested_machine_that_runs_though_the_agent_denies_it_is_found_out(benc
     bench.qemu.state = b"QEVM" + processor(0x18C0C2B0) + processor(0x18E0C2B0)
     bench.begin()
     bench.answer("paused")
+    bench.comes("checkpoint.failed")
     assert "checkpoint.captured" not in bench.codes()
     assert "nested VM runs" in bench.told[0][1]["error"]["message"]
     assert bench.qemu.names[-1] != "stop"
     assert "cont" in bench.qemu.names
-    bench.turn()
+    bench.comes("checkpoint.over")
     assert bench.codes() == ["checkpoint.failed", "checkpoint.over"]
 
 
@@ -87,14 +92,15 @@ def test_what_fails_half_way_goes_on_and_is_taken_back(bench: Bench, refused: st
     bench.qemu.refuses.add(refused)
     bench.begin()
     bench.answer("paused")
+    bench.comes("checkpoint.failed")
     assert bench.codes()[0] == "checkpoint.failed"
     after = bench.qemu.names[bench.qemu.names.index(refused) :]
     assert after.index("migrate_cancel") < after.index("cont")
     assert bench.asked()["do"] == "resume"
-    bench.turn()
+    bench.until(lambda: not bench.capture.is_under_way)
     committed = "block-commit" in bench.qemu.names
     assert committed == (refused != "blockdev-snapshot")
-    assert "blockdev-del" in bench.qemu.names
+    bench.until(lambda: "blockdev-del" in bench.qemu.names)
     bench.qemu.refuses.clear()
     bench.begin()
 
@@ -104,7 +110,7 @@ def test_more_memory_than_was_booked_is_given_up_before_it_stands_still(bench: B
     with pytest.raises(Busy):
         bench.begin()
     os.pwrite(bench.copy(), bytes(PAGE), 0)
-    bench.turn()
+    bench.comes("checkpoint.failed")
     ((method, figures, _),) = bench.told
     assert method == "checkpoint.failed"
     assert "bytes of memory are in use" in figures["error"]["message"]
@@ -115,11 +121,11 @@ def test_more_memory_than_was_booked_is_given_up_before_it_stands_still(bench: B
 def test_memory_that_is_copied_before_anybody_looked_is_copied_again_and_held(bench: Bench) -> None:
     bench.qemu.ends_early = 1
     bench.begin()
-    bench.turn()
+    bench.until(lambda: bench.qemu.names.count("migrate") == 2 and bench.is_held())
     while bench.port._nonce != (asked := bench.asked())["nonce"]:
         pass  # it may have been asked in between
-    bench.agent.send(f"paused {asked['nonce']}\n".encode())
-    bench.turn()
+    bench.say("paused", asked["nonce"])
+    bench.comes("checkpoint.captured")
     assert bench.codes() == ["checkpoint.captured"]
     names = bench.qemu.names
     assert names.count("migrate") == 2
@@ -131,6 +137,7 @@ def test_last_pages_that_are_not_copied_are_no_checkpoint(bench: Bench, end: str
     bench.qemu.last_pages = end
     bench.begin()
     bench.answer("paused")
+    bench.comes("checkpoint.failed")
     assert bench.codes()[0] == "checkpoint.failed"
     assert bench.qemu.names[-1] != "stop"
     assert "cont" in bench.qemu.names
@@ -143,6 +150,7 @@ def test_a_machine_goes_on_though_its_migration_is_not_finished_at_once(
     bench.qemu.last_pages, bench.qemu.unfinished = end, 3
     bench.begin()
     bench.answer("paused")
+    bench.until(bench.codes)
     assert ("checkpoint.captured" in bench.codes()) == (end == "completed")
     assert bench.qemu.unfinished == 0
     assert bench.qemu.names.count("cont") > 3
@@ -150,13 +158,12 @@ def test_a_machine_goes_on_though_its_migration_is_not_finished_at_once(
 
 def test_given_up_while_memory_is_copied_it_runs_on_and_may_be_taken_again(bench: Bench) -> None:
     bench.begin()
-    bench.turn()
+    bench.until(bench.is_held)
     bench.end()
     assert bench.codes()[0] == "checkpoint.failed"
     assert "migrate_cancel" in bench.qemu.names
     bench.begin()
-    bench.asked()
-    bench.asked()  # to go on, and to be still again
+    assert [bench.asked()["do"] for _ in range(3)] == ["pause", "resume", "pause"]
     assert bench.codes().count("checkpoint.failed") == 1
 
 
@@ -165,11 +172,13 @@ def test_an_overlay_that_is_full_is_told_of_and_written_back_when_nobody_reads_b
 ) -> None:
     bench.begin()
     bench.answer("paused")
+    bench.comes("checkpoint.captured")
     bench.qemu.happens("BLOCK_IO_ERROR", {"nospace": True, "action": "stop", "node-name": "x"})
-    bench.turn()
+    bench.comes("checkpoint.full")
     assert bench.codes() == ["checkpoint.captured", "checkpoint.full"]
     assert "block-commit" not in bench.qemu.names
     bench.end()
+    bench.comes("checkpoint.over")
     assert bench.codes()[-1] == "checkpoint.over"
 
 
@@ -179,11 +188,12 @@ def test_a_writing_back_that_fails_is_tried_again(
     monkeypatch.setattr(checkpoint, "RETRY_S", 0.05)
     bench.begin()
     bench.answer("paused")
+    bench.comes("checkpoint.captured")
     bench.qemu.refuses.add("block-commit")
     bench.end()
     assert bench.codes() == ["checkpoint.captured"]
     bench.qemu.refuses.clear()
-    bench.turn(0.3)
+    bench.comes("checkpoint.over")
     assert bench.codes()[-1] == "checkpoint.over"
 
 
@@ -196,6 +206,7 @@ def test_a_disk_that_stands_still_already_is_no_moment_for_a_checkpoint(bench: B
     bench.begin()
     bench.qemu.status = "io-error"
     bench.answer("paused")
+    bench.comes("checkpoint.failed")
     assert bench.codes() == ["checkpoint.failed"]
     assert "blockdev-snapshot" not in bench.qemu.names
 
@@ -256,7 +267,7 @@ def test_only_what_is_there_between_two_offsets_is_found() -> None:
 def test_a_machine_that_is_not_there_has_no_checkpoint(bench: Bench) -> None:
     bench.port.close()
     bench.begin()
-    bench.turn()
+    bench.comes("checkpoint.failed")
     ((method, figures, _),) = bench.told
     assert method == "checkpoint.failed"
     assert "agent" in figures["error"]["message"]

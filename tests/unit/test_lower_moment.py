@@ -33,6 +33,7 @@ def test_it_goes_on_when_its_volumes_have_snapshots_of_where_it_stands_still(ben
     bench.on_still = snapshot
     bench.begin(volumes=True)
     bench.answer("paused")
+    bench.comes("checkpoint.captured")
     assert bench.codes() == ["checkpoint.still", "checkpoint.captured"]
     assert bench.told[0][1] == {"disks": bench.disks}
     (names,) = still
@@ -53,10 +54,11 @@ def test_without_all_of_its_volumes_snapshots_there_is_no_checkpoint_and_it_goes
         bench.on_still = lambda: (word and bench.stream.send(word), bench.stream.shutdown(1))
     bench.begin(volumes=True)
     bench.answer("paused")
+    bench.comes("checkpoint.failed")
     assert bench.codes()[:2] == ["checkpoint.still", "checkpoint.failed"]
     assert "not all given a snapshot" in bench.told[1][1]["error"]["message"]
     assert "cont" in bench.qemu.names[bench.qemu.names.index("blockdev-snapshot") :]
-    bench.turn()
+    bench.comes("checkpoint.over")
     assert bench.codes()[-1] == "checkpoint.over"
 
 
@@ -74,6 +76,7 @@ def test_volumes_that_are_not_of_the_moment_are_no_checkpoint(
     bench.begin(volumes=volumes)
     bench.disks = [there]  # by when it stands still
     bench.answer("paused")
+    bench.comes("checkpoint.failed")
     assert bench.codes() == ["checkpoint.failed"]
     assert why in bench.told[0][1]["error"]["message"]
     assert "cont" in bench.qemu.names

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from supercloud.lower.quota import SIZES
 from supercloud.model.errors import (
     Denied,
     Exists,
@@ -23,7 +24,7 @@ from supercloud.model.errors import (
 )
 from supercloud.trust import tls
 from supercloud.wire import admin
-from supercloud.wire.codec import decode
+from supercloud.wire.codec import decode, encode
 from supercloud.wire.host import HostInfo
 from support.lower import ControlPlane, RunningHost, children, pids_of_session, running_host
 
@@ -104,6 +105,19 @@ def test_enrolling_again_alike_is_nothing_and_differently_is_refused(
     other = ControlPlane(tmp_path / "other", host, "demo")
     with pytest.raises(Exists, match="another CA"):
         other.enrol(**same)
+
+
+def test_a_quota_that_nobody_gave_fits_the_host_and_stays(
+    host: RunningHost, user: ControlPlane, tmp_path: Path
+) -> None:
+    plane = ControlPlane(tmp_path / "any", host, "any")
+    given = plane.enrol()["quota"]
+    assert given in [encode(size) for size in SIZES]
+    some = ControlPlane(tmp_path / "some", host, "some")
+    assert some.enrol(vms=3)["quota"]["vms"] == 3
+    assert plane.enrol()["quota"] == given, "though less is left now"
+    for name in ("any", "some"):
+        host.admin("user.remove", user=name)
 
 
 @pytest.mark.parametrize(

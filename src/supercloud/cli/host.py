@@ -60,7 +60,7 @@ def user_add(
     *,
     as_json: AsJson = False,
 ) -> None:
-    """Enrol a user, with a quota."""
+    """Enrol a user, with a quota: what is not given goes by what the host has left."""
     quota = _quota(cpus, memory, disk, vms)
     try:
         pem = ca.read_text()

@@ -22,8 +22,26 @@ LINK_MEMORY_BYTES = 64 * MIB
 LINK_PIDS = 16
 DOMAINS_PER_VM = 2
 SERVICES: Final = {name: Limits(**figures) for name, figures in kinds.SERVICES.items()}
+SIZES: Final = (
+    Quota(),
+    Quota(memory_bytes=2 << 30, disk_bytes=16 << 30, vms=2),
+    Quota(memory_bytes=1 << 30, disk_bytes=8 << 30, vms=1),
+)
+"""With room for a template beside platforms, with little, and with none: one platform."""
 _BASE_MEMORY_BYTES = USER_OWN_MEMORY_BYTES + sum(each.memory_bytes for each in SERVICES.values())
 _BASE_PIDS = USER_OWN_PIDS + sum(each.pids for each in SERVICES.values())
+
+
+def fitting(memory_bytes: int, disk_bytes: int) -> Quota:
+    """The quota of who is enrolled without one, where so much of the host is left.
+
+    The largest of ``SIZES`` that takes at most half of it, so that there is as much for others.
+    """
+    for size in SIZES[:-1]:
+        limits = to_limits(size)
+        if limits.memory_bytes <= memory_bytes // 2 and limits.disk_bytes <= disk_bytes // 2:
+            return size
+    return SIZES[-1]
 
 
 def to_limits(quota: Quota) -> Limits:

@@ -37,6 +37,7 @@ PREFIX = "user:"
 MACHINE_PARTS = ("kernel", "initrd", "root")
 FORGET_AGAIN_S = 5.0
 _NOTHING = Quota(cpu_permille=10, memory_bytes=0, disk_bytes=0, vms=0)
+_MAKE_ROOM = "ask for less, or take from others: supercloud-host user list, quota, user remove"
 _PAGE_BYTES = 4096
 _GIVEN = Rights.USE | Rights.READ | Rights.GRANT
 
@@ -75,13 +76,15 @@ class Multiplexing(Component):
     # -- what the admin console may ask
 
     def add(self, request: Request) -> dict[str, Any]:
-        """``{user, ca_pem, quota}``: enrol. The same again is nothing; Exists, NoResources."""
-        user = User(
-            check_user_name(request.text("user")),
-            check_ca(request.text("ca_pem", most=1 << 16)),
-            decode(Quota, request.untrusted.get("quota", {}), "quota"),
-        )
-        known = self._store.users.get(user.name)
+        """``{user, ca_pem, quota}``: enrol. The same again is nothing; Exists, NoResources.
+
+        What the quota does not say goes by what the host has left.
+        """
+        name = check_user_name(request.text("user"))
+        known = self._store.users.get(name)
+        usual = known.quota if known is not None else self._fitting()
+        pem = check_ca(request.text("ca_pem", most=1 << 16))
+        user = User(name, pem, _changed(usual, request.untrusted.get("quota", {})))
         if known is not None:
             _check_same(known, user)
         if user.name in self._store.leaving:
@@ -110,11 +113,7 @@ class Multiplexing(Component):
         known = self._store.users.get(name)
         if known is None:
             raise NotFound(f"no user {name}")
-        untrusted_changes = request.untrusted.get("quota")
-        if not isinstance(untrusted_changes, dict):
-            raise Invalid("the changes must be an object", where="quota")
-        changed = {**encode(known.quota), **untrusted_changes}
-        user = User(name, known.ca_pem, decode(Quota, changed, "quota"))
+        user = User(name, known.ca_pem, _changed(known.quota, request.untrusted.get("quota")))
         if name in self._made():
             self._limit(user)
         self._store.put(user)
@@ -185,6 +184,13 @@ class Multiplexing(Component):
             if entry.type is ObjectType.DOMAIN and name.startswith(PREFIX)
         }
 
+    def _fitting(self) -> Quota:
+        limits, usage = self.core.limits(), self.core.usage()
+        return quotas.fitting(
+            limits.memory_bytes - usage.booked_memory_bytes,
+            limits.disk_bytes - usage.booked_disk_bytes,
+        )
+
     def _is_started(self, name: str) -> bool:
         return self.core.state(self._made()[name].selector).state is not DomainState.CREATED
 
@@ -197,7 +203,10 @@ class Multiplexing(Component):
 
     def _make(self, user: User) -> None:
         limits = quotas.to_limits(user.quota)
-        domain = self.core.create_domain(USER_KIND, PREFIX + user.name, limits)
+        try:
+            domain = self.core.create_domain(USER_KIND, PREFIX + user.name, limits)
+        except NoResources as error:
+            raise NoResources(str(error), hint=_MAKE_ROOM) from error
         try:
             self._outfit(user, domain)
             self.core.start(domain.selector)
@@ -290,6 +299,13 @@ class Multiplexing(Component):
         for entry in self.core.entries():
             if entry.name == f"identity:{name}":
                 self.core.destroy(entry.selector)
+
+
+def _changed(quota: Quota, untrusted_changes: Any) -> Quota:
+    """``quota`` with what is given otherwise."""
+    if not isinstance(untrusted_changes, dict):
+        raise Invalid("the quota must be an object", where="quota")
+    return decode(Quota, {**encode(quota), **untrusted_changes}, "quota")
 
 
 def _check_same(known: User, asked: User) -> None:

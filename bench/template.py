@@ -37,7 +37,7 @@ ANSWERS_AT_MOST, LINK_AT_MOST, MEMORY_AT_MOST = 0.12, 0.2, 0.35
 MACHINES = int(os.environ.get("SUPERCLOUD_BENCH_MACHINES", "8"))
 MIB, GIB = 1 << 20, 1 << 30
 SHAPE = {"memory_bytes": GIB, "scratch_bytes": 4 * GIB, "cpus": 1}
-UP = "supercloud.agent: platform p1 of"
+UP = "supercloud.agent: platform {} of"
 
 
 class Cold:
@@ -49,17 +49,17 @@ class Cold:
     @contextlib.asynccontextmanager
     async def machine(self) -> AsyncIterator[Platform]:
         self.number += 1
-        self.link.owner.pins.clear()
         place = self.work / f"cold-{self.number}"
         place.mkdir()
-        async with Platform(place, self.link, images=images()).running() as platform:
+        name = f"c{self.number}"
+        async with Platform(place, self.link, images=images(), name=name).running() as platform:
             yield platform
         (place / "scratch").unlink()
 
     async def answering(self) -> float:
         started = time.perf_counter()
         async with self.machine() as platform:
-            await until(lambda: UP in console(platform))
+            await until(lambda: UP.format(platform.name) in console(platform))
             return time.perf_counter() - started
 
     async def linked(self) -> float:
@@ -146,21 +146,25 @@ def qemus(host: RunningHost) -> list[int]:
 
 
 async def memory(cold: Cold, warm: Warm, host: RunningHost) -> tuple[float, float]:
-    """MiB of as many cold machines (one is measured), and of the clones with their template."""
-    async with cold.machine() as platform:
-        await platform.session()
+    """MiB of as many cold machines, and of the clones with their template; all run at once."""
+    async with contextlib.AsyncExitStack() as stack:
+        pids = []
+        for _ in range(MACHINES):
+            platform = await stack.enter_async_context(cold.machine())
+            await platform.session()
+            assert platform.process is not None
+            pids.append(platform.process.pid)
         await asyncio.sleep(10)
-        assert platform.process is not None
-        one = pss_mib(platform.process.pid)
+        booted = sum(map(pss_mib, pids))
     names = [await warm.start() for _ in range(MACHINES)]
     await until(lambda: set(names) <= set(warm.link.hub.sessions))
     await asyncio.sleep(10)
     clones = sum(pss_mib(pid) for pid in qemus(host))
     unmapped = template_mib(host) - shared_mib(qemus(host))
-    print(f"one cold: {one:.0f} MiB; clones: {clones:.0f}; template not mapped: {unmapped:.0f}")
+    print(f"cold: {booted:.0f} MiB; clones: {clones:.0f}; template not mapped: {unmapped:.0f}")
     for name in names:
         await warm.call("platform.delete", {"name": name})
-    return MACHINES * one, clones + max(0.0, unmapped)
+    return booted, clones + max(0.0, unmapped)
 
 
 def template_mib(host: RunningHost) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from support.slots import vm_slots
 
@@ -14,6 +15,12 @@ from support.slots import vm_slots
 # starts; programs under test are to meet the usual.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# How long an example takes is the machine's business.
+SLOW = [HealthCheck.too_slow]
+settings.register_profile("supercloud", deadline=None, suppress_health_check=SLOW)
+settings.load_profile("supercloud")
 
 
 @pytest.fixture

@@ -212,7 +212,7 @@ def test_a_bad_manifest_names_file_line_and_field_and_changes_nothing(line):
         ("memory: 128MiB", "memory: 2TiB", 2, "at most"),
         ("environments:", OVERLAP + "environments:", 2, "overlaps"),
         ("environments:", "x: &x [1]\nenvironments:", 2, "unknown field 'x'"),
-        ("environments:", "services: []\nenvironments:", 9, "not supported yet"),
+        ("environments:", "survive: []\nenvironments:", 9, "not supported yet"),
     ],
 )  # fmt: skip
 def test_other_bad_manifests(line, old, new, status, message):

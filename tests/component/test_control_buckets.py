@@ -340,3 +340,30 @@ async def test_rows_say_what_is_used(world):
     (service,) = await world.app.service.buckets.services("test")
     assert (service.kind, service.state) == ("objects", "running")
     assert json.loads(msgspec.json.encode(view))["used_by"] == {"web": "write", "reader": "read"}
+
+
+async def test_a_store_is_made_where_it_may_be_and_is_not_moved(world):
+    options = {"hosts": "4", "regions": "north,west"}
+    west = {"services": {"objects": {"region": "west"}}, "options": options}
+    await up(world, [PLAIN, environment("logs", buckets=[{"name": "photos"}])], **west)
+    hosts = {row.name: row.host for row in await world.app.service.environments("test")}
+    store = await document(world)
+    assert hosts["logs"] == store.host
+    assert store.host in ("fake-1", "fake-3"), "the hosts of the second region"
+    north = {"services": {"objects": {"region": "north"}}, "options": options}
+    with pytest.raises(Invalid, match="wants region north, and the object store is at") as refused:
+        await world.app.service.up(manifest(world, **north))
+    assert refused.value.where.endswith(" services.objects")
+    assert (await document(world)) == store
+
+
+async def test_where_no_store_may_be_nothing_is_made(world):
+    options = {"hosts": "2", "regions": "north,west"}
+    south = {"services": {"objects": {"region": "south"}}, "options": options}
+    with pytest.raises(NoResources, match=r"services\.objects wants region south"):
+        await world.app.service.up(manifest(world, **south))
+    nowhere = {"services": {"objects": {"provider": "another"}}}
+    with pytest.raises(Invalid, match="allowed is one of"):
+        await world.app.service.up(manifest(world, **nowhere))
+    assert await document(world) is None
+    assert not world.creations()

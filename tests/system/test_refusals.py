@@ -88,9 +88,9 @@ def test_more_than_the_quota_in_all_is_refused_with_the_reason(
             r":8:\d+ networks\[1\].range: .*overlaps",
         ),
         (
-            "environments:\n{web}services: []\n",
+            "environments:\n{web}survive: []\n",
             UNSUPPORTED,
-            r":8:\d+ services: .*not supported yet",
+            r":8:\d+ survive: .*not supported yet",
         ),
         (BOMB, INVALID, r":\d+:\d+: .*aliases"),
         ("environments: [\n", INVALID, r":\d+:\d+: not YAML"),

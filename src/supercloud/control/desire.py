@@ -20,7 +20,7 @@ from supercloud.control.documents import (
 from supercloud.control.homes import check_volumes, homes_of, with_clones
 from supercloud.control.kept import Place
 from supercloud.control.offers import Offer
-from supercloud.control.stores import check_names, check_store, store_of
+from supercloud.control.stores import check_names, check_store, store_of, why_no_store
 from supercloud.model.errors import NoResources
 from supercloud.model.resources import PlatformSize, Provider, UCloud
 from supercloud.providers.base import HostCapacity
@@ -167,7 +167,7 @@ def _hosts(
                     size=spec.platform.size,
                     standing=name in platforms,
                     volumes=offer.features.get("volumes", ""),
-                    objects=offer.features.get("objects", ""),
+                    objects=why_no_store(spec, offer, host),
                     tunnel=offer.features.get("tunnel", "nothing joins it to other hosts"),
                     checkpoints=_checkpoints(
                         offer, engines.get((offer.provider.name, host.name), {})

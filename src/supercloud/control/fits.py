@@ -2,14 +2,16 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 
 from supercloud.control.manifest import where
 from supercloud.control.offers import Offer
 from supercloud.model.errors import Invalid, UserError
 from supercloud.model.resources import UCloud
+from supercloud.model.rules import manifest_key
 from supercloud.model.sizes import format_size
 
-PLACES = ("platform", "environments", "providers", "networks", "volumes", "buckets", "checkpoint")
+PLACES = tuple(manifest_key(field) for field in fields(UCloud))
 
 
 def check_sizes(spec: UCloud, offers: Sequence[Offer]) -> None:

@@ -55,6 +55,17 @@ def capacity_of(buckets: Sequence[Bucket]) -> int:
     return max(MIN_QUOTA_BYTES, sum(bucket.quota_bytes for bucket in buckets))
 
 
+def why_no_store(spec: UCloud, offer: Offer, host: HostCapacity) -> str:
+    """Why the U-Cloud's object store cannot be made there, or ``""``."""
+    if why := offer.features.get("objects", ""):
+        return f"its provider has none: {why}"
+    return spec.services.objects.refused(
+        offer.provider.name,
+        host.region or offer.provider.region,
+        host.jurisdiction or offer.provider.jurisdiction,
+    )
+
+
 def check_store(spec: UCloud, offers: Sequence[Offer], kept: StoreWish | None) -> None:
     """Raise NoResources or Unsupported for what cannot be, at its place."""
     users = users_of(spec)
@@ -100,7 +111,7 @@ def store_of(
     wanted = buckets_wanted(spec, kept)
     if not wanted:
         return None
-    users = [item.name for item in users_of(spec)]
+    users = [item.name for item in users_of(spec) if _may_hold(spec, offers, placed[item.name])]
     entries = {entry.name: entry for entry in spec.providers}
     if kept is not None:
         named = {bucket.name for bucket in wanted} | {BUCKET}
@@ -152,7 +163,15 @@ def _buckets_of(environment: Environment) -> str:
 
 
 def _reachable(spec: UCloud, offers: Sequence[Offer], kept: StoreWish) -> None:
-    if _host(offers, kept) is None:
+    offer, host = _host(offers, kept)
+    if offer is not None and host is not None and (why := why_no_store(spec, offer, host)):
+        raise Invalid(
+            f"{why}, and the object store is at {kept.provider.name}/{kept.host}",
+            where="services.objects",
+            hint="a store is not moved: leave the wish out, or delete its buckets and checkpoints "
+            "first (supercloud buckets, supercloud checkpoints)",
+        )
+    if host is None:
         silent = {o.provider.name: o.unreachable for o in offers}
         name = kept.provider.name
         why = silent.get(name, "the manifest has no such provider") or "it has no such host"
@@ -165,7 +184,7 @@ def _reachable(spec: UCloud, offers: Sequence[Offer], kept: StoreWish) -> None:
 
 
 def _fits(wish: StoreWish, offers: Sequence[Offer], kept: StoreWish | None) -> None:
-    host = _host(offers, wish)
+    _, host = _host(offers, wish)
     if host is None:
         return
     booked = booked_bytes(capacity_of(kept.buckets)) if kept else 0
@@ -182,9 +201,22 @@ def _fits(wish: StoreWish, offers: Sequence[Offer], kept: StoreWish | None) -> N
         )
 
 
-def _host(offers: Sequence[Offer], wish: StoreWish) -> HostCapacity | None:
+def _may_hold(spec: UCloud, offers: Sequence[Offer], place: HostKey) -> bool:
+    offer, host = _find(offers, place)
+    return offer is None or host is None or not why_no_store(spec, offer, host)
+
+
+def _host(
+    offers: Sequence[Offer], wish: StoreWish
+) -> tuple[Offer, HostCapacity] | tuple[None, None]:
+    return _find(offers, (wish.provider.name, wish.host))
+
+
+def _find(
+    offers: Sequence[Offer], place: HostKey
+) -> tuple[Offer, HostCapacity] | tuple[None, None]:
     for offer in offers:
         for host in offer.hosts:
-            if (offer.provider.name, host.name) == (wish.provider.name, wish.host):
-                return host
-    return None
+            if (offer.provider.name, host.name) == place:
+                return offer, host
+    return None, None

@@ -10,6 +10,7 @@ from typing import Literal
 
 from supercloud.model.copies import Backup, Clone
 from supercloud.model.rules import NAME, SHORT_LABEL, SHORT_NAME, Rule, declared
+from supercloud.model.services import Services
 
 API_VERSION = "supercloud.dev/v1"
 KIND = "UCloud"
@@ -17,7 +18,7 @@ MIB, GIB = 1 << 20, 1 << 30
 DEFAULT_NETWORK = "default"
 
 # Words that later versions give a meaning to; now they are refused, rather than ignored.
-RESERVED = ("services", "isolation", "mobility", "survive")
+RESERVED = ("isolation", "mobility", "survive")
 
 # The forms of an image. A path is relative to the manifest's directory.
 TRANSPORTS = ("oci", "docker-archive", "docker")
@@ -440,6 +441,7 @@ class UCloud:
     checkpoint: CheckpointStore = declared(
         Rule(doc="the store of all checkpoints"), factory=CheckpointStore
     )
+    services: Services = declared(Rule(doc="its infrastructure services"), factory=Services)
 
 
 def replica_names(environment: Environment) -> list[str]:

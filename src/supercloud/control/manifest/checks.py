@@ -51,6 +51,12 @@ def check(values: dict[str, Any], problems: Problems) -> None:
     whole = platform is not BAD and platform.checkpoint is not None
     checkpoints.check(environments, _good(values, "volumes"), problems, platforms=whole)
     buckets.check(_good(values, "buckets"), environments, problems)
+    services = values.get("services", BAD)
+    if services is not BAD:
+        _known("services.objects.provider", services.objects.provider, names["providers"], problems)
+        for wish in ("region", "jurisdiction"):
+            wanted = getattr(services.objects, wish)
+            _somewhere(f"services.objects.{wish}", wish, wanted, values, problems)
     volumes.check_copies(_good(values, "volumes"), environments, problems)
     for index, volume in _good(values, "volumes"):
         volumes.check_volume(f"volumes[{index}]", volume, problems)

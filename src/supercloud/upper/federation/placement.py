@@ -38,7 +38,7 @@ class Host:
     refusal: str = ""
     features: Mapping[str, str] = field(default_factory=dict)  # EE kind -> "" or why not
     volumes: str = ""  # why it has no volumes, or ""
-    objects: str = ""  # why it has no object store, or ""
+    objects: str = ""  # why no object store can be there, or ""
     tunnel: str = "nothing joins it to other hosts"  # why it reaches no store elsewhere, or ""
     checkpoints: Mapping[str, str] = field(default_factory=dict)  # EE kind -> "" or why none
 
@@ -225,7 +225,7 @@ class _Search:
         if not instance.environment.buckets:
             return ""
         if host.objects:
-            return f"its provider has no object store: {host.objects}"
+            return f"its object store cannot be there: {host.objects}"
         place = self._store or self._with_buckets()
         if place is not None and place != host.key:
             return f"its buckets are at {'/'.join(place)}"
@@ -243,7 +243,7 @@ class _Search:
             return f"no checkpoints can be taken there: {why}"
         place = self._store or self._with_buckets()
         if place is None:
-            return f"its provider has no object store: {host.objects}" if host.objects else ""
+            return f"its object store cannot be there: {host.objects}" if host.objects else ""
         if place == host.key:
             return ""
         for one in (host, self._by_key.get(place, host)):

@@ -10,7 +10,7 @@ import hashlib
 import secrets
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -239,19 +239,20 @@ class Platform:
     async def apply(self, *specs: EnvironmentSpec) -> None:
         self.generation += 1
         names = {s.name: [s.nics[0].address.partition("/")[0]] for s in specs if s.nics}
-        session = await self.session()
-        await session.apply(
-            Apply(generation=self.generation, environments=list(specs), names=names)
-        )
+        wish = Apply(generation=self.generation, environments=list(specs), names=names)
+        await self.asked(lambda session: session.apply(wish))
 
     async def status(self, name: str) -> EnvironmentStatus | None:
+        report = await self.asked(lambda session: session.list())
+        return next((e for e in report.environments if e.name == name), None)
+
+    async def asked(self, what: Callable[[AgentSession], Awaitable[Any]]) -> Any:
+        """The agent's answer; asked again, as its control plane does, when the link was lost."""
         while True:
             try:
-                report = await (await self.session()).list()
-                break
+                return await what(await self.session())
             except ConnectionLost:
                 await asyncio.sleep(0.05)
-        return next((e for e in report.environments if e.name == name), None)
 
     async def until(
         self, name: str, *states: str, timeout_s: float = 60, **fields: object

@@ -178,7 +178,10 @@ def _await_ready(name: str, generation: int, arguments: argparse.Namespace) -> d
     with progress(as_json=arguments.json) as show:
         for view in _views(name, arguments.timeout):
             if view is None or view["generation"] > generation:
-                raise NotFound(f"{name} was changed or taken down by another command meanwhile")
+                raise NotFound(
+                    f"{name} was changed or taken down by another command meanwhile",
+                    hint="supercloud ps shows how it is now; supercloud up makes it as your file",
+                )
             show(view)
             if view["state"] == "ready":
                 return view

@@ -30,6 +30,7 @@ CHUNK_BYTES = 4 << 20
 REGISTRY_FRESH_S = 10.0
 """For so long a registry's answer holds for the other EEs that ask."""
 MAX_APPEND_CHARS = 4096
+_HINT = "put it there, readable for the control plane, or change `image` in the manifest"
 QCOW2_MAGIC = b"QFI\xfb"
 
 
@@ -192,9 +193,10 @@ def mark_of(reference: str) -> str:
             files = [path / names["kernel"], path / names["initrd"], path / "image.json"]
         seen = [file.stat() for file in files if file.exists()]
     except OSError as error:
-        raise NotFound(f"the image {reference} cannot be read: {error.strerror}") from error
+        text = f"the image {reference} cannot be read: {error.strerror}"
+        raise NotFound(text, hint=_HINT) from error
     if not seen:
-        raise NotFound(f"there is no image {reference}")
+        raise NotFound(f"there is no image {reference}", hint=_HINT)
     about = [(item.st_size, item.st_mtime_ns, item.st_ino) for item in seen]
     return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
@@ -211,7 +213,10 @@ def kernel_files(directory: Path) -> dict[str, str]:
         names |= _described(description)
     for role in ("kernel", "initrd"):
         if not (directory / names[role]).is_file():
-            raise NotFound(f"{directory} has no {role}: {names[role]} is missing")
+            raise NotFound(
+                f"{directory} has no {role}: {names[role]} is missing",
+                hint="put it there, or name another file in image.json beside it",
+            )
     return names
 
 

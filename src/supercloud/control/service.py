@@ -103,7 +103,10 @@ class Service:
                 self._look(ucloud_key(spec.name), 0.0)
                 done = _planned(decision, before, offers, kept)
                 return api.Applied(ucloud=spec.name, generation=document.generation, plan=done)
-        raise Busy(f"U-Cloud {spec.name} is being changed by others; try again")
+        raise Busy(
+            f"U-Cloud {spec.name} is being changed by others",
+            hint="supercloud up again when their command is done",
+        )
 
     async def down(self, name: str) -> api.UCloudView:
         """The desired state is absence; volumes and buckets with data are kept."""

@@ -118,8 +118,7 @@ def _manifest(path: str) -> dict[str, str]:
 def _ucloud(given: str) -> str:
     """The name of a U-Cloud that is given by name or by its manifest."""
     if os.sep in given or given.endswith((".yaml", ".yml")):
-        answer = client.call("POST", client.path("plan"), _manifest(given))
-        return str(answer["ucloud"])
+        return str(client.call("POST", client.path("name"), _manifest(given))["ucloud"])
     return given
 
 

@@ -310,14 +310,6 @@ def test_the_certificate_authority_is_printed(line):
     assert line.run("ca").stdout.startswith("-----BEGIN CERTIFICATE-----\n")
 
 
-def test_doctor(line):
-    done = line.run("doctor", status=None)
-    assert "user namespaces" in done.stdout
-    checks = line.json("doctor") if done.returncode == 0 else []
-    assert done.returncode == 0 or "LACKS" in done.stdout
-    assert all(check["ok"] for check in checks)
-
-
 def test_without_a_control_plane_it_says_so(tmp_path):
     line = CommandLine(tmp_path)
     error = line.run("ps", status=STATUS["unavailable"][1]).stderr

@@ -258,7 +258,7 @@ async def test_down_twice_is_down_and_down_of_nothing_is_not_found(world):
 
 
 async def test_an_image_that_cannot_be_converted_is_said_and_the_rest_runs(world):
-    (world.directory / "web" / "index.json").write_text("{}")
+    oci.Layout(world.directory / "web", [oci.layer(oci.file("other"))]).write()
     broken = world.app.plane.images
 
     def refuse(reference):

@@ -13,6 +13,8 @@ from typing import Any
 
 from supercloud.upper.platform.image.tools import default_cache
 
+# A work tree that is not the installed one runs its own.
+SOURCES = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
 MANIFEST = """\
 apiVersion: supercloud.dev/v1
 kind: UCloud
@@ -67,7 +69,7 @@ class CommandLine:
         return {
             "PATH": os.environ["PATH"], "HOME": home, "LC_ALL": "C.UTF-8", "TZ": "UTC",
             "XDG_STATE_HOME": f"{home}/state", "XDG_CACHE_HOME": f"{home}/cache",
-            "SUPERCLOUD_SOCKET": str(self.socket), **self.extra,
+            "SUPERCLOUD_SOCKET": str(self.socket), **SOURCES, **self.extra,
         }  # fmt: skip
 
     def argv(self, *words: str) -> list[str]:

@@ -9,6 +9,7 @@ from supercloud.model.errors import Invalid
 from supercloud.model.resources import GIB, MIB, Bucket, BucketUse
 from supercloud.services.objects.weed import VOLUME_MIB
 from supercloud.wire.objects import SPARE_VOLUMES, VOLUME_BYTES, booked_bytes
+from support import oci
 
 HEAD = """\
 apiVersion: supercloud.dev/v1
@@ -24,8 +25,7 @@ ENVIRONMENTS = "environments:\n"
 
 @pytest.fixture
 def images(tmp_path):
-    (tmp_path / "web").mkdir()
-    (tmp_path / "web" / "index.json").write_text("{}")
+    oci.Layout(tmp_path / "web").write()
     (tmp_path / "disk.raw").write_bytes(b"\0")
     return tmp_path
 

@@ -8,6 +8,8 @@ from supercloud.control.manifest import MAX_BYTES, dump, parse, where
 from supercloud.model.errors import Invalid, Unsupported
 from supercloud.model.resources import GIB, MIB, Placement, Port, replica_names, split_image
 from supercloud.model.sizes import format_size, parse_size
+from supercloud.upper.environments import layouts
+from support import oci
 
 HEAD = "apiVersion: supercloud.dev/v1\nkind: UCloud\nname: hello\n"
 PROVIDERS = "providers: [{name: here, kind: fake}]\n"
@@ -208,8 +210,7 @@ def test_a_machine_has_no_command_of_its_own(tmp_path):
 
 def test_images_are_looked_for_beside_the_manifest(tmp_path):
     layout = tmp_path / "images" / "web"
-    layout.mkdir(parents=True)
-    (layout / "index.json").write_text("{}")
+    oci.Layout(layout, tag="v1").write()
     base = tmp_path / "manifests"
     base.mkdir()
     ucloud = parse(environment(image="oci:../images/web:v1"), file="m", directory=base)
@@ -219,6 +220,56 @@ def test_images_are_looked_for_beside_the_manifest(tmp_path):
     with_nul = one(environment(image='"oci:a\\0b"'), base)
     assert "NUL" in with_nul.message
     assert "cannot be read" in one(environment(image="oci:" + "a" * 300), base).message
+
+
+def test_a_layout_that_has_no_such_tag_or_no_content_is_refused(tmp_path):
+    layout = tmp_path / "web"
+    oci.Layout(layout, [oci.layer(oci.file("a"))], tag="v1").write()
+    error = one(environment(image="oci:web:v2"), tmp_path)
+    assert (error.where, error.message) == (
+        "m.yaml:8:12 environments[0].image",
+        "found 'oci:web:v2': the layout has no image v2; its tags: v1",
+    )
+    for blob in (layout / "blobs" / "sha256").iterdir():
+        blob.unlink()
+    assert "lacks the blob sha256:" in one(environment(image="oci:web:v1"), tmp_path).message
+
+
+def test_a_layout_that_is_malformed_or_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    layout = oci.Layout(tmp_path / "web")
+    layout.write()
+    layout.index([{"annotations": [1]}])
+    assert "not a digest" in one(environment(image="oci:web"), tmp_path).message
+
+    def refuse(path, _flags):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(layouts.os, "open", refuse)
+    message = one(environment(image="oci:web"), tmp_path).message
+    assert (
+        message == f"found 'oci:web': {tmp_path}/web/index.json cannot be read: Permission denied"
+    )
+
+
+def test_an_archive_is_looked_into_and_takes_no_tag(tmp_path):
+    image = oci.docker_archive(tmp_path / "web.tar", [oci.layer(oci.file("a"))])
+    assert parse(environment(image=image), file="m", directory=tmp_path)
+    error = one(environment(image="docker-archive:web.tar:v1"), tmp_path)
+    assert "there is no " in error.message
+    assert "leave :v1 out" in error.hint
+    (tmp_path / "web.tar").write_bytes(oci.layer(oci.file("a")))
+    assert "'manifest.json'" in one(environment(image="docker-archive:web.tar"), tmp_path).message
+
+
+@pytest.mark.parametrize("image", ["docker://Bad Name", "docker://r/UPPER", "docker:nginx"])
+def test_what_names_nothing_in_any_registry_is_refused(image):
+    assert "docker://host[:port]/name[:tag]" in one(environment(image=f"'{image}'")).hint
+
+
+def test_without_looking_for_images_a_manifest_is_read_without_them():
+    text = environment(image="oci:nowhere")
+    ucloud = parse(text, file="m", directory=Path("/"), images=False)
+    assert ucloud.environments[0].image == "oci:nowhere"
 
 
 def test_a_region_that_no_provider_has_is_refused():
@@ -246,10 +297,9 @@ def test_where_locates_a_field_of_a_manifest():
 def test_the_examples_are_right_but_for_their_images(tmp_path, name, environments):
     """Their images are built by scripts/up; here stand-ins are in their places."""
     web, machine = tmp_path / "build/examples/web", tmp_path / "build/examples/vm"
-    web.mkdir(parents=True)
+    oci.Layout(web).write()
     machine.mkdir()
-    for path in (web / "index.json", machine / "image.json"):
-        path.write_text("{}")
+    (machine / "image.json").write_text("{}")
     ucloud = parse((EXAMPLES / name).read_bytes(), file=name, directory=tmp_path / "examples")
     assert [item.name for item in ucloud.environments] == environments
     assert ucloud.environments[0].image == f"oci:{web}"

@@ -7,6 +7,7 @@ import pytest
 from supercloud.control.manifest import dump, parse
 from supercloud.model.errors import Invalid
 from supercloud.model.resources import GIB, MIB, Volume, VolumeUse
+from support import oci
 
 HEAD = """\
 apiVersion: supercloud.dev/v1
@@ -22,8 +23,7 @@ environments:
 
 @pytest.fixture
 def images(tmp_path):
-    (tmp_path / "web").mkdir()
-    (tmp_path / "web" / "index.json").write_text("{}")
+    oci.Layout(tmp_path / "web").write()
     (tmp_path / "disk.raw").write_bytes(b"\0")
     return tmp_path
 

@@ -118,8 +118,7 @@ def _manifest(path: str) -> dict[str, str]:
 def _ucloud(given: str) -> str:
     """The name of a U-Cloud that is given by name or by its manifest."""
     if os.sep in given or given.endswith((".yaml", ".yml")):
-        answer = client.call("POST", client.path("plan"), _manifest(given))
-        return str(answer["ucloud"])
+        return str(client.call("POST", client.path("name"), _manifest(given))["ucloud"])
     return given
 
 
@@ -178,7 +177,10 @@ def _await_ready(name: str, generation: int, arguments: argparse.Namespace) -> d
     with progress(as_json=arguments.json) as show:
         for view in _views(name, arguments.timeout):
             if view is None or view["generation"] > generation:
-                raise NotFound(f"{name} was changed or taken down by another command meanwhile")
+                raise NotFound(
+                    f"{name} was changed or taken down by another command meanwhile",
+                    hint="supercloud ps shows how it is now; supercloud up makes it as your file",
+                )
             show(view)
             if view["state"] == "ready":
                 return view

@@ -106,7 +106,10 @@ def _await_restored(
             show({"steps": [step for step in view["steps"] if step["subject"] in subjects]})
             restoring = client.get(path)["restoring"]
             if restoring and restoring != done["number"]:
-                raise BadState(f"{name} is being restored from another checkpoint meanwhile")
+                raise BadState(
+                    f"{name} is being restored from checkpoint {restoring} meanwhile",
+                    hint="another command asked for that; restore again when it is back",
+                )
             if not restoring and _is_up(view, name):
                 return
             _check_failed(view, name, before)

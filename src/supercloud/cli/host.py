@@ -155,7 +155,10 @@ def _wait_for_end(pid: int) -> None:
         except (FileNotFoundError, ProcessLookupError):
             return
         time.sleep(0.05)
-    raise BadState(f"process {pid} does not end within {STOP_TIMEOUT_S:g} s")
+    raise BadState(
+        f"process {pid} does not end within {STOP_TIMEOUT_S:g} s",
+        hint=f"see the host's log; kill -KILL {pid} ends it, then `supercloud-host stop` again",
+    )
 
 
 def _quota(

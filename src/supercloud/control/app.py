@@ -73,7 +73,9 @@ class ControlPlane:
         events = EventLog(store)
         default_convert = functools.partial(convert.in_process, cache=cache / "oci")
         packing = None if convert_image else convert.pack_in_process
-        images = Images(cache, convert_image or default_convert, packing)
+        looking = functools.partial(convert.look_in_process, cache=cache / "oci")
+        look = None if convert_image else looking
+        images = Images(cache, convert_image or default_convert, packing, look)
         agents = Agents(state, images, events, self._look_now, self.authority, self._trust)
         self.plane = Plane(
             state=state,

@@ -5,7 +5,7 @@ import contextlib
 
 from supercloud.control import schedule, views
 from supercloud.control.controllers.plane import Plane
-from supercloud.control.controllers.subjects import subject_of
+from supercloud.control.controllers.subjects import leaving, subject_of
 from supercloud.control.documents import CheckpointsDocument, checkpoints_key
 from supercloud.control.kept import TakeTask
 from supercloud.model.errors import BadState, Busy, NotFound, Temporary, Unsupported
@@ -66,7 +66,10 @@ class CheckpointService:
         def asked(fresh: CheckpointsDocument) -> None:
             _wanted(fresh)
             if schedule.waits(fresh):
-                raise Busy(f"a checkpoint of {name} was asked for already, and is not done")
+                raise Busy(
+                    f"a checkpoint of {name} was asked for already, and is not done",
+                    hint=f"supercloud checkpoints {ucloud}/{name} shows it when it is",
+                )
             fresh.task, fresh.failures = task, 0
 
         await self._plane.state.change(document, asked)
@@ -117,7 +120,7 @@ class CheckpointService:
 
 def _wanted(document: CheckpointsDocument) -> None:
     if document.deleting:
-        raise BadState(f"the checkpoints of {document.name} are being deleted")
+        raise leaving(document)
     if document.policy is None:
         raise BadState(
             f"no checkpoints are to be taken of {document.name} any more",

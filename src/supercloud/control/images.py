@@ -15,11 +15,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from supercloud.model.errors import Invalid, NotFound
+from supercloud.model.errors import Invalid, NotFound, UserError
 from supercloud.model.resources import Environment, split_image
 from supercloud.wire.messages import Blob, ImageRef, Process
 
@@ -30,6 +30,7 @@ CHUNK_BYTES = 4 << 20
 REGISTRY_FRESH_S = 10.0
 """For so long a registry's answer holds for the other EEs that ask."""
 MAX_APPEND_CHARS = 4096
+_HINT = "put it there, readable for the control plane, or change `image` in the manifest"
 QCOW2_MAGIC = b"QFI\xfb"
 
 
@@ -49,16 +50,25 @@ Pack = Callable[[Mapping[str, Path], Path], None]
 """Makes one erofs file of files under new names; blocking."""
 
 
+Look = Callable[[Sequence[str]], dict[str, UserError]]
+"""Those of the references that their registries do not give us, and why; blocking."""
+
+
 class Images:
     """Prepares images; the same image is prepared once, however many EEs run from it."""
 
-    def __init__(self, cache: Path, convert: Convert, pack: Pack | None = None) -> None:
-        """``cache`` is made if missing. Without ``pack`` kernel and initrd are blobs each."""
+    def __init__(
+        self, cache: Path, convert: Convert, pack: Pack | None = None, look: Look | None = None
+    ) -> None:
+        """``cache`` is made if missing. Without ``pack`` kernel and initrd are blobs each.
+
+        Without ``look`` nothing is known to be refused.
+        """
         self._blobs = cache / "blobs" / "sha256"
         self._blobs.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._known_path = cache / "known.json"
         self._known: dict[str, str] = _load(self._known_path)
-        self._convert, self._pack = convert, pack
+        self._convert, self._pack, self._look = convert, pack, look
         self._locks: dict[str, asyncio.Lock] = {}
         self._prepared: dict[str, tuple[float, ImageRef]] = {}
 
@@ -74,12 +84,18 @@ class Images:
         hexes = [blob.digest.removeprefix("sha256:") for blob in image.blobs.values()]
         return all((self._blobs / name).is_file() for name in hexes)
 
+    async def refused(self, references: Sequence[str]) -> dict[str, UserError]:
+        """Those that their registries do not have, or do not give us, and why."""
+        if not references or self._look is None:
+            return {}
+        return await asyncio.to_thread(self._look, references)
+
     async def prepare(self, environment: Environment, mark: str, progress: Progress) -> ImageRef:
         """The image of ``environment`` as blobs. Raises Invalid, NotFound, Temporary.
 
         ``mark`` (see :func:`mark_of`) tells apart what the same reference meant at other times.
         """
-        name = f"{environment.image} {mark}"
+        name = source_of(environment.image, mark)
         async with self._locks.setdefault(name, asyncio.Lock()):
             if known := self._known_as(name, forever=bool(mark)):
                 return known
@@ -176,6 +192,11 @@ def _identity(path: Path) -> str:
     return f"{path}:{status.st_size}:{status.st_mtime_ns}:{status.st_ino}"
 
 
+def source_of(reference: str, mark: str) -> str:
+    """What an image is made from: a reference, as of the time of its mark."""
+    return f"{reference} {mark}"
+
+
 def mark_of(reference: str) -> str:
     """What changes when the image that a local reference names does; "" for a registry's.
 
@@ -192,9 +213,10 @@ def mark_of(reference: str) -> str:
             files = [path / names["kernel"], path / names["initrd"], path / "image.json"]
         seen = [file.stat() for file in files if file.exists()]
     except OSError as error:
-        raise NotFound(f"the image {reference} cannot be read: {error.strerror}") from error
+        text = f"the image {reference} cannot be read: {error.strerror}"
+        raise NotFound(text, hint=_HINT) from error
     if not seen:
-        raise NotFound(f"there is no image {reference}")
+        raise NotFound(f"there is no image {reference}", hint=_HINT)
     about = [(item.st_size, item.st_mtime_ns, item.st_ino) for item in seen]
     return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
@@ -211,7 +233,10 @@ def kernel_files(directory: Path) -> dict[str, str]:
         names |= _described(description)
     for role in ("kernel", "initrd"):
         if not (directory / names[role]).is_file():
-            raise NotFound(f"{directory} has no {role}: {names[role]} is missing")
+            raise NotFound(
+                f"{directory} has no {role}: {names[role]} is missing",
+                hint="put it there, or name another file in image.json beside it",
+            )
     return names
 
 

@@ -95,7 +95,9 @@ def main(arguments: list[str]) -> int:
             logs.configure(given.log)
             asyncio.run(serve(given))
     except SupercloudError as error:
-        print(f"supercloud control plane: {error}", file=sys.stderr)
+        hint = getattr(error, "hint", "")
+        more = f"; what to do: {hint}" if hint else ""
+        print(f"supercloud control plane: {error}{more}", file=sys.stderr)
         code = error.code if isinstance(error, UserError) else "internal"
         return STATUS[code][1]
     except OSError as error:  # a directory or file of ours that cannot be used

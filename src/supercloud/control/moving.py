@@ -17,6 +17,7 @@ from supercloud.model.errors import Exists, Invalid
 
 ROWS, TOKENS, TRUST = "rows.jsonl", "tokens.key", "trust"
 MAX_MEMBER_BYTES = 256 << 20
+_HINT = "give --adopt the file that --export wrote, whole and unchanged"
 _MEMBER = re.compile(r"rows\.jsonl|tokens\.key|trust(/[A-Za-z0-9][A-Za-z0-9.-]{0,127}){1,2}")
 
 
@@ -49,7 +50,7 @@ async def adopt(state: Path, untrusted_file: Path) -> int:
         raise Exists(f"there is a state in {state}", hint="give an empty directory as --state")
     members = _members(untrusted_file)
     if ROWS not in members or TOKENS not in members:
-        raise Invalid(f"{untrusted_file} is not an export of a control plane")
+        raise Invalid(f"{untrusted_file} is not an export of a control plane", hint=_HINT)
     lines = members.pop(ROWS).decode("utf-8", "replace").splitlines()
     store = await SqliteStore.open(state / "adopting.db")
     try:
@@ -72,7 +73,9 @@ def _new(path: Path) -> IO[bytes]:
     try:
         return os.fdopen(os.open(path, flags, 0o600), "wb")
     except FileExistsError as error:
-        raise Exists(f"{path} is there already") from error
+        raise Exists(
+            f"{path} is there already", hint="give --export a file that is not there yet"
+        ) from error
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -87,11 +90,13 @@ def _members(path: Path) -> dict[str, bytes]:
         with tarfile.open(path, mode="r:") as tar:
             for info in tar:
                 if not info.isreg() or not _MEMBER.fullmatch(info.name) or ".." in info.name:
-                    raise Invalid(f"{path} holds {info.name!r:.100}, which is no part of an export")
+                    found_text = f"{path} holds {info.name!r:.100}"
+                    raise Invalid(f"{found_text}, which is no part of an export", hint=_HINT)
                 if info.size > MAX_MEMBER_BYTES:
-                    raise Invalid(f"{path}: {info.name} is larger than {MAX_MEMBER_BYTES} bytes")
+                    large = f"{info.name} is larger than {MAX_MEMBER_BYTES} bytes"
+                    raise Invalid(f"{path}: {large}", hint=_HINT)
                 file = tar.extractfile(info)
                 found[info.name] = file.read() if file else b""
     except (tarfile.TarError, EOFError) as error:
-        raise Invalid(f"{path} is not an export: {error}") from error
+        raise Invalid(f"{path} is not an export: {error}", hint=_HINT) from error
     return found

@@ -7,6 +7,7 @@ from dataclasses import replace
 from supercloud.control import specs
 from supercloud.control.checkpoints import CheckpointService
 from supercloud.control.controllers.access import verify
+from supercloud.control.controllers.learning import halted
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.desire import Decision, Move
 from supercloud.control.documents import (
@@ -91,15 +92,22 @@ class RestoreService:
             raise Invalid("is for environments: a platform is restored where it was", where="to")
         platform = await self._plane.state.platform(owner.name, document.name)
         if platform is None or platform.deleting or document.name not in owner.platforms:
-            raise BadState(f"there is no platform {document.name} any more")
+            raise BadState(
+                f"there is no platform {document.name} any more",
+                hint=f"supercloud inspect {owner.name} lists the platforms there are",
+            )
         if kept.shape != specs.platform_shape(platform):
             raise _other(document, kept)
-        await self._volumes(owner, kept, to)
-        await self._reachable(owner, platform, kept)
+        await self._volumes(owner, document, kept, to)
+        await self._reachable(owner, platform, document, kept)
         return platform
 
     async def _reachable(
-        self, owner: UCloudDocument, platform: PlatformDocument, kept: KeptCheckpoint
+        self,
+        owner: UCloudDocument,
+        platform: PlatformDocument,
+        document: CheckpointsDocument,
+        kept: KeptCheckpoint,
     ) -> None:
         """Whether its volumes are where it is, and nobody's elsewhere."""
         place = (platform.wish.provider.name, platform.wish.host)
@@ -108,14 +116,16 @@ class RestoreService:
             if volume is not None and (volume.provider.name, volume.host) != place:
                 raise Unsupported(
                     f"checkpoint {kept.sequence} goes back with volume {name}, which is on host "
-                    f"{volume.host} of {volume.provider.name} by now"
+                    f"{volume.host} of {volume.provider.name} by now",
+                    hint=_another(document),
                 )
         for item in await self._plane.state.environments(owner.name):
             shared = {use.name for use in item.spec.volumes} & kept.snapshots.keys()
             if shared and item.assignment.platform != platform.name and not item.deleting:
                 raise BadState(
                     f"checkpoint {kept.sequence} goes back with volume {min(shared)}, which "
-                    f"{item.name} uses on {item.assignment.platform}"
+                    f"{item.name} uses on {item.assignment.platform}",
+                    hint=f"take {item.name} out of the manifest, and supercloud up; then restore",
                 )
 
     async def _restorable(
@@ -130,10 +140,13 @@ class RestoreService:
                 hint="put it into the manifest as it was, and supercloud up",
             )
         if item.ready is None or not item.current:
-            raise BadState(f"environment {name} is being changed; try again")
+            raise BadState(
+                f"environment {name} is being changed",
+                hint="restore it when supercloud ps shows it running or serving",
+            )
         if kept.shape != specs.shape_of(item.ready):
             raise _other(document, kept)
-        await self._volumes(owner, kept, to)
+        await self._volumes(owner, document, kept, to)
         return item
 
     async def _environment(
@@ -146,22 +159,27 @@ class RestoreService:
             place = _back(owner, name, kept)
             return await self._store(owner, name, restore, place), place.platform
         if to not in {entry.name for entry in owner.spec.providers}:
-            raise NotFound(f"the manifest of {owner.name} has no provider {to}")
+            there = ", ".join(entry.name for entry in owner.spec.providers)
+            hint = f"one of {there}"
+            raise NotFound(f"the manifest of {owner.name} has no provider {to}", hint=hint)
         decision = await self._decide(owner, {name: Move(to, _free(owner, name, kept))})
         place = decision.assignments[name]
         return await self._store(owner, name, restore, place, decision), place.platform
 
-    async def _volumes(self, owner: UCloudDocument, kept: KeptCheckpoint, to: str) -> None:
+    async def _volumes(
+        self, owner: UCloudDocument, document: CheckpointsDocument, kept: KeptCheckpoint, to: str
+    ) -> None:
         """Whether the volumes can go back to it, too."""
         for name, snapshot in kept.snapshots.items():
             volume = await self._plane.state.volume(owner.name, name)
             if volume is None or volume.deleting or snapshot not in volume.snapshots:
                 raise BadState(
                     f"checkpoint {kept.sequence} needs its snapshot of volume {name}, "
-                    "which is not there any more"
+                    "which is not there any more",
+                    hint=_another(document),
                 )
             if volume.halted:
-                raise BadState(f"volume {name} is halted: {volume.halted}")
+                raise halted(volume)
             if to not in ("", volume.provider.name):
                 raise Unsupported(
                     f"checkpoint {kept.sequence} goes back with volume {name}, whose snapshot is "
@@ -181,7 +199,10 @@ class RestoreService:
 
         def decided(fresh: UCloudDocument) -> None:
             if fresh.generation != expected or fresh.deleting:
-                raise Busy(f"U-Cloud {owner.name} is being changed by others; try again")
+                raise Busy(
+                    f"U-Cloud {owner.name} is being changed by others",
+                    hint="restore again when their command is done",
+                )
             if decision is not None:
                 fresh.platforms, fresh.assignments = decision.platforms, decision.assignments
                 fresh.volumes, fresh.store = decision.volumes, decision.store
@@ -225,6 +246,10 @@ def _chosen(document: CheckpointsDocument, number: int) -> KeptCheckpoint:
             return kept
     there = ", ".join(str(kept.sequence) for kept in document.kept)
     raise NotFound(f"there is no checkpoint {number} of {name}", hint=f"there are {there}")
+
+
+def _another(document: CheckpointsDocument) -> str:
+    return f"choose another one: supercloud checkpoints {document.ucloud}/{document.name}"
 
 
 def _other(document: CheckpointsDocument, kept: KeptCheckpoint) -> BadState:

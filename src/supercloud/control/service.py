@@ -15,6 +15,7 @@ from supercloud.control.documents import StoreWish, UCloudDocument, VolumeWish, 
 from supercloud.control.fits import at_its_place, check_sizes
 from supercloud.control.images import mark_of
 from supercloud.control.kept import Restore
+from supercloud.control.looking import check_registries
 from supercloud.control.manifest import parse
 from supercloud.control.offers import Offer
 from supercloud.control.plan import plan
@@ -77,8 +78,7 @@ class Service:
 
     async def plan(self, asked: Manifest, may: May = anything) -> api.Plan:
         """What ``up`` would do. ``may`` raises Denied for a U-Cloud that is not the caller's."""
-        spec = await self._parsed(asked)
-        may(spec.name)
+        spec = await self._checked(asked, may)
         offers, marks = await self._offers(spec), await self._marks(spec)
         before = await self._plane.state.ucloud(spec.name)
         taken, kept = await self._taken(spec.name), await self._kept(spec.name, before, offers)
@@ -87,8 +87,7 @@ class Service:
 
     async def up(self, asked: Manifest, may: May = anything) -> api.Applied:
         """Store the wish and the decision for it; the reconcilers do the rest."""
-        spec = await self._parsed(asked)
-        may(spec.name)
+        spec = await self._checked(asked, may)
         offers, marks = await self._offers(spec), await self._marks(spec)
         async with self._deciding:
             for _ in range(TRIES):
@@ -103,7 +102,10 @@ class Service:
                 self._look(ucloud_key(spec.name), 0.0)
                 done = _planned(decision, before, offers, kept)
                 return api.Applied(ucloud=spec.name, generation=document.generation, plan=done)
-        raise Busy(f"U-Cloud {spec.name} is being changed by others; try again")
+        raise Busy(
+            f"U-Cloud {spec.name} is being changed by others",
+            hint="supercloud up again when their command is done",
+        )
 
     async def down(self, name: str) -> api.UCloudView:
         """The desired state is absence; volumes and buckets with data are kept."""
@@ -159,11 +161,26 @@ class Service:
         taken, kept = await self._taken(before.name), await self._kept(before.name, before, offers)
         return _decided(asked, before.spec, offers, before, taken, before.marks, kept, moves)
 
-    async def _parsed(self, asked: Manifest) -> UCloud:
+    async def name(self, asked: Manifest, may: May = anything) -> api.Named:
+        """The U-Cloud that a manifest is of, whether its images are there or not."""
+        spec = await self._parsed(asked, images=False)
+        may(spec.name)
+        return api.Named(ucloud=spec.name)
+
+    async def _checked(self, asked: Manifest, may: May) -> UCloud:
+        """With all refused that can be without asking its providers."""
+        spec = await self._parsed(asked)
+        may(spec.name)
+        await check_registries(self._plane, spec, asked.manifest, asked.file)
+        return spec
+
+    async def _parsed(self, asked: Manifest, *, images: bool = True) -> UCloud:
         directory = Path(asked.directory)
         if not directory.is_absolute():
             raise Invalid("is not an absolute path", where="directory")
-        return await asyncio.to_thread(parse, asked.manifest, file=asked.file, directory=directory)
+        return await asyncio.to_thread(
+            parse, asked.manifest, file=asked.file, directory=directory, images=images
+        )
 
     async def _store(
         self, decision: Decision, before: UCloudDocument | None, asked: Manifest

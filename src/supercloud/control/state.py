@@ -124,7 +124,9 @@ class State:
         while True:
             row = await self.store.get(key)
             if row is None:
-                raise NotFound(f"{key} is gone")
+                raise NotFound(
+                    f"{key} is gone", hint="supercloud ps and supercloud volumes show what there is"
+                )
             fresh = load(type(document), key, row.value)
             mutate(fresh)
             value = dump(fresh)

@@ -450,5 +450,7 @@ def _error(
             return error
     for item in environments:
         if item.state == "failed":
-            return to_wire(BadState(f"environment {item.name} failed: {item.reason}"))
+            hint = f"supercloud logs {item.ucloud}/{item.name} prints what it said"
+            failed = BadState(f"environment {item.name} failed: {item.reason}", hint=hint)
+            return to_wire(failed)
     return None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from supercloud.control import held, seals, views
 from supercloud.control.controllers.access import rewrap, wrapped_in
-from supercloud.control.controllers.learning import waits
+from supercloud.control.controllers.learning import halted, in_use, waits
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.controllers.record import whole_at
 from supercloud.control.documents import (
@@ -121,7 +121,12 @@ class VolumeService:
             volume = await self._volume(ucloud, name)
             now = volume.task
             if now is None or now.id != task.id or volume.halted:
-                raise BadState(volume.halted or f"volume {name} was changed by others meanwhile")
+                if volume.halted:
+                    raise halted(volume)
+                raise BadState(
+                    f"volume {name} was changed by others meanwhile",
+                    hint=f"supercloud volumes inspect {ucloud}/{name} says how it is now",
+                )
             if now.done:
                 if now.error:
                     raise from_wire(now.error)
@@ -190,7 +195,10 @@ class VolumeService:
         volumes = await self._plane.state.volumes(ucloud)
         store = await self._plane.state.store_document(ucloud)
         if not volumes and store is None:
-            raise NotFound(f"U-Cloud {ucloud} has no volumes and no buckets")
+            raise NotFound(
+                f"U-Cloud {ucloud} has no volumes and no buckets",
+                hint="supercloud volumes and supercloud buckets list those there are",
+            )
         keys = self._plane.keys(ucloud)
         keys.rotate()
 
@@ -231,30 +239,42 @@ def _check_task(volume: VolumeDocument, task: Task) -> None:
             "when their checkpoint does",
         )
     if volume.deleting:
-        raise BadState(f"volume {volume.name} is being deleted")
+        raise BadState(
+            f"volume {volume.name} is being deleted",
+            hint="supercloud volumes lists it until it is gone; supercloud up makes a new one then",
+        )
     if volume.halted:
-        raise BadState(f"volume {volume.name} is halted: {volume.halted}")
+        raise halted(volume)
     if waits(volume.task):
-        raise Busy(f"volume {volume.name}: a {volume.task and volume.task.what} is under way")
+        raise Busy(
+            f"volume {volume.name}: a {volume.task and volume.task.what} is under way",
+            hint="again, when that is done",
+        )
     if what == "backup":
         if volume.spec.backup is None:
             hint = "say so in the manifest: volumes[].backup: {of: NAME}"
             raise BadState(f"volume {volume.name} is a backup of nothing", hint=hint)
         return
     if not volume.seal.root:
-        raise BadState(f"volume {volume.name} was never opened yet")
-    if volume.spec.format != "qcow2":
-        raise BadState(f"volume {volume.name} is {volume.spec.format}: only qcow2 has snapshots")
-    if what == "revert" and volume.platform:
         raise BadState(
-            f"volume {volume.name} is in use: nothing is reverted under that",
-            hint=f"supercloud down {volume.ucloud}, revert, then up again",
+            f"volume {volume.name} was never opened yet",
+            hint="there is nothing in it: it is opened when an environment first uses it",
         )
+    if volume.spec.format != "qcow2":
+        raise BadState(
+            f"volume {volume.name} is {volume.spec.format}: only qcow2 has snapshots",
+            hint="say `format: qcow2` of a new volume, and copy what is in this one there",
+        )
+    if what == "revert" and volume.platform:
+        raise in_use(volume)
 
 
 def _check_accept(volume: VolumeDocument, root: str) -> None:
     if not volume.halted:
-        raise BadState(f"volume {volume.name} is {volume.state}: there is nothing to accept")
+        raise BadState(
+            f"volume {volume.name} is {volume.state}: there is nothing to accept",
+            hint="only a halted volume waits for that; supercloud volumes inspect tells",
+        )
     found = volume.found
     if found is None:
         return

@@ -369,6 +369,13 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Named:
+    """``POST /v1/name``: the U-Cloud that a manifest is of."""
+
+    ucloud: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Applied:
     """``POST /v1/up``: the desired state is stored; it is being worked on."""
 

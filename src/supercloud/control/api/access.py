@@ -16,6 +16,7 @@ from supercloud.trust.tls import identity_in
 _UCRED = struct.Struct("3i")
 _SO_PEERGROUPS = 59
 _MAX_GROUPS = 65536
+_CERTIFICATE = f"show one of the role {CONTROL} under the U-Cloud's root, or use the unix socket"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,10 @@ class Caller:
     def may(self, ucloud: str) -> None:
         """Denied unless ``ucloud`` is theirs."""
         if self.scope and self.scope != ucloud:
-            raise Denied(f"{self.name} may use U-Cloud {self.scope} only, not {ucloud}")
+            raise Denied(
+                f"{self.name} may use U-Cloud {self.scope} only, not {ucloud}",
+                hint=f"use a certificate of {ucloud}",
+            )
 
 
 class Access:
@@ -54,7 +58,10 @@ class Access:
         _, uid, gid = _UCRED.unpack(credentials)
         if uid in self._uids or (self._gid is not None and self._gid in _groups(sock, gid)):
             return Caller(f"uid/{uid}")
-        raise Denied(f"uid {uid} may not use the control plane of uid {os.getuid()}")
+        raise Denied(
+            f"uid {uid} may not use the control plane of uid {os.getuid()}",
+            hint="set SUPERCLOUD_SOCKET to your own, or have this one started with --socket-group",
+        )
 
 
 def _groups(sock: socket.socket, gid: int) -> set[int]:
@@ -64,8 +71,10 @@ def _groups(sock: socket.socket, gid: int) -> set[int]:
 
 def _holder(certificate: object) -> Caller:
     if not certificate:
-        raise Denied("a client certificate is needed")
+        raise Denied("a client certificate is needed", hint=_CERTIFICATE)
     identity: Identity = identity_in(certificate)
     if identity.role != CONTROL:
-        raise Denied(f"{identity} has the role {identity.role}, needed is {CONTROL}")
+        raise Denied(
+            f"{identity} has the role {identity.role}, needed is {CONTROL}", hint=_CERTIFICATE
+        )
     return Caller(str(identity), identity.ucloud)

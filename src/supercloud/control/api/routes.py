@@ -119,6 +119,8 @@ class Routes:
         self.all = (
             Route(method="POST", path="/v1/plan", params=Manifest, result=api.Plan,
                   handle=self._plan, doc="what `up` would change"),
+            Route(method="POST", path="/v1/name", params=Manifest, result=api.Named,
+                  handle=self._name, doc="the U-Cloud that a manifest is of"),
             Route(method="POST", path="/v1/up", params=Manifest, result=api.Applied,
                   handle=self._up, doc="store the wish; it is worked on from then on"),
             Route(method="POST", path="/v1/uclouds/{ucloud}/down", result=api.UCloudView,
@@ -200,6 +202,9 @@ class Routes:
 
     async def _plan(self, asked: Asked[Manifest]) -> api.Plan:
         return await self.service.plan(asked.params, asked.caller.may)
+
+    async def _name(self, asked: Asked[Manifest]) -> api.Named:
+        return await self.service.name(asked.params, asked.caller.may)
 
     async def _up(self, asked: Asked[Manifest]) -> api.Applied:
         return await self.service.up(asked.params, asked.caller.may)

@@ -110,7 +110,9 @@ class Server:
         at = dict(request.match_info)
         for name, value in at.items():
             if len(value) > 128:
-                raise NotFound(f"there is no {name} of that name")
+                raise NotFound(
+                    f"there is no {name} of that name", hint="no name has over 128 characters"
+                )
         if "ucloud" in at:
             caller.may(at["ucloud"])
         asked = Asked(request, caller, await params_of(route, request), at)
@@ -124,7 +126,8 @@ class Server:
             self._access.caller(request)
         except SupercloudError as error:
             return _refusal(error)
-        return _refusal(NotFound(f"there is no {request.method} {request.path[:200]}"))
+        hint = "supercloud version shows whether this control plane is older than who asks"
+        return _refusal(NotFound(f"there is no {request.method} {request.path[:200]}", hint=hint))
 
     # -- TCP
 

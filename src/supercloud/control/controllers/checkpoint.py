@@ -18,7 +18,7 @@ from supercloud.control.controllers import access
 from supercloud.control.controllers.hostcalls import HostCalls
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.controllers.standstill import Standstill, look_at_volumes
-from supercloud.control.controllers.subjects import Subject, subject_of
+from supercloud.control.controllers.subjects import Subject, leaving, subject_of
 from supercloud.control.documents import (
     CheckpointsDocument,
     StoreDocument,
@@ -90,7 +90,9 @@ class CheckpointController:
         def settled(fresh: CheckpointsDocument) -> None:
             if fresh.policy is None:
                 _move(fresh, "kept")
-                _answer(fresh, BadState(f"{fresh.name} is to have no checkpoints any more"))
+                hint = "say `checkpoint: {}` of it in the manifest, and supercloud up"
+                text = f"{fresh.name} is to have no checkpoints any more"
+                _answer(fresh, BadState(text, hint=hint))
             elif fresh.state in ("taking", "kept"):
                 _move(fresh, "waiting")
             fresh.snapshot = ""
@@ -230,7 +232,7 @@ class CheckpointController:
         def going(fresh: CheckpointsDocument) -> None:
             _move(fresh, "deleting")
             fresh.deleting = True
-            _answer(fresh, BadState(f"the checkpoints of {fresh.name} are being deleted"))
+            _answer(fresh, leaving(fresh))
 
         if not document.steps:  # none was ever begun
             await self._forget([document], [])

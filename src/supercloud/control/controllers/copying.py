@@ -126,9 +126,15 @@ class Copying:
         source = await self._plane.state.volume(volume.ucloud, name)
         gone = source is None or (source.deleting and not is_under_way(volume))
         if source is None or gone or source.halted:
-            raise BadState(f"volume {volume.name} is to be a copy of {name}, which cannot be read")
+            raise BadState(
+                f"volume {volume.name} is to be a copy of {name}, which cannot be read",
+                hint=f"supercloud volumes inspect {volume.ucloud}/{name} says why, if it is there",
+            )
         if (source.provider.name, source.host) != (volume.provider.name, volume.host):
-            raise BadState(f"volume {volume.name} is not on the host of {name}")
+            raise BadState(
+                f"volume {volume.name} is not on the host of {name}",
+                hint="a new volume is made there: give the copy another name in the manifest",
+            )
         return source
 
     async def _begun(self, volume: VolumeDocument, number: int) -> VolumeDocument:

@@ -17,6 +17,7 @@ from supercloud.control.documents import (
     step_end,
     ucloud_key,
 )
+from supercloud.control.images import source_of
 from supercloud.model.errors import Temporary, Unsupported
 from supercloud.model.events import Severity
 from supercloud.model.states import ENVIRONMENT, observed
@@ -191,7 +192,7 @@ def _wish(document: EnvironmentDocument) -> object:
 
 
 def _source(document: EnvironmentDocument) -> str:
-    return f"{document.spec.image} {document.mark}"
+    return source_of(document.spec.image, document.mark)
 
 
 def _seen(

@@ -54,7 +54,10 @@ class HostCalls:
         provider = self._plane.pool.get(ucloud, entry)
         if provider.volumes is None:
             reason = (await provider.features()).get("volumes", "")
-            raise Unsupported(f"provider {entry.name} has no volumes: {reason}")
+            raise Unsupported(
+                f"provider {entry.name} has no volumes: {reason}",
+                hint="put what uses them at another one: placement.provider",
+            )
         return provider.volumes
 
     async def act(self, volume: VolumeDocument, what: str, call: Call) -> VolumeDocument:

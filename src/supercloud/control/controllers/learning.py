@@ -45,7 +45,26 @@ def take(volume: VolumeDocument, status: VolumeStatus) -> None:
     volume.opened = status.state not in ("closed", "gone")
     volume.reason, volume.error = status.reason, None
     if status.state == "failed":
-        volume.error = to_wire(BadState(f"volume {volume.name} failed: {status.reason}"))
+        hint = f"supercloud events -u {volume.ucloud} tells what its host met"
+        failed = BadState(f"volume {volume.name} failed: {status.reason}", hint=hint)
+        volume.error = to_wire(failed)
+
+
+def in_use(volume: VolumeDocument) -> BadState:
+    """What is said to who wants it reverted meanwhile."""
+    return BadState(
+        f"volume {volume.name} is in use: nothing is reverted under that",
+        hint=f"supercloud down {volume.ucloud}, revert, then up again",
+    )
+
+
+def halted(volume: VolumeDocument) -> BadState:
+    """What is said to who asks something of one that is."""
+    name = f"{volume.ucloud}/{volume.name}"
+    return BadState(
+        f"volume {volume.name} is halted: {volume.halted}",
+        hint=f"supercloud volumes inspect {name}, then supercloud volumes accept {name}",
+    )
 
 
 def halt(volume: VolumeDocument, message: str, found: Seal | None) -> None:

@@ -141,7 +141,10 @@ class PlatformController:
         for kept in there.kept if there is not None else ():
             if kept.sequence == platform.restore.sequence:
                 return kept
-        raise NotFound(f"platform {platform.name} has no checkpoint {platform.restore.sequence}")
+        raise NotFound(
+            f"platform {platform.name} has no checkpoint {platform.restore.sequence}",
+            hint=f"supercloud checkpoints {platform.ucloud}/{platform.name} lists those there are",
+        )
 
     async def _image(self, platform: PlatformDocument) -> str:
         """The L1 image of the wish, or the host's own when it does not hold that one any more."""

@@ -6,6 +6,7 @@ down before: what is seen of them meanwhile is not taken for an attachment of an
 """
 
 from supercloud.control import held
+from supercloud.control.controllers.learning import halted
 from supercloud.control.controllers.plane import Plane
 from supercloud.control.documents import PlatformDocument, VolumeDocument, volume_key
 from supercloud.model.errors import BadState, NotFound, Temporary
@@ -60,11 +61,15 @@ def is_of(volume: VolumeDocument, platform: PlatformDocument) -> bool:
 
 async def _volume(plane: Plane, platform: PlatformDocument, name: str) -> VolumeDocument:
     volume = await plane.state.volume(platform.ucloud, name)
+    hint = f"choose another one: supercloud checkpoints {platform.ucloud}/{platform.name}"
     if volume is None or volume.deleting:
-        raise NotFound(f"the checkpoint needs volume {name}, which is not there any more")
+        raise NotFound(
+            f"the checkpoint needs volume {name}, which is not there any more", hint=hint
+        )
     if volume.halted:
-        raise BadState(f"volume {name} is halted: {volume.halted}")
+        raise halted(volume)
     wish = platform.wish
     if (volume.provider.name, volume.host) != (wish.provider.name, wish.host):
-        raise BadState(f"the checkpoint needs volume {name}, which is on host {volume.host} by now")
+        where = f"on host {volume.host} by now"
+        raise BadState(f"the checkpoint needs volume {name}, which is {where}", hint=hint)
     return volume

@@ -71,7 +71,10 @@ class Standstill:
         volume = await self._plane.state.volume(platform.ucloud, name)
         here = (platform.name, platform.incarnation)
         if volume is None or volume.halted or (volume.platform, volume.incarnation) != here:
-            raise BadState(f"volume {name} is not attached to {platform.name}")
+            raise BadState(
+                f"volume {name} is not attached to {platform.name}",
+                hint=f"supercloud volumes inspect {platform.ucloud}/{name} says how it is",
+            )
         return volume
 
     async def _one(self, volume: VolumeDocument) -> None:

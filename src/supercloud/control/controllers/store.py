@@ -340,7 +340,10 @@ class StoreController:
         provider = self._plane.pool.get(store.ucloud, store.provider)
         if provider.objects is None:
             reason = (await provider.features()).get("objects", "")
-            raise Unsupported(f"provider {store.provider.name} has no object stores: {reason}")
+            raise Unsupported(
+                f"provider {store.provider.name} has no object stores: {reason}",
+                hint="buckets and checkpoints need a provider of the kind lower_layer with one",
+            )
         return provider.objects
 
     async def _change(

@@ -39,13 +39,26 @@ async def subject_of(plane: Plane, document: CheckpointsDocument) -> Subject:
     return await _environment(plane, document)
 
 
+def leaving(document: CheckpointsDocument) -> BadState:
+    """What is said to who wants one although they are being deleted."""
+    return BadState(
+        f"the checkpoints of {document.name} are being deleted",
+        hint="again, when supercloud checkpoints does not list them any more",
+    )
+
+
 async def _environment(plane: Plane, document: CheckpointsDocument) -> Subject:
     name = document.name
     item = await plane.state.environment(document.ucloud, name)
     if item is None or item.deleting:
-        raise BadState(f"environment {name} is not there")
+        raise BadState(
+            f"environment {name} is not there", hint="put it into the manifest, and supercloud up"
+        )
     if item.ready is None or not item.current or specs.restoring(item):
-        raise BadState(f"environment {name} is being made: it is {item.state}")
+        raise BadState(
+            f"environment {name} is being made: it is {item.state}",
+            hint="again, when supercloud ps shows it running or serving",
+        )
     if item.state not in UP:
         raise BadState(f"environment {name} is {item.state}", hint="supercloud ps")
     platform = await plane.state.platform(document.ucloud, item.ready_on)
@@ -67,12 +80,18 @@ async def _platform(plane: Plane, document: CheckpointsDocument) -> Subject:
     name = document.name
     platform = await plane.state.platform(document.ucloud, name)
     if platform is None or platform.deleting:
-        raise BadState(f"platform {name} is not there")
+        raise BadState(
+            f"platform {name} is not there",
+            hint=f"supercloud inspect {document.ucloud} lists the platforms",
+        )
     if platform.state != "ready":
         raise BadState(f"platform {name} is {platform.state}", hint="supercloud inspect")
     checkpoints = plane.pool.get(document.ucloud, platform.wish.provider).checkpoints
     if checkpoints is None:
-        raise Unsupported(f"provider {platform.wish.provider.name} takes no checkpoints")
+        raise Unsupported(
+            f"provider {platform.wish.provider.name} takes no checkpoints",
+            hint="say `checkpoint: {}` of environments instead: a platform's agent takes theirs",
+        )
     host = platform.wish.host
     return Subject(
         uid=f"i{platform.incarnation}",

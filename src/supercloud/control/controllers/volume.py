@@ -331,7 +331,7 @@ class VolumeController:
         error: dict[str, Any] | None = None
         try:
             if task.what == "revert" and volume.platform:
-                raise BadState(f"volume {volume.name} is in use: nothing is reverted under that")
+                raise learning.in_use(volume)
             volume = await self._act(
                 volume,
                 task.what,

@@ -9,7 +9,9 @@ All problems are collected (``problems``) and raised together, each with ``file:
 field path. ``docs`` and ``schema`` are generated from the same declarations.
 """
 
+import functools
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,25 +19,30 @@ from typing import Any
 from supercloud.control.manifest import checks
 from supercloud.control.manifest.decode import BAD, decode_top
 from supercloud.control.manifest.dump import dump
-from supercloud.control.manifest.images import located
+from supercloud.control.manifest.images import located, look
 from supercloud.control.manifest.problems import Problems, nearest
 from supercloud.control.manifest.tree import MAX_BYTES, read_tree
+from supercloud.model.errors import UserError
 from supercloud.model.resources import DEFAULT_NETWORK, Network, UCloud
 
-__all__ = ["MAX_BYTES", "dump", "parse", "where"]
+__all__ = ["MAX_BYTES", "dump", "parse", "refuse", "where"]
 
 
-def parse(untrusted_text: str | bytes, *, file: str, directory: Path) -> UCloud:
+def parse(
+    untrusted_text: str | bytes, *, file: str, directory: Path, images: bool = True
+) -> UCloud:
     """The U-Cloud that a manifest describes, complete (see ``model.resources``).
 
-    ``file`` is its name in messages; paths in it are relative to ``directory``. Raises Invalid or
+    ``file`` is its name in messages; paths in it are relative to ``directory``; without ``images``
+    it does not matter whether they are there. Raises Invalid or
     Unsupported with ``where`` and, in ``details["errors"]``, all that is wrong: a list of
     ``{"where", "message", "hint"}``.
     """
     problems = Problems(file)
     values = decode_top(read_tree(untrusted_text, file=file), problems)
     checks.check(values, problems)
-    values["environments"] = _located(values.get("environments", BAD), directory, problems)
+    if images:
+        values["environments"] = _located(values.get("environments", BAD), directory, problems)
     problems.raise_if_any()
     return _complete(UCloud(**values))
 
@@ -50,6 +57,15 @@ def where(text: str | bytes, *, file: str, path: str) -> str:
     path = _by_index(path, problems)
     node = nearest(problems.marks, path)
     return f"{file}:{node.line}:{node.column} {path}"
+
+
+def refuse(text: str | bytes, *, file: str, errors: Mapping[str, UserError]) -> None:
+    """Raise what was found out of fields, by path, of a manifest that has been parsed before."""
+    problems = Problems(file)
+    decode_top(read_tree(text, file=file), problems)
+    for path, error in errors.items():
+        problems.at_path(path, error.message, hint=error.hint, kind=type(error))
+    problems.raise_if_any()
 
 
 def _by_index(path: str, problems: Problems) -> str:
@@ -67,9 +83,9 @@ def _by_index(path: str, problems: Problems) -> str:
 def _located(environments: Any, directory: Path, problems: Problems) -> Any:
     if environments is BAD:
         return BAD
-    base = Path(os.path.abspath(directory))
+    base, once = Path(os.path.abspath(directory)), functools.cache(look)
     return [
-        item if item is BAD else located(item, f"environments[{index}].image", base, problems)
+        item if item is BAD else located(item, f"environments[{index}].image", base, problems, once)
         for index, item in enumerate(environments)
     ]
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from supercloud.control.manifest.problems import Problems
+from supercloud.model.errors import Unsupported
 from supercloud.model.resources import Environment, Volume
 
 
@@ -24,7 +25,7 @@ def check(
             )
             path = f"environments[{index}].checkpoint"
             hint = "use a volume of format qcow2, or read_only: true, or take no checkpoints of it"
-            problems.at_path(path, message, hint=hint, unsupported=True)
+            problems.at_path(path, message, hint=hint, kind=Unsupported)
     using = [(item.name, use.name) for _, item in environments for use in item.volumes]
     using = [(name, volume) for name, volume in using if volume in raw]
     if using and platforms:
@@ -34,4 +35,4 @@ def check(
             "snapshots"
         )
         hint = "use a volume of format qcow2, or take checkpoints of the environments"
-        problems.at_path("platform.checkpoint", message, hint=hint, unsupported=True)
+        problems.at_path("platform.checkpoint", message, hint=hint, kind=Unsupported)

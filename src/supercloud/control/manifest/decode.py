@@ -11,6 +11,7 @@ from supercloud.control.manifest.problems import Problems, did_you_mean, listed
 from supercloud.control.manifest.tree import Node, shown
 from supercloud.model import durations
 from supercloud.model.durations import format_duration, parse_duration
+from supercloud.model.errors import Unsupported
 from supercloud.model.resources import API_VERSION, KIND, RESERVED, Environment, Port, UCloud
 from supercloud.model.rules import Rule, manifest_key, rule_of
 from supercloud.model.sizes import WANTED, format_size, parse_size
@@ -95,7 +96,7 @@ def _plain(doc: str) -> str:
 def _unknown(cls: Any, key: str, node: Node, path: str, problems: Problems) -> None:
     if key in RESERVED and cls in (UCloud, Environment):
         message = f"{key!r} is reserved for a later version, and not supported yet"
-        problems.at(node, path, message, hint="remove it", unsupported=True)
+        problems.at(node, path, message, hint="remove it", kind=Unsupported)
         return
     allowed = [manifest_key(field) for field in fields(cls)]
     message = f"found the unknown field {shown(key)}, allowed are {_keys(cls)}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from supercloud.control.manifest.tree import Node
-from supercloud.model.errors import Invalid, Unsupported
+from supercloud.model.errors import Invalid, UserError
 
 MAX_NOTED = 1000
 MAX_SHOWN = 100
@@ -21,7 +21,7 @@ class Problem:
     path: str
     message: str
     hint: str = ""
-    unsupported: bool = False
+    kind: type[UserError] = Invalid
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class Problems:
         self.at(nearest(self.marks, path), path, message, **more)
 
     def raise_if_any(self) -> None:
-        """Raise Invalid (Unsupported, if all are of words reserved for later) with all problems."""
+        """Raise all problems at once: as what they all are, else as Invalid."""
         if self.found:
             self._raise()
 
@@ -53,7 +53,8 @@ class Problems:
         ordered = sorted(self.found, key=lambda problem: (problem.line, problem.column))
         errors = [self._described(problem) for problem in ordered[:MAX_SHOWN]]
         first = errors[0]
-        kind = Unsupported if all(p.unsupported for p in ordered) else Invalid
+        kinds = {problem.kind for problem in ordered}
+        kind = kinds.pop() if len(kinds) == 1 else Invalid
         raise kind(
             first["message"],
             where=first["where"],

@@ -10,6 +10,7 @@ from supercloud.control.store.base import Store
 from supercloud.model.errors import Exists, Invalid
 
 FORMAT = 1
+_HINT = "export again: this file was cut or changed"
 LEFT_OUT = ("lease/",)  # a lease is somebody's who is not here
 
 
@@ -44,10 +45,13 @@ def _parse(lines: list[str]) -> dict[str, bytes]:
         header, *bodies = [json.loads(line) for line in lines if line.strip()]
         rows = {str(body["key"]): base64.b64decode(body["value"], validate=True) for body in bodies}
         if header["format"] != FORMAT:
-            raise Invalid(f"an export of format {header['format']!r:.20}; known is {FORMAT}")
+            raise Invalid(
+                f"an export of format {header['format']!r:.20}; known is {FORMAT}",
+                hint="adopt it with the version of supercloud that wrote it",
+            )
         wanted = header["rows"]
     except (ValueError, KeyError, TypeError, binascii.Error) as error:
-        raise Invalid("these lines are not an export of a store") from error
+        raise Invalid("these lines are not an export of a store", hint=_HINT) from error
     if len(rows) != wanted:
-        raise Invalid(f"the export is not whole: {len(rows)} of {wanted} rows")
+        raise Invalid(f"the export is not whole: {len(rows)} of {wanted} rows", hint=_HINT)
     return rows

@@ -99,4 +99,7 @@ def check(key: str, value: bytes = b"") -> None:
     if not key or len(key) > MAX_KEY_CHARS or not key.isprintable():
         raise Invalid(f"not a key for the store: {key!r:.80}")
     if len(value) > MAX_VALUE_BYTES:
-        raise Invalid(f"{key}: {len(value)} bytes are more than a row holds ({MAX_VALUE_BYTES})")
+        raise Invalid(
+            f"{key}: {len(value)} bytes are more than a row holds ({MAX_VALUE_BYTES})",
+            hint="make two U-Clouds of one that is so large",
+        )

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from supercloud.model.errors import Invalid, NoResources, NotFound, Unsupported
 from supercloud.upper.environments.limits import Limits
 from supercloud.upper.environments.references import Reference
-from supercloud.upper.environments.sources import Blob, Source, load_object, source, unpack
+from supercloud.upper.environments.sources import PACKED, Blob, Source, load_object, source, unpack
 from supercloud.upper.environments.tars import Members, opened
-from supercloud.upper.platform.image.tools import ToolTree
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # as in ``sources``
     from _typeshed import WriteableBuffer as Buffer
 
+    from supercloud.upper.platform.image.tools import ToolTree
 
-def open_archive(reference: Reference, scratch: Path, tools: ToolTree, limits: Limits) -> Source:
+
+def open_archive(reference: Reference, scratch: Path, tools: "ToolTree", limits: Limits) -> Source:
     """Open the (only) image of the archive, which may be compressed as a whole.
 
     Raises ``NotFound``, ``Invalid``, ``NoResources``.
@@ -28,8 +29,7 @@ def open_archive(reference: Reference, scratch: Path, tools: ToolTree, limits: L
         raise NotFound(f"there is no file {given}", where=where)
     path = scratch / "archive.tar"
     unpack(Blob(lambda: given.open("rb")), path, limits.total_bytes, tools, where)
-    members = _members(path, limits, where)
-    entry = _only_image(_read(path, members, "manifest.json", limits, where), where)
+    members, entry = _listed(path, limits, where)
     config = _read(path, members, str(entry.get("Config")), limits, where)
     layers = entry.get("Layers")
     if not isinstance(layers, list):
@@ -37,6 +37,25 @@ def open_archive(reference: Reference, scratch: Path, tools: ToolTree, limits: L
     blobs = [_layer(path, members, str(name), where) for name in layers]
     key = f"sha256:{hashlib.sha256(config).hexdigest()}"
     return source(where, key, config, blobs, limits)
+
+
+def look(path: Path, limits: Limits) -> None:
+    """Whether it lists one image, as far as that can be told without unpacking it.
+
+    Raises as ``open_archive``.
+    """
+    with path.open("rb") as file:
+        is_packed = file.read(4).startswith(PACKED)
+    if not is_packed:
+        _listed(path, limits, str(path))
+
+
+def _listed(
+    path: Path, limits: Limits, where: str
+) -> tuple[dict[str, tarfile.TarInfo], dict[str, Any]]:
+    """All members, and what the archive says of its image."""
+    members = _members(path, limits, where)
+    return members, _only_image(_read(path, members, "manifest.json", limits, where), where)
 
 
 def _members(path: Path, limits: Limits, where: str) -> dict[str, tarfile.TarInfo]:

@@ -58,7 +58,7 @@ def _entries(untrusted_index: dict[str, Any], where: str) -> list[dict[str, Any]
 
 def _tagged(index: dict[str, Any], tag: str, where: str) -> dict[str, Any]:
     entries = _entries(index, where)
-    tags = {str((entry.get("annotations") or {}).get(_REF_NAME, "")): entry for entry in entries}
+    tags = {_tag(entry): entry for entry in entries}
     if tag and tag in tags:
         return tags[tag]
     if not tag and len(entries) == 1:
@@ -67,7 +67,13 @@ def _tagged(index: dict[str, Any], tag: str, where: str) -> dict[str, Any]:
         return tags["latest"]
     has = ", ".join(sorted(name[:128] for name in tags if name)) or "none"
     wanted = f"no image {tag}" if tag else "more than one image" if entries else "no image"
-    raise NotFound(f"the layout has {wanted}; its tags: {has}", where=where)
+    hint = "name one of its tags after the path, or write the image into it under that tag"
+    raise NotFound(f"the layout has {wanted}; its tags: {has}", where=where, hint=hint)
+
+
+def _tag(entry: dict[str, Any]) -> str:
+    annotations = entry.get("annotations")
+    return str(annotations.get(_REF_NAME, "")) if isinstance(annotations, dict) else ""
 
 
 def _load(root: Path, entry: dict[str, Any], limits: Limits, where: str) -> dict[str, Any]:

@@ -53,12 +53,27 @@ def convert(ref: str, *, cache: Path, tools: ToolTree, limits: Limits = LIMITS) 
     not answer.
     """
     reference = parse_reference(ref)
+    if found := _by_digest(cache, reference):
+        return found
     cache.mkdir(parents=True, exist_ok=True)
     with scratch(cache, ".convert-") as place:
         key, opened = _open(reference, place, tools, limits)
         with _one_at_a_time(cache, key):
             found = _cached(cache, key, ref)
             return found or _convert(cache, opened(), place, tools)
+
+
+def look(ref: str, *, cache: Path, tools: ToolTree, timeout_s: float) -> None:
+    """Whether a registry has the image that ``ref`` names, and could be converted; blocks.
+
+    Raises as ``convert``: ``Temporary`` when that cannot be found out now.
+    """
+    reference = parse_reference(ref)
+    if _by_digest(cache, reference):
+        return
+    cache.mkdir(parents=True, exist_ok=True)
+    with scratch(cache, ".look-") as place:
+        pull.resolve(reference, tools, place, LIMITS, timeout_s)
 
 
 async def convert_async(ref: str, *, cache: Path, tools: ToolTree) -> ConvertedImage:
@@ -119,6 +134,11 @@ def _cached(cache: Path, key: str, where: str) -> ConvertedImage | None:
         return None
     config = parse_config(found["config"], where=where)
     return ConvertedImage(f"sha256:{path.name}", path, path.stat().st_size, config)
+
+
+def _by_digest(cache: Path, reference: Reference) -> ConvertedImage | None:
+    """What a remote image that is named by its digest was converted to: no registry is asked."""
+    return _cached(cache, reference.digest, reference.text) if reference.digest else None
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import pwd
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -33,18 +35,27 @@ _ENVIRONMENT = [
 _POLICY = {"default": [{"type": "insecureAcceptAnything"}]}  # signatures are not asked for
 _NOT_FOUND = ("manifest unknown", "name unknown", "not found", "name_unknown", "manifest_unknown")
 _DENIED = ("unauthorized", "denied", "authentication required")
+_OURS = ("executable file not found",)  # a helper for credentials: the registry said nothing
+_FATAL = re.compile(
+    r'level=fatal msg="(?:Error parsing image name [^:]*://[^ ]*: )?((?:[^"\\]|\\.)*)"'
+)
 
 
-def resolve(reference: Reference, tools: ToolTree, scratch: Path, limits: Limits) -> str:
+def resolve(
+    reference: Reference,
+    tools: ToolTree,
+    scratch: Path,
+    limits: Limits,
+    timeout_s: float = _INSPECT_TIMEOUT_S,
+) -> str:
     """The digest of the manifest (for linux/amd64) that the reference names now.
 
+    ``timeout_s`` is for each answer of the registry.
     Raises ``NotFound``, ``Denied``, ``Temporary``, ``Unsupported``, ``NoResources``.
     """
     skopeo, name = _Skopeo(reference, scratch, tools), _suffix(reference)
     for _ in range(limits.index_depth):
-        data = skopeo.run(
-            _INSPECT_TIMEOUT_S, "inspect", "--raw", f"docker://{reference.place}{name}"
-        )
+        data = skopeo.run(timeout_s, "inspect", "--raw", f"docker://{reference.place}{name}")
         if len(data) > limits.manifest_bytes:
             raise NoResources("the image's manifest is too large", where=reference.text)
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
@@ -68,6 +79,14 @@ def pull(
     source, target = f"docker://{reference.place}@{digest}", f"oci:{layout}:image"
     skopeo.run(_COPY_TIMEOUT_S, "copy", "--quiet", source, target)
     return open_layout(layout, "image", limits, where=reference.text, key=digest)
+
+
+def _user() -> str:
+    """Whose credentials are used."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid {os.getuid()}"
 
 
 def _suffix(reference: Reference) -> str:
@@ -125,9 +144,15 @@ class _Skopeo:
         return done.stdout
 
     def _error(self, said: str) -> Exception:
-        where, reason = self.reference.text, said.strip()[-500:]
+        where, host = self.reference.text, self.reference.place.partition("/")[0]
+        fatal = _FATAL.search(said)
+        reason = (fatal[1].replace('\\"', '"') if fatal else said.strip())[-500:]
+        if any(text in said.lower() for text in _OURS):
+            return Temporary(f"{where}: {reason}", delay_s=10)
         if any(text in said.lower() for text in _DENIED):
-            return Denied(f"the registry refuses: {reason}", where=where)
+            hint = f"check the name; for a private image docker login {host}, as {_user()}"
+            return Denied(f"the registry refuses: {reason}", where=where, hint=hint)
         if any(text in said.lower() for text in _NOT_FOUND):
-            return NotFound(f"the registry has no such image: {reason}", where=where)
+            hint = f"check name and tag, or push the image to {host} first"
+            return NotFound(f"the registry has no such image: {reason}", where=where, hint=hint)
         return Temporary(f"{where}: {reason}", delay_s=10)

@@ -16,7 +16,7 @@ _REMOTE = re.compile(
     rf"(?:(?P<host>{_HOST})/)?(?P<name>{_COMPONENT}(?:/{_COMPONENT})*)"
     r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
-_HINT = "one of oci:DIR[:tag], docker-archive:FILE, docker://host[:port]/name[:tag], name[:tag]"
+HINT = "one of oci:DIR[:tag], docker-archive:FILE, docker://host[:port]/name[:tag], name[:tag]"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Reference:
 def parse_reference(text: str) -> Reference:
     """Read a reference; raises ``Invalid``."""
     if not text or len(text) > _MAX_CHARS or not text.isprintable():
-        raise Invalid("an image reference is 1 to 4096 printable characters", hint=_HINT)
+        raise Invalid("an image reference is 1 to 4096 printable characters", hint=HINT)
     transport, colon, rest = text.partition(":")
     if colon and transport == _LAYOUT:
         return _layout(text, rest)
@@ -67,19 +67,19 @@ def _layout(text: str, rest: str) -> Reference:
 
 def _path(text: str, path: str) -> str:
     if not path:
-        raise Invalid("the image reference names no path", where=text, hint=_HINT)
+        raise Invalid("the image reference names no path", where=text, hint=HINT)
     return path
 
 
 def _remote(text: str, rest: str) -> Reference:
     match = _REMOTE.fullmatch(rest)
     if not match:
-        raise Invalid("this is not an image reference", where=text, hint=_HINT)
+        raise Invalid("this is not an image reference", where=text, hint=HINT)
     host, name = match["host"] or "", match["name"]
     # As everywhere: the first part is a host only when it looks like one.
     if host and not (set(".:[") & set(host)) and host != "localhost":
         if not re.fullmatch(_COMPONENT, host):
-            raise Invalid("an image's name is in lower case", where=text, hint=_HINT)
+            raise Invalid("an image's name is in lower case", where=text, hint=HINT)
         host, name = "docker.io", f"{host}/{name}"
     elif not host:
         host = "docker.io"

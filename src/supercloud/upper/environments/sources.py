@@ -12,16 +12,19 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from supercloud.model.errors import Invalid, NoResources, Unsupported
 from supercloud.upper.environments.config import ImageConfig, parse_config
 from supercloud.upper.environments.limits import Limits
-from supercloud.upper.platform.image.tools import ToolTree
+
+if TYPE_CHECKING:  # the control plane looks into layouts, and has not the image builder in memory
+    from supercloud.upper.platform.image.tools import ToolTree
 
 _CHUNK_BYTES = 1 << 20
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+PACKED = (_GZIP, _ZSTD)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Source:
     diff_ids: Sequence[str]
     limits: Limits
 
-    def layers(self, scratch: Path, tools: ToolTree) -> list[Path]:
+    def layers(self, scratch: Path, tools: "ToolTree") -> list[Path]:
         """The layers as uncompressed tars in ``scratch``, bottom first."""
         left, paths = self.limits.total_bytes, []
         for number, (blob, diff_id) in enumerate(zip(self.blobs, self.diff_ids, strict=True)):
@@ -102,7 +105,7 @@ def check_digest(untrusted: object, where: str) -> str:
 
 
 def unpack(
-    blob: Blob, path: Path, limit_bytes: int, tools: ToolTree, where: str
+    blob: Blob, path: Path, limit_bytes: int, tools: "ToolTree", where: str
 ) -> tuple[str, int]:
     """Decompress and verify a blob into ``path``: digest and size of what is in it now."""
     packed, plain, size = _Hashing(blob, where), hashlib.sha256(), 0
@@ -143,7 +146,7 @@ class _Hashing:
 
 
 def _decompressed(
-    chunks: Iterator[bytes], path: Path, tools: ToolTree, where: str
+    chunks: Iterator[bytes], path: Path, tools: "ToolTree", where: str
 ) -> Iterator[bytes]:
     first = next(chunks, b"")
     joined = _chain(first, chunks)
@@ -177,7 +180,7 @@ def _gunzipped(chunks: Iterator[bytes], where: str) -> Iterator[bytes]:
 
 
 def _unzstd(
-    chunks: Iterator[bytes], packed_path: Path, tools: ToolTree, where: str
+    chunks: Iterator[bytes], packed_path: Path, tools: "ToolTree", where: str
 ) -> Iterator[bytes]:
     """By the tool tree's zstd; Python 3.11 has none."""
     with packed_path.open("wb") as out:

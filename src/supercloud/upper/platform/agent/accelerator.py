@@ -144,3 +144,7 @@ def _long_mode(kvm: int, vcpu: int) -> None:
     registers = [0] * 18
     registers[16], registers[17] = _ENTRY, 2
     fcntl.ioctl(vcpu, _SET_REGS, struct.pack("=18Q", *registers))
+
+
+if __name__ == "__main__":  # what `doctor` of a command line runs
+    print(asyncio.run(run_guest()))

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from supercloud.model.errors import NoResources
-from supercloud.services.protection.engine import Device, backing_bytes, format_device
+from supercloud.services.protection.engine import Device, backing_bytes
 from support.commandline import wait_for
 from support.protected_nbd import DISC, FLUSH, FUA, READ, TRIM, WRITE, ZEROES, Client
 from support.protection import BLOCK, KEY, NAME, content
-from support.small_disk import SmallDisk, small_disk
+from support.small_disk import SmallDevice, SmallDisk, small_disk
 
 pytestmark = [pytest.mark.root]
 
@@ -23,23 +23,18 @@ SIZE = 32 * MIB
 ENOSPC = 28
 
 
-class Small:
+class Small(SmallDevice):
     """A device on a disk that has room for some of it, and that is full."""
 
     def __init__(self, disk: SmallDisk) -> None:
-        self.disk = disk
-        self._descriptor = os.open(disk.path / "backing", os.O_RDWR | os.O_CREAT, 0o600)
-        os.truncate(self._descriptor, backing_bytes(SIZE))
-        self.seal = format_device(self._descriptor, KEY, NAME, SIZE)
-        self.device = self.opened()
-        self.device.hold(True)
+        super().__init__(disk, SIZE)
         self.client = Client(self.device).go()
         self.old = content(1, 10)
         assert self.client.call(WRITE, 0, data=self.old, flags=FUA)[0] == 0
         disk.fill()
 
     def opened(self) -> Device:
-        device = Device(self._descriptor, KEY, NAME, self.seal)
+        device = Device(self.file, KEY, NAME, self.seal)
         self.seal = replace(self.seal, epoch=device.next_epoch)  # no epoch is used twice
         try:
             self.seal = device.serve(device.next_epoch)
@@ -54,10 +49,6 @@ class Small:
         self.disk.make_room()
         self.device = self.opened()
         return self.device
-
-    @property
-    def is_full(self) -> bool:
-        return bool(self.device.figures()["full"])
 
     def kinds(self) -> list[str]:
         return [found.kind for found in self.device.evidence()]
@@ -81,9 +72,7 @@ class Small:
 
     def close(self) -> None:
         self.client.close()
-        self.disk.make_room()
-        self.device.close()
-        os.close(self._descriptor)
+        super().close()
 
 
 @pytest.fixture
@@ -213,7 +202,7 @@ def test_it_closes_while_requests_wait_and_keeps_what_was_durable(
 
 
 @pytest.mark.parametrize("said", [True, False])
-def test_a_client_that_goes_takes_along_what_waits(small: Small, said: bool) -> None:  # noqa: FBT001
+def test_a_client_that_goes_takes_along_what_waits(small: Small, said: bool) -> None:
     for number in range(4 if said else 7):
         small.client.send(WRITE, MIB + number * MIB, 8 * BLOCK, content(2, 8))
     small.wait_until_full()

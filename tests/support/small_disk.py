@@ -3,9 +3,13 @@
 import contextlib
 import ctypes
 import os
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+
+from supercloud.services.protection.engine import Device, backing_bytes, format_device
+from support.protection import KEY, NAME
 
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # the same numbers on all machines
 _SET_STRING, _CREATE = 1, 6
@@ -36,6 +40,34 @@ class SmallDisk:
     def make_room(self) -> None:
         """There is."""
         self._rest.unlink(missing_ok=True)
+
+
+class SmallDevice:
+    """The engine's device on such a disk, whose requests wait for room."""
+
+    def __init__(self, disk: SmallDisk, size_bytes: int) -> None:
+        self.disk = disk
+        self.file = os.open(disk.path / "backing", os.O_RDWR | os.O_CREAT, 0o600)
+        os.truncate(self.file, backing_bytes(size_bytes))
+        self.seal = format_device(self.file, KEY, NAME, size_bytes)
+        self.device = Device(self.file, KEY, NAME, self.seal)
+        self.seal = self.device.serve(self.device.next_epoch)
+        self.device.hold(True)
+
+    @property
+    def is_full(self) -> bool:
+        return bool(self.device.figures()["full"])
+
+    def descriptor(self) -> int:
+        """A connection."""
+        ours, theirs = socket.socketpair()
+        self.device.connect(theirs.detach())
+        return ours.detach()
+
+    def close(self) -> None:
+        self.disk.make_room()
+        self.device.close()
+        os.close(self.file)
 
 
 @contextlib.contextmanager

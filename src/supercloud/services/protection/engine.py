@@ -348,7 +348,7 @@ class Device:
         """Make durable what was written; with ``checkpoint`` the tree is written too."""
         check(self._engine.sc_flush(self._handle, checkpoint))
 
-    def hold(self, hold: bool) -> None:  # noqa: FBT001
+    def hold(self, hold: bool) -> None:
         """Whether clients' requests that find no room on the provider's disk wait until there is.
 
         If not, which is so at first, they are refused, and so are those that wait.

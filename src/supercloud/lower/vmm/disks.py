@@ -148,7 +148,7 @@ class Disks:
                 raise Busy(f"the machine is held for volume {volume}")
             timer.cancel()
         elif self._qmp.ask("query-status").get("status") != "running":
-            raise BadState("the machine stands still already: it is saved, or it is ending")
+            raise BadState("the machine stands still already: a disk is full, or it is ending")
         self._held = (disk.plug.volume, self._reactor.after(HOLD_S, self._go_on))
         try:
             self._qmp.ask("stop")

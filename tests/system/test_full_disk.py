@@ -4,6 +4,7 @@ The host's backing files lie on a small disk of their own.
 """
 
 import hashlib
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,15 +46,17 @@ class Full:
         return self.stack.popen(*words, stdout=subprocess.PIPE)
 
     def codes(self) -> list[str]:
-        return [event["code"] for event in self.stack.json("events")]
+        lines = self.stack.cli("events", "--json").stdout.splitlines()
+        return [json.loads(line)["code"] for line in lines]
 
     def volume(self) -> dict[str, Any]:
         (row,) = self.stack.json("volumes")
         return dict(row)
 
-    def until_full(self) -> None:
-        self.disk.fill()
-        wait_for(lambda: "host.volume.full" in self.codes(), WAIT_S, self.stack.logs)
+    def until_full(self, count: int) -> None:
+        """It was told as often."""
+        told = lambda: self.codes().count("host.volume.full") == count  # noqa: E731
+        wait_for(told, WAIT_S, self.stack.logs)
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +64,8 @@ def full(product_images: Path, example_images: Path) -> Iterator[Full]:
     with vm_slots(), stack(product_images, hosts=()) as made:
         place = made.directory / "here" / "state" / "domains" / "disk"
         place.mkdir(parents=True, mode=0o711)
-        with small_disk_at(place, 1024 * MIB) as disk:
+        with small_disk_at(place, 512 * MIB) as disk:
             made.add_host("here")
-            made.start_control() if made.control is None else None
             made.enrol("stored", "here")
             manifest = made.manifest("stored", BODY.format(examples=example_images))
             made.cli("up", manifest)
@@ -74,7 +76,7 @@ def test_a_writer_waits_and_goes_on_when_the_provider_has_made_room(full: Full) 
     full.sh("echo kept > /srv/pages/kept; sync")
     full.disk.fill()
     writer = full.writes()
-    wait_for(lambda: "host.volume.full" in full.codes(), WAIT_S, full.stack.logs)
+    full.until_full(1)
     wait_for(lambda: "disk is full" in full.volume()["reason"], WAIT_S)
     assert full.volume()["state"] == "attached"
     refused = full.stack.cli("volumes", "snapshot", "stored/pages", "now", status=None)
@@ -93,3 +95,16 @@ def test_a_writer_waits_and_goes_on_when_the_provider_has_made_room(full: Full) 
     full.stack.cli("up", full.manifest)
     assert full.sh("sha256sum < /srv/pages/much").split()[0] == wanted
     assert full.sh("cat /srv/pages/kept") == "kept\n"
+
+
+def test_down_ends_the_waiting_and_what_was_durable_is_there_afterwards(full: Full) -> None:
+    full.disk.fill()
+    writer = full.writes()
+    full.until_full(2)
+    full.stack.cli("down", "stored")
+    writer.communicate(timeout=WAIT_S)
+    assert full.volume()["state"] == "kept"
+    full.disk.make_room()
+    full.stack.cli("up", full.manifest)
+    assert full.sh("cat /srv/pages/kept") == "kept\n"
+    assert "host.volume.evidence" not in full.codes()

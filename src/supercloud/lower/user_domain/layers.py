@@ -99,14 +99,14 @@ class Layers:
         self._mirrors.join()
 
     async def facts(self, name: str, *, used: bool) -> dict[str, Any]:
-        """Seal, stored bytes, figures, evidence, snapshots, reason: of a ``VolumeStatus``.
+        """Seal, stored bytes, figures, evidence, snapshots, whether full: of a ``VolumeStatus``.
 
         ``used``: the block service has it.
         """
         told = await self._ask(PROTECTION, "device.state", {"device": name})
         facts: dict[str, Any] = {"seal": _seal(told), **_figures(told)}
         if told["full"]:
-            facts["reason"] = FULL
+            facts |= {"full": True, "reason": FULL}
         if used:
             listed = await self._ask(BLOCKS, "volume.snapshots", {"volume": name})
             facts["snapshots"] = [str(one["snapshot"]) for one in listed["snapshots"]]

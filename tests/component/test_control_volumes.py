@@ -132,24 +132,6 @@ async def test_it_is_not_taken_from_a_platform_before_its_user_is_gone(world):
     await reaches(world, "kept")
 
 
-async def test_one_that_waits_for_room_is_taken_from_what_would_never_let_it_go(world):
-    """But only once nobody is to have it any more."""
-    await up(world)
-    (platform,) = await world.app.plane.state.platforms("test")
-    pretended = await host(world)
-    world.app.plane.agents.take = lambda *_: None  # nothing that it says comes any more
-    pretended.volumes["data"].full = True
-    key = ("test", "data")
-
-    async def seen():
-        return world.app.plane.seen[key].status.full
-
-    await world.until(seen, "it is full")
-    assert (await document(world)).platform == platform.name
-    await world.app.service.up(manifest(world, [PLAIN]))
-    await reaches(world, "kept")
-
-
 async def test_down_keeps_the_data_and_up_finds_it(world):
     await up(world)
     pretended = await host(world)

@@ -55,7 +55,7 @@ class Full:
 
     def until_full(self, count: int) -> None:
         """It was told as often."""
-        told = lambda: self.codes().count("host.volume.full") == count  # noqa: E731
+        told = lambda: self.codes().count("control.volume.full") == count  # noqa: E731
         wait_for(told, WAIT_S, self.stack.logs)
 
 
@@ -86,9 +86,9 @@ def test_a_writer_waits_and_goes_on_when_the_provider_has_made_room(full: Full) 
     full.disk.make_room()
     said, _ = writer.communicate(timeout=WAIT_S)
     assert (writer.returncode, said) == (0, b"written\n")
-    wait_for(lambda: "host.volume.room" in full.codes(), WAIT_S)
+    wait_for(lambda: "control.volume.room" in full.codes(), WAIT_S)
     wait_for(lambda: not full.volume()["reason"], WAIT_S)
-    assert "host.volume.evidence" not in full.codes()
+    assert "control.volume.evidence" not in full.codes()
     assert full.volume()["evidence"] == 0
     wanted = hashlib.sha256((b"supercloud\n" * 10_000_000)[:100_000_000]).hexdigest()
     full.stack.cli("down", "stored")
@@ -107,4 +107,4 @@ def test_down_ends_the_waiting_and_what_was_durable_is_there_afterwards(full: Fu
     full.disk.make_room()
     full.stack.cli("up", full.manifest)
     assert full.sh("cat /srv/pages/kept") == "kept\n"
-    assert "host.volume.evidence" not in full.codes()
+    assert "control.volume.evidence" not in full.codes()

@@ -160,8 +160,9 @@ class VolumeController:
         if volume.platform:
             if usage.attached(volume):
                 return self._plane.pace.lost_observe_s if volume.waits else None
-            may = usage.free or (not usage.wanted and self._is_full(volume))
-            return await self._detach(volume) if may else self._plane.pace.release_s
+            stuck = volume.full and not usage.wanted  # who waits for room lets go of nothing
+            free = usage.free or stuck
+            return await self._detach(volume) if free else self._plane.pace.release_s
         if usage.platform is not None and usage.platform.state == "ready":
             return await self._attach(volume, usage.platform)
         return None if wanted else await self._close(volume)
@@ -231,11 +232,6 @@ class VolumeController:
         return None
 
     # -- away from use
-
-    def _is_full(self, volume: VolumeDocument) -> bool:
-        """Who waits for room at its provider lets go of nothing: detaching ends the waiting."""
-        seen = self._plane.seen.get((volume.ucloud, volume.name))
-        return seen is not None and seen.status.full
 
     async def _detach(self, volume: VolumeDocument) -> float:
         await self._act(volume, "detach", lambda host: host.detach(volume.host, volume.name))

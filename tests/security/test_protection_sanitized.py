@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = (
     "tests/component/test_protection_nbd.py",
     "tests/component/test_protection_backing.py",
+    "tests/component/test_protection_room.py",
     "tests/security/test_protection_fuzz.py",
     pytest.param("tests/security/test_protection_provider.py", marks=pytest.mark.long),
     pytest.param("tests/property/test_protection_crash.py", marks=pytest.mark.long),

@@ -41,7 +41,7 @@ class Bench:
         self.tools, self.place = ToolTree(), place
         self.reactor = Reactor()
         self.told: list[tuple[str, Mapping[str, Any]]] = []
-        self.devices: dict[str, Device] = {}
+        self.devices: dict[str, Any] = {}
         confined = confined_by("block")
         programs = Programs(
             (*confined, *self.tools.argv("qemu-storage-daemon")),
@@ -51,7 +51,7 @@ class Bench:
         self.service = BlockService(self.reactor, tell, programs)
         self._handlers = self.service.handlers()
 
-    def device(self, name: str, size_bytes: int = 256 * MIB, no_room: int | None = None) -> Device:
+    def device(self, name: str, size_bytes: int = 256 * MIB, no_room: int | None = None) -> Any:
         """The device of that name, started when it is not there."""
         if name not in self.devices:
             path = self.place / f"{name}.img"

@@ -22,8 +22,9 @@ from support import guest
 from support.block import Bench, confined_by
 from support.nbd import MIB
 from support.slots import vm_slots
+from support.small_disk import SmallDevice, small_disk
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.timeout(600)]
 
 SECTOR = 512
 MEMORY_MIB = 512
@@ -205,16 +206,22 @@ def test_a_volume_is_plugged_written_grown_and_pulled_out_by_both_ways(machine: 
     with pytest.raises(NotFound):
         machine.disks.detach(Request("test", "machine.detach", {"volume": "private"}))
 
-    # the third one's device has no room at first: the machine waits, then goes on
-    bench.device("crowded", 163840 * SECTOR, no_room=MIB // SECTOR)
-    bench.create("crowded", 163840 * SECTOR, format="raw")
-    machine.attach("crowded", "nbd")
-    machine.says("GUEST-WROTE 163840")
-    full = machine.told.pop()
-    assert (full["volume"], full["state"]) == ("crowded", "full")
-    machine.detach("crowded")
-    machine.says("GUEST-WITHOUT 163840")
-    assert holds_what_the_guest_wrote(bench, "crowded")
+    # the third one's device has no room at first: who writes waits, then goes on
+    with small_disk(16 * MIB) as disk:
+        device = SmallDevice(disk, 163840 * SECTOR)
+        bench.devices["crowded"] = device
+        bench.create("crowded", 163840 * SECTOR, format="raw")
+        disk.fill()
+        machine.attach("crowded", "nbd")
+        bench.until(lambda: device.is_full)
+        assert not machine.told
+        disk.make_room()
+        machine.says("GUEST-WROTE 163840")
+        machine.detach("crowded")
+        machine.says("GUEST-WITHOUT 163840")
+        assert holds_what_the_guest_wrote(bench, "crowded")
+        bench.call("volume.close", volume="crowded")
+        bench.devices.pop("crowded").close()
 
     # a storage daemon is killed under the guest, which lets go of what is dead
     machine.attach("shared", "vhost-user-blk")

@@ -108,6 +108,18 @@ def test_evidence_of_single_blocks_is_counted_and_halts_nothing():
     assert not after.halted
 
 
+def test_a_full_disk_and_its_end_are_told_once_each_and_are_no_evidence():
+    before = document(state="attached", opened=True, seal=KEPT)
+    told = []
+    for full in (True, True, False, False):
+        after = replace_of(before)
+        now = status("attached", full=full, platform="p1", slot=1)
+        learning.take(after, now)
+        told += learning.news(before, after, now)
+        before = after
+    assert [(code, severity) for code, _, severity in told] == [("full", "error"), ("room", "info")]
+
+
 @pytest.mark.parametrize("untrusted", [None, "x", {"epoch": -1}, {"root": "zz"}, [1]])
 def test_a_refusal_that_shows_nonsense_shows_nothing(untrusted):
     assert learning.found_in(Denied("no", details={"found": untrusted})) is None

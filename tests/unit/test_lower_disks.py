@@ -159,22 +159,6 @@ def test_what_failed_half_way_is_undone(
     assert undone in machine.qemu.names()
 
 
-def test_a_full_disk_is_told_once_and_the_write_is_tried_again(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(disks, "FULL_RETRY_S", 0.01)
-    machine.attach("data")
-    error = {"node-name": "volume1-0", "nospace": True, "action": "stop"}
-    for _ in range(3):
-        machine.disks.on_qmp("BLOCK_IO_ERROR", error)
-    machine.disks.on_qmp("BLOCK_IO_ERROR", {**error, "nospace": False, "action": "report"})
-    assert [(told["volume"], told["state"]) for told in machine.told] == [("data", "full")]
-    machine.reactor.after(0.1, machine.reactor.stop)
-    machine.reactor.run()
-    machine.qmp.ask("query-status")
-    assert machine.qemu.names().count("cont") == 1
-
-
 def asked(volume: str = "data", descriptors: Sequence[int] = (), **more: Any) -> Request:
     return Request("t", "machine.renew", {"volume": volume, **more}, list(descriptors))
 

@@ -21,7 +21,7 @@ KEY = base64.b64encode(bytes(32)).decode()
 SEALED = {"epoch": 1, "sequence": 1, "root": "a" * 64}
 FIGURES = dict.fromkeys(
     ("read_bytes", "write_bytes", "reads", "writes", "flushes", "read_ns", "write_ns", "slots",
-     "free_slots", "evidence"), 0,
+     "free_slots", "evidence", "full"), 0,
 )  # fmt: skip
 
 
@@ -180,8 +180,8 @@ async def by_nbd(world: World) -> list[str]:
 async def test_by_nbd_it_grows_while_its_machine_stands_still(world: World) -> None:
     heard = await by_nbd(world)
     assert (await world.volumes.change(LARGER)).size_bytes == LARGER.size_bytes
-    assert heard[:9] == [
-        *("volume.stats", "disk.grow", "device.grow"),
+    assert heard[:10] == [
+        *("device.state", "volume.stats", "disk.grow", "device.grow"),
         *("machine.hold", "volume.detach", "volume.grow", "volume.attach", "machine.renew"),
         "volume.throttle",
     ]

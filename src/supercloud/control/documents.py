@@ -271,6 +271,7 @@ class VolumeDocument:
     halted: str = ""
     found: Seal | None = None
     evidence: int = 0
+    full: bool = False
     snapshots: list[str] = field(default_factory=list)
     reverted: str = ""
     stored_bytes: int = 0

@@ -47,6 +47,11 @@ class Qmp:
         sock.setblocking(False)
         reactor.watch(sock, self._read)
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether something that was asked is not answered yet."""
+        return bool(self._waiting)
+
     def command(
         self,
         name: str,

@@ -132,7 +132,8 @@ class VolumeStatus:
     """A volume as its user domain sees it. ``state`` is one of ``model.states.VOLUME``.
 
     ``slot`` (1..) and ``mode`` are of its attachment to ``platform``; ``evidence`` counts blocks
-    that were refused since it was opened, because they were not what was written.
+    that were refused since it was opened, because they were not what was written. ``full``: its
+    host's disk is, and what writes to it waits.
     """
 
     name: str
@@ -147,6 +148,7 @@ class VolumeStatus:
     snapshots: list[str] = field(default_factory=list)
     figures: VolumeFigures = field(default_factory=VolumeFigures)
     evidence: int = 0
+    full: bool = False
     reason: str = ""
     tag: str = ""
     mirror: MirrorStatus | None = None  # of the source

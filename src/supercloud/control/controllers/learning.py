@@ -18,6 +18,11 @@ STATES = {
     "failed": "failed",
 }
 """The host's states of a volume that count here, as the control plane's."""
+FULL = (
+    "the provider's disk is full: what writes to it waits, and nothing is lost; it goes on when "
+    "the provider has made room there, and supercloud down ends the waiting"
+)
+ROOM = "nothing waits for room on the provider's disk any more"
 
 
 def take(volume: VolumeDocument, status: VolumeStatus) -> None:
@@ -32,7 +37,7 @@ def take(volume: VolumeDocument, status: VolumeStatus) -> None:
         volume.seal, volume.sealed_s = seal, time.time()
     if status.copied > volume.copied:
         volume.copied, volume.copied_s = status.copied, time.time()
-    volume.stored_bytes = status.stored_bytes
+    volume.stored_bytes, volume.full = status.stored_bytes, status.full
     if status.state in ("served", "attached") and status.seal.root:  # else its host cannot know
         volume.snapshots = list(status.snapshots)
     attached = status.state == "attached"
@@ -114,6 +119,8 @@ def news(
         blocks = after.evidence - before.evidence
         message = f"{blocks} blocks were not what was written, and were not given to its user"
         told.append(("evidence", message, "error"))
+    if after.full != before.full:
+        told.append(("full", FULL, "error") if after.full else ("room", ROOM, "info"))
     return told
 
 

@@ -160,7 +160,9 @@ class VolumeController:
         if volume.platform:
             if usage.attached(volume):
                 return self._plane.pace.lost_observe_s if volume.waits else None
-            return await self._detach(volume) if usage.free else self._plane.pace.release_s
+            stuck = volume.full and not usage.wanted  # who waits for room lets go of nothing
+            free = usage.free or stuck
+            return await self._detach(volume) if free else self._plane.pace.release_s
         if usage.platform is not None and usage.platform.state == "ready":
             return await self._attach(volume, usage.platform)
         return None if wanted else await self._close(volume)

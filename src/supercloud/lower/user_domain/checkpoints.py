@@ -181,6 +181,8 @@ class Checkpoints:
                 f"platform {asked.name} has volumes, and no snapshots of them are asked for",
                 hint="a newer control plane asks for them",
             )
+        if asked.snapshot:
+            await self._volumes.check_room(asked.name)
         async with self._sessions.open(asked.store) as session:
             if asked.head is not None:  # what it lies over is there and whole
                 named = {"ee": asked.name, "head": encode(asked.head)}

@@ -14,6 +14,7 @@ from typing import Any, Final
 from supercloud.lower.user_domain.channel import Channel
 from supercloud.lower.user_domain.mirrors import Mirrors
 from supercloud.lower.user_domain.services import Services
+from supercloud.lower.user_domain.volume_news import FULL, full
 from supercloud.model.errors import (
     BadState,
     Busy,
@@ -98,12 +99,14 @@ class Layers:
         self._mirrors.join()
 
     async def facts(self, name: str, *, used: bool) -> dict[str, Any]:
-        """Seal, stored bytes, figures, evidence, snapshots: fields of a ``VolumeStatus``.
+        """Seal, stored bytes, figures, evidence, snapshots, whether full: of a ``VolumeStatus``.
 
         ``used``: the block service has it.
         """
         told = await self._ask(PROTECTION, "device.state", {"device": name})
         facts: dict[str, Any] = {"seal": _seal(told), **_figures(told)}
+        if told["full"]:
+            facts |= {"full": True, "reason": FULL}
         if used:
             listed = await self._ask(BLOCKS, "volume.snapshots", {"volume": name})
             facts["snapshots"] = [str(one["snapshot"]) for one in listed["snapshots"]]
@@ -178,11 +181,27 @@ class Layers:
 
     async def share(self, name: str) -> int:
         """A stream of the device for another host: the caller's to close."""
+        await self._hold(name, hold=True)
         (descriptor,) = await self._call(PROTECTION, "device.connect", {"device": name})
         return descriptor
 
+    async def _hold(self, name: str, *, hold: bool) -> None:
+        """Whether writes that find no room on the provider's disk wait for it, or are refused.
+
+        They wait while somebody has it that cannot do without them. They do not while the block
+        service works on it alone, which would stand still for all volumes; nor when it is to be let
+        go of, which would never come to an end.
+        """
+        await self._ask(PROTECTION, "device.hold", {"device": name, "hold": hold})
+
+    async def need_room(self, name: str, what: str) -> None:
+        """NoResources while writes wait: it would wait behind them."""
+        if (await self._ask(PROTECTION, "device.state", {"device": name}))["full"]:
+            raise full(name, what)
+
     async def close(self, name: str, *, mirrored: bool) -> tuple[Seal, MirrorStatus | None]:
         """Close all layers; the device's final seal, and how the mirror was."""
+        await self._let_go(name)
         if self._services.is_running(BLOCKS):
             with contextlib.suppress(NotFound):  # it was not served yet, or is another host's
                 await self._ask(BLOCKS, "volume.close", {"volume": name})
@@ -191,6 +210,7 @@ class Layers:
 
     async def put_away(self, name: str) -> Seal:
         """Close what is left of an opening that has failed, as far as it can be; its last seal."""
+        await self._let_go(name)
         if self._services.is_running(BLOCKS):
             for method in ("volume.detach", "volume.close"):
                 with contextlib.suppress(SupercloudError):
@@ -201,6 +221,12 @@ class Layers:
             with contextlib.suppress(SupercloudError):
                 return _seal(await self._ask(PROTECTION, "device.close", {"device": name}))
         return Seal()
+
+    async def _let_go(self, name: str) -> None:
+        """Nothing waits any more."""
+        if self._services.is_running(PROTECTION):
+            with contextlib.suppress(SupercloudError):  # there is nothing to wait for
+                await self._hold(name, hold=False)
 
     async def delete(self, name: str) -> None:
         """Give the backing file back."""
@@ -222,6 +248,7 @@ class Layers:
         try:
             parameters = {"volume": name, "slot": slot, "mode": mode, "export": name}
             await machine.call("machine.attach", parameters, joined, timeout_s=TIMEOUT_S)
+            await self._hold(name, hold=True)
         except BaseException:
             with contextlib.suppress(SupercloudError):
                 await self._ask(BLOCKS, "volume.detach", {"volume": name})
@@ -235,6 +262,7 @@ class Layers:
         """A socket for a machine that is yet to be, by NBD: the caller's to close."""
         asked = {"volume": name, "machine": platform, "mode": "nbd", "ram_shared": False}
         (descriptor,) = await self._call(BLOCKS, "volume.attach", asked)
+        await self._hold(name, hold=True)
         return descriptor
 
     async def slots_beside(self, name: str, machine: Channel) -> set[int]:
@@ -245,9 +273,14 @@ class Layers:
         return set(slots.values())
 
     async def detach(self, name: str, machine: Channel | None) -> None:
-        """Out of the machine, if it is still there."""
+        """Out of the machine, if it is still there. What waits for room fails."""
+        await self._let_go(name)
         if machine is not None:
-            await self.unplug(name, machine)
+            try:
+                await self.unplug(name, machine)
+            except BaseException:
+                await self._hold(name, hold=True)
+                raise
         await self._ask(BLOCKS, "volume.detach", {"volume": name})
 
     @staticmethod
@@ -269,6 +302,7 @@ class Layers:
 
         ``user`` has it meanwhile. BadState when it cannot grow under that.
         """
+        await self.need_room(new.name, "changed")
         if new.size_bytes > old.size_bytes:
             if user is not None:
                 await self._may_grow(new, user)
@@ -327,6 +361,7 @@ class Layers:
 
     async def of_snapshot(self, what: str, spec: VolumeSpec, snapshot: str) -> None:
         """``snapshot``, ``revert`` or ``forget``. NoResources says what size would do."""
+        await self.need_room(spec.name, "changed")
         methods = {"snapshot": "snapshot", "revert": "revert", "forget": "snapshot-delete"}
         asked: dict[str, Any] = {"volume": spec.name, "snapshot": snapshot}
         if what == "revert":  # also if an earlier try was cut short before it was as large again
@@ -345,6 +380,7 @@ class Layers:
 
     async def copy(self, of: str, to: str, snapshot: str) -> None:
         """Begin to copy a snapshot, or without one what the last backup there has not."""
+        await self.need_room(of, "copied")
         asked = {"volume": of, "to": to}
         if not snapshot:
             await self._ask(BLOCKS, "volume.backup", asked | {"bitmap": to})

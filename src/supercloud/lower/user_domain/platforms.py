@@ -5,15 +5,13 @@ platform that is created again is made anew, for nothing on it survives its end.
 """
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import dataclasses
 import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from supercloud.lower import quota as quotas
@@ -22,6 +20,7 @@ from supercloud.lower.user_domain.channel import Channel, Told
 from supercloud.lower.user_domain.feed import Feed
 from supercloud.lower.user_domain.hub import Hub
 from supercloud.lower.user_domain.origins import origin_of, whose
+from supercloud.lower.user_domain.platform_checks import config_of, over_quota
 from supercloud.lower.user_domain.records import Record, Records, bare, fingerprint
 from supercloud.lower.user_domain.rendezvous import Rendezvous
 from supercloud.lower.user_domain.templates import NO_TEMPLATES, Template, Templates
@@ -29,8 +28,6 @@ from supercloud.lower.vmm.template import Inputs
 from supercloud.model.errors import (
     BadState,
     Exists,
-    Invalid,
-    NoResources,
     NotFound,
     SupercloudError,
     Unsupported,
@@ -44,7 +41,6 @@ from supercloud.wire.peer import Stream
 from supercloud.wire.places import OBJECTS_LINK_PORT
 from supercloud.wire.quota import Quota
 
-MAX_CONFIG_BYTES: Final = 1 << 20
 GRACE_S: Final = 2.0
 START_WAIT_S: Final = 20.0
 SWEEP_S: Final = 60.0
@@ -53,6 +49,14 @@ TEMPLATE_DELAY_S: Final = 20.0
 DEAD: Final = ("failed", "stopped")
 TOLD: Final = MACHINE.keys() - {"deleting", "gone"}
 """What a machine's monitor may say that it is; the rest is said here."""
+FULL: Final = (
+    "the provider's disk is full: the machine stands still at a write to its scratch disk, nothing "
+    "is lost, and it goes on when the provider has made room"
+)
+ROOM: Final[Mapping[str, tuple[Severity, str]]] = {
+    "machine.full": ("error", FULL),
+    "machine.room": ("info", "the machine goes on: there is room on the provider's disk"),
+}
 
 log = logging.getLogger("supercloud.lower.user_domain.platforms")
 
@@ -148,7 +152,7 @@ class Platforms:
 
     async def create(self, spec: PlatformSpec) -> PlatformStatus:
         """Make it, or find it made alike. Exists, Invalid, NotFound, NoResources, Temporary."""
-        config = _config(spec)
+        config = config_of(spec)
         self._check_image(spec.image)
         async with self._lock(spec.name):
             known = self._records.by_name.get(spec.name)
@@ -175,14 +179,14 @@ class Platforms:
     def _check_quota(self, spec: PlatformSpec) -> None:
         allowed, used = self.quota()
         if spec.cpus * 1000 > allowed.cpu_permille:
-            _refuse("cpu", spec.cpus * 1000, allowed.cpu_permille, 0)
+            raise over_quota("cpu", spec.cpus * 1000, allowed.cpu_permille, 0)
         if used.vms >= allowed.vms:
-            _refuse("vms", 1, allowed.vms, used.vms)
+            raise over_quota("vms", 1, allowed.vms, used.vms)
         memory = spec.memory_bytes * (2 if spec.restore else 1)  # what it goes on from stays
         for what, asked in (("memory", memory), ("disk", spec.scratch_bytes)):
             most, now = (getattr(quota, f"{what}_bytes") for quota in (allowed, used))
             if asked > most - now:
-                _refuse(f"{what}_bytes", asked, most, now)
+                raise over_quota(f"{what}_bytes", asked, most, now)
 
     async def _restore(self, spec: PlatformSpec) -> None:
         """Have the checkpoint that it goes on from; nothing is left of it when that fails."""
@@ -359,6 +363,10 @@ class Platforms:
         state = str(untrusted.get("state"))
         if method == "machine.state" and record is not None and state in TOLD:
             self._set(record, state, str(untrusted.get("reason", ""))[:1000])
+        elif method in ROOM and record is not None:
+            severity, message = ROOM[method]
+            code = f"host.platform.{method.removeprefix('machine.')}"
+            self._feed.say(f"platform/{record.spec.name}", code, message, severity=severity)
 
     def _agent_connected(
         self, method: str, untrusted: dict[str, Any], descriptors: list[int]
@@ -478,23 +486,3 @@ def _refused(_platform: str, sock: socket.socket) -> None:
 
 async def _nothing(_platform: str) -> None:
     """Nobody wants to know."""
-
-
-def _config(spec: PlatformSpec) -> bytes:
-    try:
-        config = base64.b64decode(spec.config_base64, validate=True)
-    except binascii.Error as error:
-        raise Invalid("the config disk is not base64", where="config_base64") from error
-    if len(config) > MAX_CONFIG_BYTES:
-        raise Invalid(f"a config disk of {len(config)} bytes", where="config_base64")
-    if spec.memory_bytes % (1 << 20):
-        raise Invalid("memory is a multiple of 1 MiB", where="memory_bytes")
-    return config
-
-
-def _refuse(what: str, asked: int, most: int, now: int) -> None:
-    raise NoResources(
-        f"the quota does not allow it: {what} {asked} asked, {most - now} of {most} left",
-        hint="delete platforms, or ask the provider for a larger quota",
-        details={"what": what, "asked": asked, "quota": most, "used": now},
-    )

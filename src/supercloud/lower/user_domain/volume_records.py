@@ -55,10 +55,10 @@ class Volume:
 
     def status(self, **more: Any) -> VolumeStatus:
         """As the control plane sees it."""
-        spec = self.spec
+        spec, reason = self.spec, more.pop("reason", "") or self.reason
         return VolumeStatus(
             name=spec.name, state=self.state, size_bytes=spec.size_bytes, format=spec.format,
-            platform=self.platform, slot=self.slot, mode=self.mode, reason=self.reason,
+            platform=self.platform, slot=self.slot, mode=self.mode, reason=reason,
             tag=spec.tag, shared=self.shared, copied=self.copied, **more,
         )  # fmt: skip
 

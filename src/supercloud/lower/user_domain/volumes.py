@@ -23,6 +23,7 @@ from supercloud.lower.user_domain.services import Services
 from supercloud.lower.user_domain.volume_checks import check_alike, check_spec, key_of
 from supercloud.lower.user_domain.volume_copies import Copies
 from supercloud.lower.user_domain.volume_growth import Growth
+from supercloud.lower.user_domain.volume_news import event_of
 from supercloud.lower.user_domain.volume_records import Volume, VolumeRecords
 from supercloud.model.errors import (
     BadState,
@@ -293,6 +294,12 @@ class Volumes:
         if volume is None or (volume.platform, volume.slot) != (platform, slot):
             raise BadState(f"{platform} has a volume {name} of no record in slot {slot}")
 
+    async def check_room(self, platform: str) -> None:
+        """NoResources when what writes to one of its volumes waits: it cannot be stopped then."""
+        for name, volume in list(self._records.by_name.items()):
+            if volume.platform == platform:
+                await self._layers.need_room(name, "left as it is")
+
     def _free_slot(self, platform: str, taken: set[int]) -> int:
         taken |= {v.slot for v in self._records.by_name.values() if v.platform == platform}
         for slot in range(1, VOLUME_SLOTS + 1):
@@ -432,17 +439,15 @@ class Volumes:
         volume = self._records.by_name.get(name)
         if volume is None:
             return
-        reason = str(untrusted.get("reason", ""))[:1000]
-        if method == "device.evidence":
-            where = f"{untrusted.get('kind')} {untrusted.get('index')}"[:80]
-            self._warn(volume, "evidence", f"the provider's disk gave back a wrong {where}")
-        elif method == "volume.damaged":
-            self._warn(volume, "damaged", reason)
-        elif method == "volume.copied":
+        if method == "volume.copied":
             error = str(untrusted.get("error", ""))[:1000]
             self.copies.ended(str(untrusted.get("to")), error)
         elif method == "volume.lost" and volume.state in IN_USE:
+            reason = str(untrusted.get("reason", ""))[:1000]
             self._in_background(self._lost(volume, f"its storage daemon ended: {reason}"))
+        elif event := event_of(method, untrusted):
+            code, message, severity = event
+            self._feed.say(f"volume/{name}", f"host.volume.{code}", message, severity=severity)
 
     def _mirror_over(self, name: str, reason: str) -> None:
         volume = self._records.by_name.get(name)
@@ -460,10 +465,6 @@ class Volumes:
                         volume.spec.name, await self._machine(volume.platform)
                     )
             self._go(volume, "failed", reason)
-
-    def _warn(self, volume: Volume, code: str, message: str) -> None:
-        subject = f"volume/{volume.spec.name}"
-        self._feed.say(subject, f"host.volume.{code}", message, severity="error")
 
     # -- bookkeeping
 

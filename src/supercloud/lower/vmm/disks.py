@@ -33,7 +33,6 @@ from supercloud.wire.portal import Request
 from supercloud.wire.qmp import Qmp, Refused
 from supercloud.wire.reactor import Reactor, Timer
 
-FULL_RETRY_S: Final = 2.0
 HOLD_S: Final = 30.0
 """Longer than a user's domain takes to be there again, and to be asked again."""
 _SERIAL_LENGTH: Final = 20
@@ -93,7 +92,6 @@ class Disks:
         self._reactor, self._qmp, self._tell = reactor, qmp, tell
         self._ram_shared = ram_shared
         self._disks: dict[int, Disk] = {}
-        self._is_full = False
         self._held: tuple[str, Timer] | None = None  # for which volume, and until when
 
     def attach(self, request: Request) -> dict[str, Any]:
@@ -231,7 +229,7 @@ class Disks:
         self._add_node(disk, descriptor)
         serial = disk.plug.volume[:_SERIAL_LENGTH]
         device = {"driver": "virtio-blk-pci", "drive": disk.node, "serial": serial}
-        self._plug(disk, device | {"werror": "enospc", "rerror": "report"})
+        self._plug(disk, device | {"werror": "report", "rerror": "report"})
 
     def _add_node(self, disk: Disk, descriptor: int) -> None:
         name, plug = self._pass(disk, descriptor), disk.plug
@@ -293,8 +291,6 @@ class Disks:
             self._deleted(str(data.get("device", "")))
         elif name == "DEVICE_UNPLUG_GUEST_ERROR":
             self._refused(str(data.get("device", "")))
-        elif name == "BLOCK_IO_ERROR" and data.get("nospace") and data.get("action") == "stop":
-            self._full(data)
 
     def _deleted(self, device: str) -> None:
         disk = self._by_device(device)
@@ -312,17 +308,3 @@ class Disks:
 
     def _by_device(self, device: str) -> Disk | None:
         return next((d for d in self._disks.values() if f"disk{d.slot}" == device), None)
-
-    def _full(self, data: dict[str, Any]) -> None:
-        node = str(data.get("node-name", ""))
-        disk = next((d for d in self._disks.values() if d.node == node), None)
-        if not self._is_full:  # a machine has several writes under way: one is enough to tell
-            self._is_full = True
-            what = disk.status() if disk else {"volume": "", "slot": 0, "mode": node}
-            self._tell("machine.disk", what | {"state": "full"})
-            self._reactor.after(FULL_RETRY_S, self._try_again)
-
-    def _try_again(self) -> None:
-        """Go on with the writes that found no room; the machine stops again if there is none."""
-        self._is_full = False
-        self._qmp.command("cont")

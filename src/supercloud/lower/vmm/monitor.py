@@ -2,10 +2,10 @@
 
 It is asked over the channel ``control``: ``machine.start``, ``machine.stop``, ``machine.status``,
 ``machine.attach``, ``machine.detach``, ``machine.disks``, ``machine.hold``, ``machine.renew``,
-``console.attach``, and what ``checkpoint`` has; it tells ``machine.state`` and ``machine.disk``
-there. RAM, kernel, initrd, root, config and the network's streams are capabilities in this domain's
-own table; the scratch disk's descriptor comes with ``machine.start``. A restarted user's domain
-finds the machine running and asks its status.
+``console.attach``, and what ``checkpoint`` has; it tells ``machine.state``, ``machine.disk``, and
+what ``room`` has there. RAM, kernel, initrd, root, config and the network's streams are
+capabilities in this domain's own table; the scratch disk's descriptor comes with
+``machine.start``. A restarted user's domain finds the machine running and asks its status.
 
 A machine that is to become a template ends, its RAM is sealed, and it is told of as
 ``template.saved`` with the devices' state; a clone is ``running`` once its agent has confirmed its
@@ -28,6 +28,7 @@ from supercloud.lower.vmm.gather import Gathered, gather
 from supercloud.lower.vmm.identity import IdentityPort
 from supercloud.lower.vmm.lifecycle import Lifecycle, Patience, Watchdog
 from supercloud.lower.vmm.machine import PRIVATE, Machine, command_line
+from supercloud.lower.vmm.room import Room
 from supercloud.model.errors import BadState, Busy, Invalid, SupercloudError
 from supercloud.wire import portal
 from supercloud.wire.children import Children, how_it_ended
@@ -51,6 +52,7 @@ class Monitor(Component):
         self._console: Console | None = None
         self._qmp: Qmp | None = None
         self._disks: Disks | None = None
+        self._room: Room | None = None
         self._capture: Capture | None = None
         self._watchdog: Watchdog | None = None
         self._machine: Machine | None = None
@@ -162,6 +164,7 @@ class Monitor(Component):
             self._pid = self._children.start(argv, given.numbers.all(), self._ended)
         self._qmp = qmp = Qmp(self.reactor, given.qmp, self._on_qmp, lambda: None)
         self._disks = Disks(self.reactor, qmp, self._tell, ram_shared=machine.ram_shared)
+        self._room = Room(self.reactor, qmp, self._tell)
         identity, ram = self._identity, self._open_ram
         self._capture = Capture(
             self.reactor, qmp, identity, self._tell, machine, self._pid, ram, self._disks.statuses
@@ -177,8 +180,9 @@ class Monitor(Component):
                 self.reactor.after(0, self._load)  # whoever reads this is not asked from here
             else:
                 self._running()
-        elif self._disks is not None:
+        elif self._disks is not None and self._room is not None:
             self._disks.on_qmp(name, data)
+            self._room.on_qmp(name, data)
         if self._capture is not None:
             self._capture.on_qmp(name, data)
         if name == "MIGRATION" and self._sequence is not None:

@@ -38,6 +38,7 @@ class Volume:
     words: list[str] = field(default_factory=list)
     snapshots: dict[str, list[Any]] = field(default_factory=dict)
     evidence: int = 0
+    full: bool = False
     reason: str = ""
     copied: int = 0
     filling: list[str] | None = None  # with what, while a copy is under way
@@ -62,8 +63,8 @@ class Volume:
             mode=self.mode if self.slot else "", seal=self.seal,
             stored_bytes=written, snapshots=list(self.snapshots),
             figures=VolumeFigures(written_bytes=written, writes=len(self.words)),
-            evidence=self.evidence, reason=self.reason, tag=self.spec.tag, shared=self.shared,
-            copied=self.copied,
+            evidence=self.evidence, full=self.full, reason=self.reason, tag=self.spec.tag,
+            shared=self.shared, copied=self.copied,
             mirror=self.mirror.status() if self.mirror else None,
         )  # fmt: skip
 

@@ -89,7 +89,12 @@ class Daemon:
             raise Temporary("the device did not answer in time")
 
     def ask(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
-        """A command's result; QEMU's refusal as an error of ours."""
+        """A command's result; QEMU's refusal as an error of ours.
+
+        One that does not answer is asked nothing more until it has: all volumes would wait.
+        """
+        if self._qmp.is_behind:
+            raise Temporary("the volume's storage daemon has not answered what it was asked before")
         try:
             return self._qmp.ask(name, arguments)
         except Refused as error:
@@ -161,6 +166,7 @@ class Daemon:
         self.ask("block-export-add", {"id": export["type"], **export})
 
     def _remove_export(self, name: str) -> None:
+        self._qmp.wait(lambda: not self._qmp.is_behind, _DELETED_S)
         self._deleted.discard(name)
         self.ask("block-export-del", {"id": name, "mode": "hard"})
         if not self._qmp.wait(lambda: name in self._deleted, _DELETED_S):

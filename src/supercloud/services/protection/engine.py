@@ -69,10 +69,13 @@ _FIGURES: Final = (
 )  # fmt: skip
 
 
+_FLAGS: Final = ("dead", "damaged", "full")
+
+
 class _State(Structure):
     _fields_: ClassVar = [
         ("root", _Root), *((name, c_uint64) for name in _FIGURES),
-        ("dead", c_uint32), ("damaged", c_uint32),
+        *((name, c_uint32) for name in _FLAGS),
     ]  # fmt: skip
 
 
@@ -80,8 +83,10 @@ class _State(Structure):
 class Evidence:
     """Something that the provider's side did not give back as it was, or could not take.
 
-    ``kind``: ``block``, ``page`` (of the tree), ``dead`` (a sync failed), ``space``, ``discarded``
-    (a last commit that was cut off by a crash). ``index`` is of a block, page or count.
+    ``kind``: ``block``, ``page`` (of the tree): what was read was not what had been written.
+    ``dead``: a sync failed. ``discarded``: a last commit that was cut off by a crash. ``space``,
+    ``room``: its disk is full; nothing waits for room any more. ``index`` is of a block, page or
+    count.
     """
 
     kind: str
@@ -93,7 +98,7 @@ class Evidence:
     sequence: int
 
 
-EVIDENCE: Final = ("", "block", "page", "dead", "space", "discarded")
+EVIDENCE: Final = ("", "block", "page", "dead", "space", "discarded", "room")
 
 _CONTRADICTED: Final = (1001, 1002, 1005)  # answers to a device that is not the one that is meant
 
@@ -160,6 +165,7 @@ def library() -> ctypes.CDLL:
         "write": [pointer, c_uint64, data, c_uint64],
         "zero": [pointer, c_uint64, c_uint64],
         "flush": [pointer, c_int],
+        "hold": [pointer, c_int],
         "grow": [pointer, c_uint64],
         "state": [pointer, POINTER(_State)],
         "evidence": [pointer, POINTER(_Evidence)],
@@ -342,6 +348,13 @@ class Device:
         """Make durable what was written; with ``checkpoint`` the tree is written too."""
         check(self._engine.sc_flush(self._handle, checkpoint))
 
+    def hold(self, hold: bool) -> None:
+        """Whether clients' requests that find no room on the provider's disk wait until there is.
+
+        If not, which is so at first, they are refused, and so are those that wait.
+        """
+        check(self._engine.sc_hold(self._handle, hold))
+
     def grow(self, device_bytes: int) -> None:
         """Use a backing file that has grown; connections see it as far as they reach."""
         check(self._engine.sc_grow(self._handle, device_bytes))
@@ -354,7 +367,7 @@ class Device:
     def figures(self) -> dict[str, int]:
         """Counters since the opening (bytes, ns); sizes in blocks of 4096."""
         state = self._state()
-        return {name: int(getattr(state, name)) for name in (*_FIGURES, "dead", "damaged")}
+        return {name: int(getattr(state, name)) for name in (*_FIGURES, *_FLAGS)}
 
     def _state(self) -> _State:
         state = _State()

@@ -5,7 +5,9 @@ Opening has two steps, because an epoch must be written down before anything is 
 the next epoch; the control plane keeps that; ``device.open`` begins it. From then on seals are told
 (``device.seal``) at most ``SEAL_EVERY_S`` after they changed: how far back a provider could go
 unnoticed, after a crash. ``device.flush`` (before a snapshot) and ``device.close`` answer theirs.
-What the provider did not keep is told as ``device.evidence``.
+What the provider did not keep is told as ``device.evidence``; ``device.full`` and ``device.room``:
+its disk is full, and nothing waits for room any more; ``device.dead``: a sync of it failed;
+``device.discarded``: a crash cut off the last commit, which nobody had been told of.
 """
 
 import contextlib
@@ -32,6 +34,12 @@ MAX_CACHE_BYTES: Final = 1 << 30
 MAX_REACH_BYTES: Final = 1 << 44
 _BUFFER_BYTES: Final = 1 << 20
 
+TOLD: Final[Mapping[str, str]] = {
+    "block": "evidence", "page": "evidence", "dead": "dead", "discarded": "discarded",
+    "space": "full", "room": "room",
+}  # fmt: skip
+"""What came up in a device, and as what it is told."""
+
 Phase = Literal["prepared", "open"]
 # method -> the phases in which it is legal
 _LEGAL: Final[Mapping[str, tuple[Phase, ...]]] = {
@@ -39,6 +47,7 @@ _LEGAL: Final[Mapping[str, tuple[Phase, ...]]] = {
     "device.connect": ("open",),
     "device.flush": ("open",),
     "device.grow": ("open",),
+    "device.hold": ("open",),
     "device.state": ("prepared", "open"),
     "device.close": ("prepared", "open"),
 }
@@ -69,6 +78,7 @@ class ProtectionService:
             "device.connect": self.connect,
             "device.flush": self.flush,
             "device.grow": self.grow,
+            "device.hold": self.hold,
             "device.state": self.state,
             "device.list": self.list,
             "device.close": self.close_one,
@@ -169,6 +179,17 @@ class ProtectionService:
         held.told = held.device.seal
         return asdict(held.told)
 
+    def hold(self, request: Request) -> dict[str, Any]:
+        """``{device, hold}``: whether requests wait for room on a full disk, or are refused.
+
+        They are refused at first. Not held any more, those that wait are refused, too.
+        """
+        held, hold = self._legal(request), request.untrusted.get("hold")
+        if not isinstance(hold, bool):
+            raise Invalid("hold must be true or false", where="hold")
+        held.device.hold(hold)
+        return {}
+
     def state(self, request: Request) -> dict[str, Any]:
         """``{device}``: phase, seal, and figures since it was opened."""
         held = self._legal(request)
@@ -211,7 +232,7 @@ class ProtectionService:
         device = self._held[name].device
         device.drain()
         for found in device.evidence():
-            self._tell("device.evidence", {"device": name, **asdict(found)})
+            self._tell(f"device.{TOLD[found.kind]}", {"device": name, **asdict(found)})
 
     # --
 

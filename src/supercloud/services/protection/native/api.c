@@ -97,6 +97,7 @@ static struct handle *make(int fd, const struct sc_backing *other, const uint8_t
     pthread_mutex_init(&d->evidence_lock, NULL);
     pthread_cond_init(&d->loaded, NULL);
     pthread_cond_init(&d->wake, NULL);
+    pthread_cond_init(&d->room, NULL);
     (void)mlock(d->key, KEY_BYTES); /* may be over a limit; then it may be swapped */
     memcpy(d->key, key, KEY_BYTES);
     memcpy(d->id, id, ID_BYTES);
@@ -129,6 +130,7 @@ static void *housekeeping(void *argument)
         pthread_mutex_unlock(&d->lock);
         if (due)
             (void)device_commit(&w, false); /* a failure is the next flush's to say */
+        room_look(d);
         pthread_mutex_lock(&d->lock);
     }
     pthread_mutex_unlock(&d->lock);
@@ -266,6 +268,13 @@ API int sc_flush(struct handle *h, int checkpoint)
     ONE_AT_A_TIME(device_commit(&h->w, checkpoint));
 }
 
+/* Whether clients' requests that find no room on the provider's disk wait for it, or are refused. */
+API int sc_hold(struct handle *h, int hold)
+{
+    room_hold(&h->d, hold);
+    return 0;
+}
+
 /* The backing file has grown; new connections see the new size. */
 API int sc_grow(struct handle *h, uint64_t device_bytes)
 {
@@ -299,10 +308,10 @@ API void sc_state(struct handle *h, struct sc_state *s)
     s->writes = d->writes, s->write_bytes = d->write_bytes, s->write_ns = d->write_ns;
     s->flushes = d->flushes, s->zeroed_bytes = d->zeroed_bytes;
     s->commits = d->commits, s->checkpoints = d->checkpoints, s->failed_requests = d->failed_requests;
-    s->connections = d->connection_count, s->dead = d->dead, s->damaged = d->damaged;
+    s->connections = d->connection_count, s->dead = d->dead, s->damaged = d->damaged, s->full = d->full;
     pthread_mutex_unlock(&d->lock);
     pthread_mutex_lock(&d->evidence_lock);
-    s->evidence = d->evidence_count;
+    s->evidence = d->refused;
     pthread_mutex_unlock(&d->evidence_lock);
 }
 

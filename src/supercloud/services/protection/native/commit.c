@@ -215,8 +215,7 @@ int device_commit_number(struct worker *w, uint64_t number, bool checkpoint)
         error = commit(w, checkpoint);
     pthread_mutex_unlock(&d->lock);
     pthread_mutex_unlock(&d->commit_lock);
-    if (error == ENOSPC || error == EDQUOT)
-        evidence(d, EVIDENCE_SPACE, 1, 0, NULL);
+    room_note(d, error);
     return error;
 }
 

@@ -21,6 +21,8 @@ void evidence(struct device *d, uint32_t kind, unsigned level, uint64_t index, c
     const uint64_t one = 1;
     const struct entry *at = e ? e : &nothing;
     pthread_mutex_lock(&d->evidence_lock);
+    if (kind == EVIDENCE_BLOCK || kind == EVIDENCE_PAGE)
+        d->refused++;
     if (d->evidence_count - d->evidence_read < EVIDENCE_RING) {
         d->ring[d->evidence_count++ % EVIDENCE_RING] = (struct sc_evidence){
             .kind = kind, .level = level, .index = index, .slot = at->slot,
@@ -221,8 +223,7 @@ static int write_blocks(struct worker *w, uint64_t block, size_t count, const ui
             for (size_t i = 0; i < n; i++)
                 slot_free(d, w->slots[i]);
             pthread_mutex_unlock(&d->lock);
-            if (error == ENOSPC || error == EDQUOT)
-                evidence(d, EVIDENCE_SPACE, 0, block, NULL);
+            room_note(d, error);
             return error;
         }
         if ((error = install(w, block, n, w->entries, expected)))

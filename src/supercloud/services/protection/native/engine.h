@@ -65,7 +65,7 @@ struct sc_backing {
     void *context;
 };
 
-enum { EVIDENCE_BLOCK = 1, EVIDENCE_PAGE, EVIDENCE_DEAD, EVIDENCE_SPACE, EVIDENCE_DISCARDED };
+enum { EVIDENCE_BLOCK = 1, EVIDENCE_PAGE, EVIDENCE_DEAD, EVIDENCE_SPACE, EVIDENCE_DISCARDED, EVIDENCE_ROOM };
 
 struct sc_evidence {
     uint32_t kind, level;
@@ -80,7 +80,7 @@ struct sc_state {
     uint64_t blocks, slots, free_slots, cached_pages, dirty_pages, uncommitted;
     uint64_t reads, read_bytes, read_ns, writes, write_bytes, write_ns, flushes;
     uint64_t zeroed_bytes, commits, checkpoints, evidence, connections, failed_requests;
-    uint32_t dead, damaged;
+    uint32_t dead, damaged, full;
 };
 
 enum page_state { PAGE_LOADING, PAGE_READY, PAGE_FAILED };
@@ -110,6 +110,7 @@ struct device {
     pthread_mutex_t large_lock;  /* one reply larger than a chunk at a time */
     pthread_cond_t loaded;       /* a page came, or a connection went */
     pthread_cond_t wake;         /* of the housekeeper */
+    pthread_cond_t room;         /* nobody is to wait for room any more */
     struct sc_backing backing;
     int fd, event_fd;
     uint8_t key[KEY_BYTES], id[ID_BYTES];
@@ -136,6 +137,10 @@ struct device {
     bool serving, closing, damaged;
     bool grown; /* no superblock has the new size yet: the next commit is one */
     atomic_bool dead;
+    /* room.c */
+    bool holding;
+    atomic_bool full;
+    _Atomic uint64_t full_ns; /* when there was no room the last time */
     pthread_t housekeeper;
     /* nbd.c */
     struct connection *connections;
@@ -143,7 +148,7 @@ struct device {
     /* for the user */
     pthread_mutex_t evidence_lock; /* innermost */
     struct sc_evidence ring[EVIDENCE_RING];
-    uint64_t evidence_count, evidence_read;
+    uint64_t evidence_count, evidence_read, refused; /* refused: blocks and pages that were not authentic */
     _Atomic uint64_t reads, read_bytes, read_ns, writes, write_bytes, write_ns, flushes;
     _Atomic uint64_t zeroed_bytes, commits, checkpoints, failed_requests;
 };
@@ -259,6 +264,11 @@ int recover(struct worker *, const struct sc_root *trusted, struct sc_root *foun
 
 /* nbd.c */
 void connections_close(struct device *);
+
+/* room.c */
+void room_note(struct device *, int error);
+void room_look(struct device *);
+void room_hold(struct device *, bool hold);
 
 /* device.c: tell the user */
 void evidence(struct device *, uint32_t kind, unsigned level, uint64_t index, const struct entry *);

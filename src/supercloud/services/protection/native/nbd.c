@@ -149,15 +149,21 @@ static bool serve_status(struct worker *w, struct connection *c, const struct re
     return reply_chunk(c, r, CHUNK_STATUS, true, context, 4, extents, (size_t)(at - extents));
 }
 
-static int serve_change(struct worker *w, const struct request *r)
+/* What finds no room is tried again for as long as it may wait; done twice is done once. */
+#define WITH_ROOM(c, error, call) \
+    do \
+        error = (call); \
+    while (room_wait(c, error))
+
+static int serve_change(struct worker *w, struct connection *c, const struct request *r)
 {
     int error = 0;
     if (r->type == CMD_ZEROES || r->type == CMD_TRIM) {
-        error = device_zero(w, r->offset, r->length, r->type == CMD_TRIM);
+        WITH_ROOM(c, error, device_zero(w, r->offset, r->length, r->type == CMD_TRIM));
         w->device->zeroed_bytes += r->length;
     }
     if (!error && (r->type == CMD_FLUSH || r->flags & FLAG_FUA))
-        error = device_commit(w, false);
+        WITH_ROOM(c, error, device_commit(w, false));
     return error;
 }
 
@@ -170,7 +176,7 @@ static bool take_write(struct worker *w, struct connection *c, const struct requ
         if (!nbd_receive(c, w->plain, CHUNK_BYTES))
             return false;
         if (!*error)
-            *error = device_write(w, r->offset + done, w->plain, CHUNK_BYTES);
+            WITH_ROOM(c, *error, device_write(w, r->offset + done, w->plain, CHUNK_BYTES));
         done += CHUNK_BYTES;
     }
     *last = r->length - done;
@@ -239,8 +245,8 @@ static bool serve_one(struct worker *w, struct connection *c)
         good = serve_status(w, c, &r);
     } else {
         if (r.type == CMD_WRITE)
-            error = device_write(w, r.offset + (r.length - last), w->plain, last);
-        good = reply(c, &r, error ? error : serve_change(w, &r));
+            WITH_ROOM(c, error, device_write(w, r.offset + (r.length - last), w->plain, last));
+        good = reply(c, &r, error ? error : serve_change(w, c, &r));
     }
     account(c->device, &r, now_ns() - started);
     return good;
@@ -346,6 +352,7 @@ void connections_close(struct device *d)
     d->closing = true;
     for (struct connection *c = d->connections; c; c = c->next)
         shutdown(c->socket, SHUT_RDWR);
+    pthread_cond_broadcast(&d->room);
     while (d->connection_count)
         pthread_cond_wait(&d->loaded, &d->lock);
     pthread_mutex_unlock(&d->lock);

@@ -30,5 +30,6 @@ bool nbd_receive(struct connection *, void *data, size_t length);
 void nbd_put(uint8_t **at, unsigned bytes, uint64_t value);
 uint64_t nbd_get(const uint8_t *at, unsigned bytes);
 bool nbd_negotiate(struct connection *);
+bool room_wait(struct connection *, int error);
 
 #endif

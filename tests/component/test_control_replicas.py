@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from supercloud.cli.volumes import _replicas as replicas_cell
 from supercloud.control.controllers.failover import FailoverController
 from supercloud.control.documents import volume_key
 from supercloud.model.errors import BadState, Invalid, NoResources, Temporary
+from supercloud.wire.codec import encode
 from support.control import World, environment, manifest_of
 
 VOLUME = {"name": "data", "size": "64MiB", "replicas": 2}
@@ -91,6 +93,42 @@ async def test_it_is_kept_on_two_hosts_each_with_a_key_of_its_own(world):
     assert len({replica.wrapped_key for replica in volume.replicas}) == 2
     await write(world, "one")
     assert [words(made, host) for host, made in (await clouds(world)).items()] == [["one"]] * 2
+
+
+async def test_of_three_hosts_one_may_be_lost_and_gets_all_when_it_is_back(world):
+    names = ("east", "west", "north")
+    applied = await up(world, names=names, volume={**VOLUME, "replicas": 3})
+    (change,) = [c for c in applied.plan.changes if c.subject == "volume/data"]
+    assert len([line for line in change.details if "at " in line]) == 3
+    volume = await until(world, all_in_sync, "it is in sync")
+    assert {replica.host for replica in volume.replicas} == {f"{name}-0" for name in names}
+    await write(world, "one")
+    made = await clouds(world)
+    assert [words(one, host) for host, one in made.items()] == [["one"]] * 3
+    await shows(world, "3/3 in sync")
+    lost, stays = volume.others
+    cloud(world, lost.provider).kill()
+    volume = await until(world, lambda v: not v.others[0].in_sync, "it is stale")
+    assert (volume.in_sync, volume.others[1].in_sync) == (True, True)
+    await write(world, "two")
+    await shows(world, f"2/3 in sync, {lost.host} stale")
+    assert [words(made[host], host) for host in (volume.host, stays.host)] == [["one", "two"]] * 2
+    assert words(made[lost.host], lost.host) == ["one"]
+    cloud(world, lost.provider).come_back()
+    await until(world, all_in_sync, "it is in sync again")
+    await shows(world, "3/3 in sync")
+    assert [words(one, host) for host, one in made.items()] == [["one", "two"]] * 3
+
+
+async def shows(world, text):
+    """The column of ``volumes`` that tells of its replicas comes to begin like this."""
+
+    async def there():
+        (row,) = await world.app.service.volumes.rows()
+        (cell,) = replicas_cell(encode(row))
+        return cell.startswith(text)
+
+    await world.until(there, f"it shows {text}")
 
 
 async def test_too_few_hosts_are_refused_before_anything_is_made(world):

@@ -16,6 +16,7 @@ from support.volumes import (
     manifest,
     reaches,
     sealed,
+    tells,
     told,
     up,
 )
@@ -57,19 +58,14 @@ async def test_another_state_under_the_same_number_is_evidence(world):
     pretended.volumes["data"].words[-1] = "two"
     volume = await reaches(world, "failed")
     assert "another one than it was" in volume.halted
-    assert told(world, "evidence")
+    assert await tells(world, "evidence")
 
 
 async def test_blocks_that_fail_are_evidence_and_the_volume_goes_on(world):
     await up(world)
     pretended = await host(world)
     pretended.volumes["data"].evidence = 3
-
-    async def said():
-        return bool(told(world, "evidence"))
-
-    await world.until(said, "an event tells of it")
-    (event,) = told(world, "evidence")
+    (event,) = await tells(world, "evidence")
     assert (event.severity, "3 blocks" in event.message) == ("error", True)
     assert (await document(world)).state == "attached"
 
@@ -95,7 +91,7 @@ async def test_a_rolled_back_volume_is_not_opened_and_not_tried_again(world):
     volume = await reaches(world, "failed")
     assert "rolled back" in volume.halted
     assert volume.found == old.seal
-    (event,) = told(world, "refused")
+    (event,) = await tells(world, "refused")
     assert event.severity == "error"
     opened = []
     pretended = await host(world)
@@ -188,6 +184,29 @@ async def test_a_volume_that_vanishes_while_it_is_used_is_said_to(world):
     assert "does not have it any more" in volume.halted
 
 
+async def test_its_host_is_asked_again_and_again_as_often_as_the_pace_says(world, monkeypatch):
+    await up(world)
+    pretended, polled = await host(world), []
+    sealing = world.app._volumes.sealing
+    poll = sealing.poll
+
+    async def polling(*key):
+        polled.append(await poll(*key))
+        return polled[-1]
+
+    monkeypatch.setattr(sealing, "poll", polling)
+    for number in range(4):
+        pretended.write("data", f"word {number}")
+        before = len(polled)
+        await sealed(world)
+
+        async def again(before=before):
+            return len(polled) > before + 1
+
+        await world.until(again, "it is asked though nothing happens")
+    assert set(polled) == {world.pace.seal_s}
+
+
 async def test_a_host_that_does_not_answer_is_told_of_once_for_the_window_grows(world):
     await up(world)
     pretended = await host(world)
@@ -197,11 +216,7 @@ async def test_a_host_that_does_not_answer_is_told_of_once_for_the_window_grows(
         raise Temporary("cannot be reached", delay_s=60.0)
 
     pretended.list = silent
-
-    async def said():
-        return bool(told(world, "silent"))
-
-    await world.until(said, "an event tells of it")
+    await tells(world, "silent")
     await asyncio.sleep(0.4)
     assert len(told(world, "silent")) == 1
     row = (await world.app.service.volumes.rows())[0]
@@ -219,11 +234,7 @@ async def test_a_volume_of_no_record_is_told_of_and_not_touched(world):
     stranger.spec = replace(stranger.spec, name="stranger")
     stranger.state, stranger.platform, stranger.slot = "closed", "", 0
     pretended.put_back(stranger)
-
-    async def said():
-        return bool(told(world, "unknown"))
-
-    await world.until(said, "an event tells of it")
+    await tells(world, "unknown")
     await asyncio.sleep(0.2)
     assert len(told(world, "unknown")) == 1
     await down(world)

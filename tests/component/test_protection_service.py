@@ -6,19 +6,21 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from supercloud.control.seals import WINDOW_S
 from supercloud.lower.service import SERVICES
 from supercloud.model.errors import BadState, Denied, Exists, Invalid, NotFound, SupercloudError
 from supercloud.services.protection.engine import backing_bytes
-from supercloud.services.protection.service import make
-from supercloud.wire import portal
-from supercloud.wire.portal import Portal
+from supercloud.services.protection.service import SEAL_EVERY_S, make
+from supercloud.wire import portal, reactor
+from supercloud.wire.portal import Portal, Request
 from supercloud.wire.reactor import Reactor
 from support.commandline import wait_for
-from support.protected_nbd import READ, WRITE, Client
+from support.protected_nbd import FLUSH, READ, WRITE, Client
 from support.protection import BLOCK, KEY
 
 SIZE = 8 << 20
@@ -66,10 +68,12 @@ class Caller:
         kept = self.with_files("device.prepare", **seal)
         return self.call("device.open", epoch=kept["epoch"])
 
+    def connected(self) -> int:
+        return self.portal.call_for_descriptors("device.connect", {"device": "data"}).descriptors[0]
+
     def client(self) -> Client:
-        reply = self.portal.call_for_descriptors("device.connect", {"device": "data"})
         client = Client.__new__(Client)
-        client.sock, client._cookie = socket.socket(fileno=reply.descriptors[0]), 0
+        client.sock, client._cookie = socket.socket(fileno=self.connected()), 0
         return client.go()
 
     def wait_for(self, method: str) -> dict[str, Any]:
@@ -85,6 +89,37 @@ class Caller:
         self._thread.join()
         self.service.close()
         self._socket.close()
+
+
+class Stepped(Caller):
+    """The service on a clock that stands still but for ``on``, and called without a channel."""
+
+    def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.place, self.told, self.now_s = place, [], 1000.0
+        monkeypatch.setattr(reactor, "time", SimpleNamespace(monotonic=lambda: self.now_s))
+        self._loop = Reactor()
+        self.service = make(self._loop, lambda _, p: self.told.append((self.now_s, dict(p))))
+
+    def on(self, by_s: float) -> None:
+        self.now_s += by_s
+        self._loop._run_timers()
+
+    def call(self, method: str, descriptors: list[int] | None = None, **parameters: Any) -> Any:
+        request = Request("user", method, {"device": "data", **parameters}, descriptors or [])
+        return self.service.handlers()[method](request)
+
+    def connected(self) -> int:
+        return int(self.call("device.connect").descriptors[0])
+
+    def close(self) -> None:
+        self.service.close()
+
+
+@pytest.fixture
+def stepped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stepped]:
+    made = Stepped(tmp_path, monkeypatch)
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -127,6 +162,26 @@ def test_a_changed_seal_is_told_without_being_asked_for(caller: Caller) -> None:
     told = caller.wait_for("device.seal")
     assert told["device"] == "data"
     assert told["sequence"] > opened["sequence"]
+    client.close()
+
+
+def test_under_writes_without_end_seals_are_told_again_and_again_within_the_window(
+    stepped: Stepped,
+) -> None:
+    before, durable = stepped.opened()["sequence"], []
+    client, step_s, steps_each = stepped.client(), 0.25, int(WINDOW_S / 0.25)
+    for number in range(5 * steps_each):
+        assert client.call(WRITE, 0, data=number.to_bytes(8, "big") * (BLOCK // 8))[0] == 0
+        assert client.call(FLUSH)[0] == 0
+        shown = stepped.call("device.state")["sequence"]
+        assert shown > before, "who asks hears of what was told to nobody"
+        before = shown
+        durable.append((stepped.now_s, shown))
+        stepped.on(step_s)
+    for at_s, sequence in durable[: 4 * steps_each]:
+        heard_s = [when_s for when_s, seal in stepped.told if seal["sequence"] >= sequence]
+        assert heard_s, "it was never told"
+        assert heard_s[0] - at_s <= SEAL_EVERY_S <= WINDOW_S
     client.close()
 
 

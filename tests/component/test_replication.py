@@ -242,6 +242,31 @@ def test_the_local_replica_killed_under_load_is_done_without(owners: Make) -> No
     owner.equal()
 
 
+def test_of_three_one_killed_under_load_is_done_without_by_both_others(owners: Make) -> None:
+    owner = owners("a", "b", "c")
+    host = owner.begun()
+    writer = Writer(host.client(), 16 * MIB // 4096)
+    writer.goes_on()
+    owner.replicas["b"].kill()
+    until(lambda: host.standing("b") == "stale")
+    writer.goes_on()
+    assert owner.in_sync == {"a", "c"}
+    missed = next(r["lacks_bytes"] for r in host.state()["replicas"] if r["replica"] == "b")
+    assert missed >= 50 * 4096, "many writes went on without it"
+    owner.replicas["b"].start()
+    owner.attach("b")
+    until(all_in_sync(owner))
+    writer.goes_on()
+    writer.stop()
+    writer.check(writer.client)
+    for replica in owner.replicas.values():
+        client = replica.client()
+        writer.check(client)
+        client.close()
+    writer.client.close()
+    owner.equal()
+
+
 def test_a_silent_replica_is_given_up_the_last_one_never(owners: Make) -> None:
     owner = owners()
     host = owner.begun(silence_ms=10_000)  # what goes on answering may be slow as well

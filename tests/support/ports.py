@@ -10,10 +10,11 @@ import socket
 
 FIRST_PORT, PORTS = 10_000, 1_300
 FIRST_OF_HOSTS, PORTS_OF_HOSTS = 24_000, 2_304
-_WORKERS = ("gw0", "gw1")  # whoever else there is shares what is left, and a host's go by its pid
+_WORKERS = ("gw0", "gw1")  # whoever else there is shares what is left, from a place by its pid
 _worker = os.environ.get("PYTEST_XDIST_WORKER", "")
 _index = _WORKERS.index(_worker) if _worker in _WORKERS else len(_WORKERS)
-_numbers = itertools.cycle(range(PORTS))
+_begin = 0 if _worker in _WORKERS else os.getpid() * 37 % PORTS
+_numbers = itertools.cycle([*range(_begin, PORTS), *range(_begin)])
 
 
 def free_port() -> int:

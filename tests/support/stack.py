@@ -25,7 +25,7 @@ from supercloud.isolation.kinds import SERVICES
 from supercloud.upper.platform.image.tools import ToolTree
 from supercloud.wire import admin
 from support.guardian import Guardian
-from support.inventory import processes_of
+from support.inventory import Inventory, machine, processes_of
 from support.ports import free_port, host_ports
 
 UID = 64_101
@@ -126,6 +126,7 @@ class Stack:
     hosts: dict[str, Host] = field(default_factory=dict)
     control: subprocess.Popen[bytes] | None = None
     templates: str = "none"
+    before: Inventory = field(default_factory=machine)  # as the machine was without its hosts
 
     # -- hosts
 

@@ -56,6 +56,16 @@ def told(world, code):
     return [e for e in world.app.plane.events.since() if e.code == f"control.volume.{code}"]
 
 
+async def tells(world, code):
+    """Until an event tells of it, which comes after it is written down; all that did."""
+
+    async def said():
+        return bool(told(world, code))
+
+    await world.until(said, f"an event tells of {code}")
+    return told(world, code)
+
+
 async def spec_of(world, name="web"):
     """The EE as its platform was told of it."""
     (platform,) = await world.app.plane.state.platforms("test")

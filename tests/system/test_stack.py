@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.inventory import inventory, uids_of
+from support.inventory import inventory, machine, uids_of
 from support.stack import wait_for
 
 pytestmark = pytest.mark.root
@@ -24,6 +24,7 @@ with stack(Path(sys.argv[2])) as made:
 
 
 def test_a_killed_test_leaves_nothing(product_images: Path) -> None:
+    nothing = machine()
     argv = [sys.executable, "-c", HOLD, str(Path(__file__).parents[1]), str(product_images)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as killed:
         assert killed.stdout is not None
@@ -31,6 +32,5 @@ def test_a_killed_test_leaves_nothing(product_images: Path) -> None:
         uids, wanted = uids_of(instance), range(*map(int, ports[:2]))
         assert inventory(instance, uids, wanted).processes
         killed.kill()
-    nothing = inventory("none", [], range(0))
     wait_for(lambda: not Path(directory).exists(), 120)
     wait_for(lambda: not inventory(instance, uids, wanted).since(nothing), 120)

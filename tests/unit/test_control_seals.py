@@ -1,6 +1,8 @@
 """Seals go forward only, whatever a host shows, and in whatever order."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -8,10 +10,14 @@ from hypothesis import strategies as st
 
 from supercloud.control import seals
 from supercloud.control.controllers import learning
+from supercloud.control.controllers.plane import Pace
 from supercloud.control.documents import VolumeDocument, dump, load
+from supercloud.control.views import rollback_text
 from supercloud.model.errors import Denied
 from supercloud.model.resources import Provider, Volume
 from supercloud.model.states import KEPT_VOLUME, VOLUME
+from supercloud.services.protection import engine
+from supercloud.services.protection.service import SEAL_EVERY_S
 from supercloud.wire.volumes import Seal, VolumeStatus
 
 A, B = "a" * 64, "b" * 64
@@ -80,6 +86,21 @@ def test_whatever_a_host_shows_the_trusted_seal_never_goes_back(series, states):
         assert volume.state in KEPT_VOLUME
         if before.halted:
             assert (volume.halted, volume.seal) == (before.halted, before.seal)
+
+
+def test_the_window_that_is_printed_holds_all_that_it_is_made_of():
+    """What nobody flushed becomes durable, and then is told to, or asked for by, whoever keeps it."""
+    native = Path(engine.__file__).parent / "native" / "api.c"
+    figures = dict(re.findall(r"#define (\w+) (\d+)", native.read_text()))
+    durable_s = int(figures["UNCOMMITTED_NS"]) / 1e9 + int(figures["HOUSEKEEPING_S"])
+    assert 0 < durable_s + SEAL_EVERY_S <= seals.WINDOW_S
+    assert 0 < durable_s + Pace().seal_s <= seals.WINDOW_S
+
+
+def test_the_window_is_printed_and_grows_while_nothing_is_heard():
+    assert rollback_text(0.0) == rollback_text(4.9) == f"at most {seals.WINDOW_S:g} s"
+    assert rollback_text(12.5) == "at most 12.5 s"
+    assert rollback_text(-1.0).startswith("none")
 
 
 def replace_of(volume):

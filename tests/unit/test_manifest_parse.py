@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from supercloud.control.manifest import MAX_BYTES, dump, parse, where
+from supercloud.control.manifest import MAX_BYTES, parse, where
 from supercloud.model.errors import Invalid, Unsupported
 from supercloud.model.resources import GIB, MIB, Placement, Port, replica_names, split_image
 from supercloud.model.sizes import format_size, parse_size
@@ -13,7 +13,6 @@ from support import oci
 
 HEAD = "apiVersion: supercloud.dev/v1\nkind: UCloud\nname: hello\n"
 PROVIDERS = "providers: [{name: here, kind: fake}]\n"
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def one(text: str, directory: Path = Path("/")) -> Invalid:
@@ -288,22 +287,6 @@ def test_where_locates_a_field_of_a_manifest():
     assert where(text, file="m", path=by_name).endswith(":9:25 environments[0].placement.region")
     assert where(text, file="m", path="environments.none") == "m:6:3 environments.none"
     assert where(text, file="m", path="environments[0].cpus") == "m:6:5 environments[0].cpus"
-
-
-@pytest.mark.parametrize(
-    ("name", "environments"),
-    [("hello.yaml", ["web", "machine"]), ("fake.yaml", ["web", "ledger", "standby"])],
-)
-def test_the_examples_are_right_but_for_their_images(tmp_path, name, environments):
-    """Their images are built by scripts/up; here stand-ins are in their places."""
-    web, machine = tmp_path / "build/examples/web", tmp_path / "build/examples/vm"
-    oci.Layout(web).write()
-    machine.mkdir()
-    (machine / "image.json").write_text("{}")
-    ucloud = parse((EXAMPLES / name).read_bytes(), file=name, directory=tmp_path / "examples")
-    assert [item.name for item in ucloud.environments] == environments
-    assert ucloud.environments[0].image == f"oci:{web}"
-    assert parse(dump(ucloud), file="again", directory=Path("/")) == ucloud
 
 
 def test_a_machine_of_a_directory_has_kernel_and_initrd(tmp_path):

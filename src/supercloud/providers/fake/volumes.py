@@ -165,12 +165,16 @@ class FakeVolumes:
             cloud.volumes.save(other)
 
     def _look(self, volume: Volume, mirror: Mirrored) -> None:
-        """See who is gone, and copy what is lacking."""
+        """See who is gone, and copy what is lacking; what was copied makes another state."""
+        peers = [member.peer for member in mirror.members if member.peer is not None]
+        found = [(peer, self._replica(volume, peer, mirror.generation)) for peer in peers]
+        others = [(peer, other) for peer, other in found if other is not None]
+        before = [(one, list(one.words)) for one in (volume, *(other for _, other in others))]
         mirror.look(lambda member: self._stream(volume, member))
-        for peer in [member.peer for member in mirror.members if member.peer is not None]:
-            other = self._replica(volume, peer, mirror.generation)
-            if other is not None:
-                self._save_at(peer, other)
+        for one, words in before:
+            one.sequence += one.words != words
+        for peer, other in others:
+            self._save_at(peer, other)
 
     def _stream(self, volume: Volume, member: Member) -> list[str] | None:
         """The words of a replica that is connected, while it is there; its user writes to them."""

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from support.console import typed
 from support.slots import vm_slots
 from support.stack import Host, Stack, stack, wait_for
 
 pytestmark = [pytest.mark.vm, pytest.mark.root]
 
 SECRET = "what-nobody-else-may-read-" * 40
+RECORD = "nor-what-a-machine-has-written"
 BODY = """\
 environments:
   - name: web
@@ -77,6 +79,13 @@ class Stored:
     def sh(self, script: str) -> str:
         return self.stack.cli("exec", "stored/web", "--", "sh", "-c", script).stdout
 
+    def record(self, moment: str, before: str = "true") -> str:
+        """What the VM's disk begins with, as its shell reads it; after something else, if need be."""
+        drop = "sync; echo 3 > /proc/sys/vm/drop_caches"
+        line = f"{before}; {drop}; echo {moment}=$(head -c {len(RECORD)} /dev/vda)=$((1 + 1))"
+        said = typed(self.stack, "stored/machine", line, f"{moment}=[^=$]*=2")
+        return said.split("=")[1]
+
     def linked(self) -> bool:
         return self.stack.cli("exec", "stored/web", "--", "true", status=None).returncode == 0
 
@@ -101,6 +110,7 @@ def test_a_container_has_a_file_system_and_a_vm_a_disk(stored: Stored) -> None:
         ("pages", "records"), "attached"
     )
     assert {row["mode"] for row in rows.values()} == {"vhost-user-blk"}
+    assert stored.record("written", f"echo {RECORD} > /dev/vda") == RECORD
 
 
 def test_inspect_says_how_it_is_joined_and_how_old_its_seal_is(stored: Stored) -> None:
@@ -121,6 +131,7 @@ def test_the_providers_disk_has_none_of_it(stored: Stored) -> None:
     for path in files:
         content = path.read_bytes()
         assert SECRET[:40].encode() not in content
+        assert RECORD.encode() not in content
         for name in (b"secret", b"QFI\xfb", b"\x53\xef"):  # a name; magics of qcow2 and ext4
             assert content[: 16 << 20].count(name) < 40, (path, name)
     assert b"pages/secret" not in b"".join(p.read_bytes() for p in files)
@@ -146,6 +157,7 @@ def test_down_keeps_the_data_and_up_finds_it(stored: Stored) -> None:
     stored.stack.cli("volumes", "revert", "stored/pages", "before")
     stored.up()
     assert stored.sh("cat /srv/pages/secret").strip() == SECRET
+    assert stored.record("kept") == RECORD
 
 
 def test_it_grows_while_it_is_used_and_a_raw_one_once_it_is_not(stored: Stored) -> None:
@@ -171,6 +183,7 @@ def test_it_grows_while_it_is_used_and_a_raw_one_once_it_is_not(stored: Stored) 
         path.name.split(":")[1].split(".")[0]: path.stat().st_size for path in stored.backings()
     }
     assert sizes["records"] > 48 << 20
+    assert stored.record("grown") == RECORD
     assert stored.sh("cat /srv/pages/secret").strip() == SECRET
 
 

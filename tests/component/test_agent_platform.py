@@ -19,18 +19,13 @@ from supercloud.wire.messages import (
     PortMap,
     Process,
 )
-from support.platform import FIRST_PORT, Platform, blob, booted, machine, nic, web
+from support.platform import BOOT_SECTOR, FIRST_PORT, Platform, blob, booted, machine, nic, web
 
 pytestmark = [
     pytest.mark.vm,
     pytest.mark.timeout(300, func_only=True),
     pytest.mark.asyncio(loop_scope="module"),
 ]
-
-# Writes "disk boots" to the first serial port, then waits for ever: the start of a raw disk.
-BOOT_SECTOR = (
-    bytes.fromhex("31c08ed8be157cbaf803ac84c07403eeebf8f4ebfd") + b"disk boots\r\n\0"
-).ljust(510, b"\0") + b"\x55\xaa"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import core_host
 from core_host import (
     KEEPER,
+    SRC,
     Console,
     RemoteError,
     driver,
@@ -23,7 +26,7 @@ from core_host import (
     status,
     wait_for,
 )
-from supercloud.lower.core.measure import read_chain
+from supercloud.lower.core.measure import hash_tree, read_chain
 from supercloud.model.errors import Exists, Invalid, NotFound
 
 pytestmark = pytest.mark.root
@@ -205,6 +208,26 @@ def test_a_planned_replacement_is_quick_and_loses_nothing():
         made.keeper.send_signal(signal.SIGHUP)
         wait_for(lambda: replaced(made, before))
         assert table(one) == had
+
+
+def test_a_planned_replacement_brings_new_code(tmp_path, monkeypatch):
+    package = tmp_path / "supercloud"
+    shutil.copytree(SRC / "supercloud", package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(core_host, "KEEPER", package / KEEPER.relative_to(SRC / "supercloud"))
+    with host(kinds()) as made:
+        one = made.consoles["one"]
+        child, before, had = one.child("child", "kid"), made.core_pid, table(one)
+        with (package / "lower/core/core.py").open("a") as file:
+            file.write('os.write(2, b"of another version")\n')
+        made.keeper.send_signal(signal.SIGHUP)
+        wait_for(lambda: replaced(made, before))
+        assert table(one) == had
+        assert child("result = 1") == 1
+        assert "of another version" in made.log.read_text()
+        events = read_chain(str(made.directory / "state/measurements.log"))
+        codes = [event["digest"] for event in events if event["event"] == "code"]
+        assert len(codes) == 2
+        assert codes[0] != codes[1] == hash_tree(str(package))
 
 
 def test_stopping_leaves_no_process_group_or_mount():

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -218,15 +218,48 @@ async def test_a_killed_core_leaves_machines_running(
     host: RunningHost, booted: ControlPlane
 ) -> None:
     qemu, before = qemu_of(host), booked(host)
-    core = next(
-        pid for pid in children(host.pid) if "\nUid:\t0\t0\t0\t0\n" in said_of(pid, "status")
-    )
-    os.kill(core, signal.SIGKILL)
+    os.kill(core_of(host), signal.SIGKILL)
     await booted.wait_for("p1", "running")
     assert qemu_of(host) == qemu
     assert booked(host) == before
     await booted.call("platform.delete", {"name": "p1"})
     assert booked(host)["processes"] < before["processes"]
+
+
+def core_of(host: RunningHost) -> int:
+    """The keeper's child that has uid 0; 0 while there is none."""
+    roots = (p for p in children(host.pid) if "\nUid:\t0\t0\t0\t0\n" in said_of(p, "status"))
+    return next(roots, 0)
+
+
+async def test_planned_new_cores_leave_machines_running_and_leak_nothing(
+    host: RunningHost, user: ControlPlane
+) -> None:
+    async with with_agent(user) as link:
+        session = link.hub.sessions["p1"]
+        qemu, before, held = qemu_of(host), booked(host), None
+        for _ in range(4):
+            core = core_of(host)
+            os.kill(host.pid, signal.SIGHUP)
+            await until(lambda core=core: core_of(host) not in (0, core))
+            await user.wait_for("p1", "running")
+            assert (await session.list()).environments == []  # by the link that it had
+            assert (qemu_of(host), booked(host)) == (qemu, before)
+            held = held or descriptors(host)  # of a core that took over, as all that follow
+            await until(lambda held=held: descriptors(host) == held)
+        await user.call("platform.delete", {"name": "p1"})
+        assert booked(host)["processes"] < before["processes"]
+
+
+def descriptors(host: RunningHost) -> list[int]:
+    """How many the keeper has, and the core."""
+    return [len(os.listdir(f"/proc/{pid}/fd")) for pid in (host.pid, core_of(host))]
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("victim", ["monitor", "qemu"])
@@ -298,7 +331,6 @@ async def test_as_many_ports_as_asked_for_are_published(
         assert wanted <= bound, protocol
 
 
-@pytest.mark.long
 async def test_a_wedged_machine_is_noticed_and_may_recover(
     host: RunningHost, booted: ControlPlane
 ) -> None:
@@ -333,21 +365,23 @@ def stored(host: RunningHost) -> list[Any]:
 async def test_the_real_agent_reaches_the_control_plane_through_the_rendezvous(
     host: RunningHost, user: ControlPlane
 ) -> None:
+    async with with_agent(user) as link:
+        # the user domain may die under it: the agent dials again, over the same link domain
+        os.kill(host.pid_of("user:demo"), signal.SIGKILL)
+        await link.owner.until("connected", "p1")
+
+
+@contextlib.asynccontextmanager
+async def with_agent(user: ControlPlane) -> AsyncIterator[Link]:
+    """``p1`` with a real agent, connected to a hub of ours."""
     link = Link(user.directory, "demo")
     token = link.owner.expect("p1")
     data = bootdata.user_data("demo", "p1", token, user.ca_pem, ["169.254.77.1:7444"])
     parking = asyncio.ensure_future(Rendezvous(user.dialer, link.hub.serve_relayed).run())
     try:
         await user.create("p1", config=bootdata.config_iso("demo", "p1", data))
-        async with asyncio.timeout(90):
-            while (seen := await link.owner.seen.get())[0] != "connected":
-                pass
-        assert seen[1] == "p1"
-        # the user domain may die under it: the agent dials again, over the same link domain
-        os.kill(host.pid_of("user:demo"), signal.SIGKILL)
-        async with asyncio.timeout(90):
-            while (seen := await link.owner.seen.get())[0] != "connected":
-                pass
+        await link.owner.until("connected", "p1")
+        yield link
     finally:
         parking.cancel()
         await asyncio.gather(parking, return_exceptions=True)

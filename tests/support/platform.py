@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from supercloud.control import bootdata
+from supercloud.model.emulation import EMULATED_CPU
 from supercloud.upper.environments.oci import convert
 from supercloud.upper.environments.packing import pack
 from supercloud.upper.platform.agent.qmp import Qmp
@@ -43,6 +44,10 @@ from support.slots import vm_slots
 
 FIRST_PORT = 30080
 PORTS = 4
+# Writes "disk boots" to the first serial port, then waits for ever: the start of a raw disk.
+BOOT_SECTOR = (
+    bytes.fromhex("31c08ed8be157cbaf803ac84c07403eeebf8f4ebfd") + b"disk boots\r\n\0"
+).ljust(510, b"\0") + b"\x55\xaa"
 _LINK_NETWORK = "net=169.254.77.0/24,host=169.254.77.1,dns=169.254.77.3,dhcpstart=169.254.77.4"
 _KERNEL_ARGUMENTS = (  # as the VMM has them
     "console=ttyS0 rdinit=/init panic=-1 quiet tsc=reliable no_timer_check noreplace-smp "
@@ -72,6 +77,7 @@ class Platform:
     link: Link
     images: Path = IMAGES
     memory_mib: int = 1024
+    cpu: str = EMULATED_CPU
     name: str = "p1"
     ports: dict[int, int] = field(default_factory=dict)
     process: asyncio.subprocess.Process | None = None
@@ -126,7 +132,7 @@ class Platform:
             f",hostfwd=tcp:127.0.0.1:{ours}-:{theirs}" for theirs, ours in self.ports.items()
         )
         return [
-            *ToolTree().argv("qemu-system-x86_64"), *MACHINE,
+            *ToolTree().argv("qemu-system-x86_64"), *MACHINE, "-cpu", self.cpu,
             "-m", f"{self.memory_mib}M", "-smp", "1",
             "-kernel", str(self.images / "vmlinux"), "-initrd", str(self._initrd()),
             "-append", _KERNEL_ARGUMENTS,
@@ -364,7 +370,9 @@ def machine(platform: Platform, *, packed: bool = True, **changes: object) -> En
 
 
 @contextlib.asynccontextmanager
-async def booted(directory: Path, *, memory_mib: int = 1024) -> AsyncIterator[Platform]:
+async def booted(
+    directory: Path, *, memory_mib: int = 1024, cpu: str = EMULATED_CPU
+) -> AsyncIterator[Platform]:
     """A platform of an image with the code as it is now, its agent connected; takes the VM lock."""
     images, machine_directory = directory / "images", directory / "machine"
     machine_directory.mkdir()
@@ -372,7 +380,7 @@ async def booted(directory: Path, *, memory_mib: int = 1024) -> AsyncIterator[Pl
     link = Link(directory)
     with vm_slots():
         async with link.listening():
-            platform = Platform(machine_directory, link, images=images, memory_mib=memory_mib)
+            platform = Platform(machine_directory, link, images, memory_mib, cpu)
             platform.examples = examples(directory / "examples")
             async with platform.running():
                 await platform.session()

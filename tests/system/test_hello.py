@@ -19,6 +19,7 @@ import pytest
 from support.inventory import Inventory, inventory, status, uids_of
 from support.slots import vm_slots
 from support.stack import UID, Host, Stack, cpu_of_children_s, stack, wait_for
+from support.terminal import Terminal
 
 pytestmark = [pytest.mark.vm, pytest.mark.root]
 
@@ -132,6 +133,27 @@ def test_exec_gives_output_input_and_exit_status(hello: Hello) -> None:
     echoed = cli("exec", "-i", "hello/web", "--", "cat", input="over there")
     assert echoed.stdout == "over there"
     assert cli("exec", "hello/web", "--", "sh", "-c", "echo $GREETING").stdout == "hello\n"
+
+
+def test_exec_on_a_terminal_is_a_real_one(hello: Hello) -> None:
+    """Its size, a new size, Ctrl-C to the program and not to the shell, and its exit status."""
+    words = ("exec", "-it", "-e", "PS1=ready> ", "hello/web", "--", "sh")
+    with Terminal(hello.stack, *words) as terminal:
+        terminal.expect(rb"ready> ", 120)
+        terminal.type(b"busybox stty size; busybox tty\n")
+        terminal.expect(rb"\r\n30 100\r\n/dev/pts/")
+        terminal.expect(rb"ready> ")
+        terminal.resize(41, 123)
+        terminal.type(b"until busybox stty size | busybox grep '41 123'; do sleep 0.1; done\n")
+        terminal.expect(rb"\r\n41 123\r\n")
+        terminal.expect(rb"ready> ")
+        terminal.type(b"sh -c 'echo on-$((1+1)); exec sleep 1000'\n")
+        terminal.expect(rb"on-2")
+        terminal.type(b"\x03")
+        terminal.expect(rb"ready> ")
+        assert "sleep 1000" not in hello.stack.cli("exec", "hello/web", "--", "ps").stdout
+        terminal.type(b"exit 7\n")
+        assert terminal.ended() == 7
 
 
 def test_console_is_the_vms_serial_console(hello: Hello) -> None:

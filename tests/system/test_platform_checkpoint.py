@@ -410,7 +410,6 @@ async def test_its_volumes_go_back_to_the_same_moment_as_its_memory(
     assert status["state"] == "served", "it is nobody's again"
 
 
-@pytest.mark.long
 async def test_without_the_agents_word_there_is_no_checkpoint_and_everything_goes_on(
     cloud: Cloud,
 ) -> None:

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.root]
 SECRET = "what-nobody-else-may-read-" * 40
 NAME = "a-file-that-nobody-else-may-name"
 PAGE = f"/srv/pages/{NAME}"
-ON_DISK = "what-a-machine-wrote-to-its-disk"
+RECORD = "nor-what-a-machine-has-written"
 BODY = """\
 environments:
   - name: web
@@ -82,12 +82,19 @@ class Stored:
     def sh(self, script: str) -> str:
         return self.stack.cli("exec", "stored/web", "--", "sh", "-c", script).stdout
 
+    def record(self, moment: str, before: str = "true") -> str:
+        """What the VM's disk begins with, as its shell reads it; after something else, if need be."""
+        drop = "sync; echo 3 > /proc/sys/vm/drop_caches"
+        line = f"{before}; {drop}; echo {moment}=$(head -c {len(RECORD)} /dev/vda)=$((1 + 1))"
+        said = typed(self.stack, "stored/machine", line, f"{moment}=[^=$]*=2")
+        return said.split("=")[1]
+
     def linked(self) -> bool:
         return self.stack.cli("exec", "stored/web", "--", "true", status=None).returncode == 0
 
     def shown(self) -> dict[bytes, list[str]]:
         """What its provider finds of what was written: on disks, in its store and its logs."""
-        return shown(self.host.directory, [w.encode() for w in (SECRET[:40], NAME, ON_DISK)])
+        return shown(self.host.directory, [w.encode() for w in (SECRET[:40], NAME, RECORD)])
 
     def backings(self) -> list[Path]:
         return sorted(self.host.state.glob("domains/disk/*/volume:*"))
@@ -110,6 +117,7 @@ def test_a_container_has_a_file_system_and_a_vm_a_disk(stored: Stored) -> None:
         ("pages", "records"), "attached"
     )
     assert {row["mode"] for row in rows.values()} == {"vhost-user-blk"}
+    assert stored.record("written", f"echo {RECORD} > /dev/vda") == RECORD
 
 
 def test_inspect_says_how_it_is_joined_and_how_old_its_seal_is(stored: Stored) -> None:
@@ -125,9 +133,6 @@ def test_what_was_written_outlives_the_environment(stored: Stored) -> None:
 
 def test_the_providers_disk_has_none_of_it(stored: Stored) -> None:
     stored.sh("sync")
-    write = f"echo {ON_DISK} > /dev/vda; sync; echo 3 > /proc/sys/vm/drop_caches"
-    read = f"echo is-$(head -c {len(ON_DISK)} /dev/vda)"
-    typed(stored.stack, "stored/machine", f"{write}; {read}", f"is-{ON_DISK}")
     assert len(stored.backings()) == 2
     assert stored.shown() == {}
     known = shown(stored.host.directory, [b"stored", b"volume:pages"])
@@ -155,6 +160,7 @@ def test_down_keeps_the_data_and_up_finds_it(stored: Stored) -> None:
     stored.stack.cli("volumes", "revert", "stored/pages", "before")
     stored.up()
     assert stored.sh(f"cat {PAGE}").strip() == SECRET
+    assert stored.record("kept") == RECORD
 
 
 def test_it_grows_while_it_is_used_and_a_raw_one_once_it_is_not(stored: Stored) -> None:
@@ -180,6 +186,7 @@ def test_it_grows_while_it_is_used_and_a_raw_one_once_it_is_not(stored: Stored) 
         path.name.split(":")[1].split(".")[0]: path.stat().st_size for path in stored.backings()
     }
     assert sizes["records"] > 48 << 20
+    assert stored.record("grown") == RECORD
     assert stored.sh(f"cat {PAGE}").strip() == SECRET
 
 

@@ -23,6 +23,9 @@ KVM_RUN = 0xAE80
 ERRNO, ALLOW = 0x0005_0000, 0x7FFF_0000
 LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
 FIRST_ARGUMENT = {IOCTL: 24}  # offset of the argument that tells which ioctl it is
+TIMED = "state on disk"
+MEMORY = "MemTotal: 8388608 kB\nMemAvailable: 2048 kB\n"
+SMALL = "MemTotal: 3145728 kB\nMemAvailable: 2097152 kB\n"
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,8 @@ def examined(line, *, before=(), preexec=None):
 
 
 def lacking(checks):
-    return {name for name, check in checks.items() if not check["ok"]}
+    """But how long a change takes: that is another at each look, as the disk has other work."""
+    return {name for name, check in checks.items() if not check["ok"]} - {TIMED}
 
 
 def hiding(*commands):
@@ -96,17 +100,20 @@ def test_it_says_what_the_machine_has(plain):
     for name in re.findall(r"(\w+) v2", plain["cgroups"]["found"]):
         assert name not in v1
     total = int(re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[1])
-    size, unit = re.match(r"([0-9.]+)([MG])iB available", plain["memory"]["found"]).groups()
+    size, unit = re.match(r"([0-9.]+)([MG])iB of ", plain["memory"]["found"]).groups()
     assert 0 < float(size) * {"M": 1 << 10, "G": 1 << 20}[unit] <= total
     assert f"{os.cpu_count()} processors" in plain["memory"]["found"]
     assert plain["control plane"]["ok"]
 
 
 def test_the_table_has_the_same_lines_and_a_fix_in_each_that_lacks(line, plain):
-    shown = line.run("doctor", status=UNSUPPORTED if lacking(plain) else 0).stdout.splitlines()
+    done = line.run("doctor", status=None)
+    shown = done.stdout.splitlines()
+    assert done.returncode == (UNSUPPORTED if "LACKS" in done.stdout else 0)
     rows = {name: row for name in plain for row in shown if re.match(rf"(ok|LACKS) +{name} ", row)}
     assert rows.keys() == plain.keys() - {name for name in plain if "/" in name}
-    for name, row in rows.items():
+    for name in rows.keys() - {TIMED}:
+        row = rows[name]
         assert row.startswith("ok" if plain[name]["ok"] else "LACKS")
         assert plain[name]["ok"] or plain[name]["fix"] in row
 
@@ -123,7 +130,8 @@ def test_without_a_control_plane_it_says_how_to_start_one(tmp_path):
     [
         ("/proc/filesystems", "nodev\ttmpfs\n", "file systems", "without overlay", "modprobe overlay"),
         ("/proc/sys/kernel/seccomp/actions_avail", "", "seccomp", "not there", "SECCOMP_FILTER"),
-        ("/proc/meminfo", "MemAvailable: 2048 kB\n", "memory", "2MiB available", "free some"),
+        ("/proc/meminfo", MEMORY, "memory", "2MiB of 8GiB available", "free some"),
+        ("/proc/meminfo", SMALL, "memory", "2GiB of 3GiB available", "wants a machine of 3584MiB"),
     ],
 )  # fmt: skip
 def test_what_the_kernel_does_not_offer(line, plain, tmp_path, path, content, name, found, fix):

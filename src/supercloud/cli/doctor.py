@@ -23,6 +23,8 @@ from supercloud.wire.api import Check
 from supercloud.wire.codec import decode, encode
 
 MIB, GIB = 1 << 20, 1 << 30
+LEAST_MEMORY_BYTES, LEAST_DISK_BYTES = 7 * GIB // 2, 9 * GIB
+"""Of a machine that has room for one user with the least quota (``supercloud-host user add``)."""
 CLONE_NEWUSER = 0x10000000
 SYS_LANDLOCK_CREATE_RULESET = 444
 LANDLOCK_VERSION = 1
@@ -183,22 +185,25 @@ def _run_guest() -> str:
 def _memory() -> Check:
     lines = (line.split() for line in _read("/proc/meminfo").splitlines())
     there = {fields[0]: int(fields[1]) << 10 for fields in lines if len(fields) > 1}
-    available = there.get("MemAvailable:", 0)
+    total, available = (there.get(f"Mem{of}:", 0) // MIB * MIB for of in ("Total", "Available"))
     return Check(
         name="memory",
-        ok=available >= 2 * GIB,
-        found=f"{format_size(available // MIB * MIB)} available, {os.cpu_count()} processors",
-        fix="a platform takes 1GiB, the rest about as much: free some",
+        ok=available >= 2 * GIB and total >= LEAST_MEMORY_BYTES,
+        found=f"{format_size(available)} of {format_size(total)} available, "
+        f"{os.cpu_count()} processors",
+        fix="a platform takes 1GiB, the rest about as much: free some; the least quota of a user "
+        f"wants a machine of {format_size(LEAST_MEMORY_BYTES)}",
     )
 
 
 def _disk() -> Check:
-    free = shutil.disk_usage("/var").free
+    disk = shutil.disk_usage("/var")
     return Check(
         name="disk",
-        ok=free >= 4 * GIB,
-        found=f"{format_size(free // MIB * MIB)} free under /var",
-        fix="images and a scratch disk take about 4GiB: free some",
+        ok=disk.free >= 4 * GIB and disk.total >= LEAST_DISK_BYTES,
+        found=f"{format_size(disk.free // MIB * MIB)} free under /var",
+        fix="images and a scratch disk take about 4GiB: free some; the least quota of a user wants "
+        f"a file system of {format_size(LEAST_DISK_BYTES)}",
     )
 
 

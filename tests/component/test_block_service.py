@@ -21,6 +21,7 @@ from supercloud.model.errors import (
     NotFound,
     Permanent,
     SupercloudError,
+    Temporary,
     Unsupported,
 )
 from supercloud.services.block.service import LEGAL
@@ -124,6 +125,25 @@ def test_a_device_that_waits_makes_writers_wait_and_loses_nothing(bench: Bench) 
         client.answered()
         client.flush()
     assert bench.read("data", 0, 4 * KIB) == b"held" * KIB
+
+
+def test_a_daemon_that_waits_amid_a_command_does_not_hold_up_other_volumes(bench: Bench) -> None:
+    for name in ("data", "other"):
+        bench.create(name)
+    with bench.device("data").holding():
+        with pytest.raises(Temporary, match="no answer"):
+            bench.call("volume.snapshot", volume="data", snapshot="one")
+        for _ in range(100):  # at once
+            with pytest.raises(Temporary, match="has not answered"):
+                bench.call("volume.snapshots", volume="data")
+        bench.write("other", 0, b"goes on")
+    volume = bench.service._volumes["data"]
+    bench.until(lambda: not volume.daemon._qmp.is_behind)
+    assert [s["snapshot"] for s in bench.call("volume.snapshots", volume="data")["snapshots"]] in (
+        [],
+        ["one"],
+    )
+    assert bench.read("other", 0, 7) == b"goes on"
 
 
 def test_a_write_that_the_device_has_no_room_for_fails_with_that_error_and_the_rest_goes_on(

@@ -201,6 +201,19 @@ def test_it_closes_while_requests_wait_and_keeps_what_was_durable(
     assert again.read(0, len(small.old)) == small.old
 
 
+def test_it_closes_in_order_on_a_full_disk_when_all_was_durable(small: Small) -> None:
+    small.client.send(WRITE, MIB, 200 * BLOCK, content(2, 200))
+    small.wait_until_full()
+    small.device.hold(False)
+    assert small.client.reply()[0] == ENOSPC
+    kept = small.device.close()
+    assert kept is not None
+    small.seal = replace(kept, epoch=small.seal.epoch)
+    small.disk.make_room()
+    small.device = small.opened()
+    assert small.device.read(0, len(small.old)) == small.old
+
+
 @pytest.mark.parametrize("said", [True, False])
 def test_a_client_that_goes_takes_along_what_waits(small: Small, said: bool) -> None:
     for number in range(4 if said else 7):

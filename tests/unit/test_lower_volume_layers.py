@@ -181,7 +181,7 @@ async def test_by_nbd_it_grows_while_its_machine_stands_still(world: World) -> N
     heard = await by_nbd(world)
     assert (await world.volumes.change(LARGER)).size_bytes == LARGER.size_bytes
     assert heard[:10] == [
-        *("device.state", "volume.stats", "disk.grow", "device.grow"),
+        *("volume.stats", "disk.grow", "device.grow", "device.state"),
         *("machine.hold", "volume.detach", "volume.grow", "volume.attach", "machine.renew"),
         "volume.throttle",
     ]

@@ -302,11 +302,13 @@ class Layers:
 
         ``user`` has it meanwhile. BadState when it cannot grow under that.
         """
-        await self.need_room(new.name, "changed")
-        if new.size_bytes > old.size_bytes:
+        grows = new.size_bytes > old.size_bytes
+        if grows:
             if user is not None:
                 await self._may_grow(new, user)
             await self.grow_device(new)
+        await self.need_room(new.name, "changed")
+        if grows:
             if user is not None and user.mode == "nbd":
                 await self._grow_held(old, new, user)
             else:

@@ -344,8 +344,8 @@ API int sc_close(struct handle *h, int commit, struct sc_root *root)
         pthread_cond_broadcast(&d->wake);
         pthread_mutex_unlock(&d->lock);
         pthread_join(d->housekeeper, NULL);
-        if (commit)
-            error = device_commit(&h->w, true);
+        if (commit && (error = device_commit(&h->w, true)) && !d->dead)
+            error = device_commit(&h->w, false); /* a record may find the room that a tree does not */
     }
     root_of(d, root);
     destroy(h);

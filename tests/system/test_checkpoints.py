@@ -15,13 +15,16 @@ from typing import Any
 
 import pytest
 
+from supercloud.wire.checkpoints import BUCKET
 from support.console import typed
+from support.search import shown
 from support.slots import vm_slots
 from support.stack import Host, Stack, stack, wait_for
 
 pytestmark = [pytest.mark.vm, pytest.mark.root]
 
 PATTERN = "a-word-that-nobody-else-may-read"
+MINE = "a-file-that-nobody-else-may-name"
 CHAIN = (
     "/bin/serve & n=0; h=begin; : > /links/all; while :; do n=$((n+1)); "
     "h=$(echo $h $n | busybox sha256sum); h=${h%% *}; echo $n >> /links/all; "
@@ -123,12 +126,13 @@ def kept(product_images: Path, example_images: Path) -> Iterator[Kept]:
 
 def test_a_container_goes_back_to_a_checkpoint_under_its_address(kept: Kept) -> None:
     before = kept.rows()["chain"]
-    kept.stack.cli("exec", "kept/chain", "--", "sh", "-c", "echo first > /tmp/mine")
+    first = f"echo first > /tmp/{MINE}; echo {PATTERN} > /links/{MINE}; sync"
+    kept.stack.cli("exec", "kept/chain", "--", "sh", "-c", first)
     said = kept.stack.cli("checkpoint", "kept/chain").stdout
     assert re.search(r"checkpoint 1, stood still for \d+ ms", said)
     at = kept.number()
     wait_for(lambda: kept.number() > at + 20, 60)
-    later = "echo second > /tmp/mine; touch /tmp/new /links/new; sync"
+    later = f"echo second > /tmp/{MINE}; touch /tmp/new /links/new; sync"
     kept.stack.cli("exec", "kept/chain", "--", "sh", "-c", later)
     done = kept.stack.cli("restore", "kept/chain").stdout
     assert "is back at checkpoint 1" in done
@@ -136,9 +140,9 @@ def test_a_container_goes_back_to_a_checkpoint_under_its_address(kept: Kept) -> 
     on_volume = kept.stack.cli("exec", "kept/chain", "--", "ls", "/links").stdout
     assert "new" not in on_volume, "the volume went back, too"
     assert kept.stack.cli("exec", "kept/chain", "--", "ls", "/tmp").stdout.split() == [
-        "chain", "mine", "www",
+        MINE, "chain", "www",
     ]  # fmt: skip
-    assert kept.stack.cli("exec", "kept/chain", "--", "cat", "/tmp/mine").stdout == "first\n"
+    assert kept.stack.cli("exec", "kept/chain", "--", "cat", f"/tmp/{MINE}").stdout == "first\n"
     now, listed = kept.number(), kept.listed()
     wait_for(lambda: kept.number() > now, 60)  # it goes on, link by link
     wait_for(lambda: kept.listed() > listed, 60)
@@ -209,20 +213,20 @@ def test_a_platform_goes_back_with_all_its_volumes_and_what_runs_in_it(kept: Kep
     assert places[0] == places[1]
 
 
-def test_the_providers_disk_has_neither_what_was_in_memory_nor_names(kept: Kept) -> None:
-    needles = [PATTERN.encode(), b"kept-in-memory", b"supercloud-checkpoints"]
-    files = [file for file in kept.host.state.glob("domains/disk/**/*") if file.is_file()]
-    assert files
-    for file in files:
-        with file.open("rb") as content:
-            rest = b""
-            while piece := content.read(16 << 20):
-                assert not [needle for needle in needles if needle in rest + piece], file
-                rest = piece[-64:]
+def test_the_provider_has_neither_what_was_in_memory_nor_names(kept: Kept) -> None:
+    words = [PATTERN.encode(), MINE.encode(), b"kept-in-memory"]
+    assert shown(kept.host.directory, words) == {}
+    known = shown(kept.host.directory, [b"kept", b"volume:links"])
+    assert any("log" in name for name in known[b"kept"]), "logs are searched, too"
+    assert any("domains/disk" in name for name in known[b"volume:links"])
+    store = kept.host.state / "domains" / "objects:kept"
+    stored = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+    assert stored > 1 << 20, "checkpoints are in what was searched"
+    assert shown(store, [BUCKET.encode()]) == {}
 
 
 def test_what_is_down_keeps_its_checkpoints_and_comes_back_from_one(kept: Kept) -> None:
-    kept.stack.cli("exec", "kept/chain", "--", "sh", "-c", "echo third > /tmp/mine")
+    kept.stack.cli("exec", "kept/chain", "--", "sh", "-c", f"echo third > /tmp/{MINE}")
     kept.stack.cli("checkpoint", "kept/chain")
     number = kept.of("chain")["checkpoints"][0]["number"]
     said = kept.stack.cli("down", "kept").stdout
@@ -232,7 +236,7 @@ def test_what_is_down_keeps_its_checkpoints_and_comes_back_from_one(kept: Kept) 
         "chain", "www",
     ]  # fmt: skip
     kept.stack.cli("restore", "kept/chain", "--checkpoint", str(number))
-    assert kept.stack.cli("exec", "kept/chain", "--", "cat", "/tmp/mine").stdout == "third\n"
+    assert kept.stack.cli("exec", "kept/chain", "--", "cat", f"/tmp/{MINE}").stdout == "third\n"
     kept.stack.cli("down", "kept")
     kept.stack.cli("checkpoints", "delete", "kept/machine")
     left = [(row["of"], row["name"]) for row in kept.stack.json("checkpoints")]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHost]:
     with running_host(tmp_path_factory.mktemp("cli"), "t-cli") as host:
         yield host
+    shutil.rmtree(Path(admin.RUN, NONE), ignore_errors=True)
 
 
 @pytest.fixture

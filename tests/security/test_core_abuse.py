@@ -21,6 +21,15 @@ from core_host import (
 from supercloud.model.errors import Invalid, NotFound
 
 pytestmark = pytest.mark.root
+GARBAGE = (
+    "b''",
+    "b'x'",
+    "os.urandom(200)",
+    "os.urandom(199)",
+    "bytes(200)",
+    "b'\\x01' * 200",
+    "bytes(60000)",
+)
 
 
 @pytest.fixture
@@ -38,23 +47,13 @@ def core_descriptors(made: Host) -> int:
     return len(os.listdir(f"/proc/{made.core_pid}/fd"))
 
 
-@pytest.mark.parametrize(
-    "garbage",
-    [
-        "b''",
-        "b'x'",
-        "os.urandom(200)",
-        "os.urandom(199)",
-        "bytes(200)",
-        "b'\\x01' * 200",
-        "bytes(60000)",
-    ],
-)
-def test_garbage_is_refused_and_its_sender_given_up(pair, garbage):
+def test_garbage_is_refused_and_its_sender_given_up(pair):
     _made, one, bad = pair
-    bad.send(f"for i in range(40): core._socket.send({garbage})")
-    wait_for(lambda: not alive(one))
-    assert one("core.ping(); result = 1") == 1
+    for garbage in GARBAGE:
+        bad.send(f"for i in range(40): core._socket.send({garbage})")
+        wait_for(lambda: not alive(one))
+        assert one("core.ping(); result = 1") == 1, garbage
+        bad = one.child("child", "bad")
 
 
 def test_a_little_garbage_is_answered(pair):
@@ -64,11 +63,11 @@ def test_a_little_garbage_is_answered(pair):
     assert bad("core.ping(); result = 1") == 1
 
 
-@pytest.mark.parametrize("op", [0, 19, 77, 200, 255])
-def test_calls_that_do_not_exist_are_refused(pair, op):
+def test_calls_that_do_not_exist_are_refused(pair):
     _, _, bad = pair
-    with pytest.raises(Invalid):
-        bad(f"core._call({op})")
+    for op in (0, 19, 77, 200, 255):
+        with pytest.raises(Invalid):
+            bad(f"core._call({op})")
 
 
 def test_wrong_selectors_and_arguments_are_refused(pair):
@@ -142,6 +141,7 @@ def test_unread_events_do_not_hide_that_the_core_was_replaced(pair):
 
 def test_events_to_who_does_not_read_are_dropped_and_said_to_be(pair):
     _made, one, bad = pair
+    bad("pass")  # it has started: as it does, it reads, and would be told in the middle of it
     one(
         "s = core.create_semaphore('s')\nd = core.lookup('bad').selector\n"
         "for i in range(1500): core.delegate(s, d, Rights.USE, f'n{i}')"
@@ -189,18 +189,18 @@ def test_a_domain_may_close_its_socket_and_live_on(pair):
     assert alive(one)
 
 
-@pytest.mark.parametrize("moment", ["before", "answering", "flooding"])
-def test_a_domain_may_die_at_any_moment(pair, moment):
+def test_a_domain_may_die_at_any_moment(pair):
     _made, one, bad = pair
-    code = {
-        "before": "os._exit(0)",
-        "answering": "from supercloud.lower.client import pack_request\ncore._send(pack_request(3, 1, ())); os._exit(0)",
-        "flooding": "core._socket.setblocking(False)\nwhile True:\n    try: core._socket.send(bytes(200))\n    except OSError: os._exit(0)",
-    }[moment]
-    bad.send(code)
-    wait_for(lambda: not alive(one))
-    again = one.child("child", "bad")
-    assert again("result = 1") == 1
+    moments = (
+        "os._exit(0)",
+        "from supercloud.lower.client import pack_request\ncore._send(pack_request(3, 1, ())); os._exit(0)",
+        "core._socket.setblocking(False)\nwhile True:\n    try: core._socket.send(bytes(200))\n    except OSError: os._exit(0)",
+    )
+    for code in moments:
+        bad.send(code)
+        wait_for(lambda: not alive(one))
+        bad = one.child("child", "bad")
+        assert bad("result = 1") == 1, code
 
 
 def test_random_frames_never_break_the_core(pair):

@@ -7,7 +7,7 @@ import time
 
 from support.stack import Stack
 
-ANSWER_S = 60.0
+ANSWER_S = 120.0
 
 
 def typed(stack: Stack, name: str, line: str, until: str) -> str:

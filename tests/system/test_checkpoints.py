@@ -6,7 +6,6 @@ counts in a variable, in a file and on the disk of a volume. Their platform goes
 tests share one host and go on from each other, in this order.
 """
 
-import hashlib
 import re
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from supercloud.wire.checkpoints import BUCKET
+from support.chain import chain, number
 from support.console import typed
 from support.search import shown
 from support.slots import vm_slots
@@ -25,11 +25,6 @@ pytestmark = [pytest.mark.vm, pytest.mark.root]
 
 PATTERN = "a-word-that-nobody-else-may-read"
 MINE = "a-file-that-nobody-else-may-name"
-CHAIN = (
-    "/bin/serve & n=0; h=begin; : > /links/all; while :; do n=$((n+1)); "
-    "h=$(echo $h $n | busybox sha256sum); h=${h%% *}; echo $n >> /links/all; "
-    "echo $n $h > /tmp/.chain; mv /tmp/.chain /tmp/chain; sleep 0.1; done"
-)
 READ_DISK = (
     "sync; echo 3 > /proc/sys/vm/drop_caches; echo is-$MEM-$(cat /tmp/f)-$(head -c 3 /dev/vda)"
 )
@@ -58,13 +53,6 @@ environments:
 LAG_S = 10.0
 
 
-def link(number: int) -> str:
-    value = "begin"
-    for n in range(1, number + 1):
-        value = hashlib.sha256(f"{value} {n}\n".encode()).hexdigest()
-    return value
-
-
 class Kept:
     """The stack, its one host, and the U-Cloud ``kept``."""
 
@@ -73,14 +61,12 @@ class Kept:
         self.host: Host = made.hosts["here"]
 
     def up(self) -> str:
-        body = BODY.format(examples=self.examples, chain=CHAIN, word=PATTERN)
+        body = BODY.format(examples=self.examples, chain=chain("/links/all"), word=PATTERN)
         return self.stack.cli("up", self.stack.manifest("kept", body)).stdout
 
     def number(self) -> int:
         """How far the chain is, its link being the right one."""
-        words = self.stack.cli("exec", "kept/chain", "--", "cat", "/tmp/chain").stdout.split()
-        assert words[1] == link(int(words[0])), "the chain is broken"
-        return int(words[0])
+        return number(self.stack, "kept/chain")
 
     def listed(self) -> int:
         """The last number on the volume; none is missing before it, and none there twice."""

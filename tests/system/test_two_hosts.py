@@ -1,11 +1,14 @@
 """One U-Cloud over two hosts of two providers: where its environments run."""
 
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support.chain import chain, number
+from support.console import typed
 from support.inventory import inventory, uids_of
 from support.slots import vm_slots
 from support.stack import Host, Stack, stack, wait_for
@@ -23,9 +26,15 @@ environments:
   - {{name: away, kind: container, image: 'oci:{examples}/web', memory: 32MiB,
      placement: {{anti_affinity: [eastern]}}}}
   - {{name: mover, kind: container, image: 'oci:{examples}/web', memory: 32MiB, ports: [8080],
-     checkpoint: {{keep: 2}}}}
-platform: {{memory: 512MiB, scratch: 1GiB}}
+     command: [/bin/sh, -c, "{chain}"], checkpoint: {{keep: 2}}}}
+  - {{name: machine, kind: vm, image: '{examples}/vm', memory: 128MiB, ports: [8080],
+     checkpoint: {{keep: 1}}}}
+platform: {{memory: 768MiB, scratch: 1GiB}}
 """
+
+
+def body(examples: Path) -> str:
+    return BODY.format(examples=examples, chain=chain())
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +42,7 @@ def wide(product_images: Path, example_images: Path) -> Iterator[Stack]:
     with vm_slots(2), stack(product_images, hosts=("east", "west")) as made:
         for host in made.hosts:
             made.enrol("wide", host, memory="1GiB")
-        made.cli("up", made.manifest("wide", BODY.format(examples=example_images)))
+        made.cli("up", made.manifest("wide", body(example_images)))
         yield made
 
 
@@ -57,8 +66,9 @@ def test_everything_serves_on_the_ports_of_its_own_host(wide: Stack) -> None:
         assert row["state"] == ("serving" if row["urls"] else "running"), row
         host = wide.hosts[row["provider"]]
         assert all(int(url.rpartition(":")[2]) in host.ports for url in row["urls"])
-        said = wide.cli("exec", f"wide/{row['name']}", "--", "hostname").stdout
-        assert said.strip() == row["name"]
+        if row["kind"] == "container":
+            said = wide.cli("exec", f"wide/{row['name']}", "--", "hostname").stdout
+            assert said.strip() == row["name"]
 
 
 def test_each_host_has_one_platform_and_books_it(wide: Stack) -> None:
@@ -68,28 +78,60 @@ def test_each_host_has_one_platform_and_books_it(wide: Stack) -> None:
         assert user["used"]["memory_bytes"] >= 512 << 20
 
 
-def test_an_environment_goes_on_at_the_other_provider_under_its_address(wide: Stack) -> None:
+def test_a_container_goes_on_at_the_other_provider_under_its_address(wide: Stack) -> None:
     """Out of a checkpoint in the object store of one host, read by a platform of the other."""
-    before = rows(wide)["mover"]
-    other = {"east": "west", "west": "east"}[before["provider"]]
+    before, other = elsewhere(wide, "mover")
     wide.cli("exec", "wide/mover", "--", "sh", "-c", "echo kept > /tmp/mine")
+    wait_for(lambda: number(wide, "wide/mover") > 50, 120)  # further than one that began anew
+    kept = number(wide, "wide/mover")
     wide.cli("checkpoint", "wide/mover")
     wide.cli("exec", "wide/mover", "--", "sh", "-c", "echo changed > /tmp/mine")
     wide.cli("restore", "wide/mover", "--to", other)
     assert wide.cli("exec", "wide/mover", "--", "cat", "/tmp/mine").stdout == "kept\n"
-    wait_for(lambda: rows(wide)["mover"]["state"] == "serving", 60)
-    after = rows(wide)["mover"]
-    assert (after["provider"], after["address"]) == (other, before["address"])
+    assert wide.cli("exec", "wide/mover", "--", "hostname").stdout == "mover\n"
+    now = number(wide, "wide/mover")
+    assert now >= kept, "out of its memory"
+    wait_for(lambda: number(wide, "wide/mover") > now, 60)  # it goes on, link by link
+    serves_at(wide, "mover", other, before["address"])
     wide.cli("checkpoint", "wide/mover")  # now into the store of the other host
     assert len(wide.json("checkpoints", "wide/mover")["checkpoints"]) == 2
+
+
+def test_a_machine_goes_on_at_the_other_provider_with_its_memory(wide: Stack) -> None:
+    def has(moment: str, value: str, before: str = "true") -> None:
+        line = f"{before}; echo {moment}-$MEM-$(cat /tmp/f)-$((1 + 1))"
+        typed(wide, "wide/machine", line, f"{moment}-{value}-{value}-2")
+
+    before, other = elsewhere(wide, "machine")
+    has("first", "one", "MEM=one; echo one > /tmp/f")
+    wide.cli("checkpoint", "wide/machine")
+    has("then", "two", "MEM=two; echo two > /tmp/f")
+    wide.cli("restore", "wide/machine", "--to", other)
+    has("now", "one")
+    serves_at(wide, "machine", other, before["address"])
+
+
+def elsewhere(wide: Stack, name: str) -> tuple[dict[str, Any], str]:
+    """Its row, and the provider where it is not."""
+    row = rows(wide)[name]
+    return row, {"east": "west", "west": "east"}[row["provider"]]
+
+
+def serves_at(wide: Stack, name: str, provider: str, address: str) -> None:
+    """Under its address to the others, and to the world at a port of its new host."""
+    wait_for(lambda: rows(wide)[name]["state"] == "serving", 120, wide.logs)
+    row = rows(wide)[name]
+    assert (row["provider"], row["address"]) == (provider, address)
+    with urllib.request.urlopen(row["urls"][0], timeout=120) as answer:
+        assert name in answer.read().decode()
 
 
 def test_a_wish_that_cannot_be_met_is_refused_and_changes_nothing(
     wide: Stack, example_images: Path
 ) -> None:
     before = rows(wide)
-    body = BODY.replace("replicas: 2", "replicas: 3").format(examples=example_images)
-    said = wide.cli("up", wide.manifest("wide", body), status=8).stderr
+    more = body(example_images).replace("replicas: 2", "replicas: 3")
+    said = wide.cli("up", wide.manifest("wide", more), status=8).stderr
     assert "web" in said
     assert rows(wide) == before
 

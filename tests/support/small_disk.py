@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from supercloud.services.protection.engine import Device, backing_bytes, format_device
+from support.guardian import Guardian
 from support.protection import KEY, NAME
 
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # the same numbers on all machines
@@ -86,12 +87,9 @@ def small_disk(size_bytes: int) -> Iterator[SmallDisk]:
         os.close(mount)
 
 
-@contextlib.contextmanager
-def small_disk_at(place: Path, size_bytes: int) -> Iterator[SmallDisk]:
-    """Mounted at a directory meanwhile."""
+def small_disk_at(place: Path, size_bytes: int, guardian: Guardian) -> SmallDisk:
+    """Mounted at a directory until the guardian cleans up."""
     options = ("-t", "tmpfs", "-o", f"size={size_bytes},mode=0755")
     subprocess.run(["mount", *options, "tmpfs", str(place)], check=True)
-    try:
-        yield SmallDisk(place)
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
+    guardian.command(["umount", "-l", str(place)])
+    return SmallDisk(place)

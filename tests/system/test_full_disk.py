@@ -5,6 +5,7 @@ The host's backing files lie on a small disk of their own.
 
 import hashlib
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ environments:
     volumes: [{{name: pages, path: /srv/pages}}]
 volumes:
   - {{name: pages, size: 256MiB}}
+platform: {{scratch: 256MiB}}
 """
 
 
@@ -54,8 +56,10 @@ class Full:
         return dict(row)
 
     def fill(self) -> None:
-        """The scratch disk has its room by then: else the machine stands still for that."""
-        self.sh("sync")
+        """Of the scratch disk all is there by then: else the machine stands still for that."""
+        for scratch in self.disk.path.glob("*/scratch:*"):
+            with scratch.open("rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, scratch.stat().st_size)
         self.disk.fill()
 
     def until_full(self, count: int) -> None:
@@ -69,12 +73,12 @@ def full(product_images: Path, example_images: Path) -> Iterator[Full]:
     with vm_slots(), stack(product_images, hosts=()) as made:
         place = made.directory / "here" / "state" / "domains" / "disk"
         place.mkdir(parents=True, mode=0o711)
-        with small_disk_at(place, 512 * MIB) as disk:
-            made.add_host("here")
-            made.enrol("stored", "here")
-            manifest = made.manifest("stored", BODY.format(examples=example_images))
-            made.cli("up", manifest)
-            yield Full(made, disk, manifest)
+        disk = small_disk_at(place, 768 * MIB, made.guardian)
+        made.add_host("here")
+        made.enrol("stored", "here")
+        manifest = made.manifest("stored", BODY.format(examples=example_images))
+        made.cli("up", manifest)
+        yield Full(made, disk, manifest)
 
 
 def test_a_writer_waits_and_goes_on_when_the_provider_has_made_room(full: Full) -> None:

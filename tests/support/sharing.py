@@ -14,6 +14,7 @@ from xdist.workermanage import WorkerController
 ROOT = Path(__file__).parents[2]
 # These take longest: begun last, one of them would be waited for by a process with nothing to do.
 FIRST = (
+    "tests/system/test_core_guest.py",
     "tests/system/test_checkpoints.py",
     "tests/system/test_volumes.py",
     "tests/system/test_platform_checkpoint.py",

@@ -192,17 +192,33 @@ def test_the_accelerator_is_tried_by_a_guest(line, plain):
     assert reason or "an ordinary kernel was not tried" in found
 
 
+def seeming(place, *commands):
+    """A private /dev, made at ``place``: of few devices, and a ``kvm`` that is none."""
+    return hiding(
+        f"mount -t tmpfs none {place}", f"cd {place}", "touch null urandom kvm nothing",
+        "mount --bind /dev/null null", "mount --bind /dev/urandom urandom",
+        *commands, "mount --rbind . /dev", 'cd "$OLDPWD"',
+    )  # fmt: skip
+
+
 @pytest.mark.root
-@pytest.mark.skipif(not os.path.exists("/dev/kvm"), reason="there is no /dev/kvm to take away")
 def test_an_accelerator_that_only_seems_to_be_there(line, plain, tmp_path):
-    checks = examined(line, preexec=refusing(IOCTL, KVM_RUN))
+    checks = examined(line, before=seeming(tmp_path, "mount --bind /dev/null kvm"))
     assert "/dev/kvm opens, but a guest did not run" in checks["accelerator"]["found"]
     assert "translated (TCG)" in checks["accelerator"]["found"]
     assert lacking(checks) == lacking(plain)
-    checks = examined(line, before=hiding("mount --bind /dev/null /dev/kvm"))
-    assert "but a guest did not run" in checks["accelerator"]["found"]
-    checks = examined(line, before=hiding(covered("/dev/kvm", tmp_path), "mount -o remount,bind,ro /dev/kvm"))  # fmt: skip
+    read_only = ("mount --bind nothing kvm", "mount -o remount,bind,ro kvm")
+    checks = examined(line, before=seeming(tmp_path, *read_only))
     assert checks["accelerator"]["found"].startswith("/dev/kvm: Read-only file system; virtual")
+
+
+@pytest.mark.root
+def test_an_accelerator_that_runs_nothing(line, plain):
+    there = os.path.exists("/dev/kvm")
+    checks = examined(line, preexec=refusing(IOCTL, KVM_RUN))
+    said = " opens, but a guest did not run" if there else ": No such file or directory"
+    assert f"/dev/kvm{said}" in checks["accelerator"]["found"]
+    assert lacking(checks) == lacking(plain)
 
 
 V2 = "30 24 0:26 / {v2} rw - cgroup2 cgroup2 rw\n"

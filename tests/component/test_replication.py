@@ -177,9 +177,7 @@ def test_a_killed_replica_gets_what_it_missed_and_no_more(owners: Make) -> None:
     until(lambda: host.standing("b") == "stale")
     lacks = next(r["lacks_bytes"] for r in host.state()["replicas"] if r["replica"] == "b")
     assert lacks == 4 * REGION
-    owner.replicas["b"].start()
-    owner.attach("b")
-    until(all_in_sync(owner))
+    owner.back("b")
 
     def copied() -> int:
         return int(owner.replicas["b"].ask("figures")["write_bytes"])
@@ -214,9 +212,7 @@ def test_a_replica_killed_again_and_again_under_load_ends_equal(owners: Make) ->
         owner.replicas["b"].kill()
         until(lambda: host.standing("b") == "stale")
         writer.goes_on()
-        owner.replicas["b"].start()
-        owner.attach("b")
-        until(all_in_sync(owner))
+        owner.back("b")
     writer.goes_on()
     writer.stop()
     writer.check(writer.client)
@@ -232,9 +228,7 @@ def test_the_local_replica_killed_under_load_is_done_without(owners: Make) -> No
     owner.replicas["a"].kill()
     writer.goes_on()
     assert owner.in_sync == {"b"}
-    owner.replicas["a"].start()
-    owner.attach("a")
-    until(all_in_sync(owner))
+    owner.back("a")
     writer.goes_on()
     writer.stop()
     writer.check(writer.client)
@@ -253,9 +247,7 @@ def test_of_three_one_killed_under_load_is_done_without_by_both_others(owners: M
     assert owner.in_sync == {"a", "c"}
     missed = next(r["lacks_bytes"] for r in host.state()["replicas"] if r["replica"] == "b")
     assert missed >= 50 * 4096, "many writes went on without it"
-    owner.replicas["b"].start()
-    owner.attach("b")
-    until(all_in_sync(owner))
+    owner.back("b")
     writer.goes_on()
     writer.stop()
     writer.check(writer.client)

@@ -249,6 +249,12 @@ class Owner:
             what = {"generation": self.generation, "replica": name}
             self.host.call("replica.attach", streams, **what)
 
+    def back(self, name: str) -> None:
+        """A replica that was killed, until it has all that it missed."""
+        self.replicas[name].start()
+        self.attach(name)
+        until(all_in_sync(self))
+
     def begun(self, **more: Any) -> Host:
         """The first generation, of all that there are."""
         return self.open(self.new_host(), [*self.replicas], clean=True, **more)
